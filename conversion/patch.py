@@ -1,0 +1,62 @@
+"""What a conversion asks of a patch.
+
+A patch is a dataclass of options. The command line generates its flags from the fields (`--<patch>-<field>`), so each
+field carries its help text in `metadata["help"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from hf_efficient.conversion.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor that the patched checkpoint has and the source has not: its shape, dtype and how it is made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: str
+
+
+@dataclass
+class TensorChanges:
+    """What a patch does to the tensors of a checkpoint: the ones it adds, by name, and the ones it drops."""
+
+    added: dict[str, NewTensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+
+class Patch(Protocol):
+    """A change of architecture, with the options that a user chose for it.
+
+    The converter calls `check`, then `choose` (which may run the source model on calibration text), then `changes`, then
+    `tensors`. With `needs_calibration` False the calibration argument is None.
+    """
+
+    name: ClassVar[str]
+    needs_calibration: ClassVar[bool]
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise `UsageError` for an option that this model cannot take, before any weight is read."""
+
+    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        """Configuration fields of the patched model, e.g. `{"stem_layers": [1, 4]}`."""
+
+    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        """Tensors added and dropped, for the patched configuration and the checkpoint's dtype. Reads no weight."""
+
+    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        """Every added tensor, one at a time: the caller writes each before it asks for the next."""
+
+    def report(self) -> dict[str, Any]:
+        """What the patch measured, for the conversion report. Called after `tensors` is exhausted."""

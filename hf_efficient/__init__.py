@@ -1,0 +1,48 @@
+"""Patched model architectures for the Hugging Face stack, on Triton kernels.
+
+``import hf_efficient`` registers every architecture with the Auto classes; everything else is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# In a source checkout (editable installs too) the lower storeys lie beside this folder, in a wheel inside it.
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").exists() and (_here.parent / "pyproject.toml").is_file():
+    __path__.append(str(_here.parent))
+
+from hf_efficient.registry import register_architectures  # noqa: E402  (needs the path above)
+
+__version__ = "0.1.0"
+
+register_architectures()
+
+# Public name -> the module that defines it. Resolved on first use, so that importing the package stays cheap.
+_PUBLIC = {
+    "ConversionReport": "hf_efficient.conversion.report",
+    "HFEError": "hf_efficient.errors",
+    "Stem": "hf_efficient.conversion.stem",
+    "UsageError": "hf_efficient.errors",
+    "convert": "hf_efficient.conversion.convert",
+    "evaluate": "hf_efficient.evaluation",
+    "export": "hf_efficient.hub.export",
+    "inspect": "hf_efficient.inspection",
+    "push": "hf_efficient.hub.push",
+    "stem_gate": "hf_efficient.kernels.stem_gate.api",
+    "verify": "hf_efficient.hub.verify",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_efficient' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

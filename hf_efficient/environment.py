@@ -1,0 +1,32 @@
+"""The only place that reads environment variables. All of ours begin with ``HFE_``.
+
+| variable | values | effect |
+|---|---|---|
+| ``HFE_BACKEND`` | ``reference``, ``triton`` | backend of every kernel whose call names none |
+| ``HFE_CHECK`` | ``1`` | run checks of data that force a device synchronisation |
+| ``HFE_LOG`` | a logging level | verbosity of the ``hf_efficient`` logger |
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def backend_override() -> str | None:
+    """Value of ``HFE_BACKEND``, or None when it is unset or empty."""
+    return os.environ.get("HFE_BACKEND") or None
+
+
+def check_data() -> bool:
+    """True when ``HFE_CHECK=1`` asks for checks that synchronise the device."""
+    return os.environ.get("HFE_CHECK") == "1"
+
+
+def log_level() -> str:
+    """Value of ``HFE_LOG``, by default ``WARNING``."""
+    return os.environ.get("HFE_LOG", "WARNING").upper()
+
+
+def triton_interpreted() -> bool:
+    """True when Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,74 @@
+"""Every architecture of the package, one line each.
+
+A new architecture is a folder in ``modeling/``, a file in ``conversion/``, its kernels, and one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
+    EfficientDecoderConfig,
+    EfficientDecoderForCausalLM,
+    EfficientDecoderModel,
+)
+from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM, StemModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One registered architecture.
+
+    Attributes:
+        patch: name of the patch on the command line; None for the decoder that takes any combination.
+        auto_classes: name of an Auto class -> the class it resolves to; the configuration comes first.
+        patch_options: ``module:Class`` of the dataclass that holds the patch's conversion options.
+    """
+
+    patch: str | None
+    auto_classes: dict[str, type]
+    patch_options: str | None = None
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return self.auto_classes["AutoConfig"]
+
+    @property
+    def model_type(self) -> str:
+        return self.config_class.model_type
+
+
+def _causal_lm(
+    patch: str | None,
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    causal_lm: type[PreTrainedModel],
+    options: str | None = None,
+) -> Architecture:
+    classes: dict[str, type] = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
+    return Architecture(patch, classes, options)
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    _causal_lm(None, EfficientDecoderConfig, EfficientDecoderModel, EfficientDecoderForCausalLM),
+    _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem:Stem"),
+)
+
+_AUTO_MODELS = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+
+
+def register_architectures() -> None:
+    """Register every architecture with transformers' Auto classes. Calling it again changes nothing."""
+    for architecture in ARCHITECTURES:
+        config_class = architecture.config_class
+        AutoConfig.register(architecture.model_type, config_class, exist_ok=True)
+        for auto_name, model_class in architecture.auto_classes.items():
+            if auto_name != "AutoConfig":
+                _AUTO_MODELS[auto_name].register(config_class, model_class, exist_ok=True)
+
+
+def architecture_of(model_type: str) -> Architecture | None:
+    """The architecture registered under ``model_type``, or None when it is not ours."""
+    return next((a for a in ARCHITECTURES if a.model_type == model_type), None)

@@ -1,0 +1,109 @@
+"""Configuration of the decoder that every language-model patch shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+
+
+@strict
+class DecoderConfig(PreTrainedConfig):
+    """Llama, Mistral, Qwen2 and Qwen3 as one set of fields; the defaults are a Llama.
+
+    | field | meaning |
+    |---|---|
+    | `attention_bias` | biases on q, k, v (Qwen2: True) |
+    | `attention_output_bias` | bias on the attention's output projection |
+    | `mlp_bias` | biases on gate, up and down |
+    | `qk_norm` | RMSNorm over each head of q and k, before the rotary embedding (Qwen3) |
+    | `head_dim` | width of a head; by default `hidden_size // num_attention_heads` |
+    | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default full, or sliding everywhere when `sliding_window` is set (Mistral) |
+    | `sliding_window` | number of positions a sliding layer sees, the current one included |
+    | `rope_parameters` | transformers' rotary dictionary (`rope_type`, `rope_theta`, …) |
+    | `source_model_type` | stock family that the weights come from; None when trained from scratch |
+    | `hfe_format` | version of the checkpoint layout |
+
+    The remaining fields mean what they mean in `LlamaConfig`.
+    """
+
+    model_type = "hfe_decoder_base"
+    # An architecture is defined by its patch, so the patch may not be absent; `hfe_decoder` takes any combination.
+    patch_is_optional = False
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    source_model_type: str | None = None
+    hfe_format: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Cross-field rules; raises `ValueError` with the value and the rule."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
+        unknown = sorted(set(self.layer_types) - set(_ATTENTION_KINDS))
+        if unknown:
+            raise ValueError(f"layer_types holds {unknown}; this decoder knows {list(_ATTENTION_KINDS)}")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types names sliding_attention, so sliding_window must be set")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or None for no window")
+
+
+__all__ = ["DecoderConfig"]

@@ -1,0 +1,416 @@
+"""The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
+
+It knows no patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`, `build_mlp`,
+`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`); the overrides call `super()`, so that patches compose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hf_efficient.environment import check_data
+from hf_efficient.errors import TokenIdError
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+
+class DecoderRMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; statistics in fp32, output in x's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        # Rounded to the input dtype before the weight is applied, as the stock families do.
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+    """``theta ** (-2 i / head_dim)`` for i in [0, head_dim / 2), fp32, and the scaling factor 1."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+
+class DecoderRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding, [B, S, head_dim] each, in the dtype of the input."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        # These names are read by `dynamic_rope_update` and by transformers' buffer initialisation.
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.compute_default_rope_parameters = default_rope_frequencies
+        inv_freq, self.attention_scaling = self.frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Inverse frequencies and attention scaling of the configured rotary type."""
+        compute = default_rope_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        return compute(self.config)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """``(x1, x2) -> (-x2, x1)`` over the halves of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos, sin [B, S, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def repeat_kv(x: Tensor, repeats: int) -> Tensor:
+    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated in place."""
+    if repeats == 1:
+        return x
+    batch, heads, length, width = x.shape
+    return x[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, heads * repeats, length, width)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in plain PyTorch: query [B, Hq, S, D] -> output [B, S, Hq, D] and weights [B, Hq, S, K]."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention with rotary positions, optional head norms on q and k, optional sliding window."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(per_head)
+        k = self.k_proj(hidden_states).view(per_head)
+        v = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``. Every feed-forward of the decoder takes the token ids; this one has no use for them."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: ``h += mixer(norm(h)); h += mlp(norm(h))``, from the parts that the model's factories built."""
+
+    def __init__(self, mixer: nn.Module, mlp: nn.Module, input_norm: nn.Module, post_norm: nn.Module) -> None:
+        super().__init__()
+        self.self_attn = mixer
+        self.mlp = mlp
+        self.input_layernorm = input_norm
+        self.post_attention_layernorm = post_norm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        token_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        mixed, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_ids)
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    config: DecoderConfig
+    config_class = DecoderConfig  # transformers reads annotations unevaluated, so it is named here too
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecoderRotaryEmbedding):
+            inv_freq, module.attention_scaling = module.frequencies()
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Embedding, layers, final norm. Patches override the factory methods and hooks below."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(self.build_layer(i) for i in range(config.num_hidden_layers))
+        self.norm = self.build_norm(config.hidden_size)
+        self.rotary_emb = DecoderRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    # Factories
+
+    def build_layer(self, layer_idx: int) -> nn.Module:
+        norms = (self.build_norm(self.config.hidden_size) for _ in range(2))
+        return DecoderLayer(self.build_mixer(layer_idx), self.build_mlp(layer_idx), *norms)
+
+    def build_norm(self, width: int) -> nn.Module:
+        return DecoderRMSNorm(width, self.config.rms_norm_eps)
+
+    def build_mixer(self, layer_idx: int) -> nn.Module:
+        return DecoderAttention(self.config, layer_idx)
+
+    def build_mlp(self, layer_idx: int) -> nn.Module:
+        return GatedMLP(self.config)
+
+    # Hooks
+
+    def build_masks(self, **mask_inputs: Any) -> dict[str, Any]:
+        """Attention mask for each kind in `config.layer_types`; arguments as for transformers' `create_causal_mask`."""
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {kind: create[kind](config=self.config, **mask_inputs) for kind in set(self.config.layer_types)}
+
+    def resolve_token_ids(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
+        return input_ids
+
+    def check_token_ids(self, ids: Tensor) -> None:
+        """Raise `TokenIdError` for an id outside [0, vocab_size): on the CPU always, elsewhere with HFE_CHECK=1."""
+        if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
+            return
+        if ids.device.type != "cpu" and not check_data():
+            return
+        rows = self.embed_tokens.num_embeddings
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= rows:
+            bad = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
+            raise TokenIdError(
+                f"token id {int(ids[tuple(bad)])} at position {bad} is outside 0..{rows - 1}",
+                "use the tokenizer that belongs to this checkpoint, or resize_token_embeddings first",
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        token_ids = self.resolve_token_ids(input_ids, inputs_embeds, kwargs)
+        if token_ids is not None:
+            self.check_token_ids(token_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        # `generate` with a static cache prepares the masks itself and hands over the mapping.
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.build_masks(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[kind],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                token_ids=token_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """A `DecoderModel` and a language-model head. Subclasses name their model in `model_class`."""
+
+    model_class: type[DecoderModel] = DecoderModel
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, K, vocab_size] and, given `labels` [B, S] (-100 is ignored), the next-token cross-entropy.
+
+        `logits_to_keep`: 0 for all positions, n for the last n, or a tensor of positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        # slice(-0, None) is the whole sequence
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["DecoderConfig", "DecoderForCausalLM", "DecoderModel", "DecoderPreTrainedModel"]

@@ -1,0 +1,18 @@
+"""Configuration of the decoder that takes any combination of patches, or none."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+
+from hf_efficient.modeling.stem.configuration_stem import StemConfig
+
+
+@strict
+class EfficientDecoderConfig(StemConfig):
+    """Every patch's fields; a patch whose fields are left alone is absent."""
+
+    model_type = "hfe_decoder"
+    patch_is_optional = True
+
+
+__all__ = ["EfficientDecoderConfig"]

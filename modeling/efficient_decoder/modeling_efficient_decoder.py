@@ -1,0 +1,31 @@
+"""The decoder that takes any combination of patches, or none: the only entry file that imports them all."""
+
+from __future__ import annotations
+
+from transformers.generation import GenerationMixin
+
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM, StemModel, StemPreTrainedModel
+
+
+class EfficientDecoderPreTrainedModel(StemPreTrainedModel):
+    config: EfficientDecoderConfig
+    config_class = EfficientDecoderConfig  # transformers reads annotations unevaluated, so it is named here too
+
+
+class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel):
+    """`DecoderModel` with every patch that the configuration asks for."""
+
+
+class EfficientDecoderForCausalLM(EfficientDecoderPreTrainedModel, StemForCausalLM, GenerationMixin):
+    """`EfficientDecoderModel` and a language-model head."""
+
+    model_class = EfficientDecoderModel
+
+
+__all__ = [
+    "EfficientDecoderConfig",
+    "EfficientDecoderForCausalLM",
+    "EfficientDecoderModel",
+    "EfficientDecoderPreTrainedModel",
+]

@@ -1,0 +1,73 @@
+"""Configuration of STEM: feed-forwards whose up-projection is a table row of the token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+
+def stem_layer_preset(num_hidden_layers: int, preset: str) -> list[int]:
+    """Layers that the STEM paper replaces when it trains from scratch; layer 0 always stays dense.
+
+    Args:
+        num_hidden_layers: number of layers of the model.
+        preset: ``third`` (every third from layer 2), ``half`` (the odd ones) or ``full`` (all but layer 0).
+
+    Source: arXiv:2601.10639, section 4. A conversion should choose by measured sensitivity instead.
+    """
+    presets = {"third": range(2, num_hidden_layers, 3), "half": range(1, num_hidden_layers, 2)}
+    presets["full"] = range(1, num_hidden_layers)
+    if preset not in presets:
+        raise ValueError(f"unknown STEM layer preset {preset!r}; choose one of {sorted(presets)}")
+    return list(presets[preset])
+
+
+@strict
+class StemConfig(DecoderConfig):
+    """`DecoderConfig` plus the STEM fields.
+
+    | field | meaning |
+    |---|---|
+    | `stem_layers` | indices of the STEM layers, sorted and unique; by default every third (the paper's choice) |
+    | `stem_embedding_dim` | width of a table row; must equal `intermediate_size` |
+    | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + intermediate_size))` |
+    | `stem_keep_up_proj` | keep the stock up-projection beside the table, so that `mlp.efficient = False` runs the stock path |
+    """
+
+    model_type = "hfe_stem"
+
+    stem_layers: list[int] | None = None
+    stem_embedding_dim: int | None = None
+    stem_init_std: float | None = None
+    stem_keep_up_proj: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.stem_layers is None:
+            self.stem_layers = [] if self.patch_is_optional else stem_layer_preset(self.num_hidden_layers, "third")
+        if self.stem_embedding_dim is None:
+            self.stem_embedding_dim = self.intermediate_size
+        super().__post_init__(**kwargs)
+
+    def validate_stem(self) -> None:
+        """Rules of the STEM fields; raises `ValueError` with the value and the rule."""
+        layers, count = self.stem_layers, self.num_hidden_layers
+        if not layers and not self.patch_is_optional:
+            raise ValueError("stem_layers is empty; name at least one layer, or use the unpatched decoder")
+        outside = [i for i in layers if not 0 <= i < count]
+        if outside:
+            raise ValueError(f"stem_layers holds {outside}; the model has layers 0..{count - 1}")
+        if layers != sorted(set(layers)):
+            raise ValueError(f"stem_layers={layers} must be sorted and free of duplicates")
+        if self.stem_embedding_dim != self.intermediate_size:
+            raise ValueError(
+                f"stem_embedding_dim={self.stem_embedding_dim} must equal intermediate_size={self.intermediate_size}: "
+                "a table row takes the place of the up-projection's output"
+            )
+        if self.stem_init_std is not None and self.stem_init_std <= 0:
+            raise ValueError(f"stem_init_std={self.stem_init_std} must be positive, or None for Xavier")
+
+
+__all__ = ["StemConfig", "stem_layer_preset"]

@@ -1,0 +1,150 @@
+"""STEM: in chosen layers the feed-forward's up-projection is a row of a table, indexed by the token.
+
+``h + W_down (silu(W_gate x) * U[token])``, arXiv:2601.10639, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.stem_gate.api import stem_gate
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
+from hf_efficient.modeling.stem.configuration_stem import StemConfig
+
+
+class StemTable(nn.Embedding):
+    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t."""
+
+
+class StemMLP(nn.Module):
+    """``down(act(gate(x)) * U[token_ids])``.
+
+    With `efficient` set to False the stock path ``down(act(gate(x)) * up(x))`` runs, where `stem_keep_up_proj` kept it.
+    """
+
+    def __init__(self, config: StemConfig) -> None:
+        super().__init__()
+        self.efficient = True
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.stem_embed = StemTable(config.vocab_size, config.intermediate_size)
+        self.up_proj: nn.Linear | None = None
+        if config.stem_keep_up_proj:
+            self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.hidden_act = config.hidden_act
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def _can_fuse(self) -> bool:
+        """True when reading the table's weight is all that calling the table would do: no adapter, hook or parametrisation."""
+        table = self.stem_embed
+        return (
+            self.hidden_act in ("silu", "swish")
+            and type(table) is StemTable
+            and type(table.weight) is nn.Parameter
+            and not (table._forward_hooks or table._forward_pre_hooks or table._backward_hooks)
+            and not hasattr(table, "_hf_hook")
+        )
+
+    def forward(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
+        gate = self.gate_proj(hidden_states)
+        if not self.efficient:
+            return self.down_proj(self.act_fn(gate) * self._stock_up(hidden_states))
+        if self._can_fuse():
+            return self.down_proj(stem_gate(gate, self.stem_embed.weight, token_ids))
+        return self.down_proj(self.act_fn(gate) * self.stem_embed(token_ids).to(gate.dtype))
+
+    def _stock_up(self, hidden_states: Tensor) -> Tensor:
+        if self.up_proj is None:
+            raise HFEError(
+                "efficient=False needs the stock up-projection, which this checkpoint does not carry",
+                "convert with --stem-keep-up-proj, or use the source model as the teacher",
+            )
+        return self.up_proj(hidden_states)
+
+
+class StemPreTrainedModel(DecoderPreTrainedModel):
+    config: StemConfig
+    config_class = StemConfig  # transformers reads annotations unevaluated, so it is named here too
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, StemTable):
+            super()._init_weights(module)
+        elif self.config.stem_init_std is None:
+            init.xavier_normal_(module.weight)
+        else:
+            init.normal_(module.weight, std=self.config.stem_init_std)
+
+
+class StemModel(StemPreTrainedModel, DecoderModel):
+    """Decoder with STEM feed-forwards in `config.stem_layers`.
+
+    `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up when `inputs_embeds` replaces `input_ids`.
+    """
+
+    def build_mlp(self, layer_idx: int) -> nn.Module:
+        return StemMLP(self.config) if layer_idx in self.config.stem_layers else super().build_mlp(layer_idx)
+
+    def resolve_token_ids(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        stem_input_ids = kwargs.pop("stem_input_ids", None)
+        ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
+        if not self.config.stem_layers:
+            return ids
+        if ids is None:
+            raise HFEError(
+                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} came without token ids, and STEM layers look rows "
+                "up by token id",
+                "pass input_ids, or pass stem_input_ids beside inputs_embeds",
+            )
+        given = inputs_embeds if input_ids is None else input_ids
+        if ids.shape != given.shape[:2]:
+            raise HFEError(
+                f"stem_input_ids has shape {tuple(ids.shape)}, the input has {tuple(given.shape[:2])}",
+                "pass one id for each position of the input",
+            )
+        return ids
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._resize_tables(embeddings.num_embeddings)
+        return embeddings
+
+    @torch.no_grad()
+    def _resize_tables(self, rows: int) -> None:
+        """Give every table `rows` rows; a new row is the mean of the old ones."""
+        for module in self.modules():
+            if isinstance(module, StemTable) and module.num_embeddings != rows:
+                old = module.weight
+                new = old.mean(0, dtype=torch.float32).to(old.dtype).expand(max(rows - len(old), 0), -1)
+                module.weight = nn.Parameter(torch.cat((old[:rows], new)), requires_grad=old.requires_grad)
+                module.num_embeddings = rows
+
+
+class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
+    """`StemModel` and a language-model head."""
+
+    model_class = StemModel
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.model._resize_tables(embeddings.num_embeddings)
+        return embeddings
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if inputs.get("inputs_embeds") is None:
+            # The ids that came beside embeddings belong to the prompt; later steps have ids of their own.
+            inputs.pop("stem_input_ids", None)
+        return inputs
+
+
+__all__ = ["StemConfig", "StemForCausalLM", "StemModel", "StemPreTrainedModel"]
