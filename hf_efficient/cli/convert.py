@@ -1,0 +1,75 @@
+"""`hf-efficient convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_efficient.cli.options import Device, Json, Revision, Token, build_patches, print_json, with_patch_options
+from hf_efficient.errors import UsageError
+
+
+@with_patch_options
+def command(
+    source: Annotated[str, typer.Argument(help="Hub id, local folder, or a local .gguf file.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(help="Patch to apply; repeat it to combine patches. `none` re-homes the model unchanged."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the source's; GGUF gives float32), float32, bfloat16, float16.")] = "auto",
+    revision: Revision = None,
+    token: Token = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 5GB or 500MB.")] = "5GB",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: text that Python ships."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.")] = 18432,
+    evaluate: Annotated[bool, typer.Option(help="Measure the loss against the source afterwards.")] = True,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the source, for the model card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence for the card; by default the source's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT once the new one is complete.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, disk and memory; write nothing.")] = False,
+    json: Json = False,
+    **patch_fields: Any,
+) -> None:
+    """Convert a stock checkpoint to a patched architecture.
+
+    OUTPUT is a folder that `from_pretrained(OUTPUT, trust_remote_code=True)` loads anywhere, with or without this package.
+
+    Example: hf-efficient convert HuggingFaceTB/SmolLM2-135M-Instruct smollm-stem --patch stem --stem-layers 1,4,7
+    """
+    from hf_efficient.checkpoint import convert
+
+    if not patch:
+        raise UsageError("no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged")
+    report = convert(
+        source,
+        output,
+        build_patches(patch, patch_fields),
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        device=device,
+        seed=seed,
+        max_shard_size=max_shard_size,
+        base_model=base_model,
+        license=license,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        evaluate=evaluate,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=not json,
+    )
+    if json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())

@@ -1,0 +1,64 @@
+"""`hf-efficient env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+import typer
+
+from hf_efficient.cli.options import Json, print_json
+
+_PACKAGES = ("hf-efficient", "torch", "transformers", "triton", "safetensors", "huggingface_hub", "peft", "accelerate")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, the GPU, and for each kernel the backend it would take here and why."""
+    from hf_efficient.kernels.contract import all_records
+    from hf_efficient.kernels.dispatch import explain
+
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    device = "cuda" if gpu else "cpu"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "gpu": gpu,
+        "kernels": {record.name: explain(record.name, device) for record in all_records()},
+    }
+
+
+def command(json: Json = False) -> None:
+    """Show versions, the GPU, and the backend each kernel would take and why.
+
+    Example: hf-efficient env --json
+    """
+    found = describe_environment()
+    if json:
+        print_json(found)
+        return
+    typer.echo(f"Python {found['python']} on {found['platform']}")
+    for name, version in found["packages"].items():
+        typer.echo(f"  {name:<16} {version}")
+    gpu = found["gpu"]
+    summary = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB" if gpu else "none"
+    typer.echo(f"GPU: {summary}")
+    typer.echo("Kernels:")
+    for name, reason in found["kernels"].items():
+        typer.echo(f"  {name:<16} {reason}")

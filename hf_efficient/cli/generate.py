@@ -1,0 +1,64 @@
+"""`hf-efficient generate`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or the user's message where the model chats.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default where there is one.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature of --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that is not one of ours.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Generate text from a prompt.
+
+    Example: hf-efficient generate smollm-stem "What is the capital of France?"
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    hub = {"revision": revision or "main", "token": token, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **hub).to(device).eval()
+    if chat if chat is not None else bool(tokenizer.chat_template):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        temperature=temperature if sample else None,
+        top_p=None,
+        top_k=None,
+        streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    seconds = time.perf_counter() - start
+    new = output[0, inputs["input_ids"].shape[1] :]
+    rate = len(new) / seconds
+    if json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        print_json({"text": text, "new_tokens": len(new), "seconds": seconds, "tokens_per_second": rate})
+    else:
+        typer.echo(f"[{len(new)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s]", err=True)

@@ -1,0 +1,103 @@
+"""Arguments and options that several subcommands share, and the flags made from a patch's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from hf_efficient.errors import UsageError
+from hf_efficient.registry import ARCHITECTURES
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Token = Annotated[str | None, typer.Option(help="Hub access token; by default the one you logged in with.")]
+Device = Annotated[str, typer.Option(help="Device that computes, e.g. cpu or cuda.")]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Text to measure on: FILE.jsonl, FILE.txt or a data set id. Default: text that Python ships."),
+]
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print `result` as indented JSON on standard output."""
+    typer.echo(json.dumps(result, indent=2))
+
+
+def patch_classes() -> dict[str, type]:
+    """Name of each patch on the command line -> the dataclass of its options."""
+    found = {}
+    for architecture in ARCHITECTURES:
+        if architecture.patch and architecture.patch_options:
+            module, _, name = architecture.patch_options.partition(":")
+            found[architecture.patch] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _flag_type(hint: Any) -> Any:
+    """The type that the command line parses for a field: bool, int, float, or a string that the patch itself reads."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    given = [m for m in members if m is not type(None)]
+    if len(given) == 1 and given[0] in (bool, int, float, str):
+        return given[0]
+    return str
+
+
+def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` an option `--<patch>-<field>` for every field of every patch; they arrive in its `**patch_fields`."""
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for p in parameters]
+    for patch, cls in patch_classes().items():
+        types_of = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            flag = f"--{patch}-{field.name.replace('_', '-')}"
+            text = field.metadata.get("help", "")
+            if not isinstance(field.default, bool) and field.default is not None:
+                text = f"{text} Default: {field.default}.".strip()
+            flag_type = _flag_type(types_of[field.name])
+            names = (f"{flag}/--no-{flag[2:]}",) if flag_type is bool else (flag,)
+            annotation = Annotated[flag_type | None, typer.Option(*names, help=text, show_default=False)]  # type: ignore[valid-type]
+            name = f"{patch}_{field.name}"
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+
+    def wrapped(**arguments: Any) -> None:
+        command(**arguments)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
+    """The patches that `--patch` named, each with the options given for it.
+
+    Raises `UsageError` for an unknown or repeated patch, `none` beside another, or an option of a patch not named.
+    """
+    known = patch_classes()
+    unknown = [n for n in names if n not in known and n != "none"]
+    if unknown:
+        raise UsageError(f"--patch {unknown[0]} is not known", f"choose from {', '.join([*known, 'none'])}")
+    if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
+        raise UsageError(f"--patch {' --patch '.join(names)} contradicts itself", "name each patch once, `none` alone")
+    given = {key: value for key, value in fields.items() if value is not None}
+    for key in given:
+        owner = next(patch for patch in known if key.startswith(f"{patch}_"))
+        if owner not in names:
+            raise UsageError(f"--{key.replace('_', '-')} belongs to a patch that was not asked for", f"add --patch {owner}")
+    return [
+        known[name](**{key.removeprefix(f"{name}_"): v for key, v in given.items() if key.startswith(f"{name}_")})
+        for name in names
+        if name != "none"
+    ]

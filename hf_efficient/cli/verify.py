@@ -1,0 +1,30 @@
+"""`hf-efficient verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_efficient.cli.options import Json, Revision, Token, print_json
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    revision: Revision = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Compare a checkpoint's code with the installed release, byte by byte, before anybody trusts it.
+
+    Example: hf-efficient verify smollm-stem
+    """
+    from hf_efficient.hub.verify import verify
+
+    report = verify(checkpoint, revision=revision, token=token)
+    if json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())
+    if not report.ok:
+        raise typer.Exit(1)
