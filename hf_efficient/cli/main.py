@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from hf_efficient.errors import HFEError
 
@@ -25,13 +25,13 @@ SUBCOMMANDS = {
 }
 
 
-class LazyGroup(typer.core.TyperGroup):
+class LazyGroup(TyperGroup):
     """Imports a subcommand's module only when that subcommand runs or shows its own help."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(SUBCOMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in SUBCOMMANDS:
             return None
         module = importlib.import_module(f"hf_efficient.cli.{cmd_name}")
@@ -39,7 +39,7 @@ class LazyGroup(typer.core.TyperGroup):
         single.command(cmd_name)(module.command)
         return typer.main.get_command(single)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(SUBCOMMANDS.items()))
 
@@ -62,16 +62,18 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
     except HFEError as error:
         status = _fail(error, error.exit_code, arguments)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         status = 130
     except Exception as error:
-        status = _fail(error, 1, arguments)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            # A wrong argument. The class is click's or Typer's own copy of it, by Typer's version.
+            error.show()
+            status = error.exit_code
+        else:
+            status = _fail(error, 1, arguments)
     sys.exit(status or 0)
 
 
