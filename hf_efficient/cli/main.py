@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -59,11 +60,13 @@ def options(
 
 def run(arguments: list[str] | None = None) -> None:
     """Entry point: run the command line and leave with its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    # --debug is taken before and after the subcommand.
+    debug, arguments = "--debug" in given, [a for a in given if a != "--debug"]
     try:
         status = app(arguments, standalone_mode=False)
     except HFEError as error:
-        status = _fail(error, error.exit_code, arguments)
+        status = _fail(error, error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         status = 130
@@ -73,14 +76,14 @@ def run(arguments: list[str] | None = None) -> None:
             error.show()
             status = error.exit_code
         else:
-            status = _fail(error, 1, arguments)
+            status = _fail(error, 1, debug)
     sys.exit(status or 0)
 
 
-def _fail(error: Exception, status: int, arguments: list[str]) -> int:
-    """Print the error as one line; with --debug let it through, traceback and all."""
-    if "--debug" in arguments:
-        raise error
+def _fail(error: Exception, status: int, debug: bool) -> int:
+    """Print the error as one line, with --debug after its traceback."""
+    if debug:
+        traceback.print_exception(error)
     expected = isinstance(error, HFEError)
     kind = "error" if expected else f"error ({type(error).__name__})"
     hint = "" if expected else " (--debug shows the traceback)"

