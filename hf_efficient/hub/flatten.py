@@ -1,0 +1,217 @@
+"""The package's modules as flat, self-contained files: the code that a checkpoint carries.
+
+transformers copies a checkpoint's code by searching the entry file, and then each file it finds, for relative imports of
+one flat name. So every module that the entry module reaches becomes one file beside the others, and only its import
+lines change: Triton reads the source of its kernels, and a reader can compare the file with the release line by line.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
+
+from hf_efficient.errors import HFEError
+
+PACKAGE = "hf_efficient"
+NAMESPACE_MODULE = f"{PACKAGE}.kernels.namespace"
+# What a checkpoint may carry: the two lower storeys, and the leaves that every storey shares.
+_STOREYS = (f"{PACKAGE}.kernels.", f"{PACKAGE}.modeling.")
+_LEAVES = (f"{PACKAGE}.errors", f"{PACKAGE}.environment", f"{PACKAGE}.logging")
+# Whoever loads a checkpoint has these: torch, transformers and what transformers itself depends on.
+_ALWAYS_INSTALLED = frozenset({"torch", "transformers", "huggingface_hub", "safetensors", "numpy"})
+_NAMED_BY_TRANSFORMERS = ("modeling_", "configuration_", "tokenization_")
+
+
+@dataclass(frozen=True)
+class FlatCode:
+    """A checkpoint's code: text by file name, the entry file's name, and the SHA-256 of the sources it came from."""
+
+    files: dict[str, str]
+    entry: str
+    source_hash: str
+
+    @property
+    def namespace(self) -> str:
+        """Namespace of the custom ops in this code: two versions of it in one process keep apart."""
+        return f"hfe_{self.source_hash[:16]}"
+
+
+class _Module:
+    """One module of the package: its source, and the statements that import others of the package."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.text = text
+        self.tree = ast.parse(text, filename=name)
+        self.imports = list(package_imports(name, self.tree))
+
+    def flat_text(self) -> str:
+        """The source with each package import as a relative import of the flat file; all else byte for byte."""
+        lines = self.text.encode().splitlines(keepends=True)  # the syntax tree counts columns in bytes
+        for node in sorted(self.imports, key=lambda node: node.lineno, reverse=True):
+            first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+            indent, rest = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+            if indent.strip() or rest.lstrip()[:1] not in (b"", b"#"):
+                raise _broken(self.name, node, "shares its line with another statement", "give the import its own line")
+            names = ", ".join(a.name if a.asname is None else f"{a.name} as {a.asname}" for a in node.names)
+            statement = f"from .{flat_name(str(node.module))} import {names}"
+            lines[first : last + 1] = [indent + statement.encode() + rest]
+        return b"".join(lines).decode()
+
+
+def flatten(entry_module: str, version: str) -> FlatCode:
+    """Every module that `entry_module` reaches inside the package, as flat files that need nothing of the package.
+
+    The files depend on the sources and `version` alone, so that the same release always writes the same bytes. The one
+    value that changes is `NS` of `kernels/namespace.py`, which becomes `hfe_<hash of all the sources>`.
+
+    Raises:
+        HFEError: a module breaks one of the rules that keep the package exportable; the message names file and line.
+    """
+    modules = _reach(entry_module)
+    flat = {f"{flat_name(name)}.py": module for name, module in modules.items()}
+    texts = {name: flat[name].flat_text() for name in sorted(flat)}
+    digest = hashlib.sha256()
+    for name, text in texts.items():
+        digest.update(f"{name}\0{text}\0".encode())
+    code = FlatCode({}, f"{flat_name(entry_module)}.py", digest.hexdigest())
+    for name, text in texts.items():
+        if flat[name].name == NAMESPACE_MODULE:
+            text = _renamed_namespace(flat[name], code.namespace)
+        code.files[name] = _header(flat[name].name, version, code.source_hash) + text
+    _self_check(code)
+    return code
+
+
+def flat_name(module: str) -> str:
+    """File name, without suffix, of a module: `modeling_stem`, `hfe_kernels_stem_gate_api`."""
+    path = module.removeprefix(f"{PACKAGE}.").split(".")
+    return path[-1] if path[-1].startswith(_NAMED_BY_TRANSFORMERS) else "_".join(["hfe", *path])
+
+
+def package_imports(name: str, tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    """The statements of a module that import from the package, wherever they stand.
+
+    Raises:
+        HFEError: an import has a form that has no flat counterpart.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            if any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
+                raise _broken(name, node, "imports a module", "import symbols: from hf_efficient.x.y import symbol")
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise _broken(
+                    name, node, "is a relative import", "write the absolute name: from hf_efficient.x.y import …"
+                )
+            if node.module is None or node.module.split(".")[0] != PACKAGE:
+                continue
+            if any(alias.name == "*" for alias in node.names):
+                raise _broken(name, node, "is a star import", "name the symbols")
+            if _is_package(node.module):
+                raise _broken(name, node, f"imports from the package {node.module}", "import from the defining module")
+            yield node
+
+
+def _reach(entry_module: str) -> dict[str, _Module]:
+    """The entry module and all that it imports from the package, directly or not, by module name."""
+    found: dict[str, _Module] = {}
+    flat: dict[str, str] = {}
+    waiting = [entry_module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        if name not in _LEAVES and not name.startswith(_STOREYS):
+            raise HFEError(
+                f"{entry_module} reaches {name}, which a checkpoint cannot carry",
+                "let exported code import only kernels, modeling, " + ", ".join(_LEAVES),
+            )
+        other = flat.setdefault(flat_name(name), name)
+        if other != name:
+            raise HFEError(f"{name} and {other} would both be {flat_name(name)}.py", "rename one of the two modules")
+        module = found[name] = _Module(name, _source_text(name))
+        _refuse_unportable(module)
+        waiting += [str(node.module) for node in module.imports]
+    return found
+
+
+def _refuse_unportable(module: _Module) -> None:
+    """Refuse what works in the package but not in transformers' copy of a checkpoint's code."""
+    for node in ast.walk(module.tree):
+        called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if called in ("import_module", "__import__"):
+            raise _broken(module.name, node, f"calls {called}, which the copy cannot follow", "use an import statement")
+        if called == "__file__":
+            raise _broken(module.name, node, "reads __file__, but data files are not copied", "keep the data in Python")
+
+
+def _source_text(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    source = spec.loader.get_source(module) if spec and hasattr(spec.loader, "get_source") else None
+    if source is None:
+        raise HFEError(f"the source of {module} is not installed", "reinstall hf-efficient with its .py files")
+    return source
+
+
+def _is_package(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _renamed_namespace(module: _Module, namespace: str) -> str:
+    """The namespace module's source with another value of NS."""
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["NS"]:
+            lines = module.text.encode().splitlines(keepends=True)
+            line, value = lines[node.value.lineno - 1], node.value
+            lines[value.lineno - 1] = (
+                line[: value.col_offset] + f'"{namespace}"'.encode() + line[value.end_col_offset :]
+            )
+            return b"".join(lines).decode()
+    raise HFEError(f"{module.name} assigns no NS", 'keep the line NS = "hf_efficient" in kernels/namespace.py')
+
+
+def _header(module: str, version: str, source_hash: str) -> str:
+    # No dates: the same release must write the same bytes again.
+    return (
+        f"# {module} of hf-efficient {version}, sources {source_hash}, written into this checkpoint by its exporter.\n"
+        "# `hf-efficient verify` compares this file with that release. SPDX-License-Identifier: Apache-2.0\n\n"
+    )
+
+
+def _self_check(code: FlatCode) -> None:
+    """Read the files as transformers will, before any of them reaches a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in code.files.items():
+            Path(folder, name).write_text(text, encoding="utf-8", newline="\n")
+        for name, text in code.files.items():
+            compile(text, name, "exec")
+            for target in get_relative_imports(Path(folder, name)):
+                if f"{target}.py" not in code.files:
+                    raise HFEError(
+                        f"{name} has a line that transformers reads as an import of {target}.py, which is no file of it",
+                        "reword the docstring or string that holds this line",
+                    )
+            needed = set(get_imports(Path(folder, name))) - _ALWAYS_INSTALLED - set(sys.stdlib_module_names)
+            if needed:
+                raise HFEError(
+                    f"{name} imports {sorted(needed)} unguarded, so it loads only where that is installed",
+                    "put the import in try/except ImportError at the top of the module",
+                )
+        copied = {Path(path).name for path in get_relative_import_files(Path(folder, code.entry))} | {code.entry}
+    lost = sorted(set(code.files) - copied)
+    if lost:
+        raise HFEError(f"transformers would not copy {lost}", "import each of them by a plain import statement")
+
+
+def _broken(module: str, node: ast.AST, what: str, remedy: str) -> HFEError:
+    return HFEError(f"{module}, line {getattr(node, 'lineno', 0)}: {ast.unparse(node)!r} {what}", remedy)
