@@ -1,20 +1,31 @@
-"""A stock checkpoint as the converter sees it: a configuration and tensors that are read one at a time."""
+"""A checkpoint as the converter sees it: a configuration, and tensors that are read one at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
+from hf_efficient.conversion.families import decoder_config, source_config
+from hf_efficient.conversion.gguf_reader import GGUFReader, gguf_special_tokens
+from hf_efficient.conversion.hub_files import card_metadata, download_checkpoint, is_repo_id, repo_of_snapshot
+from hf_efficient.conversion.safetensors_reader import SafetensorsReader
+from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.bin.index.json")
 
 
 class TensorReader(Protocol):
-    """Tensors of a checkpoint by their stock names. Headers are parsed once; data is read by byte range, never mapped."""
+    """Tensors of a checkpoint by their stock names; headers are parsed once, data is read by byte range, never mapped."""
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the files."""
@@ -27,6 +38,9 @@ class TensorReader(Protocol):
     def read(self, name: str) -> Tensor:
         """The whole tensor, a CPU copy that the caller owns. NaN or infinity is an error."""
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of the first dimension, without reading the others."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -38,6 +52,8 @@ class Source:
         reader: the weights.
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of our decoder.
+        gguf_file: name of the GGUF file in `files`; None for a folder.
+        special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
         base_model, license, revision: for the model card; None when the source does not say. Never a local path.
     """
 
@@ -47,10 +63,142 @@ class Source:
     stock_config: PreTrainedConfig
     config: EfficientDecoderConfig
     gguf_file: str | None = None
+    special_tokens: dict[str, int] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
     revision: str | None = None
 
     def tokenizer(self) -> Any:
-        """The source's tokenizer, special tokens set right for GGUF files too."""
-        raise NotImplementedError
+        """The source's tokenizer; of a GGUF file with the special tokens that its metadata names."""
+        # False, not None: a checkpoint's own code is never run, nor is the user asked whether it may.
+        if self.gguf_file is None:
+            return AutoTokenizer.from_pretrained(self.files, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(self.files, gguf_file=self.gguf_file, trust_remote_code=False)
+        # Some versions of transformers read the end and padding tokens of a GGUF file wrongly.
+        for role, token_id in self.special_tokens.items():
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token_id))
+            tokenizer.init_kwargs.pop(f"{role}_id", None)
+        return tokenizer
+
+
+def open_source(location: str, *, revision: str | None = None, token: str | None = None) -> Source:
+    """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
+
+    Args:
+        location: the source. Something that exists locally is never looked up on the Hub.
+        revision, token: of the Hub repository.
+
+    Raises:
+        HFEError: the source is absent, damaged, or not a checkpoint that a conversion takes.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return _open_folder(location, path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise HFEError(
+                f"{path.name} is a file but not a .gguf", "name a checkpoint folder, a .gguf file or a Hub repository"
+            )
+        return _open_gguf(location, path)
+    if path.suffix == ".gguf" or not is_repo_id(location):
+        raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
+    return _open_folder(location, download_checkpoint(location, revision=revision, token=token))
+
+
+def open_folder_reader(folder: Path) -> SafetensorsReader:
+    """A reader of the safetensors weights of a folder, in one file or sharded."""
+    return SafetensorsReader(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's weights: those that the index names, or the single file."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HFEError(f"{index.name} has no weight_map", "download it again")
+        return [_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
+    if (folder / _SINGLE_NAME).exists():
+        return [_inside(folder, _SINGLE_NAME, folder.name)]
+    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
+    if pickles:
+        raise HFEError(
+            f"{folder.name} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
+            "use a revision with safetensors, or load it where you trust it and save it again with save_pretrained",
+        )
+    if (folder / "adapter_config.json").exists():
+        raise HFEError(f"{folder.name} is an adapter, not a model", "merge it into its base model and convert that")
+    raise HFEError(
+        f"{folder.name} holds neither {_SINGLE_NAME} nor {INDEX_NAME}", "name the folder of a whole checkpoint"
+    )
+
+
+def _open_folder(location: str, folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        weight_files(folder)  # an adapter or a folder of another kind has a better message
+        raise HFEError(f"{folder.name} has no config.json", "name the folder of a whole checkpoint")
+    stock_config = source_config(_read_json(folder / "config.json"))
+    repo, revision = repo_of_snapshot(folder)
+    card = card_metadata(folder)
+    patched = stock_config.model_type.startswith("hfe_")
+    return Source(
+        location=location,
+        files=folder,
+        reader=open_folder_reader(folder),
+        stock_config=stock_config,
+        config=decoder_config(stock_config),
+        # A patched checkpoint goes back to the stock model that it was made from.
+        base_model=card.get("base_model") if patched else repo,
+        license=card.get("license"),
+        revision=revision,
+    )
+
+
+def _open_gguf(location: str, path: Path) -> Source:
+    reader = GGUFReader(path)
+    url = str(reader.file.metadata.get("general.repo_url", ""))
+    repo = re.fullmatch(r"https?://[^/]+/([\w.-]+/[\w.-]+)/?", url)
+    return Source(
+        location=location,
+        files=path.parent,
+        reader=reader,
+        stock_config=reader.config,
+        config=decoder_config(reader.config),
+        gguf_file=path.name,
+        special_tokens=gguf_special_tokens(reader.file),
+        base_model=repo[1] if repo else None,
+        license=reader.file.metadata.get("general.license"),
+    )
+
+
+def _inside(folder: Path, name: Any, origin: str) -> Path:
+    """`folder / name`, once it is sure to be a file that does not lie outside the folder.
+
+    Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
+    """
+    path = folder / str(name)
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise HFEError(
+            f"{origin} points to {name!r}, outside the checkpoint's folder; shards are named by paths inside it",
+            "do not use this checkpoint, or correct its index",
+        )
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise HFEError(
+            f"{name} is a link that leads outside the checkpoint's folder",
+            "copy the file into the folder, or name the folder that holds it",
+        )
+    if not path.is_file():
+        raise HFEError(f"{origin} names {name}, which is missing", "download the checkpoint again")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise HFEError(f"{path.name} cannot be read as JSON ({error})", "download it again") from error
+    if not isinstance(content, dict):
+        raise HFEError(f"{path.name} must hold a JSON object, not a {type(content).__name__}", "download it again")
+    return content

@@ -1,0 +1,168 @@
+"""GGUF files as stock checkpoints: stock names, llama.cpp's reordering undone, configuration from the metadata."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hf_efficient.conversion.families import source_config
+from hf_efficient.conversion.gguf_file import GGUFFile
+from hf_efficient.errors import HFEError
+
+_TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Metadata keys, after the architecture's prefix, and the configuration fields they fill.
+_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+class GGUFReader:
+    """A `TensorReader` over one GGUF file. Every tensor is dequantised to float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GGUFFile(path)
+        self.config = gguf_config(self.file)
+        self._stored = {stock_name(name): name for name in self.file.tensors if name != _ROPE_FREQUENCIES}
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[self._stored[name]].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.file.read(self._stored[name])
+        heads = self._interleaved_heads(name)
+        return tensor if heads is None else split_halves(tensor, heads)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        shape = self.shape(name)
+        if len(shape) < 2 or self._interleaved_heads(name) is not None:
+            return self.read(name)[start:stop].clone()
+        return self.file.read_rows(self._stored[name], start, min(stop, shape[0]))
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """Number of heads of a tensor that llama.cpp stores with interleaved rotary channels; None for any other."""
+        if self.file.metadata["general.architecture"] != "llama":
+            return None
+        if ".self_attn.q_proj." in name:
+            return self.config.num_attention_heads
+        return self.config.num_key_value_heads if ".self_attn.k_proj." in name else None
+
+
+def stock_name(name: str) -> str:
+    """The stock name of a GGUF tensor; a name without one is returned as it is and reported as unknown later."""
+    stem, dot, suffix = name.rpartition(".")
+    if stem in _TOP_LEVEL:
+        return _TOP_LEVEL[stem] + dot + suffix
+    in_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if in_layer and in_layer[2] in _IN_LAYER:
+        return f"model.layers.{in_layer[1]}.{_IN_LAYER[in_layer[2]]}{dot}{suffix}"
+    return name
+
+
+def split_halves(tensor: Tensor, heads: int) -> Tensor:
+    """Undo llama.cpp's channel order: of each head, (0, 1, 2, 3, …) pairs become the two halves (0, 2, …, 1, 3, …).
+
+    llama.cpp turns neighbouring channels of the first dimension, transformers turns channel i with i + head_dim / 2.
+    """
+    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def gguf_config(file: GGUFFile) -> PreTrainedConfig:
+    """transformers' configuration of the model in a GGUF file, the same as its own loader makes.
+
+    A llama file says nothing of Mistral's sliding window; as in transformers, only the general name `mistral` makes a
+    Mistral, with that family's default window.
+    """
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise HFEError(
+            f"{file.path.name} has GGUF architecture {architecture!r}, which is not a supported family; a "
+            f"conversion takes {', '.join(_ARCHITECTURES)}",
+            "choose a file of one of these, or convert from the original checkpoint",
+        )
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    _refuse_scaled_rotary(file, architecture)
+    fields: dict[str, Any] = {"model_type": architecture}
+    if architecture == "llama" and metadata.get("general.name") == "mistral":
+        fields["model_type"] = "mistral"
+    for key, field in _FIELDS.items():
+        if value(key) is None:
+            raise HFEError(f"{file.path.name} lacks the metadata {architecture}.{key}", "write the file again")
+        fields[field] = value(key)
+    fields["head_dim"] = value("attention.key_length") or value("rope.dimension_count")
+    if fields["head_dim"] is None or architecture == "qwen2":
+        del fields["head_dim"]
+    fields["rope_theta"] = value("rope.freq_base", 10000.0)
+    if value("attention.sliding_window") is not None:
+        fields["sliding_window"] = value("attention.sliding_window")
+    fields["num_experts"] = value("expert_count", 0)
+    if "token_embd.weight" in file.tensors:
+        fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
+    if architecture != "qwen2":
+        fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    for role in ("bos", "eos", "padding", "unknown"):
+        token = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if token is not None:
+            fields[{"padding": "pad", "unknown": "unk"}.get(role, role) + "_token_id"] = token
+    if not fields["num_experts"]:
+        del fields["num_experts"]
+    return source_config(fields)
+
+
+def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
+    """GGUF keeps scaled rotary frequencies in forms that lose the parameters of transformers' rotary types."""
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    scaled = kind != "none"
+    if not scaled and _ROPE_FREQUENCIES in file.tensors:
+        kind = _ROPE_FREQUENCIES
+        scaled = not bool((file.read(_ROPE_FREQUENCIES) == 1).all())
+    if scaled:
+        raise HFEError(
+            f"{file.path.name} scales its rotary frequencies ({kind}), which cannot be carried over from GGUF exactly",
+            "convert from the original safetensors checkpoint",
+        )
+
+
+def gguf_special_tokens(file: GGUFFile) -> dict[str, int]:
+    """Ids of the special tokens that the metadata names: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+    roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    ids = {token: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role, token in roles.items()}
+    return {token: value for token, value in ids.items() if value is not None}

@@ -1,0 +1,93 @@
+"""What a conversion fetches from the Hub, and what a local copy says about the repository it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from hf_efficient.errors import HFEError
+
+# Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "README.md"]
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def is_repo_id(location: str) -> bool:
+    """True for something that can be the id of a Hub repository."""
+    try:
+        validate_repo_id(location)
+    except HFValidationError:
+        return False
+    return True
+
+
+def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
+    """Fetch the files of a checkpoint that a conversion reads, and no other weights; returns the snapshot's folder."""
+    folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
+    index = folder / _INDEX
+    shards = [_SINGLE]
+    if index.is_file():
+        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        shards = sorted({str(name) for name in weight_map.values()})
+    # The same commit as the small files, even if the branch has moved on since.
+    return _snapshot(repo_id, [*_SMALL_FILES, *shards], repo_of_snapshot(folder)[1] or revision, token)
+
+
+def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise HFEError(f"the repository {repo_id} is gated", "ask for access on its page and pass --token") from error
+    except RevisionNotFoundError as error:
+        raise HFEError(f"the repository {repo_id} has no revision {revision}", "check --revision") from error
+    except RepositoryNotFoundError as error:
+        raise HFEError(
+            f"there is no local folder {repo_id} and no Hub repository of that name that you may read",
+            "check the name; a private repository needs --token",
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HFEError(
+            f"there is no local folder {repo_id}, the Hub cannot be reached, and its cache does not hold {repo_id}{at}",
+            "check the network, unset HF_HUB_OFFLINE, or name a local folder",
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise HFEError(f"downloading {repo_id}{at} failed: {cause}", "check the network and try again") from error
+
+
+def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
+    """Id and commit of a folder in the Hub's cache, `models--ORG--NAME/snapshots/COMMIT`; else (None, None)."""
+    match = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
+    if folder.parent.name != "snapshots" or match is None:
+        return None, None
+    return match[1].replace("--", "/"), folder.name
+
+
+def card_metadata(folder: Path) -> dict[str, str]:
+    """`license` and `base_model` from the header of a folder's README.md, where it has them as plain names."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        header = metadata_load(card) or {}
+    # A card with a broken header says nothing; it is no reason to refuse the weights beside it.
+    except Exception:
+        return {}
+    found = {key: header.get(key) for key in ("license", "base_model")}
+    single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in found.items()}
+    return {key: value for key, value in single.items() if isinstance(value, str)}

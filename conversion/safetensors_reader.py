@@ -1,0 +1,118 @@
+"""Safetensors checkpoints, in one file or in shards, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.tensor_file import check_finite, read_tensor
+from hf_efficient.errors import HFEError
+
+# The format's names of dtypes. Weights are of the first row; the others are known so that buffers can be skipped.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+# A header is a few hundred bytes for each tensor; the format itself allows no more than this.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: file, first byte, shape and dtype."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_elements(self) -> int:
+        """Elements in one entry of the first dimension."""
+        return math.prod(self.shape[1:])
+
+
+def parse_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise HFEError(
+                f"{path.name} has {size} bytes, fewer than its header claims: it is truncated or not safetensors",
+                "download or copy it again",
+            )
+        text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        raw = {
+            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HFEError(f"the header of {path.name} is not valid safetensors ({error})", "download it again") from error
+
+    entries = {}
+    for name, (kind, shape, start, stop) in sorted(raw.items(), key=lambda item: item[1][2]):
+        if kind not in DTYPES:
+            raise HFEError(
+                f"tensor {name} in {path.name} has dtype {kind}, which is not one of {', '.join(DTYPES)}",
+                "use a checkpoint in float32, float16 or bfloat16",
+            )
+        expected = math.prod(shape) * DTYPES[kind].itemsize
+        if stop - start != expected or start < 0:
+            raise HFEError(
+                f"tensor {name} in {path.name} has shape {list(shape)} and dtype {kind}, which is {expected} bytes, "
+                f"but its header gives it bytes {start} to {stop}",
+                "download or copy the file again",
+            )
+        if 8 + length + stop > size:
+            raise HFEError(
+                f"{path.name} is truncated: tensor {name} ends at byte {8 + length + stop}, the file at {size}",
+                "download or copy it again",
+            )
+        entries[name] = TensorEntry(path, 8 + length + start, shape, DTYPES[kind])
+    return entries
+
+
+class SafetensorsReader:
+    """A `TensorReader` over the given safetensors files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._entries: dict[str, TensorEntry] = {}
+        for path in paths:
+            entries = parse_header(path)
+            twice = sorted(self._entries.keys() & entries.keys())
+            if twice:
+                first = self._entries[twice[0]].path.name
+                raise HFEError(f"tensor {twice[0]} is both in {first} and in {path.name}", "remove the stale shard")
+            self._entries.update(entries)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return check_finite(name, read_tensor(entry.path, entry.offset, entry.shape, entry.dtype), entry.path)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self._entries[name]
+        stop = min(stop, entry.shape[0])
+        offset = entry.offset + start * entry.row_elements * entry.dtype.itemsize
+        rows = read_tensor(entry.path, offset, (stop - start, *entry.shape[1:]), entry.dtype)
+        return check_finite(name, rows, entry.path)

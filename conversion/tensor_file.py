@@ -1,0 +1,53 @@
+"""Reading tensors by byte range: an ordinary file read into a buffer that the caller owns.
+
+No file is ever mapped into memory: a mapping counts against a limit on address space, and its pages look like use.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_efficient.errors import HFEError
+
+# Elements handled at once where a step needs scratch memory, so that scratch stays small beside a tensor.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the bytes of `path` from `offset` on."""
+    filled = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while filled < len(buffer):
+            count = file.readinto(buffer[filled:])
+            if not count:
+                raise HFEError(
+                    f"{path.name} ends after {offset + filled} bytes, inside a tensor that needs {len(buffer)} bytes "
+                    f"from byte {offset} on: the file is truncated",
+                    "download or copy it again",
+                )
+            filled += count
+
+
+def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor whose raw little-endian elements begin at byte `offset` of `path`."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        read_bytes(path, offset, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return tensor
+
+
+def check_finite(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """`tensor` itself, or `HFEError` when it holds NaN or infinity."""
+    # The extremes of a tensor with a NaN are NaN, so no mask of the tensor's size is needed.
+    if tensor.numel() and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+        bad = "NaN" if tensor.isnan().any() else "infinity"
+        raise HFEError(
+            f"tensor {name} in {path.name} holds {bad}; weights must be finite",
+            "use an undamaged checkpoint: one NaN spreads to every logit",
+        )
+    return tensor
