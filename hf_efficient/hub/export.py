@@ -35,9 +35,9 @@ class CodeExport:
 
 
 def export(folder: str | Path) -> CodeExport:
-    """Make the checkpoint in `folder` self-contained, so that `from_pretrained(folder, trust_remote_code=True)` loads it.
+    """Make a checkpoint self-contained, so that `from_pretrained(folder, trust_remote_code=True)` loads it anywhere.
 
-    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Doing it again changes nothing.
+    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Again changes nothing.
 
     Raises:
         HFEError: `folder` holds no configuration of an architecture of this package.

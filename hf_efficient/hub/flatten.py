@@ -1,7 +1,7 @@
 """The package's modules as flat, self-contained files: the code that a checkpoint carries.
 
-transformers copies a checkpoint's code by searching the entry file, and then each file it finds, for relative imports of
-one flat name. So every module that the entry module reaches becomes one file beside the others, and only its import
+transformers copies a checkpoint's code by searching the entry file, and then each file it finds, for relative imports
+of one flat name. So every module that the entry module reaches becomes one file beside the others, and only its import
 lines change: Triton reads the source of its kernels, and a reader can compare the file with the release line by line.
 """
 
@@ -183,8 +183,9 @@ def _renamed_namespace(module: _Module, namespace: str) -> str:
 def _header(module: str, version: str, source_hash: str) -> str:
     # No dates: the same release must write the same bytes again.
     return (
-        f"# {module} of hf-efficient {version}, sources {source_hash}, written into this checkpoint by its exporter.\n"
-        "# `hf-efficient verify` compares this file with that release. SPDX-License-Identifier: Apache-2.0\n\n"
+        "# SPDX-License-Identifier: Apache-2.0\n"
+        f"# {module} of hf-efficient {version}, as its exporter writes it into checkpoints.\n"
+        f"# `hf-efficient verify` compares this file with that release. Sources: {source_hash}\n\n"
     )
 
 
@@ -198,7 +199,7 @@ def _self_check(code: FlatCode) -> None:
             for target in get_relative_imports(Path(folder, name)):
                 if f"{target}.py" not in code.files:
                     raise HFEError(
-                        f"{name} has a line that transformers reads as an import of {target}.py, which is no file of it",
+                        f"{name} has a line that transformers reads as an import of {target}.py, which it lacks",
                         "reword the docstring or string that holds this line",
                     )
             needed = set(get_imports(Path(folder, name))) - _ALWAYS_INSTALLED - set(sys.stdlib_module_names)
