@@ -1,0 +1,51 @@
+"""Launch configurations of the stem_gate kernels: a table, not a search, so that the first call is quick.
+
+Keys are classes of shapes, never the number of tokens itself: a growing sequence compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Positions of one token id that one program of the backward kernel sums; longer runs are summed from partial rows.
+CHUNK = 64
+# Up to this many tokens a call is decoding: few rows, so a program takes one row and a narrow tile of it.
+DECODE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile of one program, in tokens and columns, and its warps."""
+
+    block_tokens: int
+    block_width: int
+    num_warps: int
+
+
+_DECODE = LaunchConfig(block_tokens=1, block_width=512, num_warps=2)
+_BULK = LaunchConfig(block_tokens=4, block_width=1024, num_warps=4)
+_SEGMENTS = LaunchConfig(block_tokens=4, block_width=512, num_warps=2)
+
+
+def _fit_width(config: LaunchConfig, width: int) -> LaunchConfig:
+    """`config` with a tile no wider than the next power of two of `width`: narrow models waste no lanes."""
+    fitting = max(64, 1 << (width - 1).bit_length())
+    return config if fitting >= config.block_width else LaunchConfig(config.block_tokens, fitting, config.num_warps)
+
+
+def elementwise_config(tokens: int, width: int) -> LaunchConfig:
+    """For the forward kernel and for the gradient of the gate alone."""
+    return _fit_width(_DECODE if tokens <= DECODE_TOKENS else _BULK, width)
+
+
+def segment_config(width: int) -> LaunchConfig:
+    """For the backward kernel that walks the runs of equal ids, and for the sum of its partial rows."""
+    return _fit_width(_SEGMENTS, width)
+
+
+def all_configs(width: int) -> dict[str, list[LaunchConfig]]:
+    """Every configuration that a call of this width can take, by kind of kernel."""
+    return {
+        "elementwise": [elementwise_config(tokens, width) for tokens in (1, DECODE_TOKENS + 1)],
+        "segment": [segment_config(width)],
+    }

@@ -1,0 +1,318 @@
+"""Triton kernels of stem_gate and the functions that launch them.
+
+No checks of arguments and no autograd: `api.py` and `op.py` see to those. Ids outside the table are masked everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efficient.kernels.stem_gate.configs import CHUNK, elementwise_config, segment_config
+from hf_efficient.kernels.stem_gate.reference import compute_dtype
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:
+    HAVE_TRITON = False
+
+
+if HAVE_TRITON:
+    _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+    @triton.jit
+    def _sigmoid(x):
+        return 1.0 / (1.0 + tl.exp(-x))
+
+    @triton.jit
+    def _silu_slope(x):
+        """Derivative of x * sigmoid(x)."""
+        s = _sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+
+    @triton.jit
+    def _table_width(row, rows, width):
+        """Columns of the table that may be touched in `row`: none where there is no such row."""
+        return tl.where((row >= 0) & (row < rows), width, 0)
+
+    @triton.jit(do_not_specialize=["tokens", "rows"])
+    def forward_kernel(
+        out,
+        gate,
+        table,
+        ids,
+        tokens,
+        rows,
+        width,
+        gate_stride,
+        table_stride,
+        WIDE: tl.constexpr,
+        BLOCK_TOKENS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+    ):
+        # Token blocks run fastest: the columns of the table that are in use at one time then fit the L2 cache, and an id
+        # that comes again finds its row there.
+        token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        row = tl.load(ids + token, mask=token < tokens, other=-1).to(tl.int64)
+        inside = (token < tokens)[:, None] & (column < width)[None, :]
+        in_table = column[None, :] < _table_width(row, rows, width)[:, None]
+        # Gate and output are touched once; marked so, they do not push table rows out of the cache.
+        g = tl.load(
+            gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(WIDE)
+        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(WIDE)
+        h = g * _sigmoid(g) * u
+        tl.store(
+            out + token[:, None] * width + column[None, :],
+            h.to(out.dtype.element_ty),
+            mask=inside,
+            eviction_policy="evict_first",
+        )
+
+    @triton.jit(do_not_specialize=["tokens", "rows"])
+    def backward_gate_kernel(
+        dgate,
+        dout,
+        gate,
+        table,
+        ids,
+        tokens,
+        rows,
+        width,
+        dout_stride,
+        gate_stride,
+        table_stride,
+        WIDE: tl.constexpr,
+        BLOCK_TOKENS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        row = tl.load(ids + token, mask=token < tokens, other=-1).to(tl.int64)
+        inside = (token < tokens)[:, None] & (column < width)[None, :]
+        in_table = column[None, :] < _table_width(row, rows, width)[:, None]
+        g = tl.load(
+            gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(WIDE)
+        d = tl.load(
+            dout + token[:, None] * dout_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(WIDE)
+        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(WIDE)
+        tl.store(
+            dgate + token[:, None] * width + column[None, :],
+            (d * u * _silu_slope(g)).to(dgate.dtype.element_ty),
+            mask=inside,
+            eviction_policy="evict_first",
+        )
+
+    @triton.jit(do_not_specialize=["tokens", "rows"])
+    def backward_kernel(
+        dgate,
+        dtable,
+        partial,
+        dout,
+        gate,
+        table,
+        sorted_ids,
+        order,
+        first,
+        last,
+        tokens,
+        rows,
+        width,
+        dout_stride,
+        gate_stride,
+        table_stride,
+        WIDE: tl.constexpr,
+        CHUNK: tl.constexpr,
+        BLOCK_TOKENS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+    ):
+        # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id; every CHUNK-th position
+        # of a run is the head of a chunk, and the program of a head does the whole chunk. Other programs have no work.
+        position = tl.program_id(0)
+        begin = tl.load(first + position)
+        if (position - begin) % CHUNK == 0:
+            end = tl.load(last + position)
+            stop = tl.minimum(end, position + CHUNK)
+            row = tl.load(sorted_ids + position).to(tl.int64)
+            column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+            in_table = column < _table_width(row, rows, width)
+            u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(WIDE)[None, :]
+            total = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], dtype=WIDE)
+            for start in range(position, stop, BLOCK_TOKENS):
+                at = start + tl.arange(0, BLOCK_TOKENS)
+                token = tl.load(order + at, mask=at < stop, other=0).to(tl.int64)[:, None]
+                inside = (at < stop)[:, None] & (column < width)[None, :]
+                g = tl.load(gate + token * gate_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+                d = tl.load(dout + token * dout_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+                dg = (d * u * _silu_slope(g)).to(dgate.dtype.element_ty)
+                tl.store(dgate + token * width + column[None, :], dg, mask=inside)
+                total += d * g * _sigmoid(g)
+            chunk_sum = tl.sum(total, axis=0)
+            if end - begin <= CHUNK:
+                tl.store(dtable + row * width + column, chunk_sum.to(dtable.dtype.element_ty), mask=in_table)
+            else:
+                slot = _slot(position, begin, CHUNK)
+                tl.store(partial + slot * width + column, chunk_sum, mask=column < width)
+
+    @triton.jit
+    def _slot(position, begin, CHUNK: tl.constexpr):
+        """Row of the partial sum of the chunk that begins at `position`.
+
+        Among CHUNK neighbouring positions there is at most one first chunk of a run longer than CHUNK, and at most one
+        later chunk of such a run: two rows for every CHUNK positions are enough, and no two chunks share one.
+        """
+        return (position // CHUNK).to(tl.int64) * 2 + (position != begin).to(tl.int64)
+
+    @triton.jit(do_not_specialize=["tokens", "rows"])
+    def sum_partials_kernel(
+        dtable,
+        partial,
+        sorted_ids,
+        first,
+        last,
+        tokens,
+        rows,
+        width,
+        WIDE: tl.constexpr,
+        CHUNK: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+    ):
+        # One program for CHUNK neighbouring positions: at most one run longer than CHUNK begins among them.
+        at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+        begin = tl.load(first + at, mask=at < tokens, other=-1)
+        end = tl.load(last + at, mask=at < tokens, other=0)
+        begin = tl.max(tl.where((begin == at) & (end - begin > CHUNK), begin, -1), axis=0)
+        if begin >= 0:
+            end = tl.load(last + begin)
+            row = tl.load(sorted_ids + begin).to(tl.int64)
+            column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+            total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+            for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
+                slot = _slot(begin + chunk * CHUNK, begin, CHUNK)
+                total += tl.load(partial + slot * width + column, mask=column < width, other=0.0)
+            in_table = column < _table_width(row, rows, width)
+            tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """`x`, or a copy of it when its last dimension is strided: the kernels read rows as runs of memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def launch_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T]."""
+    gate, ids = _rows_contiguous(gate), ids.contiguous()
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    tokens, width = gate.shape
+    if out.numel() == 0:
+        return out
+    config = elementwise_config(tokens, width)
+    grid = (triton.cdiv(tokens, config.block_tokens), triton.cdiv(width, config.block_width))
+    forward_kernel[grid](
+        out,
+        gate,
+        table,
+        ids,
+        tokens,
+        table.shape[0],
+        width,
+        gate.stride(0),
+        table.stride(0),
+        WIDE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
+        BLOCK_TOKENS=config.block_tokens,
+        BLOCK_WIDTH=config.block_width,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def launch_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """Gradient of gate [T, F]."""
+    dout, gate, ids = _rows_contiguous(dout), _rows_contiguous(gate), ids.contiguous()
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    tokens, width = gate.shape
+    if dgate.numel() == 0:
+        return dgate
+    config = elementwise_config(tokens, width)
+    grid = (triton.cdiv(tokens, config.block_tokens), triton.cdiv(width, config.block_width))
+    backward_gate_kernel[grid](
+        dgate,
+        dout,
+        gate,
+        table,
+        ids,
+        tokens,
+        table.shape[0],
+        width,
+        dout.stride(0),
+        gate.stride(0),
+        table.stride(0),
+        WIDE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
+        BLOCK_TOKENS=config.block_tokens,
+        BLOCK_WIDTH=config.block_width,
+        num_warps=config.num_warps,
+    )
+    return dgate
+
+
+def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate [T, F] and table [R, F]; the table's is dense and the same, bit for bit, at every run."""
+    dout, gate = _rows_contiguous(dout), _rows_contiguous(gate)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dtable = torch.zeros_like(table, memory_format=torch.contiguous_format)
+    tokens, width = gate.shape
+    if dgate.numel() == 0:
+        return dgate, dtable
+    wide = compute_dtype(gate.dtype, table.dtype)
+    # Stable, so that the positions of an id keep their order and the sum its bits.
+    sorted_ids, order = torch.sort(ids, stable=True)
+    first = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True)
+    last = torch.searchsorted(sorted_ids, sorted_ids, right=True, out_int32=True)
+    partial = gate.new_empty((2 * triton.cdiv(tokens, CHUNK), width), dtype=wide)
+    config = segment_config(width)
+    tiles = triton.cdiv(width, config.block_width)
+    backward_kernel[(tokens, tiles)](
+        dgate,
+        dtable,
+        partial,
+        dout,
+        gate,
+        table,
+        sorted_ids,
+        order,
+        first,
+        last,
+        tokens,
+        table.shape[0],
+        width,
+        dout.stride(0),
+        gate.stride(0),
+        table.stride(0),
+        WIDE=_TRITON_DTYPE[wide],
+        CHUNK=CHUNK,
+        BLOCK_TOKENS=config.block_tokens,
+        BLOCK_WIDTH=config.block_width,
+        num_warps=config.num_warps,
+    )
+    if tokens > CHUNK:  # otherwise no run can be longer than a chunk
+        sum_partials_kernel[(triton.cdiv(tokens, CHUNK), tiles)](
+            dtable,
+            partial,
+            sorted_ids,
+            first,
+            last,
+            tokens,
+            table.shape[0],
+            width,
+            WIDE=_TRITON_DTYPE[wide],
+            CHUNK=CHUNK,
+            BLOCK_WIDTH=config.block_width,
+            num_warps=config.num_warps,
+        )
+    return dgate, dtable

@@ -1,0 +1,77 @@
+"""Checks of an operation's arguments, with one wording for all operations.
+
+Nothing here looks at data, except `check_ids`; shapes, dtypes and devices are known without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_efficient.environment import check_data
+from hf_efficient.errors import HFEError, TokenIdError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every value is a tensor, and all are on one device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise HFEError(f"{op}: `{name}` is of type {type(tensor).__name__}", "pass a torch.Tensor")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
+        raise HFEError(f"{op}: the tensors are on several devices ({found})", "move them to one device")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
+    """`tensor` has one of the dtypes in `allowed`."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise HFEError(f"{op}: `{name}` has dtype {str(tensor.dtype).removeprefix('torch.')}", f"convert it to one of {names}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], layout: str) -> None:
+    """`tensor` has exactly the shape `expected`; `layout` says in words where that shape comes from."""
+    if tuple(tensor.shape) != expected:
+        raise HFEError(
+            f"{op}: `{name}` has shape {tuple(tensor.shape)} where {expected} is needed", f"its shape must be {layout}"
+        )
+
+
+def check_rank(op: str, name: str, tensor: Tensor, least: int, most: int | None, layout: str) -> None:
+    """`tensor` has between `least` and `most` dimensions (no upper bound when None)."""
+    if tensor.dim() < least or (most is not None and tensor.dim() > most):
+        raise HFEError(f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its shape must be {layout}")
+
+
+def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Neighbours in the last dimension of `tensor` are neighbours in memory; other strides are free.
+
+    For tensors too large to be copied in passing; smaller ones are made contiguous by the operation itself.
+    """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise HFEError(
+            f"{op}: the last dimension of `{name}` has stride {tensor.stride(-1)} and must have 1",
+            f"call {name}.contiguous() once, before the loop",
+        )
+
+
+def check_ids(op: str, ids: Tensor, rows: int) -> None:
+    """Every id lies in [0, rows): checked on the CPU always, elsewhere with HFE_CHECK=1, since it waits for the device."""
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_meta or ids.numel() == 0:
+        return  # no values to look at: a traced, fake or empty tensor
+    if ids.device.type != "cpu" and not check_data():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= rows:
+        position = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
+        raise TokenIdError(
+            f"{op}: `ids` holds {int(ids[tuple(position)])} at position {position}, and `table` has {rows} rows "
+            f"(0..{rows - 1})",
+            "pass ids of the tokenizer that belongs to this table, or enlarge the table",
+        )
