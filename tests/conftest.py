@@ -35,7 +35,7 @@ def repository_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of small real data: `HFE_DATA`, else `shared/data` in or beside the checkout; skips where there is none."""
+    """Folder of small real data: `HFE_DATA`, else `shared/data` in or beside the checkout; without it the test skips."""
     named = os.environ.get("HFE_DATA")
     candidates = [Path(named)] if named else [ROOT / "shared" / "data", ROOT.parent / "shared" / "data"]
     for folder in candidates:

@@ -19,7 +19,9 @@ def command(
         list[str] | None,
         typer.Option(help="Patch to apply; repeat it to combine patches. `none` re-homes the model unchanged."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the source's; GGUF gives float32), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the source's; GGUF gives float32), float32, bfloat16, float16.")
+    ] = "auto",
     revision: Revision = None,
     token: Token = None,
     device: Device = "cpu",
@@ -34,21 +36,25 @@ def command(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the source, for the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence for the card; by default the source's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT once the new one is complete.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUTPUT once the new one is complete.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, disk and memory; write nothing.")] = False,
     json: Json = False,
     **patch_fields: Any,
 ) -> None:
     """Convert a stock checkpoint to a patched architecture.
 
-    OUTPUT is a folder that `from_pretrained(OUTPUT, trust_remote_code=True)` loads anywhere, with or without this package.
+    OUTPUT is a folder that `from_pretrained(OUTPUT, trust_remote_code=True)` loads anywhere, even without this package.
 
     Example: hf-efficient convert HuggingFaceTB/SmolLM2-135M-Instruct smollm-stem --patch stem --stem-layers 1,4,7
     """
     from hf_efficient.checkpoint import convert
 
     if not patch:
-        raise UsageError("no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged")
+        raise UsageError(
+            "no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged"
+        )
     report = convert(
         source,
         output,

@@ -60,9 +60,9 @@ def command(
     for name, folder, gguf in (("source", source.parent, source.name), ("STEM", output, None)):
         typer.echo(f"{name:>7}: {_answer(folder, gguf, max_new_tokens)}")
     typer.echo(
-        "\nReplacing dense layers by tables loses quality, and no text can undo that in closed form: read the Δ nll above."
+        "\nTables in place of dense layers lose quality, and no calibration can undo all of it: read the Δ nll above."
         "\nThe folder loads anywhere with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."
-        f"\nNext: hf-efficient generate {output} \"Tell me about whales.\"    hf-efficient push {output} YOU/smollm-stem"
+        f'\nNext: hf-efficient generate {output} "Tell me about whales."    hf-efficient push {output} YOU/smollm-stem'
     )
 
 

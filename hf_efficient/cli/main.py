@@ -1,4 +1,7 @@
-"""`hf-efficient`: one subcommand a file. Exit status 0 done, 2 wrong argument, 1 anything found later, 130 interrupted."""
+"""`hf-efficient`: one subcommand a file.
+
+Exit status 0: done; 2: a wrong argument; 1: anything found later; 130: interrupted.
+"""
 
 from __future__ import annotations
 

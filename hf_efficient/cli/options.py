@@ -50,7 +50,7 @@ def _flag_type(hint: Any) -> Any:
 
 
 def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option `--<patch>-<field>` for every field of every patch; they arrive in its `**patch_fields`."""
+    """Give `command` an option `--<patch>-<field>` for every field of every patch, passed on as keyword arguments."""
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     hints = get_type_hints(command, include_extras=True)
@@ -95,7 +95,9 @@ def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
     for key in given:
         owner = next(patch for patch in known if key.startswith(f"{patch}_"))
         if owner not in names:
-            raise UsageError(f"--{key.replace('_', '-')} belongs to a patch that was not asked for", f"add --patch {owner}")
+            raise UsageError(
+                f"--{key.replace('_', '-')} belongs to a patch that was not asked for", f"add --patch {owner}"
+            )
     return [
         known[name](**{key.removeprefix(f"{name}_"): v for key, v in given.items() if key.startswith(f"{name}_")})
         for name in names

@@ -25,9 +25,7 @@ def command(
     """
     from hf_efficient.hub.push import push
 
-    result = push(
-        folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
-    )
+    result = push(folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token)
     if json:
         print_json(result.to_dict())
     else:

@@ -88,6 +88,11 @@ class DecoderConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    @property
+    def active_patches(self) -> list[str]:
+        """Names of the patches that this configuration carries, as the command line spells them."""
+        return []
+
     def validate_architecture(self) -> None:
         """Cross-field rules; raises `ValueError` with the value and the rule."""
         if self.num_attention_heads % self.num_key_value_heads:

@@ -51,6 +51,10 @@ class StemConfig(DecoderConfig):
             self.stem_embedding_dim = self.intermediate_size
         super().__post_init__(**kwargs)
 
+    @property
+    def active_patches(self) -> list[str]:
+        return [*super().active_patches, *(["stem"] if self.stem_layers else [])]
+
     def validate_stem(self) -> None:
         """Rules of the STEM fields; raises `ValueError` with the value and the rule."""
         layers, count = self.stem_layers, self.num_hidden_layers

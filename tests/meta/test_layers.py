@@ -52,7 +52,10 @@ def test_leaves_import_only_the_standard_library_and_each_other() -> None:
     for leaf in LEAVES:
         path = ROOT / (leaf.replace(".", "/") + ".py")
         for line, module, _ in _imports(path):
-            assert module in LEAVES or module.split(".")[0] not in {"torch", "transformers", "hf_efficient"}, (leaf, line)
+            assert module in LEAVES or module.split(".")[0] not in {"torch", "transformers", "hf_efficient"}, (
+                leaf,
+                line,
+            )
 
 
 def test_kernels_know_nothing_of_transformers() -> None:
@@ -81,7 +84,9 @@ def test_no_import_cycles_at_module_level() -> None:
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         graph[_module(path)] = {
-            node.module for node in tree.body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_")
+            node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_")
         }
     done: set[str] = set()
 

@@ -63,9 +63,7 @@ def test_wheel_works_from_another_folder(distributions: dict[str, Path], tmp_pat
 
 def test_bare_checkout_works_without_installation(tmp_path: Path) -> None:
     """Only files that git tracks or would track, in a fresh folder: what a clone holds."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in listed.stdout.splitlines():
