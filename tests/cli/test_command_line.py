@@ -1,0 +1,167 @@
+"""The command line: help, exit statuses, errors in one line, flags made from the patches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_efficient.cli import main as command_line
+from hf_efficient.cli.main import SUBCOMMANDS, run
+from hf_efficient.cli.options import build_patches, patch_classes
+from hf_efficient.errors import HFEError, UsageError
+
+
+def status_of(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        run(list(arguments))
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as STEM, made by the command line in a process of its own."""
+    output = tmp_path_factory.mktemp("converted") / "tiny-stem"
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_efficient.cli", "convert", str(tiny_llama), str(output), "--patch", "stem"]
+        + ["--stem-layers", "1,3", "--calibration-tokens", "2048"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(name, "--help") == 0
+    assert f"Example: hf-efficient {name}" in capsys.readouterr().out
+
+
+def test_overview_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (HFEError("the file is torn", "fetch it again"), 1, "error: the file is torn; fetch it again"),
+        (UsageError("3 is odd", "give an even number"), 2, "error: 3 is odd; give an even number"),
+        (RuntimeError("two\nlines"), 1, "error (RuntimeError): two lines (--debug shows the traceback)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_statuses_and_errors_in_one_line(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "app", fail)
+    assert status_of("inspect", "x") == status
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("inspect", "/no/such.gguf", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "No such command"),
+        (["convert", "source"], "Missing argument"),
+        (["convert", "source", "out"], "no --patch"),
+        (["convert", "source", "out", "--patch", "warp"], "choose from stem, none"),
+        (["convert", "source", "out", "--patch", "none", "--stem-layers", "1"], "add --patch stem"),
+        (["convert", "source", "out", "--patch", "stem", "--patch", "none"], "contradicts itself"),
+        (["convert", "source", "out", "--patch", "stem", "--stem-layers", "one"], "stem"),
+        (["convert", "source", "out", "--patch", "none", "--dtype", "int3"], "dtype"),
+        (["convert", "source", "out", "--patch", "none", "--max-shard-size", "huge"], "huge"),
+        (["convert", "source", "out", "--patch", "none", "--calibration-tokens", "0"], "calibration"),
+        (["bench", "nothing"], "there is no benchmark"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert status_of(*arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_output_exits_with_2_and_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert status_of("convert", str(tiny_llama), str(tmp_path / "out"), "--patch", "none") == 2
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_every_field_of_every_patch_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    assert status_of("convert", "--help") == 0
+    shown = capsys.readouterr().out
+    for patch, cls in patch_classes().items():
+        for field in dataclasses.fields(cls):
+            assert f"--{patch}-{field.name.replace('_', '-')}" in shown
+            assert field.metadata["help"], field.name
+
+
+def test_flags_reach_the_patch() -> None:
+    (stem,) = build_patches(["stem"], {"stem_layers": "1,4", "stem_sequential": True, "stem_init": None})
+    assert (list(stem.layers), stem.sequential) == ([1, 4], True)
+
+
+def test_converted_folder_is_inspected_verified_evaluated_and_run(
+    converted: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of("inspect", str(converted), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model_type"], found["patches"], found["stem_layers"]) == ("hfe_stem", ["stem"], [1, 3])
+    assert found["parameters"]["STEM tables"] == 2 * found["vocab_size"] * found["intermediate_size"]
+
+    assert status_of("verify", str(converted)) == 0
+    capsys.readouterr()
+
+    reference = ["--reference", str(tiny_llama), "--tokens", "1024", "--json"]
+    assert status_of("evaluate", str(converted), *reference) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured
+
+    assert status_of("generate", str(converted), "Hello", "--max-new-tokens", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 3
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(tiny_llama), str(tmp_path / "out"), "--patch", "stem", "--stem-layers", "1", "--dry-run"]
+    assert status_of(*arguments) == 0
+    assert "stem" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_exits_with_1_when_a_byte_changed(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(converted, tmp_path / "copy")
+    code = copy / "modeling_stem.py"
+    code.write_text(code.read_text() + "#")
+    assert status_of("verify", str(copy)) == 1
+    assert "modeling_stem.py" in capsys.readouterr().out
+
+
+def test_env_tells_versions_and_why_a_backend_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("env", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] and "stem_gate" in found["kernels"]
