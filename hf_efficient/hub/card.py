@@ -1,0 +1,2 @@
+def write_card(folder, repo_id=None):
+    return "kept"

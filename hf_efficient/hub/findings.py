@@ -1,0 +1,75 @@
+"""What a verification found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hf_efficient.errors import HFEError
+
+Verdict = Literal["confirmed", "altered", "not confirmable"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a checkpoint: the file, what is wrong, and what to do about it."""
+
+    file: str
+    problem: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """The result of `verify`.
+
+    Attributes:
+        source: folder or repository that was verified.
+        commit: the repository's commit that was read; pin it as `revision` when you load. None for a folder.
+        model_type: architecture that `config.json` names.
+        release: release that the checkpoint says its code comes from; not believed, only compared.
+        installed: release of this package, from which the code was regenerated.
+        code: `confirmed` when each code file equals the installed release's, `altered` when one does not,
+            `not confirmable` when the installed release cannot tell.
+        code_files: number of code files that the release writes for this architecture.
+        tensors: number of tensors in the weights' headers.
+        findings: all that is wrong; empty when the checkpoint is sound.
+    """
+
+    source: str
+    commit: str | None
+    model_type: str | None
+    release: str | None
+    installed: str
+    code: Verdict
+    code_files: int
+    tensors: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.code == "confirmed" and not self.findings
+
+    def raise_if_not_ok(self) -> None:
+        """Raise `HFEError` with the verdict and the first findings, unless all is well."""
+        if not self.ok:
+            named = " | ".join(str(finding) for finding in self.findings[:3])
+            more = f" | and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
+            raise HFEError(f"{self.source} did not pass verification, code {self.code}: {named}{more}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {**asdict(self), "findings": [asdict(finding) for finding in self.findings], "ok": self.ok}
+
+    def table(self) -> str:
+        """The report for a terminal."""
+        at = f" at {self.commit}" if self.commit else ""
+        lines = [f"{self.source}{at}: {'verified' if self.ok else 'NOT verified'}"]
+        lines.append(
+            f"  code     {self.code}: {self.model_type}, {self.code_files} files, hf-efficient {self.installed}"
+        )
+        lines.append(f"  weights  {self.tensors} tensors")
+        return "\n".join(lines + [f"  - {finding}" for finding in self.findings])

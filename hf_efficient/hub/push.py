@@ -1,0 +1,119 @@
+"""Publish a checkpoint: verify, write its card, upload."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from hf_efficient import __version__
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub.card import write_card
+from hf_efficient.hub.repository import check_repo_id, hub_errors
+from hf_efficient.hub.verify import verify
+
+# What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale
+# weights. A commit deletes those that it does not write.
+_REPLACED = ("*.py", "model*.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """Where a checkpoint was published.
+
+    Attributes:
+        url: the repository's page.
+        commit: the commit to pin as `revision`.
+        commit_url: the commit's page.
+        private: whether the repository is private.
+        card: `written` when README.md was written here, `kept` when it is the user's own.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    commit_url: str
+    private: bool
+    card: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return asdict(self)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> PushResult:
+    """Verify the checkpoint in `folder`, write its model card, and upload it in one commit.
+
+    Code and weights of an earlier checkpoint in the same repository are replaced. A README.md that somebody edited is
+    uploaded as it is.
+
+    Args:
+        folder: the checkpoint.
+        repo_id: OWNER/NAME; created when it does not exist.
+        private: whether the repository must be private. An existing one is never made public or private.
+        token: token that may write there; by default the one that `hf auth login` stored.
+        revision: branch to upload to, created when it does not exist; by default the main one.
+        commit_message: by default names the architecture and the release.
+
+    Raises:
+        UsageError: `folder` is no folder, or `repo_id` is no repository id.
+        HFEError: the checkpoint does not pass verification, there is no token, the repository is public while `private`
+            is asked, access is refused, or the Hub cannot be reached. Nothing is uploaded then.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", "name the folder that the conversion wrote")
+    check_repo_id(repo_id)
+    report = verify(folder)
+    report.raise_if_not_ok()
+    token = token or get_token()
+    if token is None:
+        raise HFEError("there is no Hub token", "log in with `hf auth login`, set HF_TOKEN, or pass --token")
+
+    api = HfApi(token=token, library_name="hf-efficient", library_version=__version__)
+    with hub_errors(repo_id, revision):
+        is_private = _make_repository(api, repo_id, private)
+        card = write_card(folder, repo_id=repo_id)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or f"{report.model_type} checkpoint, hf-efficient {__version__}",
+            delete_patterns=list(_REPLACED),
+        )
+    return PushResult(
+        repo_id=repo_id,
+        url=commit.repo_url.url,
+        commit=commit.oid,
+        commit_url=commit.commit_url,
+        private=is_private,
+        card=card,
+    )
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
+    """Create the repository unless it exists; returns whether it is private."""
+    try:
+        is_private = bool(api.model_info(repo_id).private)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        is_private = bool(api.model_info(repo_id).private)
+    if private and not is_private:
+        raise HFEError(
+            f"the repository {repo_id} is public, and a private upload was asked for",
+            "choose another repository, make this one private on its page, or allow a public one with --no-private",
+        )
+    return is_private

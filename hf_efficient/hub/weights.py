@@ -1,0 +1,139 @@
+"""The weights of a checkpoint against its configuration: index and headers, no tensor is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hf_efficient.conversion.safetensors_reader import TensorEntry, parse_header
+from hf_efficient.errors import HFEError
+from hf_efficient.hub.export import CONFIG, read_json
+from hf_efficient.hub.findings import Finding
+from hf_efficient.registry import Architecture
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_COPY_AGAIN = "download or copy the checkpoint again"
+_SHOWN = 5
+
+
+def check_weights(folder: Path, architecture: Architecture, fields: dict[str, Any]) -> tuple[int, list[Finding]]:
+    """Number of tensors, and what is wrong with them, for the checkpoint in `folder` with configuration `fields`."""
+    stored, findings = _stored_tensors(folder)
+    try:
+        expected, tied = _expected_shapes(architecture, fields)
+    # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300]
+        return len(stored), [
+            *findings,
+            Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})"),
+        ]
+    if not findings:
+        findings += _differences(expected, tied, stored)
+    return len(stored), findings
+
+
+def _expected_shapes(
+    architecture: Architecture, fields: dict[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shape of each tensor that the model has, by name, and the names that are tied to another tensor.
+
+    The classes are the installed package's own, never the checkpoint's.
+    """
+    # A configuration may name a repository of kernels as its implementation of attention: that must not be fetched.
+    plain = {name: value for name, value in fields.items() if not name.endswith("_implementation")}
+    config: PreTrainedConfig = architecture.config_class.from_dict(plain, attn_implementation="eager")
+    by_name = {cls.__name__: cls for cls in architecture.auto_classes.values()}
+    named = [by_name[name] for name in fields.get("architectures") or [] if name in by_name]
+    model_class: type[PreTrainedModel] = (named or list(architecture.auto_classes.values()))[-1]
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, frozenset(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _stored_tensors(folder: Path) -> tuple[dict[str, TensorEntry], list[Finding]]:
+    """Every tensor in the weight files, and what is wrong with index and headers."""
+    findings: list[Finding] = []
+    mapped: dict[str, str] | None = None
+    files = [SINGLE_FILE]
+    if (folder / INDEX).exists():
+        try:
+            mapped = _weight_map(folder)
+        except HFEError as error:
+            return {}, [Finding(INDEX, error.problem, error.remedy)]
+        files = sorted(set(mapped.values()))
+    stored: dict[str, TensorEntry] = {}
+    for name in files:
+        try:
+            entries = _read_header(folder / name)
+        except HFEError as error:
+            findings.append(Finding(name, error.problem, error.remedy))
+            continue
+        for tensor in entries:
+            if tensor in stored:
+                findings.append(Finding(name, f"tensor {tensor} is also in {stored[tensor].path.name}", _COPY_AGAIN))
+            if mapped is not None and mapped.get(tensor) != name:
+                where = mapped.get(tensor, "nowhere")
+                findings.append(
+                    Finding(INDEX, f"looks for tensor {tensor} in {where}, but it is in {name}", _COPY_AGAIN)
+                )
+        stored.update(entries)
+    for unread in sorted({path.name for path in folder.glob("*.safetensors")} - set(files)):
+        read = INDEX if mapped is not None else SINGLE_FILE
+        findings.append(Finding(unread, f"is not part of the weights that {read} names", "delete the stale file"))
+    return stored, findings
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    mapped = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+        raise HFEError("weight_map must give a file for each tensor", _COPY_AGAIN)
+    for name in mapped.values():
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise HFEError(
+                f"points at {name!r}; a shard is a .safetensors file beside its index",
+                "do not load this checkpoint",
+            )
+    return mapped
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    if not path.is_file():
+        raise HFEError("is missing", "add the weights, or convert again")
+    entries = parse_header(path)
+    size = path.stat().st_size
+    position = min((entry.offset for entry in entries.values()), default=size)
+    for name, entry in entries.items():
+        if entry.offset != position:
+            raise HFEError(
+                f"tensor {name} begins at byte {entry.offset} and the tensor before it ends at {position}", _COPY_AGAIN
+            )
+        position += math.prod(entry.shape) * entry.dtype.itemsize
+    if position != size:
+        raise HFEError(f"the last tensor ends at byte {position}, the file at {size}", _COPY_AGAIN)
+    return entries
+
+
+def _differences(
+    expected: dict[str, tuple[int, ...]], tied: frozenset[str], stored: dict[str, TensorEntry]
+) -> list[Finding]:
+    """Tensors that the model has and the weights lack, the reverse, and those of another shape."""
+    remedy = "use the configuration and the weights of one conversion"
+    problems = [f"lacks tensor {name}, which {CONFIG} calls for" for name in expected.keys() - stored.keys() - tied]
+    problems += [f"holds tensor {name}, which {CONFIG} does not call for" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"tensor {name} has shape {list(stored[name].shape)}; {CONFIG} calls for {list(expected[name])}"
+        for name in expected.keys() & stored.keys()
+        if stored[name].shape != expected[name]
+    ]
+    findings = [Finding("weights", problem, remedy) for problem in sorted(problems)[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        findings.append(Finding("weights", f"and {len(problems) - _SHOWN} more tensors differ", remedy))
+    return findings
