@@ -33,10 +33,10 @@ class Choice:
 def triton_import_problem() -> str:
     """The error that importing Triton gives, as text; empty when it imports."""
     try:
-        import triton
+        import triton  # noqa: F401
     except Exception as error:  # a broken installation can raise anything; whatever it is, the user must see it
         return f"importing triton failed with {type(error).__name__}: {error}"
-    return "" if triton.__version__ else "triton has no version"
+    return ""
 
 
 def triton_problem(device: torch.device) -> str:
@@ -52,7 +52,7 @@ def triton_problem(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         needed, found = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
-        return f"{torch.cuda.get_device_name(device)} has compute capability {found}, and {needed} is the oldest supported"
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found}; {needed} is the oldest supported"
     return ""
 
 
@@ -78,8 +78,8 @@ def choose_backend(requested: str | None, device: torch.device) -> Choice:
     problem = triton_problem(device)
     if device.type == "cuda" and not problem:
         return Choice("triton", f"the tensors are on {device.type}")
-    # The interpreter is for tests: it is never preferred, but it is no obstacle either.
-    return Choice("reference", problem or "the tensors are on cpu, and the interpreter is only taken when asked for", problem)
+    # Triton's interpreter runs on the CPU, but only for those who ask: it is for tests, and slow.
+    return Choice("reference", problem or "the tensors are on cpu", problem)
 
 
 @torch.compiler.assume_constant_result  # a choice reads the environment and imports Triton: neither belongs in a graph

@@ -5,7 +5,7 @@ Nothing here looks at data, except `check_ids`; shapes, dtypes and devices are k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
         raise HFEError(f"{op}: the tensors are on several devices ({found})", "move them to one device")
 
 
-def check_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """`tensor` has one of the dtypes in `allowed`."""
     if tensor.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise HFEError(f"{op}: `{name}` has dtype {str(tensor.dtype).removeprefix('torch.')}", f"convert it to one of {names}")
+        found, *names = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *allowed))
+        raise HFEError(f"{op}: `{name}` has dtype {found}", f"convert it to one of {', '.join(names)}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], layout: str) -> None:
@@ -62,7 +62,7 @@ def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_ids(op: str, ids: Tensor, rows: int) -> None:
-    """Every id lies in [0, rows): checked on the CPU always, elsewhere with HFE_CHECK=1, since it waits for the device."""
+    """Every id lies in [0, rows). Looked at on the CPU always, elsewhere with HFE_CHECK=1: it waits for the device."""
     if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_meta or ids.numel() == 0:
         return  # no values to look at: a traced, fake or empty tensor
     if ids.device.type != "cpu" and not check_data():

@@ -30,7 +30,8 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
         gate: [..., F], float16, bfloat16, float32 or float64; any strides.
         table: [R, F], one of the same dtypes, not necessarily that of `gate`; its last dimension contiguous.
         ids: [...], int32 or int64, each in [0, R).
-        backend: ``"reference"``, ``"triton"``, or None: Triton on CUDA, the reference elsewhere; `HFE_BACKEND` overrides.
+        backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
+            elsewhere.
 
     Returns:
         [..., F], contiguous, in the dtype of `gate`.
@@ -64,4 +65,4 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
     from hf_efficient.kernels.stem_gate.op import stem_gate_forward
 
     # Always of rank 2, so that a change of the number of leading dimensions compiles nothing anew.
-    return stem_gate_forward(gate.reshape(-1, width), table, ids.reshape(-1)).view(gate.shape)
+    return stem_gate_forward(gate.reshape(ids.numel(), width), table, ids.reshape(-1)).view(gate.shape)

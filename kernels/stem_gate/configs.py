@@ -41,11 +41,3 @@ def elementwise_config(tokens: int, width: int) -> LaunchConfig:
 def segment_config(width: int) -> LaunchConfig:
     """For the backward kernel that walks the runs of equal ids, and for the sum of its partial rows."""
     return _fit_width(_SEGMENTS, width)
-
-
-def all_configs(width: int) -> dict[str, list[LaunchConfig]]:
-    """Every configuration that a call of this width can take, by kind of kernel."""
-    return {
-        "elementwise": [elementwise_config(tokens, width) for tokens in (1, DECODE_TOKENS + 1)],
-        "segment": [segment_config(width)],
-    }

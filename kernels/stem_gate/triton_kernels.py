@@ -34,9 +34,9 @@ if HAVE_TRITON:
         return s * (1.0 + x * (1.0 - s))
 
     @triton.jit
-    def _table_width(row, rows, width):
-        """Columns of the table that may be touched in `row`: none where there is no such row."""
-        return tl.where((row >= 0) & (row < rows), width, 0)
+    def _in_table(row, column, rows, width):
+        """Mask of the elements that the table has. `row` must be a block: the interpreter has no masks from scalars."""
+        return (column < width) & (row >= 0) & (row < rows)
 
     @triton.jit(do_not_specialize=["tokens", "rows"])
     def forward_kernel(
@@ -53,13 +53,13 @@ if HAVE_TRITON:
         BLOCK_TOKENS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        # Token blocks run fastest: the columns of the table that are in use at one time then fit the L2 cache, and an id
-        # that comes again finds its row there.
+        # Token blocks run fastest: the columns of the table that are in use at one time then fit the L2 cache, and an
+        # id that comes again finds its row there.
         token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
         row = tl.load(ids + token, mask=token < tokens, other=-1).to(tl.int64)
         inside = (token < tokens)[:, None] & (column < width)[None, :]
-        in_table = column[None, :] < _table_width(row, rows, width)[:, None]
+        in_table = _in_table(row[:, None], column[None, :], rows, width)
         # Gate and output are touched once; marked so, they do not push table rows out of the cache.
         g = tl.load(
             gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
@@ -94,7 +94,7 @@ if HAVE_TRITON:
         column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
         row = tl.load(ids + token, mask=token < tokens, other=-1).to(tl.int64)
         inside = (token < tokens)[:, None] & (column < width)[None, :]
-        in_table = column[None, :] < _table_width(row, rows, width)[:, None]
+        in_table = _in_table(row[:, None], column[None, :], rows, width)
         g = tl.load(
             gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
         ).to(WIDE)
@@ -132,16 +132,16 @@ if HAVE_TRITON:
         BLOCK_TOKENS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id; every CHUNK-th position
-        # of a run is the head of a chunk, and the program of a head does the whole chunk. Other programs have no work.
+        # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id; every CHUNK-th
+        # position of a run heads a chunk, and the program of a head does the whole chunk. Others have no work.
         position = tl.program_id(0)
         begin = tl.load(first + position)
         if (position - begin) % CHUNK == 0:
             end = tl.load(last + position)
             stop = tl.minimum(end, position + CHUNK)
-            row = tl.load(sorted_ids + position).to(tl.int64)
+            row = tl.load(sorted_ids + position + tl.arange(0, 1)).to(tl.int64)
             column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-            in_table = column < _table_width(row, rows, width)
+            in_table = _in_table(row, column, rows, width)
             u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(WIDE)[None, :]
             total = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], dtype=WIDE)
             for start in range(position, stop, BLOCK_TOKENS):
@@ -190,13 +190,13 @@ if HAVE_TRITON:
         begin = tl.max(tl.where((begin == at) & (end - begin > CHUNK), begin, -1), axis=0)
         if begin >= 0:
             end = tl.load(last + begin)
-            row = tl.load(sorted_ids + begin).to(tl.int64)
+            row = tl.load(sorted_ids + begin + tl.arange(0, 1)).to(tl.int64)
             column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
             total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
             for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
                 slot = _slot(begin + chunk * CHUNK, begin, CHUNK)
                 total += tl.load(partial + slot * width + column, mask=column < width, other=0.0)
-            in_table = column < _table_width(row, rows, width)
+            in_table = _in_table(row, column, rows, width)
             tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
 
 
