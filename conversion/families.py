@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     LlamaConfig,
@@ -140,12 +141,15 @@ def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
     return EfficientDecoderConfig(source_model_type=stock.model_type, dtype=stock.dtype, **fields)
 
 
+def skeleton(config: DecoderConfig) -> nn.Module:
+    """The causal language model of a configuration, on the meta device: names, shapes and module types, no weight."""
+    with torch.device("meta"):
+        return EfficientDecoderForCausalLM(decoder_config(config))
+
+
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint's tensors, in the order of the model. A tied head is stored as the embedding."""
-    # The model itself is the list; on the meta device it holds no weight.
-    with torch.device("meta"):
-        model = EfficientDecoderForCausalLM(decoder_config(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from hf_efficient.conversion.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.hub_files import card_metadata, download_checkpoint, is_repo_id, repo_of_snapshot
 from hf_efficient.conversion.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,7 +28,7 @@ _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.bin.index.js
 
 
 class TensorReader(Protocol):
-    """Tensors of a checkpoint by their stock names; headers are parsed once, data is read by byte range, never mapped."""
+    """Tensors of a checkpoint by stock name. Headers are parsed once; data is read by byte range, never mapped."""
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the files."""
@@ -54,6 +57,7 @@ class Source:
         config: the same model as a configuration of our decoder.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
+        weight_files: the files that hold the weights.
         base_model, license, revision: for the model card; None when the source does not say. Never a local path.
     """
 
@@ -62,11 +66,33 @@ class Source:
     reader: TensorReader
     stock_config: PreTrainedConfig
     config: EfficientDecoderConfig
+    weight_files: list[Path] = field(default_factory=list)
     gguf_file: str | None = None
     special_tokens: dict[str, int] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
     revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a report may call the source: a Hub id as it is, of a path the last part."""
+        path = Path(self.location).expanduser()
+        return path.resolve().name if path.exists() else self.location
+
+    @property
+    def patched(self) -> bool:
+        """True for a checkpoint of one of our own architectures."""
+        return isinstance(self.stock_config, DecoderConfig)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration, tensor headers and file sizes: tells two sources apart without reading weights."""
+        digest = hashlib.sha256(self.config.to_json_string(use_diff=False).encode())
+        for path in self.weight_files:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        for name in self.reader.names():
+            digest.update(f"{name} {list(self.reader.shape(name))} {self.reader.dtype(name)}\n".encode())
+        return digest.hexdigest()
 
     def tokenizer(self) -> Any:
         """The source's tokenizer; of a GGUF file with the special tokens that its metadata names."""
@@ -114,12 +140,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights: those that the index names, or the single file."""
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise HFEError(f"{index.name} has no weight_map", "download it again")
-        return [_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
+        return [file_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
     if (folder / _SINGLE_NAME).exists():
-        return [_inside(folder, _SINGLE_NAME, folder.name)]
+        return [file_inside(folder, _SINGLE_NAME, folder.name)]
     pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
     if pickles:
         raise HFEError(
@@ -137,18 +163,19 @@ def _open_folder(location: str, folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         weight_files(folder)  # an adapter or a folder of another kind has a better message
         raise HFEError(f"{folder.name} has no config.json", "name the folder of a whole checkpoint")
-    stock_config = source_config(_read_json(folder / "config.json"))
+    stock_config = source_config(read_json(folder / "config.json"))
     repo, revision = repo_of_snapshot(folder)
     card = card_metadata(folder)
-    patched = stock_config.model_type.startswith("hfe_")
+    files = weight_files(folder)
     return Source(
         location=location,
         files=folder,
-        reader=open_folder_reader(folder),
+        reader=SafetensorsReader(files),
         stock_config=stock_config,
         config=decoder_config(stock_config),
+        weight_files=files,
         # A patched checkpoint goes back to the stock model that it was made from.
-        base_model=card.get("base_model") if patched else repo,
+        base_model=card.get("base_model") if isinstance(stock_config, DecoderConfig) else repo,
         license=card.get("license"),
         revision=revision,
     )
@@ -164,6 +191,7 @@ def _open_gguf(location: str, path: Path) -> Source:
         reader=reader,
         stock_config=reader.config,
         config=decoder_config(reader.config),
+        weight_files=[path],
         gguf_file=path.name,
         special_tokens=gguf_special_tokens(reader.file),
         base_model=repo[1] if repo else None,
@@ -171,7 +199,7 @@ def _open_gguf(location: str, path: Path) -> Source:
     )
 
 
-def _inside(folder: Path, name: Any, origin: str) -> Path:
+def file_inside(folder: Path, name: Any, origin: str) -> Path:
     """`folder / name`, once it is sure to be a file that does not lie outside the folder.
 
     Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
@@ -194,7 +222,8 @@ def _inside(folder: Path, name: Any, origin: str) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `HFEError` names what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

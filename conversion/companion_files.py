@@ -1,0 +1,70 @@
+"""The files beside the weights that make a checkpoint usable: tokenizer, generation settings, licence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from hf_efficient.conversion.durable_files import disk_errors, write_text
+from hf_efficient.conversion.source import Source, file_inside, read_json
+from hf_efficient.logging import get_logger
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates/*.jinja"),
+)
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+def write_companions(source: Source, folder: Path) -> list[str]:
+    """Put tokenizer, generation settings and licence of the source into `folder`; returns warnings for the report.
+
+    Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over.
+    """
+    with disk_errors(folder):
+        if source.gguf_file is not None:
+            source.tokenizer().save_pretrained(folder)
+        warnings = [] if source.gguf_file is not None else _copy_tokenizer(source.files, folder)
+        if source.gguf_file is None:
+            _copy(source.files, folder, _LICENCES)
+    if source.gguf_file is None and (source.files / _GENERATION_CONFIG).is_file():
+        _copy(source.files, folder, (_GENERATION_CONFIG,))
+    else:
+        settings = GenerationConfig.from_model_config(source.stock_config)
+        write_text(folder / _GENERATION_CONFIG, settings.to_json_string(use_diff=True))
+    for warning in warnings:
+        get_logger().warning(warning)
+    return warnings
+
+
+def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
+    _copy(origin, folder, _TOKENIZER_FILES)
+    if not (origin / _TOKENIZER_CONFIG).is_file():
+        return ["the source has no tokenizer, so the result has none"] if not _has_tokenizer(origin) else []
+    settings = read_json(file_inside(origin, _TOKENIZER_CONFIG, origin.name))
+    if settings.pop("auto_map", None) is None:
+        _copy(origin, folder, (_TOKENIZER_CONFIG,))
+        return []
+    write_text(folder / _TOKENIZER_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return [
+        "the source's tokenizer runs code of its own, which is not carried over; check that the tokenizer still works"
+    ]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
+
+
+def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in sorted(origin.glob(pattern)):
+            name = path.relative_to(origin)
+            (folder / name).parent.mkdir(exist_ok=True)
+            # Links are followed, within the bounds that hold for weights.
+            shutil.copyfile(file_inside(origin, str(name), origin.name), folder / name)

@@ -1,0 +1,98 @@
+"""The weights of a conversion: from the source's files to the result's shards, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from hf_efficient.conversion.calibration import Calibration
+from hf_efficient.conversion.durable_files import write_text
+from hf_efficient.conversion.patch import Patch
+from hf_efficient.conversion.plan import ConversionPlan
+from hf_efficient.conversion.progress import Advance, Progress
+from hf_efficient.conversion.shard_writer import Shard, ShardWriter
+from hf_efficient.conversion.source import INDEX_NAME, Source
+from hf_efficient.conversion.workspace import Workspace
+
+
+class CheckpointWriter:
+    """Takes the tensors of a plan in its order and puts them into shards; finished shards of an earlier run stay."""
+
+    def __init__(self, plan: ConversionPlan, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._shard_of = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
+        self._finished = {shard.name for shard in plan.shards if workspace.finished_shard(shard.name)}
+        self._open: ShardWriter | None = None
+
+    def wants(self, name: str) -> bool:
+        """False when the tensor lies in a finished shard."""
+        return self._shard_of[name].name not in self._finished
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor; one that is not wanted is ignored."""
+        if not self.wants(name):
+            return
+        shard = self._shard_of[name]
+        if self._open is None:
+            self._open = ShardWriter(self._workspace.checkpoint, shard)
+        self._open.add(name, tensor)
+        if name == shard.tensors[-1].name:
+            self._workspace.record_shard(shard.name, self._open.close())
+            self._finished.add(shard.name)
+            self._open = None
+
+    def close(self) -> None:
+        """Let go of the shard that is being written; without this, all of it is there already."""
+        if self._open is not None:
+            self._open.abandon()
+
+
+def write_weights(
+    plan: ConversionPlan,
+    source: Source,
+    patches: Sequence[Patch],
+    calibration: Callable[[], Calibration],
+    workspace: Workspace,
+    progress: Progress,
+) -> None:
+    """Write every shard of the plan, and the index last. Peak memory is the largest tensor.
+
+    `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace as `patch:NAME`.
+    """
+    writer = CheckpointWriter(plan, workspace)
+    try:
+        with progress.stage("copying") as advance:
+            _copy(plan, source, writer, advance)
+        with progress.stage("computing"):
+            for patch in patches:
+                key = f"patch:{patch.name}"
+                if workspace.result(key) is not None and not any(map(writer.wants, plan.computed[patch.name])):
+                    continue
+                text = calibration() if patch.needs_calibration else None
+                for name, tensor in patch.tensors(plan.config, text):
+                    writer.add(name, tensor)
+                workspace.record_result(key, patch.report())
+    finally:
+        writer.close()
+    if len(plan.shards) > 1:
+        write_text(workspace.checkpoint / INDEX_NAME, _index(plan.shards))
+
+
+def _copy(plan: ConversionPlan, source: Source, writer: CheckpointWriter, advance: Advance) -> None:
+    sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
+    total, done = sum(sizes[name] for name in plan.copied), 0
+    for name in plan.copied:
+        if writer.wants(name):
+            writer.add(name, source.reader.read(name))
+        done += sizes[name]
+        advance(done, total)
+
+
+def _index(shards: list[Shard]) -> str:
+    """Content of the index: total size, and the file of each tensor."""
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    total = sum(shard.data_bytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"

@@ -1,0 +1,86 @@
+"""Files that survive a kill or a power cut whole: written under a temporary name, synchronised, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_efficient.errors import HFEError
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a limit on file size is hit",
+}
+
+
+class DiskFullError(HFEError):
+    """The disk, a quota or a limit on file size stopped a write. What was finished before is kept."""
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """Size in bytes and SHA-256 of a finished file."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FinishedFile:
+        """What the file holds now."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return cls(path.stat().st_size, digest.hexdigest())
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = format_bytes(shutil.disk_usage(folder).free)
+        raise DiskFullError(
+            f"writing to {folder.name} failed: {_FULL[error.errno]} ({free} free); OUTPUT was not touched",
+            "free some space and repeat the command with --resume",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of `path` in one step: a reader finds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with disk_errors(path.parent):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames inside a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 GB`, in powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

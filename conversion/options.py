@@ -1,0 +1,117 @@
+"""What a user may ask of a conversion, checked before any source is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_efficient.conversion.hub_files import is_repo_id
+from hf_efficient.conversion.patch import Patch
+from hf_efficient.errors import UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PATCH_MEMBERS = ("name", "needs_calibration", "check", "choose", "changes", "tensors", "report")
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Checked options; `hf_efficient.checkpoint.convert` says what each one means.
+
+    Raises:
+        UsageError: an option is wrong; the message names its value and the rule.
+    """
+
+    patches: Sequence[Patch]
+    dtype: str | torch.dtype
+    max_shard_size: str | int
+    device: str | torch.device
+    seed: int
+    calibration: str | Path | None
+    calibration_tokens: int
+    evaluate: bool
+    base_model: str | None
+    license: str | None
+
+    def __post_init__(self) -> None:
+        _check_patches(self.patches)
+        _check_device(self.device)
+        _ = self.torch_dtype, self.max_shard_bytes
+        if self.calibration_tokens < 1:
+            raise UsageError(
+                f"calibration_tokens={self.calibration_tokens} must be at least 1", "leave it out for 18432"
+            )
+        if self.base_model is not None and not is_repo_id(self.base_model):
+            raise UsageError(
+                f"base_model={self.base_model!r} is not the id of a Hub repository", "write it as org/name"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None stands for `auto`."""
+        if self.dtype == "auto":
+            return None
+        found = _DTYPES.get(str(self.dtype).removeprefix("torch."))
+        if found is None:
+            raise UsageError(f"dtype={self.dtype!r} is not known", f"choose auto, {', '.join(_DTYPES)}")
+        return found
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Bytes in a size such as `5GB`, `500MB`, `2GiB` or a number."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(self.max_shard_size).strip().upper())
+        count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+        if count < 1:
+            raise UsageError(
+                f"max_shard_size={self.max_shard_size!r} is not a size", "write it like 5GB, 500MB or 2GiB"
+            )
+        return count
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that decides the result, as plain values. A calibration file is known by its name, not by its place."""
+        values = {
+            name: getattr(self, name)
+            for name in ("seed", "calibration_tokens", "evaluate", "base_model", "license", "max_shard_bytes")
+        }
+        values["dtype"] = str(self.dtype).removeprefix("torch.")
+        values["device"] = str(self.device)
+        values["calibration"] = None if self.calibration is None else _name_of(self.calibration)
+        values["patches"] = {patch.name: patch_fields(patch) for patch in self.patches}
+        return values
+
+
+def patch_fields(patch: Any) -> dict[str, Any]:
+    """The fields of a patch and their values."""
+    return asdict(patch)
+
+
+def _name_of(calibration: str | Path) -> str:
+    path = Path(calibration)
+    return path.name if path.exists() else str(calibration)
+
+
+def _check_patches(patches: Sequence[Patch]) -> None:
+    if isinstance(patches, str) or not isinstance(patches, Sequence):
+        raise UsageError(f"patches={patches!r} must be a list of patches", "for example [Stem(layers=[1, 4])]")
+    for patch in patches:
+        if isinstance(patch, type) or not all(hasattr(patch, member) for member in _PATCH_MEMBERS):
+            raise UsageError(f"{patch!r} is not a patch", "give instances, for example Stem(layers=[1, 4])")
+    names = [patch.name for patch in patches]
+    if len(set(names)) < len(names):
+        raise UsageError(f"patches {', '.join(names)} name one patch twice", "give each patch once")
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch raises the last one where it was built without CUDA.
+    except (RuntimeError, TypeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise UsageError(
+            f"device={str(device)!r} cannot be used here ({cause})", "use cpu, or cuda on a machine with a GPU"
+        ) from error

@@ -1,0 +1,187 @@
+"""What a conversion will do, tensor by tensor, and what it will cost, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_efficient.conversion.families import check_tensors, expected_tensors, skeleton
+from hf_efficient.conversion.patch import NewTensor, Patch
+from hf_efficient.conversion.shard_writer import Shard, StoredTensor, split_into_shards
+from hf_efficient.conversion.source import Source, TensorReader
+from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+# Fields that describe a file or a class, not a model.
+_NOT_OF_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Size of a model.
+
+    Attributes:
+        parameters: number of stored parameters; a tied head counts once.
+        bytes: bytes of the stored tensors.
+        flops_per_token: ``2 * (parameters of linear layers, the head included)``: one multiplication and one addition for
+            each in a forward pass. Table and embedding look-ups cost none; left out is what grows with the context, the
+            attention scores.
+    """
+
+    parameters: int
+    bytes: int
+    flops_per_token: int
+
+    @classmethod
+    def of(cls, config: DecoderConfig, tensors: Sequence[StoredTensor]) -> ModelSize:
+        linear = (m.weight.numel() for m in skeleton(config).modules() if isinstance(m, nn.Linear))
+        return cls(sum(t.elements for t in tensors), sum(t.bytes for t in tensors), 2 * sum(linear))
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Every tensor of the result and of the source, accounted for.
+
+    Attributes:
+        config: configuration of the result.
+        shards: weight files of the result.
+        copied: tensors taken over from the source.
+        computed: tensors that each patch computes, by the patch's name.
+        dropped: source tensors that a patch replaces.
+        left_out: source tensors that no checkpoint needs, each with the reason.
+        before, after: size of source and result.
+    """
+
+    config: DecoderConfig
+    shards: list[Shard]
+    copied: list[str]
+    computed: dict[str, dict[str, NewTensor]]
+    dropped: list[str]
+    left_out: dict[str, str]
+    before: ModelSize
+    after: ModelSize
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the weight files take."""
+        return sum(len(shard.header()) + shard.data_bytes for shard in self.shards)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Bytes of weights in memory at once: the largest tensor and scratch. Calibration adds one layer and its text."""
+        largest = max(tensor.elements for shard in self.shards for tensor in shard.tensors)
+        return (largest + 2 * CHUNK_ELEMENTS) * torch.float32.itemsize
+
+
+def check_source(source: Source) -> dict[str, str]:
+    """Compare a source's tensors with its configuration. Returns the tensors to leave out, each with the reason.
+
+    Raises:
+        HFEError: a tensor is missing, unknown, of another shape or quantised, or a tied head differs from the embedding.
+    """
+    reader, config = source.reader, source.config
+    names = reader.names()
+    left_out = check_tensors(config, {n: reader.shape(n) for n in names}, {n: reader.dtype(n) for n in names})
+    if "lm_head.weight" in left_out:
+        _check_tied_head(reader)
+    return left_out
+
+
+def plan_conversion(
+    source: Source,
+    patches: Sequence[Patch],
+    choices: dict[str, Any],
+    config_class: type[DecoderConfig],
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    left_out: dict[str, str],
+) -> ConversionPlan:
+    """Plan the conversion of a checked source.
+
+    Args:
+        choices: configuration fields that the patches chose.
+        config_class: class of the result's configuration.
+        dtype: of every tensor; None keeps each tensor's own, and gives new ones the dtype of most source elements.
+        left_out: what `check_source` returned.
+
+    Raises:
+        HFEError: the patches do not account for every tensor of the source or of the result.
+    """
+    reader = source.reader
+    main_dtype = dtype or _main_dtype(reader, left_out)
+    fields = {name: value for name, value in source.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+    config = config_class(**{**fields, **choices}, dtype=main_dtype)
+    changes = {patch.name: patch.changes(config, main_dtype) for patch in patches}
+    computed = {name: change.added for name, change in changes.items()}
+    added = [tensor for tensors in computed.values() for tensor in tensors]
+    dropped = [name for change in changes.values() for name in change.dropped]
+
+    expected = expected_tensors(config)
+    copied = [name for name in expected if name not in added]
+    _check_accounts(reader, expected, copied, added, dropped, left_out)
+    # Wider elements first: see `split_into_shards`.
+    copied.sort(key=lambda name: -(dtype or reader.dtype(name)).itemsize)
+    stored = [StoredTensor(name, expected[name], dtype or reader.dtype(name)) for name in copied]
+    stored += [StoredTensor(n, t.shape, t.dtype) for tensors in computed.values() for n, t in tensors.items()]
+    in_source = [StoredTensor(n, reader.shape(n), reader.dtype(n)) for n in reader.names() if n not in left_out]
+    return ConversionPlan(
+        config=config,
+        shards=split_into_shards(stored, max_shard_bytes),
+        copied=copied,
+        computed=computed,
+        dropped=dropped,
+        left_out=left_out,
+        before=ModelSize.of(source.config, in_source),
+        after=ModelSize.of(config, stored),
+    )
+
+
+def _main_dtype(reader: TensorReader, left_out: dict[str, str]) -> torch.dtype:
+    elements: dict[torch.dtype, int] = {}
+    for name in reader.names():
+        if name not in left_out:
+            count = torch.Size(reader.shape(name)).numel()
+            elements[reader.dtype(name)] = elements.get(reader.dtype(name), 0) + count
+    return max(elements, key=lambda dtype: elements[dtype])
+
+
+def _check_accounts(
+    reader: TensorReader,
+    expected: dict[str, tuple[int, ...]],
+    copied: list[str],
+    added: list[str],
+    dropped: list[str],
+    left_out: dict[str, str],
+) -> None:
+    """Every tensor of the result is copied or computed, every tensor of the source copied, dropped or left out."""
+    names = set(reader.names())
+    problems = {
+        "neither copied nor computed": [name for name in copied if name not in names],
+        "computed but unknown to the model": [name for name in added if name not in expected],
+        "neither used nor dropped": sorted(names - {*copied, *dropped, *left_out}),
+        "dropped but used": sorted({*dropped} & {*copied}),
+    }
+    for problem, tensors in problems.items():
+        if tensors:
+            raise HFEError(f"tensor {tensors[0]} is {problem}", "this is an error in the patch; please report it")
+
+
+def _check_tied_head(reader: TensorReader) -> None:
+    """A tied head that is stored beside the embedding must equal it, or the configuration contradicts the weights."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    rows, width = reader.shape(embedding)
+    step = max(1, CHUNK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        if not torch.equal(
+            reader.read_rows(head, start, start + step), reader.read_rows(embedding, start, start + step)
+        ):
+            raise HFEError(
+                f"config.json ties the head to the embedding, but {head} differs from {embedding}",
+                "set tie_word_embeddings to false in config.json, or remove the head from the checkpoint",
+            )

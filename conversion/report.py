@@ -1,0 +1,134 @@
+"""What a conversion did, measured and cost: for people as a table, for machines as `conversion_report.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_efficient.conversion.durable_files import format_bytes
+from hf_efficient.conversion.plan import ModelSize
+
+REPORT_NAME = "conversion_report.json"
+
+
+@dataclass
+class ConversionReport:
+    """The account of one conversion. Nothing in it names a place on the machine that ran it.
+
+    Attributes:
+        source: `name`, `model_type`, `base_model`, `revision`, `license`, and `fingerprint`, the SHA-256 of the
+            configuration, tensor headers and file sizes.
+        model_type: of the result.
+        patches: for each patch its `name`, `options`, `choices` and what it `measured`.
+        tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
+        before, after: size of source and result; `ModelSize` has the formulas.
+        dtype: of new tensors, and of most others.
+        options: what the user asked for.
+        calibration: texts and their token counts; None when nothing was calibrated or measured.
+        evaluation: loss on held-out text against the source, each figure with a 95 % confidence interval; None when
+            not measured.
+        warnings: what the user should know.
+        versions: of the packages that took part.
+        estimate: `disk_bytes` and `peak_memory_bytes` as planned.
+        seconds, peak_memory_bytes: wall time and peak resident memory of the process; None for a dry run.
+    """
+
+    source: dict[str, Any]
+    model_type: str
+    patches: list[dict[str, Any]]
+    tensors: dict[str, Any]
+    before: ModelSize
+    after: ModelSize
+    dtype: str
+    options: dict[str, Any]
+    versions: dict[str, str]
+    estimate: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ConversionReport:
+        """The report that `to_dict` made plain."""
+        sizes = {key: ModelSize(**values[key]) for key in ("before", "after")}
+        return cls(**{**values, **sizes})
+
+    def table(self) -> str:
+        """The report as text for a terminal."""
+        before, after = self.before, self.after
+        names = ", ".join(patch["name"] for patch in self.patches) or "none"
+        rows = [
+            ("source", f"{self.source['name']} ({self.source['model_type']})"),
+            ("result", f"{self.model_type}, patches: {names}, {self.dtype}"),
+            ("tensors", self._tensor_counts()),
+            (
+                "parameters",
+                f"{before.parameters:,} -> {after.parameters:,} {_change(before.parameters, after.parameters)}",
+            ),
+            (
+                "bytes",
+                f"{format_bytes(before.bytes)} -> {format_bytes(after.bytes)} {_change(before.bytes, after.bytes)}",
+            ),
+            (
+                "FLOPs per token",
+                f"{before.flops_per_token:.4g} -> {after.flops_per_token:.4g} "
+                f"{_change(before.flops_per_token, after.flops_per_token)}, attention scores left out",
+            ),
+            *[(f"{patch['name']} chose", _choices(patch["choices"])) for patch in self.patches],
+            *self._measured(),
+            *[("warning", warning) for warning in self.warnings],
+        ]
+        if self.dry_run:
+            rows.append(("needs", f"{format_bytes(self.estimate['disk_bytes'])} of disk"))
+            rows.append(("weights in memory", format_bytes(self.estimate["peak_memory_bytes"])))
+            rows.append(("dry run", "nothing was written"))
+        elif self.seconds is not None and self.peak_memory_bytes is not None:
+            rows.append(("took", f"{self.seconds:.1f} s, peak memory {format_bytes(self.peak_memory_bytes)}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _tensor_counts(self) -> str:
+        counts = {name: len(self.tensors[name]) for name in ("computed", "dropped", "left_out")}
+        return (
+            f"{self.tensors['copied']} copied, {counts['computed']} computed, {counts['dropped']} dropped, "
+            f"{counts['left_out']} left out"
+        )
+
+    def _measured(self) -> list[tuple[str, str]]:
+        rows = []
+        if self.calibration and self.patches:
+            text, count = self.calibration["calibration_text"], self.calibration["calibration_tokens"]
+            rows.append(("calibrated on", f"{text}, {count:,} tokens"))
+        if self.evaluation:
+            measured = self.evaluation
+            rows.append(("measured on", f"{measured['text']}, {measured['tokens']:,} tokens"))
+            labels = {
+                "reference_nll": "nll of the source",
+                "nll": "nll",
+                "delta_nll": "Δ nll",
+                "kl": "KL from the source",
+                "top1_agreement": "top-1 agreement",
+            }
+            rows += [(label, _estimate(measured[key])) for key, label in labels.items() if measured.get(key)]
+        return rows
+
+
+def _change(before: int, after: int) -> str:
+    return "(unchanged)" if before == after else f"({(after - before) / before:+.1%})"
+
+
+def _choices(choices: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in choices.items())
+
+
+def _estimate(estimate: dict[str, Any]) -> str:
+    """A mean, with its 95 % confidence interval where there is one."""
+    interval = "" if estimate["low"] is None else f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+    return f"{estimate['mean']:.4f}{interval}"

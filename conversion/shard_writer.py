@@ -1,0 +1,158 @@
+"""Safetensors shards written as a stream: the plan knows every size, so a tensor goes straight to its place on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.durable_files import FinishedFile, disk_errors, sync_folder
+from hf_efficient.conversion.safetensors_reader import DTYPES
+from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.errors import HFEError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a checkpoint stores it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass
+class Shard:
+    """One weight file: its name and tensors, in the order of their bytes."""
+
+    name: str
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """Length and JSON header, padded so that the data begins at a multiple of eight bytes."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self.tensors:
+            stop = offset + tensor.bytes
+            entries[tensor.name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, stop],
+            }
+            offset = stop
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard]:
+    """Cut the tensors into files of at most `max_bytes` of data; a tensor larger than that has a file of its own.
+
+    Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size: where it would
+    not, a new file begins too.
+    """
+    groups: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and (size + tensor.bytes > max_bytes or size % tensor.dtype.itemsize):
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.bytes
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    count = len(groups)
+    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
+
+
+class ShardWriter:
+    """Writes one shard, tensor by tensor, under a temporary name; `close` gives it its own.
+
+    The data may come in any dtype: it is converted a piece at a time, so that no second copy of a tensor exists.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, written: Callable[[int], None] | None = None) -> None:
+        self.shard = shard
+        self._path = folder / shard.name
+        self._temporary = folder / f".{shard.name}.partial"
+        self._written = written
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._next = 0
+        with disk_errors(folder):
+            self._file = self._temporary.open("wb", buffering=0)
+            self._write(shard.header())
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor of the shard."""
+        planned = self.shard.tensors[self._next]
+        if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
+            raise HFEError(
+                f"the converter was given tensor {name} {list(tensor.shape)} where its plan has {planned.name} "
+                f"{list(planned.shape)}",
+                "this is an error in the patch: its tensors must come in the order of its plan",
+            )
+        self._next += 1
+        flat = tensor.detach().reshape(-1)
+        with disk_errors(self._path.parent):
+            for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+                piece = flat[start : start + CHUNK_ELEMENTS].to("cpu", planned.dtype).contiguous()
+                _check_range(name, piece, planned.dtype)
+                self._write(piece.view(torch.uint8).numpy().data)
+
+    def close(self) -> FinishedFile:
+        """Put the finished file on the disk under its own name."""
+        if self._next != len(self.shard.tensors):
+            raise HFEError(
+                f"{self.shard.name} lacks tensor {self.shard.tensors[self._next].name}", "an error in the patch"
+            )
+        with disk_errors(self._path.parent):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self._path)
+            sync_folder(self._path.parent)
+        return FinishedFile(self._size, self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Close without finishing; the temporary file is overwritten when the conversion resumes."""
+        self._file.close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            count = self._file.write(view)
+            self._digest.update(view[:count])
+            self._size += count
+            if self._written:
+                self._written(count)
+            view = view[count:]
+
+
+def _check_range(name: str, piece: Tensor, dtype: torch.dtype) -> None:
+    """A narrower dtype must be able to hold the value; the source itself was checked when it was read."""
+    if piece.numel() and not all(torch.isfinite(extreme) for extreme in piece.aminmax()):
+        raise HFEError(
+            f"tensor {name} holds NaN, or values beyond the range of {_NAMES[dtype]}",
+            "convert with --dtype bfloat16 or float32",
+        )

@@ -1,0 +1,248 @@
+"""Where a conversion works before its result appears: a folder beside OUTPUT, with a lock and a state file.
+
+    OUTPUT.hfe-partial/
+        lock          held while a process works here
+        state.json    what is finished, and under which options
+        checkpoint/   becomes OUTPUT by a rename, when all is in it
+        replaced/     the old OUTPUT, for the moment between two renames (--overwrite)
+
+A kill at any moment leaves either OUTPUT as it was, or the new one complete; what is finished stays here for `--resume`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from hf_efficient.conversion.durable_files import (
+    DiskFullError,
+    FinishedFile,
+    disk_errors,
+    format_bytes,
+    sync_folder,
+    write_text,
+)
+from hf_efficient.errors import HFEError, UsageError
+
+SUFFIX = ".hfe-partial"
+_FORMAT = 1
+# Room for tokenizer, code, report and the state file.
+_SPARE_BYTES = 64_000_000
+_LOCK, _STATE = "lock", "state.json"
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an OUTPUT that must not be touched, before any source is read.
+
+    Raises:
+        UsageError: OUTPUT exists and is not an empty folder, or an unfinished conversion lies beside it, and no option
+            says what to do about it.
+        HFEError: another process is converting to OUTPUT.
+    """
+    partial = partial_folder(output)
+    if (partial / _LOCK).exists():
+        with (partial / _LOCK).open("r+") as lock:
+            _lock_or_fail(lock, output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"OUTPUT {output} is a file", "name a folder that does not exist yet")
+    # An old OUTPUT between two renames lies in the partial folder, so that one is looked at first.
+    if partial.exists() and not (resume or overwrite):
+        raise UsageError(
+            f"an unfinished conversion lies in {partial.name} beside OUTPUT",
+            "continue it with --resume, or discard it with --overwrite",
+        )
+    if output.is_dir() and any(output.iterdir()) and not overwrite and not (resume and partial.exists()):
+        raise UsageError(
+            f"OUTPUT {output} exists and is not empty", "name another folder, or replace this one with --overwrite"
+        )
+
+
+def partial_folder(output: Path) -> Path:
+    """The working folder of a conversion to `output`."""
+    return output.with_name(output.name + SUFFIX)
+
+
+class Workspace:
+    """The working folder of one conversion, locked while this object is open as a context.
+
+    Leaving it by an error in the data discards the folder, since the same error would come again; an interruption or a
+    full disk keeps it for `--resume`.
+
+    Args:
+        output: the folder to make.
+        options: everything that decides the result. A conversion is resumed only under the same options.
+        resume, overwrite: as on the command line. With both, an unfinished conversion is continued.
+
+    Attributes:
+        checkpoint: folder that becomes `output`.
+        resumed: True when finished work of an earlier run was found.
+    """
+
+    def __init__(self, output: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.output = output
+        self.folder = partial_folder(output)
+        self.checkpoint = self.folder / "checkpoint"
+        self.resumed = False
+        self._replaced = self.folder / "replaced"
+        self._options = json.loads(json.dumps(options))
+        self._resume = resume
+        self._overwrite = overwrite
+        self._state: dict[str, Any] = {
+            "format": _FORMAT,
+            "options": self._options,
+            "shards": {},
+            "results": {},
+            "complete": False,
+        }
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Workspace:
+        with disk_errors(self.output.parent if self.output.parent.is_dir() else Path(".")):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self._restore_replaced()
+                if self._resume:
+                    self._load_state()
+                if not self.published:
+                    self._clear_checkpoint()
+                self._save_state()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, HFEError) and not isinstance(error, DiskFullError):
+            self.discard()
+        self._release()
+
+    @property
+    def published(self) -> bool:
+        """True when an earlier run was killed after OUTPUT was in place, before it could tidy up."""
+        return bool(self._state["complete"]) and not self.checkpoint.exists() and self.output.exists()
+
+    def check_space(self, needed: int) -> None:
+        """Raise `DiskFullError` when the disk cannot take `needed` bytes, what is finished already counted in."""
+        finished = sum(file["size"] for file in self._state["shards"].values())
+        free = shutil.disk_usage(self.folder).free
+        if needed - finished + _SPARE_BYTES > free:
+            raise DiskFullError(
+                f"the result needs {format_bytes(needed - finished)} of disk beside {self.output.name}, and "
+                f"{format_bytes(free)} are free",
+                "free some space and repeat the command with --resume, or name an OUTPUT elsewhere",
+            )
+
+    def finished_shard(self, name: str) -> bool:
+        """True when an earlier run finished this weight file and it is still as it was then."""
+        recorded = self._state["shards"].get(name)
+        path = self.checkpoint / name
+        return recorded is not None and path.is_file() and FinishedFile.of(path) == FinishedFile(**recorded)
+
+    def record_shard(self, name: str, file: FinishedFile) -> None:
+        """Remember that a weight file is finished."""
+        self._state["shards"][name] = {"size": file.size, "sha256": file.sha256}
+        self._save_state()
+
+    def result(self, key: str) -> Any:
+        """A result that an earlier run or step recorded; None when there is none."""
+        return self._state["results"].get(key)
+
+    def record_result(self, key: str, value: Any) -> None:
+        """Remember a result that would be long to compute again; it must be plain JSON."""
+        self._state["results"][key] = value
+        self._save_state()
+
+    def publish(self) -> None:
+        """Make the finished checkpoint OUTPUT. What was there before is gone only when the new one is in place."""
+        self._state["complete"] = True
+        self._save_state()
+        with disk_errors(self.folder):
+            for path in self.checkpoint.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(self.checkpoint)
+            if self.output.exists():
+                os.rename(self.output, self._replaced)
+            os.rename(self.checkpoint, self.output)
+            sync_folder(self.output.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the working folder; an old OUTPUT that lies in it goes back first."""
+        self._restore_replaced()
+        # The lock goes last, so that nobody starts in a folder that is being removed.
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _restore_replaced(self) -> None:
+        if self._replaced.exists() and not self.output.exists():
+            os.rename(self._replaced, self.output)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / _LOCK
+            # The holder before us may remove the folder at any point until the lock is ours: then we begin again.
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                lock = stack.enter_context(path.open("w"))
+                _lock_or_fail(lock, self.output)
+                if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    stack.pop_all()
+                    self._lock = lock
+                    return
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _load_state(self) -> None:
+        path = self.folder / _STATE
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # killed before anything was finished
+        differing = _differences(state.get("options", {}), self._options)
+        if state.get("format") != _FORMAT or differing:
+            raise HFEError(
+                f"the unfinished conversion in {self.folder.name} was started with other options: {'; '.join(differing)}",
+                "repeat the options it was started with, or start again with --overwrite and without --resume",
+            )
+        self._state = state
+        self.resumed = True
+
+    def _clear_checkpoint(self) -> None:
+        """Keep the finished weight files only; everything else is written again."""
+        self.checkpoint.mkdir(exist_ok=True)
+        for path in self.checkpoint.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self._state["shards"]:
+                path.unlink()
+
+    def _save_state(self) -> None:
+        write_text(self.folder / _STATE, json.dumps(self._state, indent=1))
+
+
+def _lock_or_fail(lock: TextIO, output: Path) -> None:
+    """Take the lock of an open lock file; it lasts until the file is closed or the process ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise HFEError(
+            f"another process is converting to {output.name} now", "wait for it, or name another OUTPUT"
+        ) from None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]

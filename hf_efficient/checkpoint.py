@@ -1,0 +1,316 @@
+"""Conversion of a checkpoint, from the name of its source to the finished folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_efficient import __version__
+from hf_efficient.conversion.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
+from hf_efficient.conversion.companion_files import write_companions
+from hf_efficient.conversion.convert import write_weights
+from hf_efficient.conversion.durable_files import format_bytes, write_text
+from hf_efficient.conversion.evaluation import LogitSource, checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.families import decoder_config
+from hf_efficient.conversion.options import ConversionOptions, patch_fields
+from hf_efficient.conversion.patch import Patch
+from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
+from hf_efficient.conversion.progress import Progress
+from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
+from hf_efficient.conversion.source import Source, TensorReader, open_folder_reader, open_source
+from hf_efficient.conversion.workspace import Workspace, check_output
+from hf_efficient.hub.card import write_card
+from hf_efficient.hub.export import export_code
+from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.registry import ARCHITECTURES, Architecture
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
+# Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
+_STAGES = {"reading text": 8, "choosing": 10, "copying": 5, "computing": 40, "measuring": 40, "finishing": 2}
+_PLANNING = ("reading text", "choosing")
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    patches: Sequence[Patch] = (),
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    max_shard_size: str | int = "5GB",
+    base_model: str | None = None,
+    license: str | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    evaluate: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> ConversionReport:
+    """Convert a checkpoint to a patched architecture, tensor by tensor.
+
+    OUTPUT appears by one rename when it is complete: weights, configuration, tokenizer, code, model card and report.
+    Until then the work lies in `OUTPUT.hfe-partial` beside it, from which `resume=True` continues.
+
+    Args:
+        source: Hub id, local folder, or local `.gguf` file.
+        output: folder to make.
+        patches: what to change, e.g. `[Stem(layers=[1, 4])]`. One patch on a stock model gives that patch's own
+            architecture; none or several give the decoder that takes any combination.
+        dtype: `auto` keeps every tensor's own (GGUF: float32), or float32, bfloat16, float16.
+        revision, token: of a Hub repository.
+        device: where calibration and measurement run.
+        seed: of everything random.
+        max_shard_size: largest weight file.
+        base_model, license: for the model card; by default what the source says of itself.
+        calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
+            the documentation that comes with Python.
+        calibration_tokens: tokens to calibrate on, at most.
+        evaluate: measure the loss against the source on held-out text.
+        resume: continue an interrupted conversion with the same options.
+        overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
+        dry_run: plan only; nothing is written.
+        progress: show a bar.
+
+    Raises:
+        UsageError: an option is wrong, or OUTPUT exists; the source was not read.
+        HFEError: the source or the machine does not allow it; OUTPUT is as it was.
+    """
+    started = time.perf_counter()
+    output = Path(os.path.abspath(Path(output).expanduser()))
+    options = ConversionOptions(
+        patches=patches,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        seed=seed,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        evaluate=evaluate,
+        base_model=base_model,
+        license=license,
+    )
+    if not dry_run:
+        check_output(output, resume=resume, overwrite=overwrite)
+    opened = open_source(str(source), revision=revision, token=token)
+    shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
+    with Progress(shares, show=progress) as bar, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        conversion = _Conversion(opened, options, bar)
+        if dry_run:
+            report = conversion.report(conversion.plan())
+            report.dry_run = True
+            return report
+        with Workspace(output, conversion.identity(), resume=resume, overwrite=overwrite) as workspace:
+            if workspace.published:
+                workspace.discard()
+            else:
+                conversion.write(workspace, started)
+    return ConversionReport.from_dict(json.loads((output / REPORT_NAME).read_text(encoding="utf-8")))
+
+
+class _Conversion:
+    """The steps of one conversion of an opened source."""
+
+    def __init__(self, source: Source, options: ConversionOptions, progress: Progress) -> None:
+        self.source = source
+        self.options = options
+        self.patches = options.patches
+        self.progress = progress
+        self.left_out = check_source(source)
+        for patch in self.patches:
+            patch.check(source.config)
+        self.workspace: Workspace | None = None
+        self._found: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.choices: dict[str, dict[str, Any]] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the result: a conversion is resumed only where this is the same."""
+        times = [path.stat().st_mtime_ns for path in self.source.weight_files]
+        return {
+            **self.options.to_dict(),
+            "source": self.source.fingerprint,
+            "source files changed at": times,
+            "hf_efficient": __version__,
+        }
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Text and source model for calibration and measurement; prepared when first needed."""
+        options = self.options
+        prepared = prepare_calibration(
+            self.source,
+            None if options.calibration is None else str(options.calibration),
+            tokens=options.calibration_tokens,
+            device=options.device,
+            progress=self.progress.step,
+        )
+        self._remember("calibration", prepared.summary())
+        return prepared
+
+    def plan(self) -> ConversionPlan:
+        """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over."""
+        self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
+        undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
+        with self.progress.stage("reading text"):
+            if any(patch.needs_calibration for patch in undecided):
+                _ = self.calibration
+        with self.progress.stage("choosing"):
+            for patch in undecided:
+                chosen = patch.choose(self.source.config, self.calibration if patch.needs_calibration else None)
+                # What was measured for the choice is lost with the process, so it is kept with the choice.
+                found = {"fields": chosen, "measured": patch.report()}
+                self.choices[patch.name] = self._remember(f"choice:{patch.name}", found)
+        plan = plan_conversion(
+            self.source,
+            self.patches,
+            {name: value for choice in self.choices.values() for name, value in choice["fields"].items()},
+            self.architecture.config_class,
+            dtype=self.options.torch_dtype,
+            max_shard_bytes=self.options.max_shard_bytes,
+            left_out=self.left_out,
+        )
+        if plan.after.bytes > plan.before.bytes:
+            self.warn(f"the model grows from {format_bytes(plan.before.bytes)} to {format_bytes(plan.after.bytes)}")
+        return plan
+
+    def write(self, workspace: Workspace, started: float) -> None:
+        """Make the checkpoint in the workspace and publish it."""
+        self.workspace = workspace
+        folder = workspace.checkpoint
+        plan = self.plan()
+        workspace.check_space(plan.disk_bytes)
+        write_weights(plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress)
+        with self.progress.stage("measuring"):
+            evaluation = self.measure(plan, folder) if self.options.evaluate else None
+        with self.progress.stage("finishing"):
+            plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
+            write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
+            export_code(folder, self.architecture)
+            for warning in write_companions(self.source, folder):
+                self.warn(warning)
+            report = self.report(plan)
+            report.evaluation = evaluation
+            report.seconds = round(time.perf_counter() - started, 1)
+            report.peak_memory_bytes = _peak_memory_bytes()
+            write_text(folder / REPORT_NAME, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            write_card(folder)
+            workspace.publish()
+
+    @property
+    def architecture(self) -> Architecture:
+        """A single patch on a stock model has an architecture of its own; the decoder takes every other combination."""
+        single = self.patches[0].name if len(self.patches) == 1 and not self.source.patched else None
+        return next(architecture for architecture in ARCHITECTURES if architecture.patch == single)
+
+    def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any]:
+        """Loss of the written weights against the source on held-out text."""
+        known = self._recall("evaluation")
+        if known is not None:
+            return known
+        text = self.calibration
+        measured = evaluate_logits(
+            text.held_out,
+            text.held_out_name,
+            self._logits(decoder_config(plan.config), open_folder_reader(folder), 1),
+            self._logits(self.source.config, self.source.reader, 0),
+        )
+        return self._remember("evaluation", measured.to_dict())
+
+    def report(self, plan: ConversionPlan) -> ConversionReport:
+        """The account of what is planned, with what is known of the rest."""
+        source = self.source
+        return ConversionReport(
+            source={
+                "name": source.name,
+                "model_type": source.stock_config.model_type,
+                "base_model": self.options.base_model or source.base_model,
+                "revision": source.revision,
+                "license": self.options.license or source.license,
+                "fingerprint": source.fingerprint,
+            },
+            model_type=self.architecture.model_type,
+            patches=[self._patch_report(patch) for patch in self.patches],
+            tensors={
+                "copied": len(plan.copied),
+                "computed": {name: new.origin for added in plan.computed.values() for name, new in added.items()},
+                "dropped": plan.dropped,
+                "left_out": plan.left_out,
+            },
+            before=plan.before,
+            after=plan.after,
+            dtype=str(plan.config.dtype).removeprefix("torch."),
+            options=self.options.to_dict(),
+            versions=_versions(),
+            estimate={"disk_bytes": plan.disk_bytes, "peak_memory_bytes": plan.peak_memory_bytes},
+            warnings=self.warnings,
+            calibration=self._recall("calibration"),
+        )
+
+    def warn(self, message: str) -> None:
+        """Tell the user now and in the report."""
+        get_logger().warning(message)
+        self.warnings.append(message)
+
+    def _logits(self, config: DecoderConfig, reader: TensorReader, turn: int) -> LogitSource:
+        """Logits of one of the two models that are compared; `turn` is its place in the stage's progress."""
+
+        def advance(done: int, total: int) -> None:
+            self.progress.advance(turn * total + done, 2 * total)
+
+        return checkpoint_logits(config, reader, device=self.options.device, progress=advance)
+
+    def _patch_report(self, patch: Patch) -> dict[str, Any]:
+        choice, final = self.choices[patch.name], self._recall(f"patch:{patch.name}") or {}
+        kept = {name: value for name, value in choice["measured"].items() if not final.get(name)}
+        return {
+            "name": patch.name,
+            "options": patch_fields(patch),
+            "choices": choice["fields"],
+            "measured": {**final, **kept},
+        }
+
+    def _recall(self, key: str) -> Any:
+        """What this or an interrupted run found; None when nobody did."""
+        return self.workspace.result(key) if self.workspace else self._found.get(key)
+
+    def _remember(self, key: str, value: Any) -> Any:
+        """Keep a finding for the report and for a resumed run, as plain JSON."""
+        plain = json.loads(json.dumps(value))
+        if self.workspace:
+            self.workspace.record_result(key, plain)
+        self._found[key] = plain
+        return plain
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what took part in the conversion."""
+    versions = {"hf_efficient": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
