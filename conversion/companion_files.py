@@ -52,9 +52,7 @@ def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
         _copy(origin, folder, (_TOKENIZER_CONFIG,))
         return []
     write_text(folder / _TOKENIZER_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return [
-        "the source's tokenizer runs code of its own, which is not carried over; check that the tokenizer still works"
-    ]
+    return ["the source's tokenizer has code of its own, which is not carried over: check that it works without"]
 
 
 def _has_tokenizer(folder: Path) -> bool:

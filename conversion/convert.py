@@ -59,7 +59,8 @@ def write_weights(
 ) -> None:
     """Write every shard of the plan, and the index last. Peak memory is the largest tensor.
 
-    `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace as `patch:NAME`.
+    `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace under
+    `patch:NAME`.
     """
     writer = CheckpointWriter(plan, workspace)
     try:

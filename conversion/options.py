@@ -47,9 +47,7 @@ class ConversionOptions:
                 f"calibration_tokens={self.calibration_tokens} must be at least 1", "leave it out for 18432"
             )
         if self.base_model is not None and not is_repo_id(self.base_model):
-            raise UsageError(
-                f"base_model={self.base_model!r} is not the id of a Hub repository", "write it as org/name"
-            )
+            raise UsageError(f"base_model={self.base_model!r} is not a Hub id", "write it as org/name")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

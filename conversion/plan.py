@@ -28,9 +28,9 @@ class ModelSize:
     Attributes:
         parameters: number of stored parameters; a tied head counts once.
         bytes: bytes of the stored tensors.
-        flops_per_token: ``2 * (parameters of linear layers, the head included)``: one multiplication and one addition for
-            each in a forward pass. Table and embedding look-ups cost none; left out is what grows with the context, the
-            attention scores.
+        flops_per_token: ``2 * (parameters of linear layers, the head included)``: one multiplication and one addition
+            for each in a forward pass. Table and embedding look-ups cost none; left out is what grows with the
+            context, the attention scores.
     """
 
     parameters: int
@@ -73,7 +73,7 @@ class ConversionPlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Bytes of weights in memory at once: the largest tensor and scratch. Calibration adds one layer and its text."""
+        """Bytes of weights in memory at once: the largest tensor and scratch. Calibration adds a layer and its text."""
         largest = max(tensor.elements for shard in self.shards for tensor in shard.tensors)
         return (largest + 2 * CHUNK_ELEMENTS) * torch.float32.itemsize
 
@@ -82,7 +82,7 @@ def check_source(source: Source) -> dict[str, str]:
     """Compare a source's tensors with its configuration. Returns the tensors to leave out, each with the reason.
 
     Raises:
-        HFEError: a tensor is missing, unknown, of another shape or quantised, or a tied head differs from the embedding.
+        HFEError: a tensor is missing, unknown, of another shape or quantised, or a tied head is not the embedding.
     """
     reader, config = source.reader, source.config
     names = reader.names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,19 +69,9 @@ class ConversionReport:
             ("source", f"{self.source['name']} ({self.source['model_type']})"),
             ("result", f"{self.model_type}, patches: {names}, {self.dtype}"),
             ("tensors", self._tensor_counts()),
-            (
-                "parameters",
-                f"{before.parameters:,} -> {after.parameters:,} {_change(before.parameters, after.parameters)}",
-            ),
-            (
-                "bytes",
-                f"{format_bytes(before.bytes)} -> {format_bytes(after.bytes)} {_change(before.bytes, after.bytes)}",
-            ),
-            (
-                "FLOPs per token",
-                f"{before.flops_per_token:.4g} -> {after.flops_per_token:.4g} "
-                f"{_change(before.flops_per_token, after.flops_per_token)}, attention scores left out",
-            ),
+            ("parameters", _change(before.parameters, after.parameters, "{:,}".format)),
+            ("bytes", _change(before.bytes, after.bytes, format_bytes)),
+            ("FLOPs per token", _change(before.flops_per_token, after.flops_per_token, "{:.4g}".format)),
             *[(f"{patch['name']} chose", _choices(patch["choices"])) for patch in self.patches],
             *self._measured(),
             *[("warning", warning) for warning in self.warnings],
@@ -120,8 +111,9 @@ class ConversionReport:
         return rows
 
 
-def _change(before: int, after: int) -> str:
-    return "(unchanged)" if before == after else f"({(after - before) / before:+.1%})"
+def _change(before: int, after: int, form: Callable[[int], str]) -> str:
+    change = "unchanged" if before == after else f"{(after - before) / before:+.1%}"
+    return f"{form(before)} -> {form(after)} ({change})"
 
 
 def _choices(choices: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors shards written as a stream: the plan knows every size, so a tensor goes straight to its place on the disk."""
+"""Safetensors shards written as a stream: the plan knows every size, so a tensor goes straight to the disk."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class ShardWriter:
             raise HFEError(
                 f"the converter was given tensor {name} {list(tensor.shape)} where its plan has {planned.name} "
                 f"{list(planned.shape)}",
-                "this is an error in the patch: its tensors must come in the order of its plan",
+                "this is an error in the patch, whose tensors must come in the order of its plan; please report it",
             )
         self._next += 1
         flat = tensor.detach().reshape(-1)
@@ -125,7 +125,8 @@ class ShardWriter:
         """Put the finished file on the disk under its own name."""
         if self._next != len(self.shard.tensors):
             raise HFEError(
-                f"{self.shard.name} lacks tensor {self.shard.tensors[self._next].name}", "an error in the patch"
+                f"{self.shard.name} lacks tensor {self.shard.tensors[self._next].name}",
+                "this is an error in the patch; please report it",
             )
         with disk_errors(self._path.parent):
             os.fsync(self._file.fileno())

@@ -6,7 +6,7 @@
         checkpoint/   becomes OUTPUT by a rename, when all is in it
         replaced/     the old OUTPUT, for the moment between two renames (--overwrite)
 
-A kill at any moment leaves either OUTPUT as it was, or the new one complete; what is finished stays here for `--resume`.
+A kill at any moment leaves OUTPUT as it was, or the new one complete; what is finished stays here for `--resume`.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Workspace:
         differing = _differences(state.get("options", {}), self._options)
         if state.get("format") != _FORMAT or differing:
             raise HFEError(
-                f"the unfinished conversion in {self.folder.name} was started with other options: {'; '.join(differing)}",
+                f"the unfinished conversion in {self.folder.name} had other options: {'; '.join(differing)}",
                 "repeat the options it was started with, or start again with --overwrite and without --resume",
             )
         self._state = state

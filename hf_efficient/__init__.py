@@ -26,7 +26,7 @@ _PUBLIC = {
     "HFEError": "hf_efficient.errors",
     "Stem": "hf_efficient.conversion.stem",
     "UsageError": "hf_efficient.errors",
-    "convert": "hf_efficient.conversion.convert",
+    "convert": "hf_efficient.checkpoint",
     "evaluate": "hf_efficient.evaluation",
     "export": "hf_efficient.hub.export",
     "inspect": "hf_efficient.inspection",
