@@ -21,7 +21,7 @@ class DecoderConfig(PreTrainedConfig):
     | `mlp_bias` | biases on gate, up and down |
     | `qk_norm` | RMSNorm over each head of q and k, before the rotary embedding (Qwen3) |
     | `head_dim` | width of a head; by default `hidden_size // num_attention_heads` |
-    | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default full, or sliding everywhere when `sliding_window` is set (Mistral) |
+    | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default sliding where a window is set |
     | `sliding_window` | number of positions a sliding layer sees, the current one included |
     | `rope_parameters` | transformers' rotary dictionary (`rope_type`, `rope_theta`, …) |
     | `source_model_type` | stock family that the weights come from; None when trained from scratch |
@@ -38,8 +38,6 @@ class DecoderConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -86,7 +84,16 @@ class DecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Tensor-parallel style of each module that this configuration has. A patch adds its own."""
+        plan = dict(type(self).base_model_tp_plan)
+        if self.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
+        return plan
 
     @property
     def active_patches(self) -> list[str]:

@@ -6,6 +6,7 @@ It knows no patch. A patch subclasses `DecoderModel` and overrides a factory met
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_efficient.environment import check_data
-from hf_efficient.errors import TokenIdError
+from hf_efficient.errors import HFEError, TokenIdError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+# Tensors of a stock family without which the attention computes something else.
+_ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
 
 
 class DecoderRMSNorm(nn.Module):
@@ -183,7 +187,7 @@ class DecoderAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``. Every feed-forward of the decoder takes the token ids; this one has no use for them."""
+    """``down(act(gate(x)) * up(x))``. Every feed-forward takes the token ids; this one has no use for them."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -240,6 +244,25 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that the configuration does not describe is an error, not a warning."""
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing_keys = set(loading_info["missing_keys"])
+        # An empty state dict asks for fresh weights.
+        if any(name not in missing_keys for name, _ in model.named_parameters()):
+            model.check_loaded(missing_keys, set(loading_info["unexpected_keys"]))
+        return (model, loading_info) if output_loading_info else model
+
+    def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
+        """Raise `HFEError` when the loaded checkpoint is of another architecture."""
+        foreign = sorted(key for key in unexpected_keys if _ATTENTION_EXTRA.search(key))
+        if foreign:
+            raise HFEError(
+                f"the configuration has no place for {len(foreign)} tensors of the checkpoint, {foreign[0]} first",
+                "convert the stock model with `hf-efficient convert`, which sets attention_bias and qk_norm",
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -291,13 +314,17 @@ class DecoderModel(DecoderPreTrainedModel):
         """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
         return input_ids
 
+    def vocabulary_rows(self) -> int:
+        """Rows of the embedding; an adapter's wrapper may hide them, then as many as the configuration says."""
+        return getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+
     def check_token_ids(self, ids: Tensor) -> None:
         """Raise `TokenIdError` for an id outside [0, vocab_size): on the CPU always, elsewhere with HFE_CHECK=1."""
         if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
             return
         if ids.device.type != "cpu" and not check_data():
             return
-        rows = self.embed_tokens.num_embeddings
+        rows = self.vocabulary_rows()
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= rows:
             bad = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
@@ -342,7 +369,9 @@ class DecoderModel(DecoderPreTrainedModel):
             )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+        # Early exit in assisted generation lowers `num_hidden_layers` for a while.
+        layers = self.layers[: self.config.num_hidden_layers]
+        for kind, layer in zip(self.config.layer_types, layers, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],

@@ -8,18 +8,31 @@ from huggingface_hub.dataclasses import strict
 
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
+# Tensor parallelism of transformers splits an embedding by rows only and hands every rank the whole looked-up row, so
+# the gate is gathered to meet it; the dense layers share the patterns of these names.
+_STEM_TP_PLAN = DecoderConfig.base_model_tp_plan | {
+    "layers.*.mlp.gate_proj": "colwise_gather_output",
+    "layers.*.mlp.up_proj": "colwise_gather_output",
+    "layers.*.mlp.stem_embed": "embedding_rowwise",
+    "layers.*.mlp.down_proj": "rowwise_split_input",
+}
+
 
 def stem_layer_preset(num_hidden_layers: int, preset: str) -> list[int]:
     """Layers that the STEM paper replaces when it trains from scratch; layer 0 always stays dense.
 
     Args:
         num_hidden_layers: number of layers of the model.
-        preset: ``third`` (every third from layer 2), ``half`` (the odd ones) or ``full`` (all but layer 0).
+        preset: ``third`` (every third from layer 2, or layer 1 of two), ``half`` (the odd ones) or ``full`` (all but
+            layer 0).
 
     Source: arXiv:2601.10639, section 4. A conversion should choose by measured sensitivity instead.
     """
-    presets = {"third": range(2, num_hidden_layers, 3), "half": range(1, num_hidden_layers, 2)}
-    presets["full"] = range(1, num_hidden_layers)
+    presets = {
+        "third": range(2 if num_hidden_layers > 2 else 1, num_hidden_layers, 3),
+        "half": range(1, num_hidden_layers, 2),
+        "full": range(1, num_hidden_layers),
+    }
     if preset not in presets:
         raise ValueError(f"unknown STEM layer preset {preset!r}; choose one of {sorted(presets)}")
     return list(presets[preset])
@@ -33,8 +46,9 @@ class StemConfig(DecoderConfig):
     |---|---|
     | `stem_layers` | indices of the STEM layers, sorted and unique; by default every third (the paper's choice) |
     | `stem_embedding_dim` | width of a table row; must equal `intermediate_size` |
-    | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + intermediate_size))` |
-    | `stem_keep_up_proj` | keep the stock up-projection beside the table, so that `mlp.efficient = False` runs the stock path |
+    | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + width of a row))` |
+    | `stem_keep_up_proj` | keep the stock up-projection beside the table: `mlp.efficient = False` runs the stock path |
+    | `stem_inputs_embeds` | `inputs_embeds` without ids: `error`, or `match` to find them among the embedding's rows |
     """
 
     model_type = "hfe_stem"
@@ -43,6 +57,7 @@ class StemConfig(DecoderConfig):
     stem_embedding_dim: int | None = None
     stem_init_std: float | None = None
     stem_keep_up_proj: bool = False
+    stem_inputs_embeds: str = "error"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.stem_layers is None:
@@ -72,6 +87,8 @@ class StemConfig(DecoderConfig):
             )
         if self.stem_init_std is not None and self.stem_init_std <= 0:
             raise ValueError(f"stem_init_std={self.stem_init_std} must be positive, or None for Xavier")
+        if self.stem_inputs_embeds not in ("error", "match"):
+            raise ValueError(f"stem_inputs_embeds={self.stem_inputs_embeds!r} must be 'error' or 'match'")
 
 
 __all__ = ["StemConfig", "stem_layer_preset"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -17,10 +18,26 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.stem_gate.api import stem_gate
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
+from hf_efficient.modeling.stem.embedding_match import match_token_ids
 
 
 class StemTable(nn.Embedding):
     """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t."""
+
+
+# Both names of the activation that the kernel computes.
+_SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+
+
+def _is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """True when calling `module` runs its class's forward alone: no adapter, hook, wrapper or parametrisation."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return (
+        type(module) in kinds
+        and not any(hooks)
+        and "forward" not in vars(module)  # where accelerate and others put their wrapper
+        and not _has_any_global_hook()
+    )
 
 
 class StemMLP(nn.Module):
@@ -38,18 +55,16 @@ class StemMLP(nn.Module):
         self.up_proj: nn.Linear | None = None
         if config.stem_keep_up_proj:
             self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.hidden_act = config.hidden_act
         self.act_fn = ACT2FN[config.hidden_act]
 
     def _can_fuse(self) -> bool:
-        """True when reading the table's weight is all that calling the table would do: no adapter, hook or parametrisation."""
+        """True when the kernel, which reads the table's weight, does all that calling the two modules would do."""
         table = self.stem_embed
         return (
-            self.hidden_act in ("silu", "swish")
-            and type(table) is StemTable
-            and type(table.weight) is nn.Parameter
-            and not (table._forward_hooks or table._forward_pre_hooks or table._backward_hooks)
-            and not hasattr(table, "_hf_hook")
+            _is_bare(self.act_fn, _SILU)
+            and _is_bare(table, (StemTable,))
+            and type(table.weight) is nn.Parameter  # quantised and distributed weights have types of their own
+            and not (table.sparse or table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
         )
 
     def forward(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
@@ -82,36 +97,14 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         else:
             init.normal_(module.weight, std=self.config.stem_init_std)
 
-
-class StemModel(StemPreTrainedModel, DecoderModel):
-    """Decoder with STEM feed-forwards in `config.stem_layers`.
-
-    `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up when `inputs_embeds` replaces `input_ids`.
-    """
-
-    def build_mlp(self, layer_idx: int) -> nn.Module:
-        return StemMLP(self.config) if layer_idx in self.config.stem_layers else super().build_mlp(layer_idx)
-
-    def resolve_token_ids(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        stem_input_ids = kwargs.pop("stem_input_ids", None)
-        ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
-        if not self.config.stem_layers:
-            return ids
-        if ids is None:
+    def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
+        super().check_loaded(missing_keys, unexpected_keys)
+        tables = sorted(key for key in missing_keys if key.endswith(".stem_embed.weight"))
+        if tables:
             raise HFEError(
-                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} came without token ids, and STEM layers look rows "
-                "up by token id",
-                "pass input_ids, or pass stem_input_ids beside inputs_embeds",
+                f"the checkpoint lacks {len(tables)} STEM tables, {tables[0]} first, so it is not a STEM checkpoint",
+                "convert the stock model with `hf-efficient convert SOURCE OUTPUT --patch stem` and load OUTPUT",
             )
-        given = inputs_embeds if input_ids is None else input_ids
-        if ids.shape != given.shape[:2]:
-            raise HFEError(
-                f"stem_input_ids has shape {tuple(ids.shape)}, the input has {tuple(given.shape[:2])}",
-                "pass one id for each position of the input",
-            )
-        return ids
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -129,21 +122,71 @@ class StemModel(StemPreTrainedModel, DecoderModel):
                 module.num_embeddings = rows
 
 
+class StemModel(StemPreTrainedModel, DecoderModel):
+    """Decoder with STEM feed-forwards in `config.stem_layers`.
+
+    `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up in place of `input_ids`, or beside
+    `inputs_embeds`.
+    """
+
+    def build_mlp(self, layer_idx: int) -> nn.Module:
+        return StemMLP(self.config) if layer_idx in self.config.stem_layers else super().build_mlp(layer_idx)
+
+    def resolve_token_ids(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        stem_input_ids = kwargs.pop("stem_input_ids", None)
+        ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
+        if not self.config.stem_layers:
+            return ids
+        self._check_tables()
+        if ids is None and self.config.stem_inputs_embeds == "match":
+            return match_token_ids(inputs_embeds, self.embed_tokens, self.vocabulary_rows())
+        if ids is None:
+            raise HFEError(
+                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} came without the ids that STEM layers look up",
+                "pass input_ids, pass stem_input_ids beside inputs_embeds, or set config.stem_inputs_embeds to 'match'",
+            )
+        given = inputs_embeds if input_ids is None else input_ids
+        if ids.shape != given.shape[:2]:
+            raise HFEError(
+                f"stem_input_ids has shape {tuple(ids.shape)}, the input has {tuple(given.shape[:2])}",
+                "pass one id for each position of the input",
+            )
+        return ids
+
+    def _check_tables(self) -> None:
+        rows = self.vocabulary_rows()
+        for layer in self.layers:
+            table = getattr(layer.mlp, "stem_embed", None)
+            if isinstance(table, StemTable) and table.num_embeddings != rows:
+                raise HFEError(
+                    f"a STEM table has {table.num_embeddings} rows and the embedding has {rows}",
+                    "change the vocabulary with model.resize_token_embeddings, which resizes the tables too",
+                )
+
+
 class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     """`StemModel` and a language-model head."""
 
     model_class = StemModel
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.model._resize_tables(embeddings.num_embeddings)
-        return embeddings
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if inputs.get("inputs_embeds") is None:
-            # The ids that came beside embeddings belong to the prompt; later steps have ids of their own.
-            inputs.pop("stem_input_ids", None)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        stem_input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if stem_input_ids is None:
+            return inputs
+        # The ids that came with the prompt belong to it; what is generated is looked up by its own ids.
+        if inputs.get("inputs_embeds") is not None:
+            inputs["stem_input_ids"] = stem_input_ids[:, -inputs["inputs_embeds"].shape[1] :]
+        elif inputs_embeds is None:
+            ids = torch.cat((stem_input_ids, input_ids[:, stem_input_ids.shape[1] :]), dim=1)
+            inputs["stem_input_ids"] = ids[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
 

@@ -1,0 +1,60 @@
+"""Token ids of given embeddings: each is looked up among the rows of the embedding, exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.errors import HFEError
+from hf_efficient.logging import warn_once
+
+# Elements of the embedding that are hashed at a time: bounds the memory, 8 bytes each.
+_BLOCK = 1 << 22
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _hash_rows(rows: Tensor, factors: Tensor) -> Tensor:
+    """A 64-bit hash of each row of [N, d]: its bits, times odd factors, summed modulo 2^64."""
+    bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.dtype.itemsize])  # + 0.0 makes equal numbers of both zeros
+    return (bits.long() * factors).sum(-1)
+
+
+@torch.no_grad()
+def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: int) -> Tensor:
+    """Ids [B, S] of the embedding rows that equal `inputs_embeds` [B, S, d] in every element.
+
+    Rows are found by hash and then compared, so that no [B, S, vocab_size, d] comparison is made. The embedding is
+    called as a module, which lets adapters and offloading act. Where rows are alike the lowest id is taken, with a
+    warning.
+
+    Raises:
+        HFEError: an embedding that equals no row.
+    """
+    device, width = inputs_embeds.device, inputs_embeds.shape[-1]
+    given = inputs_embeds.reshape(-1, width)
+    generator = torch.Generator().manual_seed(0)
+    factors = (torch.randint(-(1 << 62), 1 << 62, (width,), generator=generator) * 2 + 1).to(device)
+
+    def rows(ids: Tensor) -> Tensor:
+        found = embed_tokens(ids).to(device)
+        return found.to(torch.promote_types(found.dtype, given.dtype))
+
+    blocks = torch.arange(vocab_size, device=device).split(max(1, _BLOCK // width))
+    hashes, order = torch.cat([_hash_rows(rows(block), factors) for block in blocks]).sort(stable=True)
+    given = given.to(rows(order[:1]).dtype)
+    wanted = _hash_rows(given, factors)
+    position = torch.searchsorted(hashes, wanted).clamp_(max=vocab_size - 1)
+    ids = order[position]
+
+    different = (rows(ids) != given).any(-1)
+    if different.any():
+        first = int(different.nonzero()[0])
+        place = list(divmod(first, inputs_embeds.shape[1]))
+        raise HFEError(
+            f"inputs_embeds at position {place} equals no row of the embedding, so its token id is unknown",
+            "pass stem_input_ids beside inputs_embeds",
+        )
+    following = (position + 1).clamp(max=vocab_size - 1)
+    if ((hashes[following] == wanted) & (following != position)).any():
+        warn_once("some embeddings in inputs_embeds are rows of several token ids; the lowest id is taken")
+    return ids.view(inputs_embeds.shape[:-1])
