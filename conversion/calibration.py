@@ -1,0 +1,99 @@
+"""What a patch may measure before it computes weights: the source model, layer by layer, on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.layerwise import LayerwisePass
+from hf_efficient.conversion.source import Source, TensorReader
+from hf_efficient.conversion.text import SEQUENCE_LENGTH, load_text, pack
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+CALIBRATION_TOKENS = 18_432
+HELD_OUT_TOKENS = 4_096
+PROBE_TOKENS = 1_024
+
+# Told (stage, steps done, steps in all).
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The source model and the text it is measured on; every part [B, S] of token ids.
+
+    Attributes:
+        config, reader: the source checkpoint.
+        fit: text that weights are fitted to.
+        probe: a little text for choices between options, from the same documents as `fit` but beyond it.
+        held_out: text of other documents, for the figures that are reported.
+        fit_name, held_out_name: what reports call the texts.
+        device: where layers run.
+        progress: told of every layer.
+    """
+
+    config: EfficientDecoderConfig
+    reader: TensorReader
+    fit: Tensor
+    probe: Tensor
+    held_out: Tensor
+    fit_name: str = ""
+    held_out_name: str = ""
+    device: str | torch.device = "cpu"
+    progress: Progress = no_progress
+
+    def start(self, *batches: Tensor) -> LayerwisePass:
+        """A traversal of the source model by the given batches."""
+        return LayerwisePass(self.config, self.reader, batches, device=self.device)
+
+    def summary(self) -> dict[str, Any]:
+        """Which text, and how much of it, for the report."""
+        return {
+            "calibration_text": self.fit_name,
+            "calibration_tokens": self.fit.numel(),
+            "held_out_text": self.held_out_name,
+            "held_out_tokens": self.held_out.numel(),
+            "sequence_length": self.fit.shape[1],
+            "distinct_calibration_tokens": len(self.fit.unique()),
+        }
+
+
+def prepare_calibration(
+    source: Source,
+    text: str | None = None,
+    *,
+    tokens: int = CALIBRATION_TOKENS,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    device: str | torch.device = "cpu",
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Read, split and tokenise the text that `load_text` finds under `text`.
+
+    Args:
+        tokens, held_out_tokens: upper bounds, rounded down to whole sequences; a short text gives fewer.
+    """
+    fit_text, held_out_text = load_text(text)
+    tokenizer, vocab_size = source.tokenizer(), source.config.vocab_size
+    packed = pack(tokenizer, fit_text, tokens + PROBE_TOKENS, vocab_size)
+    # A text too short to give the probe sequences of its own lends some of its fit to it.
+    probe = PROBE_TOKENS // SEQUENCE_LENGTH
+    fit = packed[:-probe] if len(packed) > 2 * probe else packed
+    return Calibration(
+        source.config,
+        source.reader,
+        fit=fit,
+        probe=packed[-probe:],
+        held_out=pack(tokenizer, held_out_text, held_out_tokens, vocab_size),
+        fit_name=fit_text.name,
+        held_out_name=held_out_text.name,
+        device=device,
+        progress=progress,
+    )

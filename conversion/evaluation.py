@@ -1,0 +1,208 @@
+"""Measured loss of a model, alone or against a reference, with confidence intervals.
+
+The unit of sampling is the sequence: a figure is the mean of its sequence means, its interval is Student's t over them,
+and differences are taken within a sequence, so that hard and easy text cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.layerwise import LOGIT_POSITIONS, LayerwisePass
+from hf_efficient.conversion.source import TensorReader
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+CONFIDENCE = 0.95
+
+# Logits of token ids [B, S]: pieces [n, V] of at most LOGIT_POSITIONS positions, sequence after sequence.
+LogitSource = Callable[[Tensor], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % confidence interval; the interval is None when there is one sequence only."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, sequence_means: Tensor) -> Estimate:
+        values = sequence_means.double()
+        mean = float(values.mean())
+        if len(values) < 2:
+            return cls(mean, None, None)
+        margin = student_quantile(len(values) - 1) * float(values.std()) / math.sqrt(len(values))
+        return cls(mean, mean - margin, mean + margin)
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f}{interval}"
+
+
+def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """Two-sided quantile of Student's t, by the expansion in 1 / degrees (Abramowitz and Stegun 26.7.5).
+
+    Within 0.2 % from 3 degrees on; 1 % and 12 % low at 2 degrees and 1 degree.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was measured, on which text.
+
+    Attributes:
+        text: name of the text.
+        tokens: predicted tokens; each sequence's first token is context only.
+        sequences: independent sequences, over which the intervals are taken.
+        sequence_length: tokens in each.
+        nll: cross-entropy in nats per token.
+        perplexity: ``exp(nll)``.
+        reference_nll, delta_nll: the reference's nll, and nll minus it.
+        kl: KL(reference || model), nats per token.
+        top1_agreement: share of positions where both predict the same token first.
+    """
+
+    text: str
+    tokens: int
+    sequences: int
+    sequence_length: int
+    nll: Estimate
+    perplexity: float
+    reference_nll: Estimate | None = None
+    delta_nll: Estimate | None = None
+    kl: Estimate | None = None
+    top1_agreement: Estimate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The figures as text for a terminal."""
+        size = f"{self.tokens} tokens in {self.sequences} sequences of {self.sequence_length}"
+        lines = [
+            f"text            {self.text}: {size}",
+            f"nll             {self.nll} nats/token, perplexity {self.perplexity:.2f}",
+        ]
+        if self.delta_nll is not None:
+            lines += [
+                f"reference nll   {self.reference_nll}",
+                f"delta nll       {self.delta_nll}",
+                f"KL              {self.kl}",
+                f"top-1 agreement {self.top1_agreement}",
+            ]
+        return "\n".join([*lines, "in brackets: 95 % confidence, Student's t over sequences, paired"])
+
+
+def checkpoint_logits(
+    config: EfficientDecoderConfig,
+    reader: TensorReader,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> LogitSource:
+    """Logits of a checkpoint that is never in memory as a whole; computed in fp32, layer by layer."""
+
+    def logits(ids: Tensor) -> Iterator[Tensor]:
+        run = LayerwisePass(config, reader, [ids], device=device)
+        run.run(progress)
+        (pieces,) = run.logits(*run.streams)
+        yield from pieces
+
+    return logits
+
+
+def model_logits(model: nn.Module) -> LogitSource:
+    """Logits of a model in memory, one sequence at a time."""
+
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Iterator[Tensor]:
+        training = model.training
+        model.eval()
+        try:
+            device = next(model.parameters()).device
+            for sequence in ids:
+                output = model(input_ids=sequence[None].to(device), use_cache=False).logits[0]
+                yield from output.split(LOGIT_POSITIONS)
+        finally:
+            model.train(training)
+
+    return logits
+
+
+def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy [n] in nats of targets [n] under logits [n, V], fp32."""
+    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+
+def nll_by_position(pieces: Iterator[Tensor], ids: Tensor) -> Tensor:
+    """Cross-entropy [B, S - 1] of each next token of ids [B, S] under the logits that a `LogitSource` gave for them."""
+    nll = [next_token_nll(piece, target) for piece, target in zip(pieces, _targets(ids), strict=True)]
+    return torch.cat(nll).view_as(ids)[:, :-1]
+
+
+def _targets(ids: Tensor) -> Iterator[Tensor]:
+    """Next tokens in the pieces of a `LogitSource`; the last of a sequence has none, and its place holds the first."""
+    return (piece for sequence in ids.roll(-1, dims=1) for piece in sequence.split(LOGIT_POSITIONS))
+
+
+@torch.no_grad()
+def evaluate_logits(
+    ids: Tensor, text: str, model: LogitSource, reference: LogitSource | None = None
+) -> EvaluationReport:
+    """Measure `model` on token ids [B, S], S at least 2, and compare it with `reference` where one is given.
+
+    Raises:
+        HFEError: the two models have vocabularies of different sizes.
+    """
+    sequences, length = ids.shape
+    measured: dict[str, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
+    reference_pieces = iter(reference(ids)) if reference else None
+    for target, piece in zip(_targets(ids), model(ids), strict=True):
+        measured["nll"].append(next_token_nll(piece, target).cpu())
+        if reference_pieces is None:
+            continue
+        other = next(reference_pieces).to(piece.device)
+        if other.shape != piece.shape:
+            raise HFEError(
+                f"the model's vocabulary has {piece.shape[-1]} tokens, the reference's {other.shape[-1]}",
+                "compare a converted checkpoint with its own source",
+            )
+        measured["reference_nll"].append(next_token_nll(other, target).cpu())
+        log_p, log_q = other.float().log_softmax(-1), piece.float().log_softmax(-1)
+        measured["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+        measured["top1_agreement"].append((other.argmax(-1) == piece.argmax(-1)).float().cpu())
+
+    means = {
+        name: torch.cat(values).view(sequences, length)[:, :-1].double().mean(1)
+        for name, values in measured.items()
+        if values
+    }
+    if reference:
+        means["delta_nll"] = means["nll"] - means["reference_nll"]
+    estimates = {name: Estimate.of(values) for name, values in means.items()}
+    return EvaluationReport(
+        text=text,
+        tokens=sequences * (length - 1),
+        sequences=sequences,
+        sequence_length=length,
+        perplexity=math.exp(min(estimates["nll"].mean, 700.0)),
+        **estimates,
+    )

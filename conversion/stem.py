@@ -1,0 +1,269 @@
+"""Stock checkpoint -> STEM: the up-projections of chosen layers become tables of one row for each token.
+
+The conversion is lossy: a row cannot know the token's context. `stem_tables` holds the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.calibration import Calibration
+from hf_efficient.conversion.evaluation import nll_by_position
+from hf_efficient.conversion.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from hf_efficient.conversion.stem_tables import (
+    INITIALISERS,
+    EmbeddingGram,
+    TableError,
+    TokenSums,
+    fit_table,
+    observe_feed_forward,
+)
+from hf_efficient.errors import UsageError
+from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.stem.modeling_stem import StemMLP
+
+# Held-out tokens on which each layer's errors are measured.
+_ERROR_TOKENS = 2_048
+
+
+@dataclass
+class Stem:
+    """Options of the STEM patch.
+
+    Raises:
+        UsageError: an option is malformed here, or does not suit the model in `check`.
+    """
+
+    name: ClassVar[str] = "stem"
+    needs_calibration: ClassVar[bool] = True
+
+    layers: str | list[int] = field(
+        default="auto",
+        metadata={
+            "help": "layers to convert, such as 1,4,7; auto: those whose conversion costs least, measured one by one"
+        },
+    )
+    init: str = field(
+        default="gated_mean",
+        metadata={
+            "help": f"how rows are computed: {', '.join(INITIALISERS)} (embed needs no text and ruins the model)"
+        },
+    )
+    shrinkage: float = field(
+        default=4.0, metadata={"help": "how many average occurrences of a token its prior counts for"}
+    )
+    ridge: float = field(
+        default=0.05, metadata={"help": "ridge of the prior, as a share of the mean diagonal of its Gram matrix"}
+    )
+    sequential: bool = field(
+        default=False,
+        metadata={"help": "calibrate each layer on the hidden states that the converted layers below give"},
+    )
+    max_layers: int | None = field(
+        default=None, metadata={"help": "with auto: at most so many layers (default: a third of the model's)"}
+    )
+    max_delta: float | None = field(
+        default=None,
+        metadata={"help": "with auto: the chosen layers' own costs add up to at most so many nats per token"},
+    )
+    keep_up_proj: bool = field(
+        default=False, metadata={"help": "keep the stock up-projections beside the tables, for training against them"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers != "auto":
+            self.layers = _parse_layers(self.layers)
+        if self.init not in INITIALISERS:
+            raise UsageError(f"stem init={self.init!r} is unknown", f"choose one of {', '.join(INITIALISERS)}")
+        if not self.shrinkage >= 0:
+            raise UsageError(f"stem shrinkage={self.shrinkage} must be 0 or more", "the default is 4")
+        if not self.ridge > 0:
+            raise UsageError(f"stem ridge={self.ridge} must be positive", "the default is 0.05")
+        if self.max_layers is not None and self.max_layers < 1:
+            raise UsageError(f"stem max_layers={self.max_layers} must be at least 1", "leave it out for a third")
+        if self.max_delta is not None and not self.max_delta > 0:
+            raise UsageError(f"stem max_delta={self.max_delta} must be positive nats", "leave it out for no limit")
+        if self.layers != "auto" and not (self.max_layers is None and self.max_delta is None):
+            raise UsageError("stem max_layers and max_delta choose among layers, and layers are named", "leave one out")
+        self._costs: dict[int, float] = {}
+        self._layer_reports: dict[int, dict[str, Any]] = {}
+
+    def check(self, config: DecoderConfig) -> None:
+        count = config.num_hidden_layers
+        if getattr(config, "stem_layers", None):
+            raise UsageError(
+                f"the source is a STEM checkpoint already (layers {config.stem_layers})",
+                "convert its stock source again, with all the layers you want",
+            )
+        if count < 2 and self.layers == "auto":
+            raise UsageError("the model has one layer, and auto leaves layer 0 as it is", "name it: layers=0")
+        if self.layers != "auto":
+            outside = [i for i in self.layers if not 0 <= i < count]
+            if outside:
+                raise UsageError(f"stem layers {outside} do not exist", f"the model has layers 0 to {count - 1}")
+            if 0 in self.layers:
+                get_logger().warning("STEM in layer 0: its rows are needed at once, so they cannot be fetched ahead")
+        if self.init == "embed":
+            get_logger().warning("stem init=embed is worse than no feed-forward at all; gated_mean is the default")
+
+    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        layers = self.layers
+        if layers == "auto":
+            self._costs = self._single_layer_costs(_present(calibration))
+            layers = self._cheapest(config.num_hidden_layers)
+        return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
+
+    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        changes = TensorChanges()
+        shape = (config.vocab_size, config.intermediate_size)
+        for index in config.stem_layers:
+            changes.added[_table_name(index)] = NewTensor(shape, dtype, f"STEM table, {self.init}")
+            if not self.keep_up_proj:
+                parts = ("weight", "bias") if config.mlp_bias else ("weight",)
+                changes.dropped += [f"model.layers.{index}.mlp.up_proj.{part}" for part in parts]
+        return changes
+
+    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        calibration = _present(calibration)
+        sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
+        run = calibration.start(calibration.fit, calibration.held_out[:sequences])
+        fit, held_out = run.streams
+        gram = self._gram(run, fit)
+        last = max(config.stem_layers)
+        for index, layer in run.layers():
+            if index not in config.stem_layers:
+                run.push(index, layer, fit)
+                run.push(index, layer, held_out)
+            else:
+                entered = [fit.hidden.clone(), held_out.hidden.clone()] if self.sequential else []
+                sums = _observed_push(run, index, layer, fit)
+                table = fit_table(self.init, self.shrinkage, layer, run, sums, gram)
+                rows = table.at(run.vocabulary, run.embeddings)
+                errors = TableError(layer.mlp, rows, sums.count)
+                with observe_feed_forward(layer.mlp, errors.add):
+                    run.push(index, layer, held_out)
+                self._layer_reports[index] = {
+                    "relative_error": errors.overall(),
+                    "relative_error_by_count": errors.by_count(),
+                    "within_token_share": sums.within_token_share(layer.mlp.up_proj),
+                }
+                for stream, hidden in zip((fit, held_out), entered, strict=False):
+                    stream.hidden = hidden
+                    with _stem_feed_forward(run, layer, rows):
+                        run.push(index, layer, stream)
+                yield _table_name(index), table.write(calibration.reader, config.dtype or torch.float32)
+            calibration.progress("calibrate", index + 1, last + 1)
+            if index == last:
+                return
+
+    def report(self) -> dict[str, Any]:
+        layers = self._layer_reports
+        return {
+            "init": self.init,
+            "shrinkage": self.shrinkage,
+            "ridge": self.ridge,
+            "sequential": self.sequential,
+            "single_layer_delta_nll": self._costs,
+            "layers": layers,
+        }
+
+    def _gram(self, run: LayerwisePass, stream: Stream) -> EmbeddingGram:
+        count = torch.bincount(stream.slots.flatten(), minlength=len(run.vocabulary))
+        return EmbeddingGram.of(count, run.embeddings, self.ridge)
+
+    @torch.no_grad()
+    def _single_layer_costs(self, calibration: Calibration) -> dict[int, float]:
+        """Rise of the probe's nll when one layer alone is converted, for all but layer 0, in one traversal.
+
+        At each layer a branch of the probe takes the converted layer; from there on it goes through the stock layers.
+        """
+        run = calibration.start(calibration.fit, calibration.probe)
+        fit, probe = run.streams
+        gram = self._gram(run, fit)
+        branches: dict[int, Stream] = {}
+        for index, layer in run.layers():
+            for branch in branches.values():
+                run.push(index, layer, branch)
+            sums = _observed_push(run, index, layer, fit)
+            if index > 0:
+                table = fit_table(self.init, self.shrinkage, layer, run, sums, gram)
+                branches[index] = probe.fork()
+                with _stem_feed_forward(run, layer, table.at(run.vocabulary, run.embeddings)):
+                    run.push(index, layer, branches[index])
+            run.push(index, layer, probe)
+            calibration.progress("choose layers", index + 1, run.config.num_hidden_layers)
+        stock, *converted = (
+            float(nll_by_position(pieces, probe.ids).double().mean())
+            for pieces in run.logits(probe, *branches.values())
+        )
+        return {index: nll - stock for index, nll in zip(branches, converted, strict=True)}
+
+    def _cheapest(self, num_layers: int) -> list[int]:
+        """Layers in the order of their costs, while number and sum stay within the limits; sorted by index."""
+        limit = self.max_layers if self.max_layers is not None else max(num_layers // 3, 1)
+        chosen: list[int] = []
+        spent = 0.0
+        for index in sorted(self._costs, key=lambda i: (self._costs[i], i))[:limit]:
+            spent += max(self._costs[index], 0.0)
+            if self.max_delta is not None and spent > self.max_delta:
+                break
+            chosen.append(index)
+        if not chosen:
+            cheapest = min(self._costs.values())
+            raise UsageError(
+                f"stem max_delta={self.max_delta} allows no layer: the cheapest costs {cheapest:.4f} nats", "raise it"
+            )
+        return sorted(chosen)
+
+
+def _parse_layers(layers: str | list[int]) -> list[int]:
+    try:
+        parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
+    except ValueError:
+        parsed = []
+    integers = all(isinstance(index, int) and not isinstance(index, bool) for index in parsed)
+    if not parsed or not integers or len(set(parsed)) < len(parsed):
+        raise UsageError(
+            f"stem layers={layers!r} must be auto, or different whole numbers separated by commas", "for example 1,4,7"
+        )
+    return sorted(parsed)
+
+
+def _present(calibration: Calibration | None) -> Calibration:
+    if calibration is None:
+        raise UsageError("STEM tables are computed from a model and text, and no calibration was prepared")
+    return calibration
+
+
+def _table_name(index: int) -> str:
+    return f"model.layers.{index}.mlp.stem_embed.weight"
+
+
+def _observed_push(run: LayerwisePass, index: int, layer: nn.Module, stream: Stream) -> TokenSums:
+    """Move the stream through the stock layer and sum what its feed-forward sees."""
+    sums = TokenSums(len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size, run.device)
+    with observe_feed_forward(layer.mlp, sums.add):
+        run.push(index, layer, stream)
+    return sums
+
+
+@contextmanager
+def _stem_feed_forward(run: LayerwisePass, layer: nn.Module, rows: Tensor) -> Iterator[None]:
+    """While open, the layer is a STEM layer whose table holds `rows` for the tokens of the pass."""
+    stock = layer.mlp
+    with torch.device("meta"):
+        layer.mlp = StemMLP(run.config)
+    layer.mlp.gate_proj, layer.mlp.down_proj = stock.gate_proj, stock.down_proj
+    layer.mlp.stem_embed.weight = nn.Parameter(rows, requires_grad=False)
+    try:
+        yield
+    finally:
+        layer.mlp = stock

@@ -1,0 +1,244 @@
+"""Closed-form STEM tables: what is summed over the calibration text, and the row each sum gives.
+
+With the feed-forward's input ``x``, its up-projection ``u = W_up x (+ b)`` and its gate ``g = act(W_gate x)``, sums
+over the n occurrences of a token, a prior row ``p`` and the shrinkage ``k`` (how many average occurrences the prior
+counts for), channel by channel:
+
+| name | row of the token | closest in |
+|---|---|---|
+| `gated_mean` | ``(sum g^2 u + k s p) / (sum g^2 + k s)``, s the mean of g^2 over all tokens | ``g * u`` |
+| `mean` | ``(sum u + k p) / (n + k)`` | ``u`` |
+| `ridge` | ``p = W_up P e (+ b)``, P the ridge regression of x on the token's embedding e | |
+| `embed` | ``W_up norm(e) (+ b)``; needs no text | worse than no feed-forward at all |
+
+A token that the text does not hold gets the prior, which is the `ridge` row. The first two are the least-squares
+optimum of each token and channel in their own metric, so with k = 0 no other table is closer on the calibration text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.layerwise import EMBEDDING, LayerwisePass
+from hf_efficient.conversion.source import TensorReader
+
+INITIALISERS = ("gated_mean", "mean", "ridge", "embed")
+# Rows of the vocabulary handled at once where a whole table is computed.
+CHUNK_ROWS = 4096
+
+
+@contextmanager
+def observe_feed_forward(mlp: nn.Module, consume: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, each call of a gated FFN hands ``(slots [N], x [N, D], g [N, F], u [N, F])`` to `consume`."""
+    seen: dict[str, Tensor] = {}
+
+    def finish(_: nn.Module, inputs: tuple[Tensor, Tensor], __: Tensor) -> None:
+        x, slots = inputs
+        consume(slots.flatten(), x.flatten(0, 1), mlp.act_fn(seen["gate"]).flatten(0, 1), seen["up"].flatten(0, 1))
+
+    handles = [
+        mlp.gate_proj.register_forward_hook(lambda *call: seen.update(gate=call[-1])),
+        mlp.up_proj.register_forward_hook(lambda *call: seen.update(up=call[-1])),
+        mlp.register_forward_hook(finish),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TokenSums:
+    """Sums over the occurrences of each token, for the FFN of one layer; tokens are slots of a pass's vocabulary.
+
+    Attributes:
+        count: occurrences [R].
+        inputs: ``sum x`` [R, D].
+        weight: ``sum g^2`` [R, F].
+        weighted_up: ``sum g^2 u`` [R, F].
+        up_energy, gated_energy: ``sum |u|^2`` and ``sum |g * u|^2`` over all tokens.
+    """
+
+    def __init__(self, rows: int, hidden_size: int, intermediate_size: int, device: torch.device) -> None:
+        self.count = torch.zeros(rows, device=device)
+        self.inputs = torch.zeros(rows, hidden_size, device=device)
+        self.weight = torch.zeros(rows, intermediate_size, device=device)
+        self.weighted_up = torch.zeros(rows, intermediate_size, device=device)
+        self.up_energy = 0.0
+        self.gated_energy = 0.0
+
+    def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
+        """Add tokens: slots [N], x [N, D], gate and up [N, F]."""
+        gate_squared = gate.square()
+        weighted = gate_squared * up
+        self.count += torch.bincount(slots, minlength=len(self.count))
+        self.inputs.index_add_(0, slots, x)
+        self.weight.index_add_(0, slots, gate_squared)
+        self.weighted_up.index_add_(0, slots, weighted)
+        self.up_energy += float(up.square().sum())
+        self.gated_energy += float((weighted * up).sum())
+
+    def mean_up(self, up_proj: nn.Linear) -> Tensor:
+        """Mean of u for each token [R, F], zero for an absent one; u is linear in x, so it needs no sum of its own."""
+        present = self.count[:, None] > 0
+        return up_proj(self.inputs / self.count.clamp_min(1)[:, None]) * present
+
+    def within_token_share(self, up_proj: nn.Linear) -> dict[str, float]:
+        """Share of the energy of u and of g * u that varies among occurrences of a token: no table can give it."""
+        up_kept = float((self.mean_up(up_proj).square().sum(1) * self.count).sum())
+        gated_kept = float((self.weighted_up.square() / self.weight.clamp_min(torch.finfo(torch.float32).tiny)).sum())
+        return {
+            "up": max(1 - up_kept / self.up_energy, 0.0),
+            "gated_up": max(1 - gated_kept / self.gated_energy, 0.0),
+        }
+
+
+@dataclass(frozen=True)
+class EmbeddingGram:
+    """Cholesky factor of ``sum n e e^T + lambda I`` [D, D], fp64: the same for every layer, so it is factored once."""
+
+    factor: Tensor
+
+    @classmethod
+    def of(cls, count: Tensor, embeddings: Tensor, ridge: float) -> EmbeddingGram:
+        """From occurrences [R] and embedding rows [R, D]; lambda is `ridge` times the mean of the Gram's diagonal."""
+        e = embeddings.double()
+        gram = (e * count.double()[:, None]).T @ e
+        # The tiny constant keeps the factorisation alive for an embedding that is zero on the whole text.
+        shift = ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+        return cls(torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+
+    def regression(self, inputs: Tensor, embeddings: Tensor) -> Tensor:
+        """P [D, D], fp32: the ridge regression of x on e, from ``sum x`` of each token [R, D] and its embedding row."""
+        cross = embeddings.double().T @ inputs.double()
+        return torch.cholesky_solve(cross, self.factor).T.float()
+
+
+Prior = Callable[[Tensor], Tensor]
+
+
+def ridge_prior(sums: TokenSums, gram: EmbeddingGram, embeddings: Tensor, up_proj: nn.Linear) -> Prior:
+    """Rows [n, F] from embedding rows [n, D]: ``W_up P e (+ b)``."""
+    projection = up_proj.weight @ gram.regression(sums.inputs, embeddings)
+    return lambda e: nn.functional.linear(e, projection, up_proj.bias)
+
+
+def embedding_prior(layer: nn.Module) -> Prior:
+    """Rows [n, F] from embedding rows [n, D]: ``W_up norm(e) (+ b)``, as if the residual stream were the embedding."""
+    norm, up_proj = layer.post_attention_layernorm, layer.mlp.up_proj
+    return lambda e: up_proj(norm(e))
+
+
+@dataclass(frozen=True)
+class FittedTable:
+    """The table of one layer, before it is written out.
+
+    Attributes:
+        ids: tokens with a row of their own [K], sorted.
+        rows: those rows [K, F].
+        prior: rows of all other tokens from their embeddings.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    prior: Prior
+
+    def at(self, ids: Tensor, embeddings: Tensor) -> Tensor:
+        """Rows [n, F] of the tokens `ids` [n], sorted and unique, whose embedding rows are [n, D]."""
+        rows = self.prior(embeddings)
+        own = torch.isin(self.ids, ids, assume_unique=True)
+        rows[torch.searchsorted(ids, self.ids[own]).to(rows.device)] = self.rows[own.to(self.rows.device)]
+        return rows
+
+    @torch.no_grad()
+    def write(self, reader: TensorReader, dtype: torch.dtype) -> Tensor:
+        """The whole table [vocab_size, F] on the CPU."""
+        vocab_size = reader.shape(EMBEDDING)[0]
+        table = torch.empty(vocab_size, self.rows.shape[1], dtype=dtype)
+        for start in range(0, vocab_size, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, vocab_size)
+            embeddings = reader.read_rows(EMBEDDING, start, stop).to(self.rows.device, torch.float32)
+            table[start:stop] = self.at(torch.arange(start, stop), embeddings)
+        return table
+
+
+@torch.no_grad()
+def fit_table(
+    init: str,
+    shrinkage: float,
+    layer: nn.Module,
+    run: LayerwisePass,
+    sums: TokenSums,
+    gram: EmbeddingGram,
+) -> FittedTable:
+    """The table of one layer by the initialiser `init`, from the sums over the calibration text."""
+    up_proj = layer.mlp.up_proj
+    prior = embedding_prior(layer) if init == "embed" else ridge_prior(sums, gram, run.embeddings, up_proj)
+    width = sums.weight.shape[1]
+    if init in ("embed", "ridge"):
+        return FittedTable(run.vocabulary[:0], run.embeddings.new_empty(0, width), prior)
+
+    seen = sums.count > 0
+    if init == "mean":
+        weight, weighted_up = sums.count[seen, None], sums.mean_up(up_proj)[seen] * sums.count[seen, None]
+    else:
+        weight, weighted_up = sums.weight[seen], sums.weighted_up[seen]
+    prior_weight = shrinkage * weight.sum(0) / sums.count.sum()
+    prior_rows = prior(run.embeddings[seen])
+    total = weight + prior_weight
+    # Without shrinkage a gate that was exactly zero leaves nothing to divide by.
+    rows = torch.where(total > 0, (weighted_up + prior_weight * prior_rows) / total, prior_rows)
+    return FittedTable(run.vocabulary[seen.cpu()], rows, prior)
+
+
+class TableError:
+    """Relative error of a table on text: ``|y - y_table| / |y|`` over all tokens; y is u, g * u and the FFN's output.
+
+    Args:
+        mlp: the stock feed-forward.
+        rows: the table at the tokens of the pass [R, F].
+        count: occurrences of each in the calibration text [R].
+    """
+
+    _QUANTITIES = ("up", "gated_up", "output")
+    # Lowest calibration count of each bucket, and its name.
+    _BUCKETS = ((0, "0"), (1, "1-3"), (4, "4-31"), (32, "32+"))
+
+    def __init__(self, mlp: nn.Module, rows: Tensor, count: Tensor) -> None:
+        self.down = mlp.down_proj.weight
+        self.rows = rows
+        lowest = torch.tensor([low for low, _ in self._BUCKETS], device=count.device)
+        self.bucket = torch.bucketize(count, lowest, right=True) - 1
+        self.tokens = torch.zeros(len(self._BUCKETS), dtype=torch.float64, device=count.device)
+        # [bucket, quantity, (error, signal)]
+        self.energy = self.tokens.new_zeros(len(self._BUCKETS), len(self._QUANTITIES), 2)
+
+    def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
+        """Add tokens: slots [N], x [N, D], gate and up [N, F]."""
+        off = up - self.rows[slots]
+        pairs = ((off, up), (gate * off, gate * up), (gate * off @ self.down.T, gate * up @ self.down.T))
+        energy = torch.stack([torch.stack([part.square().sum(-1) for part in pair], -1) for pair in pairs], 1)
+        self.energy.index_add_(0, self.bucket[slots], energy.double())
+        self.tokens += torch.bincount(self.bucket[slots], minlength=len(self.tokens))
+
+    def overall(self) -> dict[str, float]:
+        """Error of each quantity over all tokens."""
+        return self._named(self.energy.sum(0))
+
+    def by_count(self) -> dict[str, dict[str, float]]:
+        """Share of the tokens and errors, by how often the calibration text holds the token."""
+        share = self.tokens / self.tokens.sum()
+        return {
+            name: {"share_of_tokens": float(share[i]), **self._named(self.energy[i])}
+            for i, (_, name) in enumerate(self._BUCKETS)
+            if self.tokens[i]
+        }
+
+    def _named(self, energy: Tensor) -> dict[str, float]:
+        error = (energy[:, 0] / energy[:, 1]).sqrt()
+        return dict(zip(self._QUANTITIES, error.tolist(), strict=True))

@@ -1,0 +1,174 @@
+"""Text to calibrate and evaluate on: where it comes from, how it is split, how it becomes token ids."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efficient.errors import HFEError, TokenIdError
+
+SEQUENCE_LENGTH = 512
+# One document in this many is held out. Of a file, the last fifth; of Python's own text, files chosen by a hash.
+HELD_OUT_SHARE = 5
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and the name that reports give them: a file's base name or a data set's id, never a path."""
+
+    name: str
+    documents: tuple[str, ...]
+
+
+def load_text(source: str | None) -> tuple[Text, Text]:
+    """Text to calibrate on and text held out from it, of different documents.
+
+    Args:
+        source: a `.jsonl` file with a field `text` on each line, a `.txt` file (documents are paragraphs, separated by
+            an empty line), the id of a data set on the Hub (needs the package datasets; its split `train`, its column
+            `text`), or None for the English documentation that comes with Python.
+
+    Raises:
+        HFEError: the source is absent or unreadable (the line is named), or holds fewer than two documents.
+    """
+    if source is None:
+        return _split_by_hash(f"documentation of Python {sysconfig.get_python_version()}", dict(python_documentation()))
+    path = Path(source)
+    if path.suffix == ".jsonl" or path.suffix == ".txt":
+        documents = _read_jsonl(path) if path.suffix == ".jsonl" else _read_paragraphs(path)
+        return _split_in_order(path.name, tuple(documents))
+    if path.exists():
+        raise HFEError(f"the text {path.name} is neither .jsonl nor .txt", "convert it to one of these")
+    return _split_in_order(source, tuple(_read_dataset(source)))
+
+
+def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int) -> Tensor:
+    """Token ids [B, SEQUENCE_LENGTH] of at most `tokens` tokens in all; a shorter text gives one shorter sequence.
+
+    Each document is tokenised with the special tokens that the tokenizer adds by itself (a BOS where the model wants
+    one) and closed by the EOS token; the documents are then laid end to end and cut, the remainder dropped.
+
+    Raises:
+        HFEError: the text gives fewer than two tokens.
+        TokenIdError: the tokenizer gives an id outside the model's vocabulary.
+    """
+    ids: list[int] = []
+    for document in text.documents:
+        ids += tokenizer(document).input_ids
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= tokens:
+            break
+    if len(ids) < 2:
+        raise HFEError(f"the text {text.name} gives {len(ids)} token(s), at least 2 are needed", "give more text")
+    if max(ids) >= vocab_size:
+        raise TokenIdError(
+            f"the tokenizer gives id {max(ids)}, the model's vocabulary is 0..{vocab_size - 1}",
+            "use the tokenizer that belongs to this checkpoint",
+        )
+    length = min(SEQUENCE_LENGTH, len(ids))
+    sequences = max(min(tokens, len(ids)) // length, 1)
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:
+    if len(documents) < 2:
+        raise HFEError(
+            f"the text {name} holds {len(documents)} document(s); calibration and held-out text need one each",
+            "give a file with more documents",
+        )
+    cut = len(documents) - max(len(documents) // HELD_OUT_SHARE, 1)
+    return (
+        Text(f"{name}, documents 0 to {cut - 1}", documents[:cut]),
+        Text(f"{name}, documents {cut} to {len(documents) - 1}", documents[cut:]),
+    )
+
+
+def _split_by_hash(name: str, documents: dict[str, str]) -> tuple[Text, Text]:
+    """Split documents by their key, in an order that does not follow the alphabet."""
+    digest = {key: hashlib.sha256(key.encode()).digest() for key in documents}
+    parts: tuple[list[str], list[str]] = [], []
+    for key in sorted(documents, key=digest.__getitem__):
+        parts[digest[key][-1] % HELD_OUT_SHARE == 0].append(documents[key])
+    return Text(f"{name}, four files in five", tuple(parts[0])), Text(f"{name}, one file in five", tuple(parts[1]))
+
+
+def _open_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise HFEError(f"cannot read the text {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise HFEError(f"{path.name} is not UTF-8 (byte {error.start})", "re-encode it as UTF-8") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_open_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise HFEError(
+                f'line {number} of {path.name} is not a JSON object with a field "text" ({error})', "correct the line"
+            ) from error
+        if not isinstance(text, str):
+            raise HFEError(f"the field text in line {number} of {path.name} is not a string", "correct the line")
+        yield text
+
+
+def _read_paragraphs(path: Path) -> Iterator[str]:
+    return (paragraph.strip() for paragraph in _open_text(path).split("\n\n") if paragraph.strip())
+
+
+def _read_dataset(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise HFEError(
+            f"{name!r} is no .jsonl or .txt file, and to fetch it as a data set needs the package datasets",
+            "check the path, or pip install datasets",
+        ) from error
+    try:
+        for row in load_dataset(name, split="train", streaming=True).take(10_000):
+            yield row["text"]
+    except Exception as error:  # the package raises errors of many libraries
+        raise HFEError(
+            f"cannot read the column text of the data set {name!r}: {error}", "name another data set or a file"
+        ) from error
+
+
+def python_documentation() -> Iterator[tuple[str, str]]:
+    """English text that comes with Python: (file or topic, text) of the help topics and of the library's docstrings.
+
+    Sources are parsed, never imported.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        if relative.parts[0] in ("site-packages", "dist-packages", "test") or "tests" in relative.parts:
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # samples of broken code
+            continue
+        if relative.parts[0] == "pydoc_data":
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Dict):
+                    for key, value in ast.literal_eval(node).items():
+                        yield f"topic {key}", value
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        text = "\n\n".join(docstring for docstring in found if docstring)
+        if text:
+            yield relative.as_posix(), text
