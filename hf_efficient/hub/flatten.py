@@ -40,7 +40,7 @@ class FlatCode:
 
     @property
     def namespace(self) -> str:
-        """Namespace of the custom ops in this code: two versions of it in one process keep apart."""
+        """Namespace of the custom ops in this code, to which each loaded copy adds its own name."""
         return f"hfe_{self.source_hash[:16]}"
 
 
