@@ -30,14 +30,14 @@ class CheckpointWriter:
         """False when the tensor lies in a finished shard."""
         return self._shard_of[name].name not in self._finished
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
         """Write the next tensor; one that is not wanted is ignored."""
         if not self.wants(name):
             return
         shard = self._shard_of[name]
         if self._open is None:
             self._open = ShardWriter(self._workspace.checkpoint, shard)
-        self._open.add(name, tensor)
+        self._open.add(name, tensor, known_finite=known_finite)
         if name == shard.tensors[-1].name:
             self._workspace.record_shard(shard.name, self._open.close())
             self._finished.add(shard.name)
@@ -86,7 +86,7 @@ def _copy(plan: ConversionPlan, source: Source, writer: CheckpointWriter, advanc
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:
         if writer.wants(name):
-            writer.add(name, source.reader.read(name))
+            writer.add(name, source.reader.read(name), known_finite=True)
         done += sizes[name]
         advance(done, total)
 

@@ -104,8 +104,8 @@ class ShardWriter:
             self._file = self._temporary.open("wb", buffering=0)
             self._write(shard.header())
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the shard."""
+    def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
+        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless it is known not to be there."""
         planned = self.shard.tensors[self._next]
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise HFEError(
@@ -118,7 +118,8 @@ class ShardWriter:
         with disk_errors(self._path.parent):
             for start in range(0, flat.numel(), CHUNK_ELEMENTS):
                 piece = flat[start : start + CHUNK_ELEMENTS].to("cpu", planned.dtype).contiguous()
-                _check_range(name, piece, planned.dtype)
+                if not (known_finite and tensor.dtype == planned.dtype):
+                    _check_range(name, piece, planned.dtype)
                 self._write(piece.view(torch.uint8).numpy().data)
 
     def close(self) -> FinishedFile:
@@ -151,7 +152,7 @@ class ShardWriter:
 
 
 def _check_range(name: str, piece: Tensor, dtype: torch.dtype) -> None:
-    """A narrower dtype must be able to hold the value; the source itself was checked when it was read."""
+    """Computed values must be finite, and a narrower dtype must be able to hold them."""
     if piece.numel() and not all(torch.isfinite(extreme) for extreme in piece.aminmax()):
         raise HFEError(
             f"tensor {name} holds NaN, or values beyond the range of {_NAMES[dtype]}",

@@ -95,7 +95,24 @@ class Source:
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
-        """The source's tokenizer; of a GGUF file with the special tokens that its metadata names."""
+        """The source's tokenizer; of a GGUF file with the special tokens that its metadata names.
+
+        Raises:
+            HFEError: the source has none that transformers can load.
+        """
+        try:
+            return self._tokenizer
+        # transformers raises many kinds of errors for a missing or broken tokenizer.
+        except Exception as error:
+            cause = " ".join(str(error).split())[:200]
+            raise HFEError(
+                f"{self.name} has no tokenizer that can be loaded ({cause})",
+                "put the tokenizer's files beside the weights",
+            ) from error
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # Kept, since transformers takes seconds to read one from a GGUF file.
         # False, not None: a checkpoint's own code is never run, nor is the user asked whether it may.
         if self.gguf_file is None:
             return AutoTokenizer.from_pretrained(self.files, trust_remote_code=False)
