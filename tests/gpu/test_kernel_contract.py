@@ -1,0 +1,203 @@
+"""The contract that the Triton kernels of every operation keep, driven by their records."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_efficient.environment import triton_interpreted
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.contract import KernelRecord, all_records, deviations, run, upstream_gradient
+
+RECORDS = all_records()
+CPU = torch.device("cpu")
+
+
+def _dtypes(record: KernelRecord) -> tuple[torch.dtype, ...]:
+    return record.interpreted if triton_interpreted() else tuple(record.tolerances)
+
+
+def _labels(record: KernelRecord) -> list[str]:
+    return [sample.label for sample in record.samples(CPU, torch.float32)]
+
+
+def _arguments(record: KernelRecord, label: str, device: torch.device, dtype: torch.dtype) -> dict:
+    return next(sample.arguments for sample in record.samples(device, dtype) if sample.label == label)
+
+
+def _triton(record: KernelRecord):
+    return functools.partial(record.api, backend="triton")
+
+
+def _typical(record: KernelRecord, device: torch.device, dtype: torch.dtype) -> dict:
+    return record.samples(device, dtype)[0].arguments
+
+
+by_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+by_sample = pytest.mark.parametrize(
+    ("record", "label"),
+    [
+        pytest.param(r, label, id=f"{r.name}-{label}")
+        for r in RECORDS
+        # The interpreter is slow, and has neither scheduling nor streams: there one call shows what can be shown.
+        for label in (_labels(r)[:1] if triton_interpreted() else _labels(r))
+    ],
+)
+by_sample_and_dtype = pytest.mark.parametrize(
+    ("record", "label", "dtype"),
+    [
+        pytest.param(r, label, dtype, id=f"{r.name}-{label}-{str(dtype).removeprefix('torch.')}")
+        for r in RECORDS
+        for label in _labels(r)
+        for dtype in _dtypes(r)
+    ],
+)
+
+
+@by_sample_and_dtype
+def test_results_and_gradients_match_the_reference(
+    record: KernelRecord, label: str, dtype: torch.dtype, device: torch.device, poisoned: None
+) -> None:
+    arguments = _arguments(record, label, device, dtype)
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    wrong = [d for d in deviations(record, _triton(record), arguments) if not d.acceptable]
+    assert not wrong, wrong
+    changed = [name for name, value in before.items() if not torch.equal(value, arguments[name])]
+    assert not changed, f"the call changed its inputs {changed}"
+
+
+@by_sample
+def test_two_runs_agree_bit_for_bit(record: KernelRecord, label: str, device: torch.device) -> None:
+    arguments = _arguments(record, label, device, torch.float32)
+    first, second = (run(_triton(record), arguments, record.differentiable) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@by_record
+def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord, device: torch.device) -> None:
+    arguments = _typical(record, device, torch.float32)
+    together = run(_triton(record), arguments, record.differentiable)
+    for name in record.differentiable:
+        alone = run(_triton(record), arguments, (name,))
+        torch.testing.assert_close(alone[name], together[name], rtol=1e-6, atol=1e-7)
+
+
+@by_record
+def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, device: torch.device) -> None:
+    """`out.sum()` sends back one number expanded over the output, a transposition sends back strided columns."""
+    arguments = {
+        name: value.detach().requires_grad_() if name in record.differentiable else value
+        for name, value in _typical(record, device, torch.float32).items()
+    }
+    leaves = [arguments[name] for name in record.differentiable]
+    out = _triton(record)(**arguments)
+    for upstream in (out.new_ones(1).expand(out.shape), upstream_gradient(out).mT.contiguous().mT):
+        strided = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        plain = torch.autograd.grad(out, leaves, upstream.contiguous(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+
+
+@by_record
+def test_numerical_derivatives(record: KernelRecord, device: torch.device) -> None:
+    arguments = {
+        name: value.detach().requires_grad_() if name in record.differentiable else value
+        for name, value in _typical(record, device, torch.float64).items()
+    }
+
+    def function(*values: Tensor) -> Tensor:
+        return _triton(record)(**{**arguments, **dict(zip(record.differentiable, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, tuple(arguments[name] for name in record.differentiable), fast_mode=True)
+
+
+@by_sample
+def test_operators_obey_pytorch(record: KernelRecord, label: str, device: torch.device) -> None:
+    """Schema, fake tensors, autograd registration, tracing with dynamic shapes."""
+    operators = record.operators(_arguments(record, label, device, torch.float32))
+    for operator, values in operators:
+        if operator is operators[0][0]:  # the public one; the others are its backward passes
+            values = tuple(v.detach().requires_grad_(v.is_floating_point()) for v in values)
+        torch.library.opcheck(operator, values)
+
+
+@by_record
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: torch.device) -> None:
+    """Results and gradients are those of the uncompiled call, at several shapes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        _triton(record), fullgraph=True, dynamic=dynamic, backend="inductor" if device.type == "cuda" else "aot_eager"
+    )
+    for sample in record.samples(device, torch.float32)[:3]:
+        arguments = sample.arguments
+        expected = run(_triton(record), arguments, record.differentiable)
+        actual = run(compiled, arguments, record.differentiable)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@by_record
+def test_autocast_changes_nothing(record: KernelRecord, device: torch.device) -> None:
+    """Modules hand over tensors in the dtype they mean; the operation itself is no target of autocast."""
+    arguments = _typical(record, device, torch.float32)
+    for backend in ("triton", "reference"):
+        function = functools.partial(record.api, backend=backend)
+        expected = run(function, arguments, record.differentiable)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            actual = run(function, arguments, record.differentiable)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@by_record
+def test_bad_input_is_refused_before_a_launch(
+    record: KernelRecord, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HFE_CHECK", "1")
+    for bad in record.bad_inputs(device):
+        with pytest.raises(bad.error) as caught:
+            record.api(**{"backend": "triton", **bad.arguments})
+        assert isinstance(caught.value, HFEError)
+        missing = [word for word in bad.words if word not in str(caught.value)]
+        assert not missing, f"{bad.label}: {caught.value} lacks {missing}"
+
+
+@by_record
+def test_a_second_derivative_is_refused_with_a_reason(record: KernelRecord, device: torch.device) -> None:
+    name = record.differentiable[0]
+    arguments = _typical(record, device, torch.float32)
+    arguments = {**arguments, name: arguments[name].detach().requires_grad_()}
+    out = _triton(record)(**arguments)
+    with pytest.raises(RuntimeError, match="backward"):
+        (grad,) = torch.autograd.grad(out.square().sum(), arguments[name], create_graph=True)
+        torch.autograd.grad(grad.square().sum(), arguments[name])
+
+
+@pytest.mark.gpu
+@by_record
+def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device: torch.device) -> None:
+    arguments = {
+        name: value.detach().clone().requires_grad_() if name in record.differentiable else value
+        for name, value in _typical(record, device, torch.bfloat16).items()
+    }
+    leaves = [arguments[name] for name in record.differentiable]
+    upstream = upstream_gradient(record.reference(**arguments))
+
+    def forward_and_backward() -> list[Tensor]:
+        out = _triton(record)(**arguments)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward_and_backward()  # what happens only once must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward()
+    with torch.no_grad():  # a graph reads its inputs where they were: change them in place
+        for leaf in leaves:
+            leaf.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, forward_and_backward(), strict=True))
