@@ -45,6 +45,8 @@ class Patch(Protocol):
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]
+    # What a reader of the model card must know before using a converted checkpoint.
+    card_note: ClassVar[str]
 
     def check(self, config: DecoderConfig) -> None:
         """Raise `UsageError` for an option that this model cannot take, before any weight is read."""

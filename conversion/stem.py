@@ -44,6 +44,12 @@ class Stem:
 
     name: ClassVar[str] = "stem"
     needs_calibration: ClassVar[bool] = True
+    card_note: ClassVar[str] = (
+        "STEM replaces the up-projection of the feed-forward in chosen layers by a table with one row for each token "
+        "of the vocabulary (arXiv:2601.10639). **Converting a trained model to STEM is lossy**: the up-projection "
+        "depends on the context and a table row does not, so no choice of rows gives the source model back. Expect a "
+        "clear loss of quality until the model has been recovered by training."
+    )
 
     layers: str | list[int] = field(
         default="auto",
@@ -249,7 +255,7 @@ def _table_name(index: int) -> str:
 
 def _observed_push(run: LayerwisePass, index: int, layer: nn.Module, stream: Stream) -> TokenSums:
     """Move the stream through the stock layer and sum what its feed-forward sees."""
-    sums = TokenSums(len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size, run.device)
+    sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
     with observe_feed_forward(layer.mlp, sums.add):
         run.push(index, layer, stream)
     return sums
