@@ -8,15 +8,6 @@ from huggingface_hub.dataclasses import strict
 
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
-# Tensor parallelism of transformers splits an embedding by rows only and hands every rank the whole looked-up row, so
-# the gate is gathered to meet it; the dense layers share the patterns of these names.
-_STEM_TP_PLAN = DecoderConfig.base_model_tp_plan | {
-    "layers.*.mlp.gate_proj": "colwise_gather_output",
-    "layers.*.mlp.up_proj": "colwise_gather_output",
-    "layers.*.mlp.stem_embed": "embedding_rowwise",
-    "layers.*.mlp.down_proj": "rowwise_split_input",
-}
-
 
 def stem_layer_preset(num_hidden_layers: int, preset: str) -> list[int]:
     """Layers that the STEM paper replaces when it trains from scratch; layer 0 always stays dense.
@@ -65,6 +56,19 @@ class StemConfig(DecoderConfig):
         if self.stem_embedding_dim is None:
             self.stem_embedding_dim = self.intermediate_size
         super().__post_init__(**kwargs)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        plan = super().tensor_parallel_plan()
+        if not self.stem_layers:
+            return plan
+        # transformers splits an embedding by rows and gives every rank the whole row that it looked up, so the gate is
+        # gathered to meet it. Dense layers share these patterns.
+        plan["layers.*.mlp.gate_proj"] = plan["layers.*.mlp.up_proj"] = "colwise_gather_output"
+        plan["layers.*.mlp.down_proj"] = "rowwise_split_input"
+        plan["layers.*.mlp.stem_embed"] = "embedding_rowwise"
+        if len(self.stem_layers) == self.num_hidden_layers and not self.stem_keep_up_proj:
+            del plan["layers.*.mlp.up_proj"]
+        return plan
 
     @property
     def active_patches(self) -> list[str]:

@@ -1,0 +1,129 @@
+"""Tiny models of every stock family and of every registered architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from hf_efficient.conversion.families import decoder_config
+from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
+from hf_efficient.registry import ARCHITECTURES, architecture_of
+
+# The wide initial weights keep greedy choices of a random model far from ties.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Two fields that differ between the families are set against their defaults, so that ignoring one shows.
+STOCK_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True, hidden_act="gelu"),
+    "mistral-window": lambda: MistralConfig(**SHAPE, head_dim=12, sliding_window=5),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2-tied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3-window": lambda: Qwen3Config(
+        **SHAPE, head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True
+    ),
+}
+
+# One line for each architecture: what its tiny model needs beyond SHAPE.
+ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
+    "hfe_decoder": {"qk_norm": True, "head_dim": 12},
+    "hfe_stem": {"stem_layers": [0, 2]},
+}
+
+
+def _randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Fill every parameter, biases and norms too, from a fixed seed, so that leaving one out shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return model.eval()
+
+
+def _stock_and_ours(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    stock_config = STOCK_CONFIGS[name]()
+    for field, value in changes.items():
+        setattr(stock_config, field, value)
+    stock = _randomise(AutoModelForCausalLM.from_config(stock_config))
+    ours = EfficientDecoderForCausalLM(decoder_config(stock_config)).eval()
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def _tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
+    architecture = architecture_of(model_type)
+    assert architecture is not None
+    return architecture.config_class(**(SHAPE | ARCHITECTURE_FIELDS[model_type] | fields))
+
+
+def _tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
+    return _randomise(AutoModelForCausalLM.from_config(_tiny_config(model_type, **fields)))
+
+
+def _token_ids(batch: int, length: int, vocab_size: int = SHAPE["vocab_size"]) -> Tensor:
+    return torch.randint(3, vocab_size, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=STOCK_CONFIGS)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every stock family in turn."""
+    return request.param
+
+
+@pytest.fixture(params=[a.model_type for a in ARCHITECTURES if "AutoModelForCausalLM" in a.auto_classes])
+def model_type(request: pytest.FixtureRequest) -> str:
+    """Every registered causal language model in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def stock_and_ours() -> Callable[..., tuple[PreTrainedModel, PreTrainedModel]]:
+    """Makes a stock model in evaluation mode, and our decoder with the same tensors under the same names."""
+    return _stock_and_ours
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., PreTrainedConfig]:
+    """Makes the configuration of a registered architecture's tiny model, with fields changed."""
+    return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Makes the tiny model of a registered architecture, in evaluation mode, with fields changed."""
+    return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Callable[..., Tensor]:
+    """Makes ids [batch, length] without the special ones."""
+    return _token_ids
