@@ -82,7 +82,8 @@ class KernelRecord:
         name: name of the public function and of its folder.
         api: the public function; takes `backend`.
         reference: the definition, with the same arguments but `backend`.
-        samples: arguments on a device in a dtype, among them odd sizes, strides, empty and size-1 tensors.
+        samples: arguments on a device in a dtype. The first is a typical small call, its sizes prime; the others cover
+            odd sizes, strides, empty and size-1 tensors, and every branch of the kernels.
         bad_inputs: arguments that must be refused.
         tolerances: bounds for each dtype that the kernels take.
         operators: (operator, arguments) of every PyTorch operator that a call with these arguments may reach.

@@ -185,9 +185,9 @@ if HAVE_TRITON:
     ):
         # One program for CHUNK neighbouring positions: at most one run longer than CHUNK begins among them.
         at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-        begin = tl.load(first + at, mask=at < tokens, other=-1)
-        end = tl.load(last + at, mask=at < tokens, other=0)
-        begin = tl.max(tl.where((begin == at) & (end - begin > CHUNK), begin, -1), axis=0)
+        begins = tl.load(first + at, mask=at < tokens, other=-1)
+        ends = tl.load(last + at, mask=at < tokens, other=0)
+        begin = tl.max(tl.where((begins == at) & (ends - begins > CHUNK), begins, -1), axis=0)
         if begin >= 0:
             end = tl.load(last + begin)
             row = tl.load(sorted_ids + begin + tl.arange(0, 1)).to(tl.int64)

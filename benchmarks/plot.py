@@ -1,0 +1,37 @@
+"""Pictures of results: for each mode, the share of the copy bandwidth that each provider reaches, case by case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the lines of one results file to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    modes = list(dict.fromkeys(line["mode"] for line in lines))
+    providers = list(dict.fromkeys(line["provider"] for line in lines))
+    figure, axes = pyplot.subplots(len(modes), 1, figsize=(11, 3.6 * len(modes)), squeeze=False, layout="constrained")
+    for axis, mode in zip(axes[:, 0], modes, strict=True):
+        cases = list(dict.fromkeys(line["case"] for line in lines if line["mode"] == mode))
+        width = 0.8 / len(providers)
+        for number, provider in enumerate(providers):
+            found = {line["case"]: line for line in lines if line["mode"] == mode and line["provider"] == provider}
+            shares = [100 * (found[case]["of_copy"] or 0) if case in found else 0 for case in cases]
+            places = [place + (number - (len(providers) - 1) / 2) * width for place in range(len(cases))]
+            bars = axis.bar(places, shares, width, label=provider)
+            times = [f"{1e3 * found[c]['ms']:.3g}" if c in found and found[c]["ms"] else "–" for c in cases]
+            axis.bar_label(bars, times, fontsize=7, padding=1)
+        axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
+        axis.axhline(100, color="grey", linewidth=0.8)
+        axis.set_ylabel("% of copy bandwidth")
+        axis.set_title(f"{mode} (over the bars: microseconds)", fontsize=10)
+        axis.legend(fontsize=8, loc="upper left")
+    first = lines[0]
+    figure.suptitle(f"{title}\n{first['device']}, torch {first['torch']}, triton {first['triton']}", fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
