@@ -39,8 +39,8 @@ class TensorChanges:
 class Patch(Protocol):
     """A change of architecture, with the options that a user chose for it.
 
-    The converter calls `check`, then `choose` (which may run the source model on calibration text), then `changes`, then
-    `tensors`. With `needs_calibration` False the calibration argument is None.
+    The converter calls `check`, then `choose` (which may run the source model on calibration text), then `changes`,
+    then `tensors`. With `needs_calibration` False the calibration argument is None.
     """
 
     name: ClassVar[str]

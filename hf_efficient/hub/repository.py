@@ -100,6 +100,11 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
                 "pass --token, or log in with `hf auth login`, with a token that may write there",
             ) from error
         raise HFEError(f"the Hub answered {_one_line(error)} for {repo_id}", "try again later") from error
+    except RuntimeError as error:
+        # huggingface_hub wraps the failure of a large file's upload.
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise HFEError(f"the upload to {repo_id} failed: {_one_line(error.__cause__)}", "push again") from error
     except OfflineModeIsEnabled as error:
         raise HFEError(f"{repo_id} cannot be reached: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE") from error
     except (HTTPError, ConnectionError, TimeoutError) as error:

@@ -163,23 +163,25 @@ def _first_difference(name: str, expected: bytes, found: bytes) -> Finding:
     """Line, column and byte of the first difference, and what stands there."""
     shorter = min(len(expected), len(found))
     offset = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
-    line = found[:offset].count(b"\n")
-    column = offset - (found.rfind(b"\n", 0, offset) + 1)
+    line_start = found.rfind(b"\n", 0, offset) + 1
     old, new = (data.split(b"\n") for data in (expected, found))
     changed = abs(len(old) - len(new)) + sum(a != b for a, b in zip(old, new, strict=False))
+    line = found[:offset].count(b"\n") + 1
     return Finding(
         name,
-        f"line {line + 1}, column {column + 1} (byte {offset}): expected {_excerpt(old, line, column)}, found "
-        f"{_excerpt(new, line, column)}; {changed} line{'s' if changed > 1 else ''} differ{'' if changed > 1 else 's'}",
+        f"line {line}, column {offset - line_start + 1} (byte {offset}): expected "
+        f"{_excerpt(expected, line_start, offset)}, found {_excerpt(found, line_start, offset)}; {changed} "
+        f"line{'s differ' if changed > 1 else ' differs'}",
         "do not load it with trust_remote_code",
     )
 
 
-def _excerpt(lines: list[bytes], line: int, column: int, width: int = 60) -> str:
-    if line >= len(lines):
+def _excerpt(data: bytes, line_start: int, offset: int, width: int = 40) -> str:
+    """The text around a byte, to the end of its line."""
+    if offset == len(data):
         return "the end of the file"
-    start = max(0, column - width // 2)
-    return repr(lines[line][start : start + width].decode(errors="backslashreplace"))
+    start, stop = max(line_start, offset - width), data.find(b"\n", offset + 1)
+    return repr(data[start : min(offset + width, len(data) if stop < 0 else stop)].decode(errors="backslashreplace"))
 
 
 def _foreign_files(folder: Path, own: set[str]) -> Iterator[Finding]:

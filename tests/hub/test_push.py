@@ -1,0 +1,186 @@
+"""Publishing against a stand-in of the Hub, and loading from it where the package is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub import push as push_module
+from hf_efficient.hub.card import CARD
+from hf_efficient.hub.push import push
+
+Runner = Callable[..., dict[str, Any]]
+
+# huggingface_hub reads its endpoint when it is imported, so whatever talks to the stand-in runs in its own process.
+PUSH = """
+import json
+from hf_efficient.errors import HFEError
+from hf_efficient.hub.push import push
+from hf_efficient.hub.verify import verify
+
+def attempt(function, *args, **kwargs):
+    try:
+        return function(*args, **kwargs).to_dict()
+    except HFEError as error:
+        return {"error": str(error)}
+
+folder = sys.argv[1]
+"""
+
+
+def test_a_pushed_checkpoint_loads_by_its_id_without_the_package(
+    checkpoint: Path, run_python: Runner, hub: Any
+) -> None:
+    script = (
+        PUSH
+        + """
+result = {"first": attempt(push, folder, "tester/stem"), "again": attempt(push, folder, "tester/stem")}
+result["branch"] = attempt(push, folder, "tester/stem", revision="v2", commit_message="second")
+result["verified"] = attempt(verify, "tester/stem", revision=result["first"]["commit"])
+print(json.dumps(result))
+"""
+    )
+    result = run_python(script, checkpoint, package=True, **hub.environment)
+    first = result["first"]
+    assert first["private"] is True and hub.private == {"tester/stem": True}
+    assert first["url"].endswith("tester/stem") and first["commit"] in first["commit_url"]
+    assert first["card"] == result["again"]["card"] == "written"
+    local = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    assert hub.files("tester/stem", first["commit"]) == {".gitattributes": b"", **local}
+    assert hub.branches["tester/stem"]["v2"] == result["branch"]["commit"] != hub.branches["tester/stem"]["main"]
+    card = ModelCard(local[CARD].decode())
+    assert '"tester/stem"' in card.text and card.data.library_name == "transformers"
+    verified = result["verified"]
+    assert verified["ok"] and verified["commit"] == first["commit"] and verified["tensors"] == 30
+
+    load = """
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = torch.tensor([[1, 4, 7]])
+answers = {}
+for source, revision in ((sys.argv[1], None), ("tester/stem", sys.argv[2])):
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=True)
+    answers[source] = model(ids).logits, tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])
+(local, local_text), (remote, remote_text) = answers.values()
+print(json.dumps({"equal": torch.equal(local, remote), "same text": local_text == remote_text, "text": remote_text,
+                  "module": type(model).__module__}))
+"""
+    loaded = run_python(load, checkpoint, first["commit"], **hub.environment)
+    assert loaded["equal"] and loaded["same text"] and len(loaded["text"].split()) > 3
+    assert first["commit"] in loaded["module"]
+
+
+def test_verification_reads_a_repository_without_its_weights(
+    checkpoint: Path, run_python: Runner, hub: Any, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A changed byte and foreign files are named as in a folder; of the weights only the header crosses the wire."""
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    hub.create("tester/stem", private=False)
+    sound = hub.commit("tester/stem", "main", files)
+    changed = files["modeling_stem.py"].replace(b"efficient = True", b"efficient = None")
+    bad = {**files, "modeling_stem.py": changed, "evil/x.py": b"", "pytorch_model.bin": b"\x80\x04", "tool": b"\x7fELF"}
+    bad["model.safetensors"] = files["model.safetensors"][:-4]
+    hub.commit("tester/stem", "bad", bad)
+    script = (
+        PUSH
+        + """
+sizes = []
+from hf_efficient.hub import repository
+sizes = []
+read_range = repository._read_range
+
+def counted(url, start, stop, token):
+    sizes.append((url, stop - start))
+    return read_range(url, start, stop, token)
+
+repository._read_range = counted
+sound = sys.argv[2]
+result = {name: attempt(verify, "tester/stem", revision=name) for name in (sound, "bad")}
+result["weight bytes"] = sum(size for url, size in sizes if sound in url and url.endswith("model.safetensors"))
+result["no revision"] = attempt(verify, "tester/stem", revision="nowhere")
+result["no repository"] = attempt(verify, "tester/nothing")
+result["forbidden"] = attempt(verify, "tester/stem", token="wrong-token")
+print(json.dumps(result))
+"""
+    )
+    result = run_python(script, checkpoint, sound, package=True, **hub.environment)
+    assert result[sound]["ok"] and result[sound]["commit"] == sound
+    header = int.from_bytes(files["model.safetensors"][:8], "little") + 8
+    assert result["weight bytes"] == header + 8
+    named = {finding["file"]: finding["problem"] for finding in result["bad"]["findings"]}
+    assert sorted(named) == ["evil/x.py", "model.safetensors", "modeling_stem.py", "pytorch_model.bin", "tool"]
+    assert "expected" in named["modeling_stem.py"] and "truncated" in named["model.safetensors"]
+    assert "has no revision 'nowhere'" in result["no revision"]["error"]
+    assert "there is no repository tester/nothing" in result["no repository"]["error"]
+    assert "refused access" in result["forbidden"]["error"]
+
+
+def test_a_failed_upload_leaves_no_commit(checkpoint: Path, run_python: Runner, hub: Any) -> None:
+    hub.refuses_large_files = True
+    script = PUSH + 'print(json.dumps(attempt(push, folder, "tester/stem")))'
+    error = run_python(script, checkpoint, package=True, **hub.environment)["error"]
+    assert "the upload to tester/stem failed" in error and "\n" not in error
+    assert hub.files("tester/stem") == {".gitattributes": b""}
+
+
+def test_what_an_earlier_checkpoint_left_is_replaced(checkpoint: Path, run_python: Runner, hub: Any) -> None:
+    """Old code and weights would be foreign beside the new ones; other files stay. A refused push changes nothing."""
+    hub.create("tester/old", private=True)
+    old = {"hfe_old.py": b"", "model-1.safetensors": b"", "model.safetensors.index.json": b"{}", "picture.png": b"p"}
+    hub.commit("tester/old", "main", old)
+    hub.create("tester/public", private=False)
+    script = (
+        PUSH
+        + """
+import os
+result = {"old": attempt(push, folder, "tester/old")}
+result["public"] = attempt(push, folder, "tester/public")
+result["allowed"] = attempt(push, folder, "tester/public", private=False)
+result["forbidden"] = attempt(push, folder, "tester/new", token="wrong-token")
+open(os.path.join(folder, "extra.py"), "w").close()
+result["unverified"] = attempt(push, folder, "tester/new")
+print(json.dumps(result))
+"""
+    )
+    result = run_python(script, checkpoint, package=True, **hub.environment)
+    files = hub.files("tester/old")
+    assert files is not None and not set(old) - {"picture.png"} & set(files) and files["picture.png"] == b"p"
+    assert "is public, and a private upload was asked for" in result["public"]["error"]
+    assert result["allowed"]["private"] is False
+    assert "refused access to tester/new (status 401)" in result["forbidden"]["error"]
+    assert "extra.py: is code" in result["unverified"]["error"]
+    assert "tester/new" not in hub.commits
+
+
+def test_without_a_network_or_a_token_the_error_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HFEError, match="HF_HUB_OFFLINE is set"):
+        push(checkpoint, "tester/stem", token="x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HFEError, match="cannot be reached for tester/stem"):
+        push(checkpoint, "tester/stem", token="x")
+    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    with pytest.raises(HFEError, match=r"no Hub token; log in"):
+        push(checkpoint, "tester/stem")
+    assert not (checkpoint / CARD).exists()
+
+
+def test_wrong_arguments_are_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'not/a/repo' is not a repository id"):
+        push(checkpoint, "not/a/repo")
+    with pytest.raises(UsageError, match="is not a folder"):
+        push(tmp_path / "nothing", "tester/stem")
+
+
+def test_a_checkpoint_that_fails_verification_is_not_pushed(checkpoint: Path) -> None:
+    (checkpoint / "hfe_errors.py").write_text("")
+    with pytest.raises(HFEError, match=r"did not pass verification, code altered: hfe_errors\.py"):
+        push(checkpoint, "tester/stem", token="x")
+    assert not (checkpoint / CARD).exists()

@@ -1,0 +1,300 @@
+"""Verification believes nothing in a checkpoint, runs nothing of it, and names what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_efficient import __version__
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub.card import write_card
+from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, export
+from hf_efficient.hub.findings import VerificationReport
+from hf_efficient.hub.verify import verify
+from hf_efficient.hub.weights import INDEX, SINGLE_FILE
+
+Change = Callable[[Path], None]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def findings(report: VerificationReport) -> str:
+    return "\n".join(str(finding) for finding in report.findings)
+
+
+def test_a_sound_checkpoint_is_confirmed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for model_type, original in checkpoints.items():
+        folder = shutil.copytree(original, tmp_path / model_type)
+        write_card(folder)
+        (folder / ".git").mkdir()
+        (folder / ".git" / "hook.py").write_text("a clone's own file")
+        report = verify(folder)
+        assert report.ok, report.table()
+        assert report.code == "confirmed" and report.model_type == model_type and report.release == __version__
+        assert report.tensors > 20 and report.code_files > 5
+        report.raise_if_not_ok()
+        assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+
+
+def test_any_single_changed_byte_of_code_is_named(checkpoint: Path) -> None:
+    """In every code file, at random places: file, line and byte are right, and nothing else is reported."""
+    rng = random.Random(0)
+    for path in sorted(checkpoint.glob("*.py")):
+        original = path.read_bytes()
+        offset = rng.randrange(len(original))
+        path.write_bytes(original[:offset] + bytes([original[offset] ^ 1]) + original[offset + 1 :])
+        report = verify(checkpoint)
+        line = original[:offset].count(b"\n") + 1
+        assert not report.ok and report.code == "altered"
+        (finding,) = report.findings
+        assert finding.file == path.name
+        assert f"line {line}," in finding.problem and f"(byte {offset})" in finding.problem
+        path.write_bytes(original)
+    assert verify(checkpoint).ok
+
+
+def test_expected_and_found_text_are_shown(checkpoint: Path) -> None:
+    path = checkpoint / "modeling_stem.py"
+    path.write_text(path.read_text().replace("self.efficient = True", "self.efficient = None"))
+    with pytest.raises(HFEError, match=r"modeling_stem\.py: line .* expected .*True.*found .*None.*1 line differs"):
+        verify(checkpoint).raise_if_not_ok()
+
+
+def test_a_manifest_that_fits_the_changed_code_convinces_nobody(checkpoint: Path) -> None:
+    path = checkpoint / "hfe_errors.py"
+    path.write_text(path.read_text() + "\nimport os\n")
+    manifest = json.loads((checkpoint / CODE_MANIFEST).read_text())
+    manifest["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (checkpoint / CODE_MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    report = verify(checkpoint)
+    assert report.code == "altered" and "hfe_errors.py: line" in findings(report)
+    assert "expected the end of the file, found '\\nimport os'" in findings(report)
+
+
+def test_another_release_is_not_confirmable(checkpoint: Path) -> None:
+    for path in checkpoint.glob("*.py"):
+        path.write_text(path.read_text().replace(f"hf-efficient {__version__}", "hf-efficient 99.0"))
+    edit_json(checkpoint / CODE_MANIFEST, version="99.0")
+    report = verify(checkpoint)
+    assert report.code == "not confirmable" and not report.ok and report.release == "99.0"
+    assert f"comes from hf-efficient 99.0; installed is {__version__}" in findings(report)
+
+
+def test_other_sources_of_the_same_release_are_told_apart_from_the_changed_file(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash of the sources stands in every file; the report names the file whose code differs, not all of them."""
+    from hf_efficient.hub import flatten
+
+    original = flatten._source_text
+    changed = lambda module: original(module) + ("\nNEW = 1\n" if module == "hf_efficient.errors" else "")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(flatten, "_source_text", changed)
+        export(checkpoint)
+    report = verify(checkpoint)
+    assert report.code == "altered"
+    assert [finding.file for finding in report.findings] == ["hfe_errors.py", CODE_MANIFEST]
+
+
+def _pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"weights": [1.0]}))
+
+
+def _second_auto_map(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+
+
+def _redirect(folder: Path, **changes: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    edit_json(folder / CONFIG, auto_map={**config["auto_map"], **changes})
+
+
+def _link_outside(folder: Path) -> None:
+    (folder.parent / "elsewhere.txt").write_text("x")
+    (folder / "notes.txt").symlink_to(folder.parent / "elsewhere.txt")
+
+
+def _sub_config(folder: Path) -> None:
+    edit_json(folder / CONFIG, text_config={"auto_map": {"AutoConfig": "x.Y"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: (f / "extra.py").write_text(""), ["extra.py: is code"]),
+        (lambda f: (f / "modeling_stem.so").write_bytes(b"\x7fELF"), ["modeling_stem.so: is code"]),
+        (lambda f: (f / "tool").write_bytes(b"\x7fELF\x02\x01"), ["tool: is a program (ELF)"]),
+        (lambda f: (f / "run").write_text("#!/bin/sh\n"), ["run: is a script"]),
+        (lambda f: (f / "sub").mkdir() or (f / "sub" / "x.py").write_text(""), ["sub/x.py: is code"]),
+        (
+            lambda f: (f / "custom_generate").mkdir() or (f / "custom_generate" / "generate.py").write_text(""),
+            ["custom_generate/generate.py: is custom generation code"],
+        ),
+        (lambda f: _pickle(f / "pytorch_model.bin"), ["pytorch_model.bin: is a file that may hold a pickle"]),
+        (lambda f: _pickle(f / "training_args.pt"), ["training_args.pt: is a file that may hold a pickle"]),
+        (lambda f: _pickle(f / "state.data"), ["state.data: is a pickle"]),
+        (lambda f: torch.save([1], f / "weights"), ["weights: is an archive (zip)"]),
+        (_link_outside, ["notes.txt: is a link", "outside the checkpoint"]),
+        (lambda f: (f / "more").symlink_to(f.parent), ["more: is a link to a folder"]),
+        (_second_auto_map, ["tokenizer_config.json: auto_map names code", "tokenization_x.X"]),
+        (_sub_config, ["config.json: auto_map names code", "x.Y"]),
+        (lambda f: _redirect(f, AutoModel="evil/repo--modeling_x.X"), ["auto_map['AutoModel'] is 'evil/repo--"]),
+        (lambda f: _redirect(f, AutoTokenizer="a.B"), ["auto_map['AutoTokenizer'] is 'a.B'", "no such entry"]),
+        (
+            lambda f: _redirect(f, AutoConfig="configuration_stem.StemConfig"),
+            ["'modeling_stem.StemConfig' is expected"],
+        ),
+        (lambda f: edit_json(f / CONFIG, auto_map=None), ["config.json: has no auto_map"]),
+        (lambda f: edit_json(f / CONFIG, custom_pipelines={"x": {"impl": "a.B"}}), ["custom_pipelines names code"]),
+        (lambda f: edit_json(f / CONFIG, attn_implementation="evil/kernels"), ["attn_implementation names code"]),
+        (lambda f: (f / "hfe_errors.py").unlink(), ["hfe_errors.py: is missing"]),
+        (lambda f: (f / CODE_MANIFEST).unlink(), ["code_manifest.json: is missing"]),
+        (lambda f: edit_json(f / CODE_MANIFEST, files={}), ["code_manifest.json: line"]),
+        (lambda f: (f / CODE_MANIFEST).write_text("["), ["code_manifest.json: ", "not valid JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("{"), ["generation_config.json", "not valid JSON"]),
+        (lambda f: (f / CONFIG).unlink(), ["config.json: is missing", "modeling_stem.py: is code"]),
+        (lambda f: edit_json(f / CONFIG, model_type="llama"), ["names model_type 'llama'", "hfe_stem"]),
+        (lambda f: edit_json(f / CONFIG, hidden_size="wide"), ["does not describe a hfe_stem model"]),
+    ],
+)
+def test_whatever_could_run_or_is_missing_is_named(checkpoint: Path, change: Change, words: list[str]) -> None:
+    change(checkpoint)
+    report = verify(checkpoint)
+    assert not report.ok
+    for word in words:
+        assert word in findings(report)
+    with pytest.raises(HFEError, match="did not pass verification"):
+        report.raise_if_not_ok()
+
+
+def test_nothing_of_the_checkpoint_runs(checkpoint: Path, tmp_path: Path) -> None:
+    """Code that would leave a mark when it is imported, and a pickle that would when it is read, leave none."""
+    mark = tmp_path / "mark"
+    for path in checkpoint.glob("*.py"):
+        path.write_text(path.read_text() + f"\nopen({str(mark)!r}, 'w')\n")
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(mark), "w")
+
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    assert not verify(checkpoint).ok
+    assert not mark.exists()
+
+
+def test_a_model_with_code_and_weights_swapped_for_another_type_is_not_confirmed(checkpoint: Path) -> None:
+    edit_json(checkpoint / CONFIG, model_type="hfe_decoder")
+    report = verify(checkpoint)
+    assert report.code == "altered" and "modeling_efficient_decoder.py: is missing" in findings(report)
+
+
+# Weights
+
+
+def _edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / SINGLE_FILE)
+    edit(tensors)
+    save_file(tensors, folder / SINGLE_FILE)
+
+
+def _shard(folder: Path) -> dict[str, str]:
+    """Split the weights in two files; returns the weight map."""
+    tensors = load_file(folder / SINGLE_FILE)
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    (folder / SINGLE_FILE).unlink()
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def _index(folder: Path, **changes: str) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**_shard(folder), **changes}}))
+
+
+def _truncate(path: Path, count: int) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: (f / SINGLE_FILE).unlink(), ["model.safetensors: is missing"]),
+        (lambda f: _edit_weights(f, lambda t: t.pop(NORM)), [f"lacks tensor {NORM}"]),
+        (lambda f: _edit_weights(f, lambda t: t.update(new=torch.ones(1))), ["holds tensor new"]),
+        (
+            lambda f: _edit_weights(f, lambda t: t.update({NORM: torch.ones(7)})),
+            [f"tensor {NORM} has shape [7]; config.json calls for [32]"],
+        ),
+        (lambda f: edit_json(f / CONFIG, vocab_size=98), ["has shape [97, 32]; config.json calls for [98, 32]"]),
+        (
+            lambda f: edit_json(f / CONFIG, num_hidden_layers=9, layer_types=["full_attention"] * 9),
+            ["lacks tensor model.layers.", "more tensors differ"],
+        ),
+        (lambda f: _truncate(f / SINGLE_FILE, 5), ["model.safetensors", "truncated"]),
+        (lambda f: (f / SINGLE_FILE).write_bytes(b"\xff" * 40), ["model.safetensors", "header"]),
+        (
+            lambda f: (f / SINGLE_FILE).write_bytes((f / SINGLE_FILE).read_bytes() + b"hidden"),
+            ["the last tensor ends at byte"],
+        ),
+        (lambda f: _index(f, **{NORM: "../model-1.safetensors"}), ["points at '../model-1.safetensors'"]),
+        (lambda f: _index(f, **{NORM: "pytorch_model.bin"}), ["points at 'pytorch_model.bin'"]),
+        (lambda f: _index(f, **{NORM: "model-1.safetensors"}), [f"looks for tensor {NORM} in model-1"]),
+        (lambda f: _shard(f) and (f / "model-2.safetensors").unlink(), ["model-2.safetensors: is missing"]),
+        (lambda f: _shard(f) and (f / INDEX).write_text("{}"), ["weight_map must give a file"]),
+        (lambda f: save_file({"x": torch.ones(1)}, f / "old.safetensors"), ["old.safetensors: is not part of"]),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_named(
+    checkpoint: Path, change: Change, words: list[str]
+) -> None:
+    change(checkpoint)
+    report = verify(checkpoint)
+    assert not report.ok and report.code == "confirmed"
+    for word in words:
+        assert word in findings(report)
+
+
+def test_sharded_weights_are_confirmed(checkpoint: Path) -> None:
+    _shard(checkpoint)
+    report = verify(checkpoint)
+    assert report.ok, report.table()
+    assert report.tensors == 30
+
+
+def test_a_tied_head_may_be_stored_or_not(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint(tmp_path / "tied", "hfe_stem", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / SINGLE_FILE)
+    assert verify(folder).ok
+    _edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert verify(folder).ok
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "words"),
+    [
+        ("no/such/folder", None, "not a repository id"),
+        (".", "main", "has no revisions"),
+        (__file__, None, "is a file"),
+    ],
+)
+def test_a_wrong_argument_is_a_usage_error(source: str, revision: str | None, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        verify(source, revision=revision)
