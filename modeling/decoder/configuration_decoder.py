@@ -1,6 +1,7 @@
-"""Configuration of the decoder that every language-model patch shares."""
+"""Configuration of the decoder that every language-model patch shares.
 
-from __future__ import annotations
+Annotations are evaluated in this file and in those of the patches: `strict` does not check a type that is a string.
+"""
 
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Configuration of the decoder that takes any combination of patches, or none."""
 
-from __future__ import annotations
-
 from huggingface_hub.dataclasses import strict
 
 from hf_efficient.modeling.stem.configuration_stem import StemConfig

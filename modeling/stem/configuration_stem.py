@@ -1,7 +1,5 @@
 """Configuration of STEM: feed-forwards whose up-projection is a table row of the token."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -46,7 +44,7 @@ class StemConfig(DecoderConfig):
 
     stem_layers: list[int] | None = None
     stem_embedding_dim: int | None = None
-    stem_init_std: float | None = None
+    stem_init_std: int | float | None = None
     stem_keep_up_proj: bool = False
     stem_inputs_embeds: str = "error"
 

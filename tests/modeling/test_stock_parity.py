@@ -15,7 +15,7 @@ one_of_each = pytest.mark.parametrize("family", ["llama", "mistral-window", "qwe
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def logits(model: PreTrainedModel, **inputs: Any) -> Tensor:
@@ -34,13 +34,15 @@ def test_logits_equal_the_stock_model(
     assert largest_difference(logits(stock, input_ids=ids), logits(ours, input_ids=ids)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-window"])
+@one_of_each
 def test_flex_attention_equals_the_stock_model(family: str, stock_and_ours: Callable, token_ids: Callable) -> None:
     stock, ours = stock_and_ours(family)
     ids = token_ids(1, 16)
     expected = logits(stock, input_ids=ids)
     ours.set_attn_implementation("flex_attention")
-    assert largest_difference(expected, logits(ours, input_ids=ids)) <= TOLERANCE
+    # Compiling the flexible kernel for the CPU takes a minute and changes nothing.
+    with torch.compiler.set_stance("force_eager"):
+        assert largest_difference(expected, logits(ours, input_ids=ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -1,0 +1,278 @@
+"""What every registered causal language model must do, as a user of transformers expects it: files, dtypes, training.
+
+A new architecture is covered once `ARCHITECTURE_FIELDS` in `conftest.py` has a line for it. `test_generation.py` holds
+the same for generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+
+def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def reload(model: PreTrainedModel, folder: Path, **options: Any) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def loss_and_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_auto_classes_build_the_registered_classes(model_type: str, tiny_config: Callable, tmp_path: Path) -> None:
+    config = tiny_config(model_type)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    causal_lm = AutoModelForCausalLM.from_config(loaded)
+    assert type(AutoModel.from_config(loaded)) is type(causal_lm.model)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one-file", "sharded"])
+def test_saved_model_loads_bit_equal(
+    model_type: str, shard_size: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(model, ids), logits(again.eval(), ids))
+
+
+def test_loading_through_the_meta_device_leaves_no_tensor_unset(
+    model_type: str, tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model(model_type)
+    again = reload(model, tmp_path)
+    loaded = dict(again.named_parameters()) | dict(again.named_buffers())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_missing_tensor_is_initialised_and_nothing_else(
+    model_type: str, tiny_model: Callable, tmp_path: Path
+) -> None:
+    missing = "model.layers.1.mlp.gate_proj.weight"
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {missing}
+    for name, tensor in again.state_dict().items():
+        if name != missing:
+            assert torch.equal(tensor, model.state_dict()[name]), name
+    # 1,536 draws: the sample deviation is within 6 % of the configured one.
+    assert again.state_dict()[missing].std().item() == pytest.approx(again.config.initializer_range, rel=0.06)
+
+
+def test_fresh_weights_have_the_configured_deviation(model_type: str, tiny_config: Callable) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, initializer_range=0.05))
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.05, rel=0.06)
+    assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert torch.equal(model.model.norm.weight, torch.ones(32))
+
+
+def test_tied_head_survives_saving_and_resizing(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
+    model = tiny_model(model_type, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    again.resize_token_embeddings(110)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("rows", [110, 60])
+def test_resizing_the_vocabulary_keeps_the_old_logits(
+    model_type: str, rows: int, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9, 60)
+    kept = min(rows, 97)
+    before = logits(model, ids)[..., :kept]
+    model.resize_token_embeddings(rows)
+    assert model.config.vocab_size == rows
+    torch.testing.assert_close(logits(model, ids)[..., :kept], before, rtol=0, atol=1e-6)
+    new_ids = torch.tensor([[5, rows - 1]])
+    again = reload(model, tmp_path)
+    assert torch.equal(logits(model, new_ids), logits(again, new_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_load_runs_near_float32(
+    model_type: str, dtype: torch.dtype, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    half = reload(model, tmp_path, dtype=dtype)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    expected, found = logits(model, ids), logits(half, ids)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() <= (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["method", "configuration"])
+def test_gradient_checkpointing_changes_no_gradient(
+    model_type: str, how: str, tiny_model: Callable, token_ids: Callable
+) -> None:
+    model, ids = tiny_model(model_type).train(), token_ids(2, 9)
+    loss, gradients = loss_and_gradients(model, ids)
+    if how == "method":
+        model.gradient_checkpointing_enable()
+        checkpointed = model
+    else:
+        checkpointed = tiny_model(model_type, gradient_checkpointing=True).train()
+    assert checkpointed.is_gradient_checkpointing
+    again_loss, again = loss_and_gradients(checkpointed, ids)
+    assert torch.equal(loss, again_loss)
+    assert again.keys() == gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_training_step_equals_eager(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    """One graph without a break, forward and backward; the code generator itself is PyTorch's to test."""
+    model, ids = tiny_model(model_type).train(), token_ids(2, 9)
+    loss, gradients = loss_and_gradients(model, ids)
+    model.zero_grad()
+    compiled_loss = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids, labels=ids).loss
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_exported_program_equals_eager(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    length = torch.export.Dim("length", min=2, max=32)
+    with torch.no_grad():
+        program = torch.export.export(
+            model,
+            (),
+            {"input_ids": ids, "use_cache": False},
+            dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+        )
+        longer = token_ids(2, 13)
+        found = program.module()(input_ids=longer, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model, longer, use_cache=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_sequences_do_not_see_each_other(
+    model_type: str, attention: str, tiny_model: Callable, token_ids: Callable
+) -> None:
+    model = tiny_model(model_type)
+    model.set_attn_implementation(attention)
+    first, second = token_ids(1, 14)[:, :6], token_ids(1, 14)[:, 6:]
+    positions = torch.cat((torch.arange(6), torch.arange(8)))[None]
+    packed = logits(model, torch.cat((first, second), 1), position_ids=positions, use_cache=False)
+    apart = torch.cat((logits(model, first), logits(model, second)), 1)
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padding_changes_no_logit(
+    model_type: str, attention: str, tiny_model: Callable, token_ids: Callable
+) -> None:
+    model, ids = tiny_model(model_type), token_ids(1, 7)
+    model.set_attn_implementation(attention)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1)
+    mask = (padded != 0).long()
+    found = logits(model, padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    torch.testing.assert_close(found[:, 4:], logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_and_attentions_have_their_shapes(
+    model_type: str, tiny_model: Callable, token_ids: Callable
+) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    model.set_attn_implementation("eager")
+    output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
+    assert [tuple(h.shape) for h in output.hidden_states] == [(2, 9, 32)] * 4
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 9, 9)] * 3
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_tuple_output_equals_the_dictionary(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    output = model(input_ids=ids, labels=ids)
+    loss, found, cache = model(input_ids=ids, labels=ids, return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(found, output.logits)
+    assert cache.get_seq_length() == 9
+
+
+def test_logits_to_keep_selects_positions(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    whole = logits(model, ids)
+    for kept, expected in ((0, whole), (2, whole[:, -2:]), (torch.tensor([1, 4]), whole[:, [1, 4]])):
+        torch.testing.assert_close(logits(model, ids, logits_to_keep=kept), expected, rtol=0, atol=1e-6)
+
+
+def test_layers_on_disk_give_the_same_logits(
+    model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    model, ids = tiny_model(model_type), token_ids(2, 9)
+    device_map = {"model.layers.1": "disk", "model.layers.2": "cpu", "model.layers.0": "cpu"}
+    device_map |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    offloaded = reload(model, tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert next(offloaded.model.layers[1].parameters()).is_meta
+    assert torch.equal(logits(offloaded, ids), logits(model, ids))
+
+
+def test_lora_adapter_acts_and_survives_saving(
+    model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    ids = token_ids(2, 9)
+    plain = logits(tiny_model(model_type), ids)
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model(model_type), settings).eval()
+    changed = logits(adapted, ids)
+    assert (changed - plain).abs().max() > 1e-3
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all((p.grad is not None) == ("lora_" in name) for name, p in adapted.named_parameters())
+
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_model(model_type), tmp_path).eval()
+    assert torch.equal(logits(again, ids), changed)
+    attached = tiny_model(model_type)
+    attached.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(attached.eval(), ids), changed)
+    torch.testing.assert_close(logits(again.merge_and_unload(), ids), changed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [[[-1, 5]], [[5, 97]]], ids=["negative", "beyond-the-vocabulary"])
+def test_ids_outside_the_vocabulary_are_named(model_type: str, bad: list[list[int]], tiny_model: Callable) -> None:
+    from hf_efficient.errors import TokenIdError
+
+    with pytest.raises(TokenIdError, match=r"token id (-1 at position \[0, 0\]|97 at position \[0, 1\]).*0\.\.96"):
+        tiny_model(model_type)(input_ids=torch.tensor(bad))
+
+
+def test_weights_of_another_attention_are_refused(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
+    """Biases that are left out would change the model silently."""
+    from hf_efficient.errors import HFEError
+
+    tiny_model(model_type, attention_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(HFEError, match=r"no place for 9 tensors.*k_proj\.bias.*hf-efficient convert"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=False)
