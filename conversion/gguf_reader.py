@@ -103,8 +103,7 @@ def split_halves(tensor: Tensor, heads: int) -> Tensor:
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     """transformers' configuration of the model in a GGUF file, the same as its own loader makes.
 
-    A llama file says nothing of Mistral's sliding window; as in transformers, only the general name `mistral` makes a
-    Mistral, with that family's default window.
+    Mistral models come as llama files, without their sliding window: here as there they attend to everything.
     """
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
@@ -120,8 +119,6 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
 
     _refuse_scaled_rotary(file, architecture)
     fields: dict[str, Any] = {"model_type": architecture}
-    if architecture == "llama" and metadata.get("general.name") == "mistral":
-        fields["model_type"] = "mistral"
     for key, field in _FIELDS.items():
         if value(key) is None:
             raise HFEError(f"{file.path.name} lacks the metadata {architecture}.{key}", "write the file again")
@@ -130,8 +127,6 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     if fields["head_dim"] is None or architecture == "qwen2":
         del fields["head_dim"]
     fields["rope_theta"] = value("rope.freq_base", 10000.0)
-    if value("attention.sliding_window") is not None:
-        fields["sliding_window"] = value("attention.sliding_window")
     fields["num_experts"] = value("expert_count", 0)
     if "token_embd.weight" in file.tensors:
         fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]

@@ -105,7 +105,7 @@ class ShardWriter:
             self._write(shard.header())
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless it is known not to be there."""
+        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless it is known to be absent."""
         planned = self.shard.tensors[self._next]
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise HFEError(
