@@ -93,7 +93,7 @@ class LayerwisePass:
         self._shapes: dict[tuple[int, int], tuple[dict, tuple[Tensor, Tensor], Tensor]] = {}
 
     def _embed(self, ids: Tensor) -> Stream:
-        slots = torch.searchsorted(self.vocabulary, ids).to(self.device)
+        slots = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
         return Stream(ids, slots, self.embeddings[slots])
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:

@@ -24,6 +24,7 @@ from hf_efficient.conversion.stem_tables import (
     TokenSums,
     fit_table,
     observe_feed_forward,
+    occurrences,
 )
 from hf_efficient.errors import UsageError
 from hf_efficient.logging import get_logger
@@ -182,7 +183,7 @@ class Stem:
         }
 
     def _gram(self, run: LayerwisePass, stream: Stream) -> EmbeddingGram:
-        count = torch.bincount(stream.slots.flatten(), minlength=len(run.vocabulary))
+        count, _ = occurrences(stream.slots, len(run.vocabulary))
         return EmbeddingGram.of(count, run.embeddings, self.ridge)
 
     @torch.no_grad()

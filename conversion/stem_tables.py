@@ -34,12 +34,12 @@ CHUNK_ROWS = 4096
 
 @contextmanager
 def observe_feed_forward(mlp: nn.Module, consume: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, each call of a gated FFN hands ``(slots [N], x [N, D], g [N, F], u [N, F])`` to `consume`."""
+    """While open, each call of a gated FFN hands ``(slots [B, S], x [B, S, D], g and u [B, S, F])`` to `consume`."""
     seen: dict[str, Tensor] = {}
 
     def finish(_: nn.Module, inputs: tuple[Tensor, Tensor], __: Tensor) -> None:
         x, slots = inputs
-        consume(slots.flatten(), x.flatten(0, 1), mlp.act_fn(seen["gate"]).flatten(0, 1), seen["up"].flatten(0, 1))
+        consume(slots, x, mlp.act_fn(seen["gate"]), seen["up"])
 
     handles = [
         mlp.gate_proj.register_forward_hook(lambda *call: seen.update(gate=call[-1])),
@@ -53,19 +53,35 @@ def observe_feed_forward(mlp: nn.Module, consume: Callable[[Tensor, Tensor, Tens
             handle.remove()
 
 
+def occurrences(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """How often each token counts [rows], fp32, and which tokens occur at first positions only [rows], bool.
+
+    The first position of a sequence is where a decoder parks its attention: whatever the token, its activations are
+    there hundreds of times larger, and one such occurrence would drown all others of its token. So it counts only for
+    tokens that occur nowhere else, such as a BOS.
+    """
+    first, later = (torch.bincount(part.flatten(), minlength=rows) for part in (slots[:, :1], slots[:, 1:]))
+    return torch.where(later > 0, later, first).float(), later == 0
+
+
 class TokenSums:
     """Sums over the occurrences of each token, for the FFN of one layer; tokens are slots of a pass's vocabulary.
 
+    Args:
+        slots: all tokens that will be added [B, S].
+        rows, hidden_size, intermediate_size: R, D and F.
+
     Attributes:
-        count: occurrences [R].
+        count: occurrences that count [R], by the rule of `occurrences`.
         inputs: ``sum x`` [R, D].
         weight: ``sum g^2`` [R, F].
         weighted_up: ``sum g^2 u`` [R, F].
         up_energy, gated_energy: ``sum |u|^2`` and ``sum |g * u|^2`` over all tokens.
     """
 
-    def __init__(self, rows: int, hidden_size: int, intermediate_size: int, device: torch.device) -> None:
-        self.count = torch.zeros(rows, device=device)
+    def __init__(self, slots: Tensor, rows: int, hidden_size: int, intermediate_size: int) -> None:
+        device = slots.device
+        self.count, self._first_only = occurrences(slots, rows)
         self.inputs = torch.zeros(rows, hidden_size, device=device)
         self.weight = torch.zeros(rows, intermediate_size, device=device)
         self.weighted_up = torch.zeros(rows, intermediate_size, device=device)
@@ -73,10 +89,12 @@ class TokenSums:
         self.gated_energy = 0.0
 
     def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
-        """Add tokens: slots [N], x [N, D], gate and up [N, F]."""
+        """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]."""
+        counts = torch.ones_like(slots, dtype=torch.bool)
+        counts[:, 0] = self._first_only[slots[:, 0]]
+        slots, x, gate, up = (part[counts] for part in (slots, x, gate, up))
         gate_squared = gate.square()
         weighted = gate_squared * up
-        self.count += torch.bincount(slots, minlength=len(self.count))
         self.inputs.index_add_(0, slots, x)
         self.weight.index_add_(0, slots, gate_squared)
         self.weighted_up.index_add_(0, slots, weighted)
@@ -199,6 +217,8 @@ def fit_table(
 class TableError:
     """Relative error of a table on text: ``|y - y_table| / |y|`` over all tokens; y is u, g * u and the FFN's output.
 
+    First positions are left out, for the reason that `occurrences` gives.
+
     Args:
         mlp: the stock feed-forward.
         rows: the table at the tokens of the pass [R, F].
@@ -219,7 +239,8 @@ class TableError:
         self.energy = self.tokens.new_zeros(len(self._BUCKETS), len(self._QUANTITIES), 2)
 
     def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
-        """Add tokens: slots [N], x [N, D], gate and up [N, F]."""
+        """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]."""
+        slots, gate, up = (part[:, 1:].flatten(0, 1) for part in (slots, gate, up))
         off = up - self.rows[slots]
         pairs = ((off, up), (gate * off, gate * up), (gate * off @ self.down.T, gate * up @ self.down.T))
         energy = torch.stack([torch.stack([part.square().sum(-1) for part in pair], -1) for pair in pairs], 1)

@@ -51,23 +51,24 @@ def load_text(source: str | None) -> tuple[Text, Text]:
     return _split_in_order(source, tuple(_read_dataset(source)))
 
 
-def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int) -> Tensor:
+def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: int = SEQUENCE_LENGTH) -> Tensor:
     """Token ids [B, SEQUENCE_LENGTH] of at most `tokens` tokens in all; a shorter text gives one shorter sequence.
 
-    Each document is tokenised with the special tokens that the tokenizer adds by itself (a BOS where the model wants
-    one) and closed by the EOS token; the documents are then laid end to end and cut, the remainder dropped.
+    Every sequence begins with the special tokens that the tokenizer puts before a text (a BOS where the model wants
+    one). The rest is the first `excerpt` tokens of each document, closed by the EOS token, laid end to end and cut.
 
     Raises:
         HFEError: the text gives fewer than two tokens.
         TokenIdError: the tokenizer gives an id outside the model's vocabulary.
     """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prefix = [token for token in tokenizer("").input_ids if [token] != eos]
     ids: list[int] = []
     for document in text.documents:
-        ids += tokenizer(document).input_ids
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+        ids += tokenizer(document, add_special_tokens=False).input_ids[:excerpt] + eos
         if len(ids) >= tokens:
             break
+    ids = ids[:tokens]
     if len(ids) < 2:
         raise HFEError(f"the text {text.name} gives {len(ids)} token(s), at least 2 are needed", "give more text")
     if max(ids) >= vocab_size:
@@ -75,9 +76,8 @@ def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int) -> Tensor:
             f"the tokenizer gives id {max(ids)}, the model's vocabulary is 0..{vocab_size - 1}",
             "use the tokenizer that belongs to this checkpoint",
         )
-    length = min(SEQUENCE_LENGTH, len(ids))
-    sequences = max(min(tokens, len(ids)) // length, 1)
-    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+    own = min(SEQUENCE_LENGTH - len(prefix), len(ids))
+    return torch.tensor([[*prefix, *ids[start : start + own]] for start in range(0, len(ids) - own + 1, own)])
 
 
 def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:

@@ -1,0 +1,205 @@
+"""What the STEM initialisers promise: exactness where it is possible, optimality where it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_efficient.conversion.layerwise import LayerwisePass
+from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem_tables import observe_feed_forward
+
+FITTED = ["gated_mean", "mean"]
+
+
+def logits(source, ids):
+    run = LayerwisePass(source.config, source.reader, [ids])
+    run.run()
+    (pieces,) = run.logits(*run.streams)
+    return torch.cat(list(pieces)).view(*ids.shape, -1)
+
+
+def table(source, layer):
+    return source.reader.tensors[f"model.layers.{layer}.mlp.stem_embed.weight"]
+
+
+def feed_forward(source, ids, layer):
+    """What the feed-forward of one layer sees and the fit counts: tokens [N], gate and up-projection [N, F]."""
+    seen = []
+    run = LayerwisePass(source.config, source.reader, [ids])
+    for index, module in run.layers():
+        if index < layer:
+            run.push(index, module, run.streams[0])
+            continue
+        with observe_feed_forward(module.mlp, lambda *call: seen.append(call)):
+            run.push(index, module, run.streams[0])
+        slots, _, gate, up = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        tokens = run.vocabulary[slots]
+        counts = torch.ones_like(tokens, dtype=torch.bool)
+        counts[:, 0] = ~torch.isin(tokens[:, 0], tokens[:, 1:])
+        return tokens[counts], gate[counts], up[counts]
+    raise AssertionError(f"no layer {layer}")
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("init", FITTED)
+def test_a_text_of_distinct_tokens_is_converted_exactly(source, distinct_text, init, sequential):
+    patch = Stem(layers=[0, 1, 3], init=init, shrinkage=0.0, sequential=sequential)
+    patched = source.convert(patch, source.calibration(distinct_text))
+    expected = source.stock(distinct_text).logits
+    assert (logits(patched, distinct_text) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_without_attention_every_text_of_known_tokens_is_converted_exactly(source, text, init):
+    for name, tensor in source.reader.tensors.items():
+        if ".o_proj." in name:
+            tensor.zero_()  # these are the stock model's own weights
+    patched = source.convert(Stem(layers=[0, 1, 2, 3], init=init, shrinkage=0.0), source.calibration(text))
+    known = text[:, 1:].unique()
+    new = known[torch.randint(len(known), (3, 25))]
+    expected = source.stock(new).logits
+    assert (logits(patched, new) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_contextual_text_is_not_converted_exactly(source, text, init):
+    """Guards the two tests above: on ordinary text a table does lose something."""
+    patched = source.convert(Stem(layers=[1, 2], init=init), source.calibration(text))
+    expected = source.stock(text).logits
+    assert (logits(patched, text) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_rows_are_the_shrunk_mean_of_their_tokens_occurrences(source, text, init):
+    """Against the formula, token by token in fp64."""
+    shrinkage, layer = 4.0, 2
+    patched = source.convert(Stem(layers=[layer], init=init, shrinkage=shrinkage), source.calibration(text))
+    prior = source.convert(Stem(layers=[layer], init="ridge"), source.calibration(text))
+    ids, gate, up = feed_forward(source, text, layer)
+    gate, up = gate.double(), up.double()
+    weight = gate.square() if init == "gated_mean" else torch.ones_like(up)
+    kappa = shrinkage * weight.mean(0)
+    for token in ids.unique():
+        own = ids == token
+        p = table(prior, layer)[token].double()
+        expected = ((weight * up)[own].sum(0) + kappa * p) / (weight[own].sum(0) + kappa)
+        torch.testing.assert_close(table(patched, layer)[token].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prior_is_the_ridge_regression_on_the_embedding(source, text):
+    layer, ridge = 2, 0.05
+    patched = source.convert(Stem(layers=[layer], init="ridge", ridge=ridge), source.calibration(text))
+    ids, _, up = feed_forward(source, text, layer)
+    embedding = source.reader.tensors["model.embed_tokens.weight"].double()
+    bias = source.reader.tensors.get(f"model.layers.{layer}.mlp.up_proj.bias", torch.zeros(up.shape[1])).double()
+    e = embedding[ids]
+    gram = e.T @ e
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    # u is linear in x, so regressing u is regressing x and projecting; the bias is no part of the regression.
+    weight = torch.linalg.solve(gram, e.T @ (up.double() - bias))
+    expected = embedding @ weight + bias
+    torch.testing.assert_close(table(patched, layer).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_much_shrinkage_gives_the_prior(source, text, init):
+    calibration = source.calibration(text)
+    shrunk = source.convert(Stem(layers=[1], init=init, shrinkage=1e9), calibration)
+    prior = source.convert(Stem(layers=[1], init="ridge"), calibration)
+    torch.testing.assert_close(table(shrunk, 1), table(prior, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_tokens_absent_from_the_text_get_the_prior(source, text, init):
+    calibration = source.calibration(text)
+    patched = source.convert(Stem(layers=[1], init=init), calibration)
+    prior = source.convert(Stem(layers=[1], init="ridge"), calibration)
+    absent = ~torch.isin(torch.arange(97), text)
+    assert absent.sum() >= 97 // 2
+    torch.testing.assert_close(table(patched, 1)[absent], table(prior, 1)[absent], rtol=1e-5, atol=1e-5)
+    assert not torch.isclose(table(patched, 1)[~absent], table(prior, 1)[~absent], rtol=1e-3).all()
+
+
+def objective(ids, gate, up, rows, metric):
+    """Squared distance of a table from what the feed-forward sees, in up-projection or gated space."""
+    off = up.double() - rows.double()[ids]
+    return float((off * (gate.double() if metric == "gated_mean" else 1.0)).square().sum())
+
+
+@pytest.mark.parametrize("init", FITTED)
+def test_every_change_of_a_row_moves_away_from_the_calibration_text(source, text, init):
+    layer = 1
+    patched = source.convert(Stem(layers=[layer], init=init, shrinkage=0.0), source.calibration(text))
+    ids, gate, up = feed_forward(source, text, layer)
+    best = table(patched, layer)
+    lowest = objective(ids, gate, up, best, init)
+    for step in (1e-2, 1.0):
+        for _ in range(5):
+            moved = best.clone()
+            moved[ids.unique()] += step * torch.randn(len(ids.unique()), best.shape[1])
+            assert objective(ids, gate, up, moved, init) > lowest
+    other = source.convert(
+        Stem(layers=[layer], init=FITTED[1 - FITTED.index(init)], shrinkage=0.0), source.calibration(text)
+    )
+    assert objective(ids, gate, up, table(other, layer), init) > lowest
+
+
+def test_the_bias_of_the_up_projection_is_absorbed(tiny_source, text):
+    source = tiny_source("llama-biased")
+    calibration = source.calibration(text)
+    before = source.convert(Stem(layers=[1]), calibration)
+    source.reader.tensors["model.layers.1.mlp.up_proj.bias"] += 3.0
+    after = source.convert(Stem(layers=[1]), calibration)
+    torch.testing.assert_close(table(after, 1), table(before, 1) + 3.0, rtol=1e-4, atol=1e-3)
+    assert not any("1.mlp.up_proj" in name for name in after.reader.tensors)
+
+
+def test_data_free_rows_are_the_projected_normed_embedding(source, text):
+    patched = source.convert(Stem(layers=[1], init="embed"), source.calibration(text))
+    layer = source.stock.model.layers[1]
+    with torch.no_grad():
+        expected = layer.mlp.up_proj(layer.post_attention_layernorm(source.stock.model.embed_tokens.weight))
+    torch.testing.assert_close(table(patched, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_position_counts_only_for_a_token_that_occurs_nowhere_else(tiny_source):
+    """A BOS is always first and must be learnt there; of other tokens the first position is no fair sample."""
+    source = tiny_source()
+    body = torch.randint(10, 40, (4, 20))
+    with_bos = torch.cat((torch.tensor([[3]] * 4), body), 1)
+    converted = source.convert(Stem(layers=[1], shrinkage=0.0), source.calibration(with_bos))
+    ids, _, up = feed_forward(source, with_bos, 1)
+    torch.testing.assert_close(table(converted, 1)[3], up[ids == 3][0], rtol=1e-3, atol=1e-3)
+
+    seen = torch.cat((body[:, 5:6], body), 1)
+    token = int(seen[0, 0])
+    converted = source.convert(Stem(layers=[1], shrinkage=0.0, init="mean"), source.calibration(seen))
+    ids, _, up = feed_forward(source, seen, 1)
+    assert (ids == token).sum() == (body == token).sum()
+    torch.testing.assert_close(table(converted, 1)[token], up[ids == token].mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_two_conversions_agree_bit_for_bit(tiny_source, text, sequential):
+    source = tiny_source()
+    patch = {"layers": [1, 2], "sequential": sequential}
+    one, two = (source.convert(Stem(**patch), source.calibration(text)) for _ in range(2))
+    assert all(torch.equal(table(one, i), table(two, i)) for i in (1, 2))
+
+
+def test_sequential_calibration_sees_the_converted_layers_below(tiny_source, text):
+    source = tiny_source()
+    calibration = source.calibration(text)
+    simultaneous = source.convert(Stem(layers=[1, 2], shrinkage=0.0), calibration)
+    sequential = source.convert(Stem(layers=[1, 2], shrinkage=0.0, sequential=True), calibration)
+    assert torch.equal(table(simultaneous, 1), table(sequential, 1))
+    assert not torch.equal(table(simultaneous, 2), table(sequential, 2))
+    # Layer 2 fitted on a source whose layer 1 is converted already is the same thing done in two steps.
+    first = source.convert(Stem(layers=[1], shrinkage=0.0), calibration)
+    ids, gate, up = feed_forward(first, text, 2)
+    weight = gate.square()
+    for token in ids.unique():
+        own = ids == token
+        expected = (weight * up)[own].sum(0) / weight[own].sum(0)
+        torch.testing.assert_close(table(sequential, 2)[token], expected, rtol=1e-3, atol=1e-3)
