@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _metadata(config: dict[str, Any], source: dict[str, Any], base: str | None, 
     model_type = str(config.get("model_type"))
     class_name = str((config.get("architectures") or [""])[0])
     tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
-    entries = {
+    entries: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
         "license": _word_or_none(source.get("license")),
@@ -192,7 +193,7 @@ def _provenance(report: dict[str, Any], source: dict[str, Any]) -> str:
     return "## Provenance\n\n" + "\n".join(lines)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 

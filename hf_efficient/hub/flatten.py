@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.abc import InspectLoader
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
@@ -156,7 +157,8 @@ def _refuse_unportable(module: _Module) -> None:
 
 def _source_text(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    source = spec.loader.get_source(module) if spec and hasattr(spec.loader, "get_source") else None
+    loader = spec.loader if spec else None
+    source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
     if source is None:
         raise HFEError(f"the source of {module} is not installed", "reinstall hf-efficient with its .py files")
     return source
