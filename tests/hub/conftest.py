@@ -116,7 +116,7 @@ class StandInHub:
     commits: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
-    refuses_large_files: bool = False
+    refuses_large_files: set[str] = field(default_factory=set)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -225,13 +225,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _lfs_batch(self, body: bytes, repo: str) -> None:
         objects = []
         for wanted in json.loads(body)["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}", "header": {}}}
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{repo}/{wanted['oid']}", "header": {}}}
             stored = wanted["oid"] in self.hub.large
             objects.append({**wanted, **({} if stored else {"actions": upload})})
         self._reply(200, {"transfer": "basic", "objects": objects})
 
-    def _lfs_put(self, body: bytes, oid: str) -> None:
-        if self.hub.refuses_large_files:
+    def _lfs_put(self, body: bytes, repo: str, oid: str) -> None:
+        if repo in self.hub.refuses_large_files:
             return self._error(403, "Expired")
         assert hashlib.sha256(body).hexdigest() == oid
         self.hub.large[oid] = body
@@ -291,7 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", _API + r"/commit/(?P<revision>[^/]+)", _commit),
         ("POST", _API + r"/branch/(?P<branch>[^/]+)", _branch),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _lfs_batch),
-        ("PUT", r"/lfs/(?P<oid>\w+)", _lfs_put),
+        ("PUT", r"/lfs/(?P<repo>[^/]+/[^/]+)/(?P<oid>\w+)", _lfs_put),
         ("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
     )
 

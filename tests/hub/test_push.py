@@ -121,25 +121,22 @@ print(json.dumps(result))
     assert "refused access" in result["forbidden"]["error"]
 
 
-def test_a_failed_upload_leaves_no_commit(checkpoint: Path, run_python: Runner, hub: Any) -> None:
-    hub.refuses_large_files = True
-    script = PUSH + 'print(json.dumps(attempt(push, folder, "tester/stem")))'
-    error = run_python(script, checkpoint, package=True, **hub.environment)["error"]
-    assert "the upload to tester/stem failed" in error and "\n" not in error
-    assert hub.files("tester/stem") == {".gitattributes": b""}
-
-
-def test_what_an_earlier_checkpoint_left_is_replaced(checkpoint: Path, run_python: Runner, hub: Any) -> None:
+def test_a_push_replaces_what_an_earlier_one_left_or_changes_nothing(
+    checkpoint: Path, run_python: Runner, hub: Any
+) -> None:
     """Old code and weights would be foreign beside the new ones; other files stay. A refused push changes nothing."""
     hub.create("tester/old", private=True)
     old = {"hfe_old.py": b"", "model-1.safetensors": b"", "model.safetensors.index.json": b"{}", "picture.png": b"p"}
     hub.commit("tester/old", "main", old)
     hub.create("tester/public", private=False)
+    hub.refuses_large_files.add("tester/full")
     script = (
         PUSH
         + """
 import os
-result = {"old": attempt(push, folder, "tester/old")}
+# A failed upload first: a large file that is stored already is not sent again.
+result = {"failed": attempt(push, folder, "tester/full")}
+result["old"] = attempt(push, folder, "tester/old")
 result["public"] = attempt(push, folder, "tester/public")
 result["allowed"] = attempt(push, folder, "tester/public", private=False)
 result["forbidden"] = attempt(push, folder, "tester/new", token="wrong-token")
@@ -149,6 +146,8 @@ print(json.dumps(result))
 """
     )
     result = run_python(script, checkpoint, package=True, **hub.environment)
+    assert "the upload to tester/full failed" in result["failed"]["error"] and "\n" not in result["failed"]["error"]
+    assert hub.files("tester/full") == {".gitattributes": b""}
     files = hub.files("tester/old")
     assert files is not None and not set(old) - {"picture.png"} & set(files) and files["picture.png"] == b"p"
     assert "is public, and a private upload was asked for" in result["public"]["error"]
