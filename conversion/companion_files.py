@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 
 from hf_efficient.conversion.durable_files import disk_errors, write_text
 from hf_efficient.conversion.source import Source, file_inside, read_json
-from hf_efficient.logging import get_logger
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -38,8 +37,6 @@ def write_companions(source: Source, folder: Path) -> list[str]:
     else:
         settings = GenerationConfig.from_model_config(source.stock_config)
         write_text(folder / _GENERATION_CONFIG, settings.to_json_string(use_diff=True))
-    for warning in warnings:
-        get_logger().warning(warning)
     return warnings
 
 

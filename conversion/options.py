@@ -43,9 +43,7 @@ class ConversionOptions:
         _check_device(self.device)
         _ = self.torch_dtype, self.max_shard_bytes
         if self.calibration_tokens < 1:
-            raise UsageError(
-                f"calibration_tokens={self.calibration_tokens} must be at least 1", "leave it out for 18432"
-            )
+            raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1", "the default is 18432")
         if self.base_model is not None and not is_repo_id(self.base_model):
             raise UsageError(f"base_model={self.base_model!r} is not a Hub id", "write it as org/name")
 

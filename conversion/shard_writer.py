@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.durable_files import FinishedFile, disk_errors, sync_folder
+from hf_efficient.conversion.durable_files import FinishedFile, disk_errors, sync
 from hf_efficient.conversion.safetensors_reader import DTYPES
 from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS
 from hf_efficient.errors import HFEError
@@ -105,7 +105,7 @@ class ShardWriter:
             self._write(shard.header())
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless it is known to be absent."""
+        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless known to be absent."""
         planned = self.shard.tensors[self._next]
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise HFEError(
@@ -133,7 +133,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self._path)
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
         return FinishedFile(self._size, self._digest.hexdigest())
 
     def abandon(self) -> None:

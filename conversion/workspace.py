@@ -25,7 +25,7 @@ from hf_efficient.conversion.durable_files import (
     FinishedFile,
     disk_errors,
     format_bytes,
-    sync_folder,
+    sync,
     write_text,
 )
 from hf_efficient.errors import HFEError, UsageError
@@ -166,14 +166,12 @@ class Workspace:
         self._state["complete"] = True
         self._save_state()
         with disk_errors(self.folder):
-            for path in self.checkpoint.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(self.checkpoint)
+            for path in (self.checkpoint, *self.checkpoint.rglob("*")):
+                sync(path)
             if self.output.exists():
                 os.rename(self.output, self._replaced)
             os.rename(self.checkpoint, self.output)
-            sync_folder(self.output.parent)
+            sync(self.output.parent)
         self.discard()
 
     def discard(self) -> None:

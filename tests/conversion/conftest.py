@@ -72,13 +72,30 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return make
 
 
-def folder_hashes(folder: Path) -> dict[str, str]:
+@pytest.fixture(params=STOCK_CONFIGS)
+def stock_name(request: pytest.FixtureRequest) -> str:
+    """Every stock checkpoint in turn."""
+    return request.param
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """A little text for the tiny models."""
+    return torch.randint(SHAPE["vocab_size"], (2, 17))
+
+
+@pytest.fixture(scope="session")
+def folder_hashes() -> Callable[[Path], dict[str, str]]:
     """SHA-256 of every file of a folder but the report and the card, which hold wall times."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("conversion_report.json", "README.md")
-    }
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("conversion_report.json", "README.md")
+        }
+
+    return hashes
 
 
 @dataclass
@@ -126,5 +143,6 @@ def _table(index: int) -> str:
 
 
 @pytest.fixture
-def random_tables() -> type[RandomTables]:
-    return RandomTables
+def tables() -> RandomTables:
+    """A patch that needs no text."""
+    return RandomTables()
