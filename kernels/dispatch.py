@@ -39,6 +39,7 @@ def triton_import_problem() -> str:
     return ""
 
 
+@functools.cache
 def triton_problem(device: torch.device) -> str:
     """Why Triton kernels cannot run on `device`, or an empty text when they can."""
     if triton_import_problem():
@@ -56,30 +57,39 @@ def triton_problem(device: torch.device) -> str:
     return ""
 
 
-def choose_backend(requested: str | None, device: torch.device) -> Choice:
-    """The backend for tensors on `device`.
-
-    Raises:
-        BackendError: the backend that `requested` or `HFE_BACKEND` names is unknown or cannot run there.
-    """
-    asked, origin = requested, "backend"
-    if asked is None:
-        asked, origin = backend_override(), "HFE_BACKEND"
-    if asked is not None:
-        given = f"{origin}={asked!r}"
-        if asked not in BACKENDS:
-            raise BackendError(f"{given} is no backend", f"choose from {', '.join(BACKENDS)}")
-        problem = triton_problem(device) if asked == "triton" else ""
-        if problem:
-            raise BackendError(
-                f"{given} cannot run: {problem}", "leave the backend open, or ask for 'reference', which runs anywhere"
-            )
-        return Choice(asked, f"{given} asks for it")
+@functools.cache
+def preferred_backend(device: torch.device) -> Choice:
+    """What tensors on `device` get when nobody asks for anything."""
     problem = triton_problem(device)
     if device.type == "cuda" and not problem:
-        return Choice("triton", f"the tensors are on {device.type}")
+        return Choice("triton", "the tensors are on cuda")
     # Triton's interpreter runs on the CPU, but only for those who ask: it is for tests, and slow.
     return Choice("reference", problem or "the tensors are on cpu", problem)
+
+
+def requested_backend(name: str, origin: str, device: torch.device) -> Choice:
+    """The backend called `name`, which `origin` (the argument, or an environment variable) asks for.
+
+    Raises:
+        BackendError: there is no such backend, or it cannot run on `device`.
+    """
+    given = f"{origin}={name!r}"
+    if name not in BACKENDS:
+        raise BackendError(f"{given} is no backend", f"choose from {', '.join(BACKENDS)}")
+    problem = triton_problem(device) if name == "triton" else ""
+    if problem:
+        raise BackendError(
+            f"{given} cannot run: {problem}", "leave the backend open, or ask for 'reference', which runs anywhere"
+        )
+    return Choice(name, f"{given} asks for it")
+
+
+def choose_backend(requested: str | None, device: torch.device) -> Choice:
+    """The backend for tensors on `device`, and why. Raises as `requested_backend` does."""
+    if requested is not None:
+        return requested_backend(requested, "backend", device)
+    override = backend_override()
+    return preferred_backend(device) if override is None else requested_backend(override, "HFE_BACKEND", device)
 
 
 @torch.compiler.assume_constant_result  # a choice reads the environment and imports Triton: neither belongs in a graph

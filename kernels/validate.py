@@ -49,6 +49,14 @@ def check_rank(op: str, name: str, tensor: Tensor, least: int, most: int | None,
         raise HFEError(f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its shape must be {layout}")
 
 
+def check_not_empty(op: str, name: str, tensor: Tensor, dimension: int) -> None:
+    """`tensor` has at least one element along `dimension`."""
+    if tensor.shape[dimension] == 0:
+        raise HFEError(
+            f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its dimension {dimension} must not be empty"
+        )
+
+
 def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
     """Neighbours in the last dimension of `tensor` are neighbours in memory; other strides are free.
 

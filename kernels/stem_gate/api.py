@@ -11,6 +11,7 @@ from hf_efficient.kernels.validate import (
     INTEGERS,
     check_dtype,
     check_ids,
+    check_not_empty,
     check_rank,
     check_rows_contiguous,
     check_shape,
@@ -57,12 +58,13 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
     check_rank("stem_gate", "table", table, 2, 2, "[R, F]")
     rows, width = table.shape
     check_shape("stem_gate", "gate", gate, (*ids.shape, width), "that of `ids` followed by the width of `table`")
+    check_not_empty("stem_gate", "table", table, dimension=1)
     check_rows_contiguous("stem_gate", "table", table)
     check_ids("stem_gate", ids, rows)
 
     if select_backend("stem_gate", backend, gate.device) == "reference":
         return reference_stem_gate(gate, table, ids)
-    from hf_efficient.kernels.stem_gate.op import stem_gate_forward
+    from hf_efficient.kernels.stem_gate.op import StemGate
 
     # Always of rank 2, so that a change of the number of leading dimensions compiles nothing anew.
-    return stem_gate_forward(gate.reshape(ids.numel(), width), table, ids.reshape(-1)).view(gate.shape)
+    return StemGate.apply(gate.reshape(ids.numel(), width), table, ids.reshape(-1)).view(gate.shape)

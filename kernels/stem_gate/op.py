@@ -1,7 +1,4 @@
-"""stem_gate as PyTorch operators over the Triton kernels: forward, backward, shapes for tracing, autograd.
-
-The name space is the exporter's to change, so that the code of two checkpoints can live in one process.
-"""
+"""stem_gate over the Triton kernels: operators for tracing, and autograd."""
 
 from __future__ import annotations
 
@@ -9,66 +6,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hf_efficient.kernels.namespace import NS
-
-# "cpu" is for Triton's interpreter; the dispatcher never sends CPU tensors here by itself.
-_DEVICES = ("cpu", "cuda")
+from hf_efficient.kernels.operators import define_operator
 
 
-@torch.library.custom_op(f"{NS}::stem_gate", mutates_args=(), device_types=_DEVICES)
-def stem_gate_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T]."""
+def _forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     from hf_efficient.kernels.stem_gate.triton_kernels import launch_forward
 
     return launch_forward(gate, table, ids)
 
 
-@torch.library.custom_op(f"{NS}::stem_gate_backward", mutates_args=(), device_types=_DEVICES)
-def stem_gate_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate [T, F] and table [R, F]."""
+def _backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     from hf_efficient.kernels.stem_gate.triton_kernels import launch_backward
 
     return launch_backward(dout, gate, table, ids)
 
 
-@torch.library.custom_op(f"{NS}::stem_gate_backward_gate", mutates_args=(), device_types=_DEVICES)
-def stem_gate_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """Gradient of gate [T, F] alone, for a frozen table: no sorting, no buffer of the table's size."""
+def _backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     from hf_efficient.kernels.stem_gate.triton_kernels import launch_backward_gate
 
     return launch_backward_gate(dout, gate, table, ids)
 
 
-@stem_gate_forward.register_fake
-def _(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@stem_gate_backward.register_fake
-def _(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return torch.empty_like(gate, memory_format=contiguous), torch.empty_like(table, memory_format=contiguous)
+# silu(gate) * table[ids] for gate [T, F], table [R, F], ids [T]
+stem_gate_forward = define_operator("stem_gate", _forward, lambda gate, table, ids: _like(gate))
+# gradients of gate and of table
+stem_gate_backward = define_operator(
+    "stem_gate_backward", _backward, lambda dout, gate, table, ids: (_like(gate), _like(table))
+)
+# gradient of gate alone, for a frozen table: no sorting, and no buffer of the table's size
+stem_gate_backward_gate = define_operator(
+    "stem_gate_backward_gate", _backward_gate, lambda dout, gate, table, ids: _like(gate)
+)
 
 
-@stem_gate_backward_gate.register_fake
-def _(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+class StemGate(torch.autograd.Function):
+    """Differentiable ``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T]; keeps just these three."""
 
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, table, ids)
+        return stem_gate_forward(gate, table, ids)
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-    needs_gate, needs_table, _ = ctx.needs_input_grad
-    if dout is None:
-        return None, None, None
-    if not needs_table:
-        return stem_gate_backward_gate(dout, *ctx.saved_tensors), None, None
-    dgate, dtable = stem_gate_backward(dout, *ctx.saved_tensors)
-    return dgate if needs_gate else None, dtable, None
-
-
-stem_gate_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        needs_gate, needs_table, _ = ctx.needs_input_grad
+        if not needs_table:
+            return stem_gate_backward_gate(dout, *ctx.saved_tensors), None, None
+        dgate, dtable = stem_gate_backward(dout, *ctx.saved_tensors)
+        return dgate if needs_gate else None, dtable, None

@@ -116,10 +116,7 @@ def test_numerical_derivatives(record: KernelRecord, device: torch.device) -> No
 @by_sample
 def test_operators_obey_pytorch(record: KernelRecord, label: str, device: torch.device) -> None:
     """Schema, fake tensors, autograd registration, tracing with dynamic shapes."""
-    operators = record.operators(_arguments(record, label, device, torch.float32))
-    for operator, values in operators:
-        if operator is operators[0][0]:  # the public one; the others are its backward passes
-            values = tuple(v.detach().requires_grad_(v.is_floating_point()) for v in values)
+    for operator, values in record.operators(_arguments(record, label, device, torch.float32)):
         torch.library.opcheck(operator, values)
 
 
@@ -169,9 +166,9 @@ def test_a_second_derivative_is_refused_with_a_reason(record: KernelRecord, devi
     arguments = _typical(record, device, torch.float32)
     arguments = {**arguments, name: arguments[name].detach().requires_grad_()}
     out = _triton(record)(**arguments)
-    with pytest.raises(RuntimeError, match="backward"):
-        (grad,) = torch.autograd.grad(out.square().sum(), arguments[name], create_graph=True)
-        torch.autograd.grad(grad.square().sum(), arguments[name])
+    (grad,) = torch.autograd.grad(out.square().sum(), arguments[name], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
 
 
 @pytest.mark.gpu
