@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from hf_efficient import __version__
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.hub.export import CONFIG, read_json
-from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 CARD = "README.md"
 # Lowest versions that the exported code runs with; the same as in the package's own metadata.
@@ -64,7 +64,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
         _metadata(config, source, base, names),
         f"# {title}",
         _introduction(config, base, source, names),
-        *[_note(name) for name in names],
+        *[_note(name) for name in _all_patches(names, source)],
         _loading(config, repo_id or "OWNER/NAME"),
         _measurements(report),
         _sizes(report),
@@ -110,6 +110,12 @@ def _introduction(config: dict[str, Any], base: str | None, source: dict[str, An
     return f"Converted from {origin} to the architecture `{model_type}`, {how}, by hf-efficient {__version__}."
 
 
+def _all_patches(names: list[str], source: dict[str, Any]) -> list[str]:
+    """The patches of this conversion, and that of its source where the source was converted before."""
+    earlier = architecture_of(str(source.get("model_type")))
+    return list(dict.fromkeys([*names, *([earlier.patch] if earlier and earlier.patch else [])]))
+
+
 def _note(patch: str) -> str:
     """What the patch itself says to readers of a card."""
     options = next((a.patch_options for a in ARCHITECTURES if a.patch == patch), None)
@@ -124,9 +130,9 @@ def _loading(config: dict[str, Any], repo_id: str) -> str:
     auto_class = next((name for name in reversed(list(auto_map)) if name.startswith("AutoModelFor")), "AutoModel")
     return f"""## How to load it
 
-The code comes with the checkpoint, so nothing but {REQUIREMENTS} is needed; Triton kernels run where Triton
-and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code on your machine: pin the commit
-that you looked at.
+The code comes with the checkpoint, so nothing but {REQUIREMENTS} is needed.
+Triton kernels run where Triton and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code
+on your machine: pin the commit that you looked at.
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -141,6 +147,8 @@ release, and `import hf_efficient` loads the checkpoint without `trust_remote_co
 
 
 def _measurements(report: dict[str, Any]) -> str:
+    if not report:
+        return ""
     measured = _mapping(report.get("evaluation"))
     found = {key: _mapping(measured.get(key)) for key in _MEASURED}
     rows = [(_MEASURED[key], *_estimate(value)) for key, value in found.items() if _is_number(value.get("mean"))]

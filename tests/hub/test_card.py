@@ -86,6 +86,12 @@ def test_no_local_path_enters_a_card(checkpoint: Path) -> None:
     assert card.data.base_model is None and "someone" not in card.content and "../x" not in card.content
 
 
+def test_a_further_conversion_still_tells_what_the_first_one_cost(checkpoint: Path) -> None:
+    further = {**REPORT, "source": {"model_type": "hfe_stem"}, "patches": [], "evaluation": None}
+    text = card_of(checkpoint, further).text
+    assert "is lossy" in text and "without a patch" in text and "Nothing: the conversion was not evaluated" in text
+
+
 @pytest.mark.parametrize("missing", sorted(REPORT))
 def test_a_report_without_some_field_still_gives_a_card(checkpoint: Path, missing: str) -> None:
     card = card_of(checkpoint, {key: value for key, value in REPORT.items() if key != missing})
@@ -96,7 +102,7 @@ def test_a_report_without_some_field_still_gives_a_card(checkpoint: Path, missin
 def test_a_model_that_was_not_converted_has_a_card(checkpoint: Path, report: dict[str, Any] | None) -> None:
     card = card_of(checkpoint, report)
     assert card.data.tags == ["custom_code", "hf_efficient", "hfe_stem"]
-    assert "lossy" not in card.text and "Nothing" in card.text
+    assert "lossy" not in card.text and "measured" not in card.text
 
 
 def test_the_card_states_the_versions_that_the_package_needs(checkpoint: Path, repository_root: Path) -> None:
