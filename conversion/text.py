@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from hf_efficient.errors import HFEError, TokenIdError
 SEQUENCE_LENGTH = 512
 # One document in this many is held out. Of a file, the last fifth; of Python's own text, files chosen by a hash.
 HELD_OUT_SHARE = 5
+# Characters; below this a page of Python's documentation says next to nothing.
+_SHORTEST_PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Text:
     """Documents, and the name that reports give them: a file's base name or a data set's id, never a path."""
 
     name: str
-    documents: tuple[str, ...]
+    documents: Iterable[str]
 
 
 def load_text(source: str | None) -> tuple[Text, Text]:
@@ -41,7 +45,9 @@ def load_text(source: str | None) -> tuple[Text, Text]:
         HFEError: the source is absent or unreadable (the line is named), or holds fewer than two documents.
     """
     if source is None:
-        return _split_by_hash(f"documentation of Python {sysconfig.get_python_version()}", dict(python_documentation()))
+        name = f"documentation of Python {sysconfig.get_python_version()}"
+        fit, held_out = _PythonPages.split()
+        return Text(f"{name}, four pages in five", fit), Text(f"{name}, one page in five", held_out)
     path = Path(source)
     if path.suffix == ".jsonl" or path.suffix == ".txt":
         documents = _read_jsonl(path) if path.suffix == ".jsonl" else _read_paragraphs(path)
@@ -93,15 +99,6 @@ def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:
     )
 
 
-def _split_by_hash(name: str, documents: dict[str, str]) -> tuple[Text, Text]:
-    """Split documents by their key, in an order that does not follow the alphabet."""
-    digest = {key: hashlib.sha256(key.encode()).digest() for key in documents}
-    parts: tuple[list[str], list[str]] = [], []
-    for key in sorted(documents, key=digest.__getitem__):
-        parts[digest[key][-1] % HELD_OUT_SHARE == 0].append(documents[key])
-    return Text(f"{name}, four files in five", tuple(parts[0])), Text(f"{name}, one file in five", tuple(parts[1]))
-
-
 def _open_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -147,28 +144,62 @@ def _read_dataset(name: str) -> Iterator[str]:
         ) from error
 
 
-def python_documentation() -> Iterator[tuple[str, str]]:
-    """English text that comes with Python: (file or topic, text) of the help topics and of the library's docstrings.
+class _PythonPages:
+    """English text that comes with Python: help topics and docstrings of library files, parsed when they are reached.
 
-    Sources are parsed, never imported.
+    Nothing is imported. A page is a topic or a file; the two parts of the split share none.
     """
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if relative.parts[0] in ("site-packages", "dist-packages", "test") or "tests" in relative.parts:
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # samples of broken code
-            continue
-        if relative.parts[0] == "pydoc_data":
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Dict):
-                    for key, value in ast.literal_eval(node).items():
-                        yield f"topic {key}", value
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-        text = "\n\n".join(docstring for docstring in found if docstring)
-        if text:
-            yield relative.as_posix(), text
+
+    def __init__(self, pages: dict[str, Callable[[], str]]) -> None:
+        self._pages = pages
+
+    def __iter__(self) -> Iterator[str]:
+        texts = (read() for read in self._pages.values())
+        return (text for text in texts if len(text) >= _SHORTEST_PAGE)
+
+    @classmethod
+    def split(cls) -> tuple[_PythonPages, _PythonPages]:
+        """Four pages in five, and the fifth, by a hash of their names; each in the order of the hash."""
+        library = Path(sysconfig.get_path("stdlib"))
+        pages: dict[str, Callable[[], str]] = {}
+        for path in _library_files(library):
+            pages[path.relative_to(library).as_posix()] = partial(_docstrings, path)
+        for name, text in _help_topics(library).items():
+            pages[f"topic {name}"] = partial(str, text)
+        if not pages:
+            raise HFEError(
+                "this Python comes without its library's sources, so there is no built-in text",
+                "give a text of your own",
+            )
+        digests = {name: hashlib.sha256(name.encode()).digest() for name in pages}
+        parts: tuple[dict[str, Callable[[], str]], ...] = ({}, {})
+        for name in sorted(pages, key=digests.__getitem__):
+            parts[digests[name][-1] % HELD_OUT_SHARE == 0][name] = pages[name]
+        return cls(parts[0]), cls(parts[1])
+
+
+def _library_files(library: Path) -> Iterator[Path]:
+    for name in sorted(sys.stdlib_module_names - {"test", "idlelib", "pydoc_data"}):
+        if (library / f"{name}.py").is_file():
+            yield library / f"{name}.py"
+        yield from (path for path in sorted((library / name).rglob("*.py")) if not {"test", "tests"} & set(path.parts))
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # the library holds samples of broken code
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return "\n\n".join(docstring for docstring in found if docstring)
+
+
+def _help_topics(library: Path) -> dict[str, str]:
+    """Pages of the interactive help, by name; empty where this Python was installed without them."""
+    try:
+        tree = ast.parse((library / "pydoc_data" / "topics.py").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    tables = (ast.literal_eval(node) for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    return {name: text for table in tables for name, text in table.items()}
