@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
@@ -28,16 +30,19 @@ def generate(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
     return model.generate(ids, **settings)
 
 
+# Before 5.23 transformers could not crop a cache whose later layers were never filled; stock Qwen2 failed as we do.
+early_exit = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
-        {"assistant_early_exit": 1},
+        pytest.param({}, id="dynamic-cache"),
+        pytest.param({"use_cache": False}, id="no-cache"),
+        pytest.param({"cache_implementation": "static"}, id="static-cache"),
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt-lookup"),
+        pytest.param({"assistant_early_exit": 1}, id="early-exit", marks=early_exit),
     ],
-    ids=["dynamic-cache", "no-cache", "static-cache", "prompt-lookup", "early-exit"],
 )
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_greedy_modes_agree(
