@@ -106,7 +106,8 @@ def _introduction(config: dict[str, Any], base: str | None, source: dict[str, An
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"a {source.get('model_type', 'stock')} model"
     if base and (revision := _word_or_none(source.get("revision"))):
         origin += f" (revision `{revision}`)"
-    how = "with the patches " + ", ".join(f"`{name}`" for name in patches) if patches else "without a patch"
+    named = ", ".join(f"`{name}`" for name in patches)
+    how = f"with the patch{'es' if len(patches) > 1 else ''} {named}" if patches else "without a patch"
     return f"Converted from {origin} to the architecture `{model_type}`, {how}, by hf-efficient {__version__}."
 
 
