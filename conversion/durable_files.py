@@ -16,7 +16,7 @@ from hf_efficient.errors import HFEError
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a limit on file size is hit",
+    errno.EFBIG: "a limit on file size is reached",
 }
 
 
@@ -51,7 +51,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         free = format_bytes(shutil.disk_usage(folder).free)
         raise DiskFullError(
-            f"writing to {folder.name} failed: {_FULL[error.errno]} ({free} free); OUTPUT was not touched",
+            f"the result cannot be written: {_FULL[error.errno]} ({free} free); OUTPUT was not touched",
             "free some space and repeat the command with --resume",
         ) from error
 
