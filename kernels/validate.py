@@ -19,13 +19,14 @@ INTEGERS = (torch.int32, torch.int64)
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
     """Every value is a tensor, and all are on one device."""
+    device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise HFEError(f"{op}: `{name}` is of type {type(tensor).__name__}", "pass a torch.Tensor")
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
-        raise HFEError(f"{op}: the tensors are on several devices ({found})", "move them to one device")
+        device = device or tensor.device
+        if tensor.device != device:
+            first = next(iter(tensors))
+            raise HFEError(f"{op}: `{first}` is on {device} and `{name}` on {tensor.device}", "move them to one device")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Positions of one token id that one program of the backward kernel sums; longer runs are summed from partial rows.
-CHUNK = 64
-# Up to this many tokens a call is decoding: few rows, so a program takes one row and a narrow tile of it.
+CHUNK = 32
+# Up to this many tokens a call is decoding: so few rows that every program takes but one.
 DECODE_TOKENS = 256
 
 
@@ -22,9 +22,9 @@ class LaunchConfig:
     num_warps: int
 
 
-_DECODE = LaunchConfig(block_tokens=1, block_width=512, num_warps=2)
-_BULK = LaunchConfig(block_tokens=4, block_width=1024, num_warps=4)
-_SEGMENTS = LaunchConfig(block_tokens=4, block_width=512, num_warps=2)
+_DECODE = LaunchConfig(block_tokens=1, block_width=1024, num_warps=4)
+_BULK = LaunchConfig(block_tokens=4, block_width=512, num_warps=4)
+_RUNS = LaunchConfig(block_tokens=1, block_width=1024, num_warps=4)
 
 
 def _fit_width(config: LaunchConfig, width: int) -> LaunchConfig:
@@ -38,6 +38,6 @@ def elementwise_config(tokens: int, width: int) -> LaunchConfig:
     return _fit_width(_DECODE if tokens <= DECODE_TOKENS else _BULK, width)
 
 
-def segment_config(width: int) -> LaunchConfig:
-    """For the backward kernel that walks the runs of equal ids, and for the sum of its partial rows."""
-    return _fit_width(_SEGMENTS, width)
+def run_config(width: int) -> LaunchConfig:
+    """For the backward kernel, which walks runs of equal ids token by token, and for the sum of its partial rows."""
+    return _fit_width(_RUNS, width)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hf_efficient.errors import BackendError, HFEError, TokenIdError
 from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost, KernelRecord, Sample, Tolerance
 from hf_efficient.kernels.stem_gate.api import stem_gate
-from hf_efficient.kernels.stem_gate.configs import CHUNK, DECODE_TOKENS, elementwise_config, segment_config
+from hf_efficient.kernels.stem_gate.configs import CHUNK, DECODE_TOKENS, elementwise_config, run_config
 from hf_efficient.kernels.stem_gate.op import stem_gate_backward, stem_gate_backward_gate, stem_gate_forward
 from hf_efficient.kernels.stem_gate.reference import stem_gate as reference_stem_gate
 
@@ -90,7 +90,14 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("rows without columns", HFEError, "`table`", "(6, 0)", gate=gate[:, :0], table=table[:, :0]),
         bad("an id too few", HFEError, "`gate`", "(4, 8)", "(3, 8)", ids=ids[:3]),
         bad("a transposed table", HFEError, "`table`", "stride", "contiguous()", table=table.t().contiguous().t()),
-        bad("ids on another device", HFEError, "devices", "meta", ids=ids.to("meta")),
+        bad(
+            "ids on another device",
+            HFEError,
+            "on cpu" if device.type == "cpu" else "on cuda",
+            "on meta",
+            "one device",
+            ids=ids.to("meta"),
+        ),
         bad("a negative id", TokenIdError, "-1", "position [2]", "0..5", ids=ids.new_tensor([0, 1, -1, 2])),
         bad("an id past the end", TokenIdError, "6", "6 rows", ids=ids.new_tensor([0, 1, 2, 6])),
         bad("an unknown backend", BackendError, "'cutlass'", "reference, triton", backend="cutlass"),
@@ -125,7 +132,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         wide, wide_type = ("fp64", tl.float64) if gate == "fp64" else ("fp32", tl.float32)
         rows = {"gate": f"*{gate}", "table": f"*{table}", "ids": "*i64", **sizes}
         upstream = {"dgate": f"*{gate}", "dout": f"*{gate}", "dout_stride": "i32"}
-        runs = {"sorted_ids": "*i64", "order": "*i64", "first": "*i32", "last": "*i32", "partial": f"*{wide}"}
+        runs = {"sorted_ids": "*i32", "order": "*i64", "first": "*i32", "last": "*i32", "partial": f"*{wide}"}
         summed = {"dtable": f"*{table}", **runs, **rows}
         for kernel, types in (
             (forward_kernel, {"out": f"*{gate}", **rows}),
@@ -138,7 +145,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 if width == 96 and gate != "bf16":
                     continue  # a narrow tile differs in nothing but its width: one pair of dtypes shows it
                 for tokens in (1,) if by_runs else (1, DECODE_TOKENS + 1):
-                    config = segment_config(width) if by_runs else elementwise_config(tokens, width)
+                    config = run_config(width) if by_runs else elementwise_config(tokens, width)
                     constants = {
                         "WIDE": wide_type,
                         "CHUNK": CHUNK,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_efficient.kernels.stem_gate.configs import CHUNK, elementwise_config, segment_config
+from hf_efficient.kernels.stem_gate.configs import CHUNK, elementwise_config, run_config
 from hf_efficient.kernels.stem_gate.reference import compute_dtype
 
 try:
@@ -129,36 +129,36 @@ if HAVE_TRITON:
         table_stride,
         WIDE: tl.constexpr,
         CHUNK: tl.constexpr,
-        BLOCK_TOKENS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
         # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id; every CHUNK-th
         # position of a run heads a chunk, and the program of a head does the whole chunk. Others have no work.
         position = tl.program_id(0)
+        # None of these waits for another: most runs are short, and one trip to memory is all they can hide.
         begin = tl.load(first + position)
+        end = tl.load(last + position)
+        row = tl.load(sorted_ids + position + tl.arange(0, 1)).to(tl.int64)
+        token = tl.load(order + position)
         if (position - begin) % CHUNK == 0:
-            end = tl.load(last + position)
-            stop = tl.minimum(end, position + CHUNK)
-            row = tl.load(sorted_ids + position + tl.arange(0, 1)).to(tl.int64)
             column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+            inside = column < width
             in_table = _in_table(row, column, rows, width)
-            u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(WIDE)[None, :]
-            total = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], dtype=WIDE)
-            for start in range(position, stop, BLOCK_TOKENS):
-                at = start + tl.arange(0, BLOCK_TOKENS)
-                token = tl.load(order + at, mask=at < stop, other=0).to(tl.int64)[:, None]
-                inside = (at < stop)[:, None] & (column < width)[None, :]
-                g = tl.load(gate + token * gate_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
-                d = tl.load(dout + token * dout_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+            u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(WIDE)
+            total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+            stop = tl.minimum(end, position + CHUNK)
+            for at in range(position, stop):
+                # The place of the next token is fetched while this one is worked on.
+                next_token = tl.load(order + at + 1, mask=at + 1 < stop, other=0)
+                g = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0).to(WIDE)
+                d = tl.load(dout + token * dout_stride + column, mask=inside, other=0.0).to(WIDE)
                 dg = (d * u * _silu_slope(g)).to(dgate.dtype.element_ty)
-                tl.store(dgate + token * width + column[None, :], dg, mask=inside)
+                tl.store(dgate + token * width + column, dg, mask=inside)
                 total += d * g * _sigmoid(g)
-            chunk_sum = tl.sum(total, axis=0)
+                token = next_token
             if end - begin <= CHUNK:
-                tl.store(dtable + row * width + column, chunk_sum.to(dtable.dtype.element_ty), mask=in_table)
+                tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
             else:
-                slot = _slot(position, begin, CHUNK)
-                tl.store(partial + slot * width + column, chunk_sum, mask=column < width)
+                tl.store(partial + _slot(position, begin, CHUNK) * width + column, total, mask=inside)
 
     @triton.jit
     def _slot(position, begin, CHUNK: tl.constexpr):
@@ -270,12 +270,16 @@ def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> t
     if dgate.numel() == 0:
         return dgate, dtable
     wide = compute_dtype(gate.dtype, table.dtype)
+    # A sort takes time in proportion to the bytes of its keys; all ids outside the table are alike, so none is lost.
+    keys = ids.clamp(-1, table.shape[0])
+    if table.shape[0] <= torch.iinfo(torch.int32).max:
+        keys = keys.to(torch.int32)
     # Stable, so that the positions of an id keep their order and the sum its bits.
-    sorted_ids, order = torch.sort(ids, stable=True)
+    sorted_ids, order = torch.sort(keys, stable=True)
     first = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True)
     last = torch.searchsorted(sorted_ids, sorted_ids, right=True, out_int32=True)
     partial = gate.new_empty((2 * triton.cdiv(tokens, CHUNK), width), dtype=wide)
-    config = segment_config(width)
+    config = run_config(width)
     tiles = triton.cdiv(width, config.block_width)
     backward_kernel[(tokens, tiles)](
         dgate,
@@ -296,7 +300,6 @@ def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> t
         table.stride(0),
         WIDE=_TRITON_DTYPE[wide],
         CHUNK=CHUNK,
-        BLOCK_TOKENS=config.block_tokens,
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
     )

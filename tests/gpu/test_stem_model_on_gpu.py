@@ -86,4 +86,5 @@ def test_a_training_step_under_autocast_keeps_the_table_in_float32() -> None:
     loss.backward()
     grad = model.model.layers[1].mlp.stem_embed.weight.grad
     assert grad.dtype is torch.float32
-    assert grad[ids.unique()].ne(0).any(dim=1).all()
+    # The last position of a sequence predicts nothing.
+    assert grad[ids[:, :-1].unique()].ne(0).any(dim=1).all()
