@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub import HfApi, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -44,7 +45,18 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
         weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
         shards = sorted({str(name) for name in weight_map.values()})
     # The same commit as the small files, even if the branch has moved on since.
-    return _snapshot(repo_id, [*_SMALL_FILES, *shards], repo_of_snapshot(folder)[1] or revision, token)
+    commit = repo_of_snapshot(folder)[1] or revision
+    folder = _snapshot(repo_id, [*_SMALL_FILES, *shards], commit, token)
+    if not index.is_file() and not (folder / _SINGLE).exists():
+        with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            names = HfApi(token=token).list_repo_files(repo_id, revision=commit)
+            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+            if pickles:
+                raise HFEError(
+                    f"{repo_id} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
+                    "use a revision with safetensors",
+                )
+    return folder
 
 
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:

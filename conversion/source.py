@@ -24,7 +24,7 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.bin.index.json")
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class TensorReader(Protocol):
@@ -163,23 +163,24 @@ def weight_files(folder: Path) -> list[Path]:
         return [file_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
     if (folder / _SINGLE_NAME).exists():
         return [file_inside(folder, _SINGLE_NAME, folder.name)]
+    name = repo_of_snapshot(folder)[0] or folder.name
     pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
     if pickles:
         raise HFEError(
-            f"{folder.name} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
+            f"{name} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
             "use a revision with safetensors, or load it where you trust it and save it again with save_pretrained",
         )
     if (folder / "adapter_config.json").exists():
-        raise HFEError(f"{folder.name} is an adapter, not a model", "merge it into its base model and convert that")
-    raise HFEError(
-        f"{folder.name} holds neither {_SINGLE_NAME} nor {INDEX_NAME}", "name the folder of a whole checkpoint"
-    )
+        raise HFEError(f"{name} is an adapter, not a model", "merge it into its base model and convert that")
+    raise HFEError(f"{name} holds neither {_SINGLE_NAME} nor {INDEX_NAME}", "name the folder of a whole checkpoint")
 
 
 def _open_folder(location: str, folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         weight_files(folder)  # an adapter or a folder of another kind has a better message
-        raise HFEError(f"{folder.name} has no config.json", "name the folder of a whole checkpoint")
+        raise HFEError(
+            f"{repo_of_snapshot(folder)[0] or folder.name} has no config.json", "name the folder of a whole checkpoint"
+        )
     stock_config = source_config(read_json(folder / "config.json"))
     repo, revision = repo_of_snapshot(folder)
     card = card_metadata(folder)

@@ -110,6 +110,24 @@ def test_a_full_disk_can_be_resumed(stock: Path, tmp_path: Path, folder_hashes: 
     assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "whole")
 
 
+def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, folder_hashes: Hashes) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from hf_efficient.cli.main import run\n"
+        "from hf_efficient.conversion import convert\n"
+        "convert._index = lambda shards: os.kill(os.getpid(), signal.SIGINT)\n"
+        "run(['convert', *sys.argv[1:], '--patch', 'none', '--no-evaluate', '--max-shard-size', '20KB', '--json'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, stock, tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    convert(stock, tmp_path / "out", resume=True, **QUIET)
+    convert(stock, tmp_path / "whole", **QUIET)
+    assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "whole")
+
+
 # A process that has imported everything and forks a child for each conversion, since the imports alone take seconds.
 _SERVER = """
 import importlib.util, os, sys
