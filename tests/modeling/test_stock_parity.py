@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_efficient.conversion.source import open_source
 
 TOLERANCE = 1e-5
 one_of_each = pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-tied", "qwen3-window"])
@@ -158,19 +161,18 @@ def test_early_exit_of_assisted_generation_runs_as_many_layers_as_stock(
 
 
 @pytest.mark.real_model
-def test_the_real_model_keeps_its_logits(smollm_gguf: Any, token_ids: Callable) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from hf_efficient.conversion.families import decoder_config
-    from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
-
-    stock = AutoModelForCausalLM.from_pretrained(
-        smollm_gguf.parent, gguf_file=smollm_gguf.name, dtype=torch.float32
-    ).eval()
-    with torch.device("meta"):
-        ours = EfficientDecoderForCausalLM(decoder_config(stock.config)).eval()
-    ours.load_state_dict(stock.state_dict(), assign=True)
-    ours.tie_weights()
-    ours.model.rotary_emb = type(ours.model.rotary_emb)(ours.config)
-    ids = token_ids(1, 48, stock.config.vocab_size)
-    assert largest_difference(logits(stock, input_ids=ids), logits(ours, input_ids=ids)) <= 1e-4
+def test_the_real_model_keeps_its_logits_and_its_words(smollm_gguf: Path) -> None:
+    source = open_source(str(smollm_gguf))
+    tensors = {name: source.reader.read(name) for name in source.reader.names()}
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = source.tokenizer()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    outputs = []
+    for config in (source.stock_config, source.config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model.load_state_dict(tensors, strict=False)
+        outputs.append((logits(model, input_ids=ids), model.generate(ids, max_new_tokens=12, do_sample=False)))
+    (expected, words), (found, our_words) = outputs
+    assert largest_difference(expected, found) <= TOLERANCE * expected.abs().max()
+    assert torch.equal(words, our_words)
+    assert "Paris" in tokenizer.decode(our_words[0, ids.shape[1] :])
