@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -20,7 +20,7 @@ class Progress:
         show: False keeps silent.
     """
 
-    def __init__(self, shares: dict[str, float], *, show: bool = True) -> None:
+    def __init__(self, shares: Mapping[str, float], *, show: bool = True) -> None:
         scale = 100 / sum(shares.values())
         self._shares = {stage: share * scale for stage, share in shares.items()}
         self._finished = 0.0

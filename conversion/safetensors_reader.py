@@ -53,15 +53,12 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        raw = {
-            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-        }
+        described = [(name, *_described(entry)) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HFEError(f"the header of {path.name} is not valid safetensors ({error})", "download it again") from error
 
     entries = {}
-    for name, (kind, shape, start, stop) in sorted(raw.items(), key=lambda item: item[1][2]):
+    for name, kind, shape, start, stop in sorted(described, key=lambda entry: entry[3]):
         if kind not in DTYPES:
             raise HFEError(
                 f"tensor {name} in {path.name} has dtype {kind}, which is not one of {', '.join(DTYPES)}",
@@ -81,6 +78,12 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
             )
         entries[name] = TensorEntry(path, 8 + length + start, shape, DTYPES[kind])
     return entries
+
+
+def _described(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, first and last byte of a header's entry."""
+    start, stop = map(int, entry["data_offsets"])
+    return str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop
 
 
 class SafetensorsReader:

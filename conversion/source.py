@@ -87,7 +87,8 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of configuration, tensor headers and file sizes: tells two sources apart without reading weights."""
-        digest = hashlib.sha256(self.config.to_json_string(use_diff=False).encode())
+        fields = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for path in self.weight_files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         for name in self.reader.names():

@@ -37,7 +37,7 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
     """The tensor whose raw little-endian elements begin at byte `offset` of `path`."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
-        read_bytes(path, offset, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        read_bytes(path, offset, tensor.view(-1).view(torch.uint8).numpy().data)
     return tensor
 
 

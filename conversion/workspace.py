@@ -37,14 +37,16 @@ _SPARE_BYTES = 64_000_000
 _LOCK, _STATE = "lock", "state.json"
 
 
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an OUTPUT that must not be touched, before any source is read.
 
     Raises:
-        UsageError: OUTPUT exists and is not an empty folder, or an unfinished conversion lies beside it, and no option
-            says what to do about it.
+        UsageError: OUTPUT holds the source; or it exists and is not an empty folder, or an unfinished conversion lies
+            beside it, and no option says what to do about it.
         HFEError: another process is converting to OUTPUT.
     """
+    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"OUTPUT {output} is or holds the source {source.name}", "name another folder")
     partial = partial_folder(output)
     if (partial / _LOCK).exists():
         with (partial / _LOCK).open("r+") as lock:
@@ -71,8 +73,8 @@ def partial_folder(output: Path) -> Path:
 class Workspace:
     """The working folder of one conversion, locked while this object is open as a context.
 
-    Leaving it by an error in the data discards the folder, since the same error would come again; an interruption or a
-    full disk keeps it for `--resume`.
+    Leaving it by an error in the data discards the folder, since the same error would come again. An interruption or a
+    full disk keeps it for `--resume`, and so does any error where earlier work was resumed.
 
     Args:
         output: the folder to make.
@@ -121,7 +123,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, HFEError) and not isinstance(error, DiskFullError):
+        if isinstance(error, HFEError) and not isinstance(error, DiskFullError) and not self.resumed:
             self.discard()
         self._release()
 

@@ -108,7 +108,7 @@ def convert(
         license=license,
     )
     if not dry_run:
-        check_output(output, resume=resume, overwrite=overwrite)
+        check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
     opened = open_source(str(source), revision=revision, token=token)
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
     with Progress(shares, show=progress) as bar, torch.random.fork_rng(devices=[]):
@@ -144,11 +144,12 @@ class _Conversion:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result: a conversion is resumed only where this is the same."""
-        times = [path.stat().st_mtime_ns for path in self.source.weight_files]
+        text = Path(self.options.calibration or "")
         return {
             **self.options.to_dict(),
             "source": self.source.fingerprint,
-            "source files changed at": times,
+            "source files changed at": [path.stat().st_mtime_ns for path in self.source.weight_files],
+            "calibration file changed at": text.stat().st_mtime_ns if text.is_file() else None,
             "hf_efficient": __version__,
         }
 
@@ -170,8 +171,10 @@ class _Conversion:
         """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over."""
         self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
         undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
+        measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
         with self.progress.stage("reading text"):
-            if any(patch.needs_calibration for patch in undecided):
+            # Also for what comes last: a missing tokenizer should be found now, not after the weights are written.
+            if measures or any(patch.needs_calibration for patch in undecided):
                 _ = self.calibration
         with self.progress.stage("choosing"):
             for patch in undecided:
@@ -197,6 +200,8 @@ class _Conversion:
         self.workspace = workspace
         folder = workspace.checkpoint
         plan = self.plan()
+        needs = f"{format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.peak_memory_bytes)} of memory for weights"
+        get_logger().info("the conversion needs %s", needs)
         workspace.check_space(plan.disk_bytes)
         write_weights(plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress)
         with self.progress.stage("measuring"):

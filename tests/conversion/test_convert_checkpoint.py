@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from hf_efficient import checkpoint
 from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.report import ConversionReport
 from hf_efficient.conversion.stem import Stem
@@ -224,6 +229,59 @@ def test_callers_random_state_is_untouched(stock_folder: StockFolder, tmp_path: 
     torch.manual_seed(3)
     convert(stock_folder(), tmp_path / "out", **QUIET)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.fixture
+def talking_stock(stock_folder: StockFolder, tmp_path: Path) -> Path:
+    """A tiny checkpoint with a tokenizer of words, and `text.txt` of random words beside it."""
+    stock = Path(shutil.copytree(stock_folder(), tmp_path / "stock"))
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(stock)
+    documents = [" ".join(f"w{i}" for i in torch.randint(97, (300,)).tolist()) for _ in range(20)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    return stock
+
+
+def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
+    report = convert(
+        talking_stock, tmp_path / "out", [Stem(layers=[1])], calibration=tmp_path / "text.txt", progress=False
+    )
+    assert report.calibration is not None and report.evaluation is not None
+    assert report.calibration["calibration_text"].startswith("text.txt")
+    assert report.evaluation["text"].startswith("text.txt")
+    delta = report.evaluation["nll"]["mean"] - report.evaluation["reference_nll"]["mean"]
+    assert report.evaluation["delta_nll"]["mean"] == pytest.approx(delta) and delta != 0
+    assert report.patches[0]["measured"]["layers"]
+    for row in ("calibrated on", "measured on", "Δ nll", "KL from the source", "top-1 agreement"):
+        assert f"\n{row}" in report.table()
+    assert str(tmp_path) not in json.dumps(report.to_dict())
+
+
+def test_unpatched_measures_as_the_source(talking_stock: Path, tmp_path: Path) -> None:
+    report = convert(talking_stock, tmp_path / "out", calibration=tmp_path / "text.txt", progress=False)
+    assert report.evaluation is not None
+    assert report.evaluation["delta_nll"]["mean"] == 0 and report.evaluation["top1_agreement"]["mean"] == 1
+
+
+def test_nothing_measured_is_measured_again(
+    talking_stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the last files were written: choice, tables and losses of the first run are taken over."""
+    options = {"calibration": tmp_path / "text.txt", "progress": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "export_code", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], **options)
+    for name in ("prepare_calibration", "evaluate_logits"):
+        monkeypatch.setattr(checkpoint, name, lambda *_, **__: pytest.fail("measured again"))
+    resumed = convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], resume=True, **options)
+    monkeypatch.undo()
+    quiet = convert(talking_stock, tmp_path / "quiet", [Stem(max_layers=1)], **options)
+    for part in ("patches", "calibration", "evaluation", "tensors", "source"):
+        assert getattr(resumed, part) == getattr(quiet, part)
+    assert resumed.patches[0]["measured"]["single_layer_delta_nll"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path; from hf_efficient.conversion.workspace import *; from hf_efficient.errors import *\n"
         "import sys\n"
-        "for step in (lambda o: check_output(o, resume=True, overwrite=True),\n"
+        "for step in (lambda o: check_output(o, o.parent / 'stock', resume=True, overwrite=True),\n"
         "             lambda o: Workspace(o, {}, resume=True, overwrite=True).__enter__()):\n"
         "    try: step(Path(sys.argv[1]))\n"
         "    except HFEError as error: print(error.exit_code, error)\n"
@@ -112,24 +112,42 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_output_with_something_in_it_is_refused(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "out").mkdir()
-    check_output(tmp_path / "out", resume=resume, overwrite=False)
+    check_output(tmp_path / "out", tmp_path / "stock", resume=resume, overwrite=False)
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(UsageError, match="exists and is not empty.*--overwrite") as error:
-        check_output(tmp_path / "out", resume=resume, overwrite=False)
+        check_output(tmp_path / "out", tmp_path / "stock", resume=resume, overwrite=False)
     assert error.value.exit_code == 2
-    check_output(tmp_path / "out", resume=resume, overwrite=True)
+    check_output(tmp_path / "out", tmp_path / "stock", resume=resume, overwrite=True)
+
+
+def test_an_output_that_holds_the_source_is_refused(tmp_path: Path) -> None:
+    stock = tmp_path / "models" / "stock"
+    stock.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(stock)
+    for output in (stock, tmp_path / "models", tmp_path / "link"):
+        with pytest.raises(UsageError, match="is or holds the source stock; name another folder"):
+            check_output(output, stock, resume=False, overwrite=True)
+    check_output(stock / "inside", stock, resume=False, overwrite=False)
+
+
+def test_an_error_after_resuming_keeps_the_earlier_work(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    with pytest.raises(HFEError), open_workspace(tmp_path / "out", resume=True):
+        raise HFEError("the Hub cannot be reached")
+    with open_workspace(tmp_path / "out", resume=True) as workspace:
+        assert workspace.finished_shard("done")
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UsageError, match="is a file"):
-        check_output(tmp_path / "out", resume=False, overwrite=True)
+        check_output(tmp_path / "out", tmp_path / "stock", resume=False, overwrite=True)
 
 
 def test_an_unfinished_conversion_names_both_ways_out(tmp_path: Path) -> None:
     interrupted(tmp_path / "out")
     with pytest.raises(UsageError, match="continue it with --resume, or discard it with --overwrite"):
-        check_output(tmp_path / "out", resume=False, overwrite=False)
+        check_output(tmp_path / "out", tmp_path / "stock", resume=False, overwrite=False)
 
 
 class Killed(BaseException):
@@ -164,7 +182,7 @@ def test_a_kill_while_publishing_loses_nothing(
     published = renames_before_the_kill == 2
     files = [path.name for folder in (output, partial_folder(output)) for path in folder.rglob("*") if path.is_file()]
     assert "model" in files and "old" in files
-    check_output(output, resume=again == "resume", overwrite=True)
+    check_output(output, tmp_path / "stock", resume=again == "resume", overwrite=True)
     with open_workspace(output, resume=again == "resume", overwrite=True) as workspace:
         assert workspace.published == (published and again == "resume")
         assert [path.name for path in output.iterdir()] == ["model" if published else "old"]
