@@ -72,10 +72,10 @@ def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 def check_ids(op: str, ids: Tensor, rows: int) -> None:
     """Every id lies in [0, rows). Looked at on the CPU always, elsewhere with HFE_CHECK=1: it waits for the device."""
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_meta or ids.numel() == 0:
-        return  # no values to look at: a traced, fake or empty tensor
     if ids.device.type != "cpu" and not check_data():
         return
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_meta or ids.numel() == 0:
+        return  # no values to look at: a traced, fake or empty tensor
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= rows:
         position = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()

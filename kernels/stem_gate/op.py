@@ -45,7 +45,7 @@ stem_gate_backward_gate = define_operator(
 )
 
 
-class StemGate(torch.autograd.Function):
+class _StemGate(torch.autograd.Function):
     """Differentiable ``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T]; keeps just these three."""
 
     @staticmethod
@@ -61,3 +61,11 @@ class StemGate(torch.autograd.Function):
             return stem_gate_backward_gate(dout, *ctx.saved_tensors), None, None
         dgate, dtable = stem_gate_backward(dout, *ctx.saved_tensors)
         return dgate if needs_gate else None, dtable, None
+
+
+def stem_gate_rows(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T], differentiable where a gradient is wanted."""
+    if torch.is_grad_enabled() and (gate.requires_grad or table.requires_grad):
+        return _StemGate.apply(gate, table, ids)
+    # Autograd's bookkeeping costs more than a small kernel: decoding does without.
+    return stem_gate_forward(gate, table, ids)
