@@ -61,6 +61,10 @@ def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple
 class DecoderRotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding, [B, S, head_dim] each, in the dtype of the input."""
 
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+    attention_scaling: float
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         # These names are read by `dynamic_rope_update` and by transformers' buffer initialisation.
@@ -118,8 +122,8 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in plain PyTorch: query [B, Hq, S, D] -> output [B, S, Hq, D] and weights [B, Hq, S, K]."""
-    key = repeat_kv(key, module.num_key_value_groups)
-    value = repeat_kv(value, module.num_key_value_groups)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -337,11 +341,11 @@ class DecoderModel(DecoderPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Any] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -404,12 +408,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
