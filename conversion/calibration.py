@@ -17,6 +17,8 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 CALIBRATION_TOKENS = 18_432
 HELD_OUT_TOKENS = 4_096
 PROBE_TOKENS = 1_024
+# Tokens of each document that weights are fitted to: short, since a table profits from many different words.
+FIT_EXCERPT = 256
 
 # Told (stage, steps done, steps in all).
 Progress = Callable[[str, int, int], None]
@@ -82,7 +84,7 @@ def prepare_calibration(
     """
     fit_text, held_out_text = load_text(text)
     tokenizer, vocab_size = source.tokenizer(), source.config.vocab_size
-    packed = pack(tokenizer, fit_text, tokens + PROBE_TOKENS, vocab_size)
+    packed = pack(tokenizer, fit_text, tokens + PROBE_TOKENS, vocab_size, excerpt=FIT_EXCERPT)
     # A text too short to give the probe sequences of its own lends some of its fit to it.
     probe = PROBE_TOKENS // SEQUENCE_LENGTH
     fit = packed[:-probe] if len(packed) > 2 * probe else packed

@@ -60,15 +60,15 @@ def load_text(source: str | None) -> tuple[Text, Text]:
 def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: int = SEQUENCE_LENGTH) -> Tensor:
     """Token ids [B, SEQUENCE_LENGTH] of at most `tokens` tokens in all; a shorter text gives one shorter sequence.
 
-    Every sequence begins with the special tokens that the tokenizer puts before a text (a BOS where the model wants
-    one). The rest is the first `excerpt` tokens of each document, closed by the EOS token, laid end to end and cut.
+    Every sequence begins with the tokenizer's BOS where it has one, whether or not the tokenizer adds it by itself: a
+    decoder parks its attention on the first position, and it is best that this be the same token in every text. The
+    rest is the first `excerpt` tokens of each document, closed by the EOS token, laid end to end and cut.
 
     Raises:
         HFEError: the text gives fewer than two tokens.
         TokenIdError: the tokenizer gives an id outside the model's vocabulary.
     """
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prefix = [token for token in tokenizer("").input_ids if [token] != eos]
+    prefix, eos = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     ids: list[int] = []
     for document in text.documents:
         ids += tokenizer(document, add_special_tokens=False).input_ids[:excerpt] + eos

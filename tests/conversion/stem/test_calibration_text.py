@@ -16,13 +16,13 @@ from hf_efficient.errors import HFEError, TokenIdError
 
 
 class LetterTokenizer:
-    """One token for each character; `bos` and `eos` are added as a tokenizer of that kind would."""
+    """One token for each character; a BOS is added as many tokenizers do."""
 
     def __init__(self, bos: int | None = None, eos: int | None = None) -> None:
-        self.bos, self.eos_token_id = bos, eos
+        self.bos_token_id, self.eos_token_id = bos, eos
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        prefix = [self.bos] if add_special_tokens and self.bos is not None else []
+        prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return SimpleNamespace(input_ids=prefix + [ord(letter) for letter in text])
 
 
@@ -88,7 +88,7 @@ def test_a_data_set_needs_the_package_datasets(monkeypatch):
         load_text("somebody/some-text")
 
 
-def test_documents_are_closed_by_eos_and_every_sequence_begins_as_the_tokenizer_begins():
+def test_documents_are_closed_by_eos_and_every_sequence_begins_with_bos():
     documents = tuple(chr(65 + i) * 300 for i in range(10))
     ids = pack(LetterTokenizer(bos=1, eos=2), Text("t", documents), 2048, 200)
     assert ids.shape == (4, SEQUENCE_LENGTH)
@@ -98,7 +98,7 @@ def test_documents_are_closed_by_eos_and_every_sequence_begins_as_the_tokenizer_
     assert body == expected[: len(body)]
 
 
-def test_a_tokenizer_without_special_tokens_adds_none():
+def test_a_tokenizer_without_bos_and_eos_gets_none():
     ids = pack(LetterTokenizer(), Text("t", ("ab", "cd")), 100, 200)
     assert ids.tolist() == [[97, 98, 99, 100]]
 
