@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_efficient.conversion.source import TensorReader
 from hf_efficient.errors import TokenIdError
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderModel
 from hf_efficient.modeling.stem.modeling_stem import StemTable
@@ -96,7 +97,7 @@ class LayerwisePass:
         slots = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
         return Stream(ids, slots, self.embeddings[slots])
 
-    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+    def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer in turn, with its weights; they are freed when the next one is asked for."""
         for index, layer in enumerate(self.model.layers):
             self._materialise(layer, f"model.layers.{index}.")
@@ -104,7 +105,7 @@ class LayerwisePass:
             layer.to("meta")
 
     @torch.no_grad()
-    def push(self, index: int, layer: nn.Module, stream: Stream) -> None:
+    def push(self, index: int, layer: DecoderLayer, stream: Stream) -> None:
         """Move a stream through the layer."""
         kind = self.config.layer_types[index]
         sequences, length, _ = stream.hidden.shape

@@ -29,6 +29,7 @@ from hf_efficient.conversion.stem_tables import (
 from hf_efficient.errors import UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
 # Held-out tokens on which each layer's errors are measured.
@@ -112,7 +113,7 @@ class Stem:
             )
         if count < 2 and self.layers == "auto":
             raise UsageError("the model has one layer, and auto leaves layer 0 as it is", "name it: layers=0")
-        if self.layers != "auto":
+        if isinstance(self.layers, list):
             outside = [i for i in self.layers if not 0 <= i < count]
             if outside:
                 raise UsageError(f"stem layers {outside} do not exist", f"the model has layers 0 to {count - 1}")
@@ -254,7 +255,7 @@ def _table_name(index: int) -> str:
     return f"model.layers.{index}.mlp.stem_embed.weight"
 
 
-def _observed_push(run: LayerwisePass, index: int, layer: nn.Module, stream: Stream) -> TokenSums:
+def _observed_push(run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream) -> TokenSums:
     """Move the stream through the stock layer and sum what its feed-forward sees."""
     sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
     with observe_feed_forward(layer.mlp, sums.add):
@@ -263,7 +264,7 @@ def _observed_push(run: LayerwisePass, index: int, layer: nn.Module, stream: Str
 
 
 @contextmanager
-def _stem_feed_forward(run: LayerwisePass, layer: nn.Module, rows: Tensor) -> Iterator[None]:
+def _stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor) -> Iterator[None]:
     """While open, the layer is a STEM layer whose table holds `rows` for the tokens of the pass."""
     stock = layer.mlp
     with torch.device("meta"):

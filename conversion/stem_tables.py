@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hf_efficient.conversion.layerwise import EMBEDDING, LayerwisePass
 from hf_efficient.conversion.source import TensorReader
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
 
 INITIALISERS = ("gated_mean", "mean", "ridge", "embed")
 # Rows of the vocabulary handled at once where a whole table is computed.
@@ -33,7 +34,7 @@ CHUNK_ROWS = 4096
 
 
 @contextmanager
-def observe_feed_forward(mlp: nn.Module, consume: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def observe_feed_forward(mlp: GatedMLP, consume: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
     """While open, each call of a gated FFN hands ``(slots [B, S], x [B, S, D], g and u [B, S, F])`` to `consume`."""
     seen: dict[str, Tensor] = {}
 
@@ -146,7 +147,7 @@ def ridge_prior(sums: TokenSums, gram: EmbeddingGram, embeddings: Tensor, up_pro
     return lambda e: nn.functional.linear(e, projection, up_proj.bias)
 
 
-def embedding_prior(layer: nn.Module) -> Prior:
+def embedding_prior(layer: DecoderLayer) -> Prior:
     """Rows [n, F] from embedding rows [n, D]: ``W_up norm(e) (+ b)``, as if the residual stream were the embedding."""
     norm, up_proj = layer.post_attention_layernorm, layer.mlp.up_proj
     return lambda e: up_proj(norm(e))
@@ -189,7 +190,7 @@ class FittedTable:
 def fit_table(
     init: str,
     shrinkage: float,
-    layer: nn.Module,
+    layer: DecoderLayer,
     run: LayerwisePass,
     sums: TokenSums,
     gram: EmbeddingGram,
@@ -229,7 +230,7 @@ class TableError:
     # Lowest calibration count of each bucket, and its name.
     _BUCKETS = ((0, "0"), (1, "1-3"), (4, "4-31"), (32, "32+"))
 
-    def __init__(self, mlp: nn.Module, rows: Tensor, count: Tensor) -> None:
+    def __init__(self, mlp: GatedMLP, rows: Tensor, count: Tensor) -> None:
         self.down = mlp.down_proj.weight
         self.rows = rows
         lowest = torch.tensor([low for low, _ in self._BUCKETS], device=count.device)

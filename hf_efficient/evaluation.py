@@ -58,26 +58,21 @@ def evaluate(
         raise UsageError(
             f"tokens={tokens} must be at least 2: the first of a sequence predicts nothing", "ask for more"
         )
-    sources = {
-        "model": model if isinstance(model, nn.Module) else open_source(str(model), revision=revision, token=token),
-        "reference": reference
-        if reference is None or isinstance(reference, nn.Module)
-        else open_source(str(reference), token=token),
-    }
-    known = [source for source in sources.values() if isinstance(source, Source)]
+    sources: list[Any] = [
+        model if isinstance(model, nn.Module) else open_source(str(model), revision=revision, token=token)
+    ]
+    if reference is not None:
+        sources.append(reference if isinstance(reference, nn.Module) else open_source(str(reference), token=token))
+    known = [source for source in sources if isinstance(source, Source)]
     if tokenizer is None:
         if not known:
             raise UsageError("no tokenizer is known for models in memory", "pass tokenizer=AutoTokenizer…")
         tokenizer = known[0].tokenizer()
     _, held_out = load_text(None if text is None else str(text))
-    ids = pack(tokenizer, held_out, tokens, sources["model"].config.vocab_size)
+    ids = pack(tokenizer, held_out, tokens, sources[0].config.vocab_size)
 
     with Progress({"measuring": 1}, show=progress) as bar, bar.stage("measuring"):
-        passes = sum(source is not None for source in sources.values())
-        logits = [
-            None if source is None else _logits(source, device, bar, turn, passes)
-            for turn, source in enumerate(sources.values())
-        ]
+        logits = [_logits(source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
         return evaluate_logits(ids, held_out.name, *logits)
 
 

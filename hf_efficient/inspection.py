@@ -106,7 +106,7 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
         vocab_size=config.vocab_size,
         heads=f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value heads of {config.head_dim}",
         tied_embeddings=config.tie_word_embeddings,
-        stem_layers=list(config.stem_layers),
+        stem_layers=list(config.stem_layers or []),
         patches=patches,
         can_convert_to=[a.patch for a in ARCHITECTURES if a.patch and a.patch not in patches],
         parameters={group: count for group, count in parameters.items() if count},

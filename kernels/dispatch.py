@@ -94,7 +94,9 @@ def choose_backend(requested: str | None, device: torch.device) -> Choice:
 
 @torch.compiler.assume_constant_result  # a choice reads the environment and imports Triton: neither belongs in a graph
 def _select(op: str, requested: str | None, device_type: str, device_index: int | None) -> str:
-    choice = choose_backend(requested, torch.device(device_type, device_index))
+    choice = choose_backend(
+        requested, torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
+    )
     if choice.problem and device_type == "cuda":
         warn_once(f"{op} runs on the reference backend, which is slower: {choice.problem}")
     return choice.backend

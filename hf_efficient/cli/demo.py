@@ -73,7 +73,9 @@ def _step(number: int, title: str) -> None:
 def _answer(folder: Path, gguf_file: str | None, max_new_tokens: int) -> str:
     """Greedy answer of the model in `folder` to the demo's question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the models are small, and the answers are what one came to see
     kwargs = {"gguf_file": gguf_file} if gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **kwargs).eval()

@@ -209,10 +209,11 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, mixer: nn.Module, mlp: nn.Module, input_norm: nn.Module, post_norm: nn.Module) -> None:
         super().__init__()
-        self.self_attn = mixer
-        self.mlp = mlp
-        self.input_layernorm = input_norm
-        self.post_attention_layernorm = post_norm
+        # A patch's part has attributes of its own.
+        self.self_attn: Any = mixer
+        self.mlp: Any = mlp
+        self.input_layernorm: Any = input_norm
+        self.post_attention_layernorm: Any = post_norm
 
     def forward(
         self,

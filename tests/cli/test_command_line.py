@@ -89,7 +89,11 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
     ],
 )
 def test_wrong_arguments_exit_with_2(
-    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert status_of(*arguments) == 2
@@ -143,7 +147,16 @@ def test_converted_folder_is_inspected_verified_evaluated_and_run(
 def test_dry_run_shows_the_plan_and_writes_nothing(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["convert", str(tiny_llama), str(tmp_path / "out"), "--patch", "stem", "--stem-layers", "1", "--dry-run"]
+    arguments = [
+        "convert",
+        str(tiny_llama),
+        str(tmp_path / "out"),
+        "--patch",
+        "stem",
+        "--stem-layers",
+        "1",
+        "--dry-run",
+    ]
     assert status_of(*arguments) == 0
     assert "stem" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
