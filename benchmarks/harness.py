@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,10 +127,13 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
     once = max((time.perf_counter() - start) / len(calls), 1e-7)
     rounds = max(1, round(SECONDS_PER_FIGURE / BATCHES / once / len(calls)))
 
+    # Results stay alive until their turn comes again: freed at once, they would share one buffer that the cache can hold.
+    results: deque[Any] = deque(maxlen=len(calls))
+
     def batch() -> None:
         for _ in range(rounds):
             for call in calls:
-                call()
+                results.append(call())
 
     if graph:
         captured = torch.cuda.CUDAGraph()

@@ -21,16 +21,24 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         width = 0.8 / len(providers)
         for number, provider in enumerate(providers):
             found = {line["case"]: line for line in lines if line["mode"] == mode and line["provider"] == provider}
-            shares = [100 * (found[case]["of_copy"] or 0) if case in found else 0 for case in cases]
+            lines_here = [found.get(case, {}) for case in cases]
+            shares = [100 * (line.get("of_copy") or 0) for line in lines_here]
+            launched = [
+                share * line["ms"] / line["ms_launched"] if share else 0
+                for share, line in zip(shares, lines_here, strict=True)
+            ]
             places = [place + (number - (len(providers) - 1) / 2) * width for place in range(len(cases))]
             bars = axis.bar(places, shares, width, label=provider)
-            times = [f"{1e3 * found[c]['ms']:.3g}" if c in found and found[c]["ms"] else "–" for c in cases]
-            axis.bar_label(bars, times, fontsize=7, padding=1)
+            labels = [
+                f"{1e3 * line['ms']:.{0 if line['ms'] > 0.1 else 1}f}" if line.get("ms") else "–" for line in lines_here
+            ]
+            axis.bar_label(bars, labels, fontsize=7, padding=1)
+            axis.scatter(places, launched, marker="_", s=90, color="black", zorder=3)
         axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
         axis.axhline(100, color="grey", linewidth=0.8)
         axis.set_ylabel("% of copy bandwidth")
-        axis.set_title(f"{mode} (over the bars: microseconds)", fontsize=10)
-        axis.legend(fontsize=8, loc="upper left")
+        axis.set_title(f"{mode} (over the bars: microseconds; black: called one by one from Python)", fontsize=10)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     first = lines[0]
     figure.suptitle(f"{title}\n{first['device']}, torch {first['torch']}, triton {first['triton']}", fontsize=11)
     figure.savefig(path, dpi=130)
