@@ -53,6 +53,9 @@ def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -
             _lock_or_fail(lock, output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"OUTPUT {output} is a file", "name a folder that does not exist yet")
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"OUTPUT {output} cannot be made in {parent}", "name a folder in a place you may write to")
     # An old OUTPUT between two renames lies in the partial folder, so that one is looked at first.
     if partial.exists() and not (resume or overwrite):
         raise UsageError(
@@ -73,8 +76,8 @@ def partial_folder(output: Path) -> Path:
 class Workspace:
     """The working folder of one conversion, locked while this object is open as a context.
 
-    Leaving it by an error in the data discards the folder, since the same error would come again. An interruption or a
-    full disk keeps it for `--resume`, and so does any error where earlier work was resumed.
+    Leaving it by an error in the data discards the folder, since the same error would come again. An interruption keeps
+    it for `--resume`; so do a full disk after something was finished, and any error where earlier work was resumed.
 
     Args:
         output: the folder to make.
@@ -105,8 +108,8 @@ class Workspace:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Workspace:
-        with disk_errors(self.output.parent if self.output.parent.is_dir() else Path(".")):
-            self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.output.parent):
             self._take_lock()
             try:
                 self._restore_replaced()
@@ -123,7 +126,9 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, HFEError) and not isinstance(error, DiskFullError) and not self.resumed:
+        finished = bool(self._state["shards"] or self._state["results"])
+        kept = self.resumed or (isinstance(error, DiskFullError) and finished)
+        if isinstance(error, HFEError) and not kept:
             self.discard()
         self._release()
 

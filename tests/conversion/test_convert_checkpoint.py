@@ -258,6 +258,10 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
         assert f"\n{row}" in report.table()
     assert str(tmp_path) not in json.dumps(report.to_dict())
 
+    # The result is a source in its turn, its own code notwithstanding.
+    again = convert(tmp_path / "out", tmp_path / "again", calibration=tmp_path / "text.txt", progress=False)
+    assert again.evaluation is not None and again.evaluation["nll"] == report.evaluation["nll"]
+
 
 def test_unpatched_measures_as_the_source(talking_stock: Path, tmp_path: Path) -> None:
     report = convert(talking_stock, tmp_path / "out", calibration=tmp_path / "text.txt", progress=False)

@@ -76,7 +76,8 @@ def test_an_error_in_the_data_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [DiskFullError("full"), MemoryError(), OSError(5, "input/output error")])
 def test_an_error_of_the_machine_can_be_resumed(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), open_workspace(tmp_path / "out"):
+    with pytest.raises(type(error)), open_workspace(tmp_path / "out") as workspace:
+        workspace.record_result("choice", {"layers": [1]})
         raise error
     assert partial_folder(tmp_path / "out").is_dir() and not (tmp_path / "out").exists()
 
@@ -90,6 +91,7 @@ def test_a_kill_before_the_first_state_is_resumed_as_a_start(tmp_path: Path) -> 
 def test_too_little_space_is_known_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=r"needs .* TB of disk"), open_workspace(tmp_path / "out") as workspace:
         workspace.check_space(10**18)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
@@ -142,6 +144,8 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UsageError, match="is a file"):
         check_output(tmp_path / "out", tmp_path / "stock", resume=False, overwrite=True)
+    with pytest.raises(UsageError, match="cannot be made in"):
+        check_output(tmp_path / "out" / "deep" / "er", tmp_path / "stock", resume=False, overwrite=True)
 
 
 def test_an_unfinished_conversion_names_both_ways_out(tmp_path: Path) -> None:
