@@ -127,7 +127,7 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
     once = max((time.perf_counter() - start) / len(calls), 1e-7)
     rounds = max(1, round(SECONDS_PER_FIGURE / BATCHES / once / len(calls)))
 
-    # Results stay alive until their turn comes again: freed at once, they would share one buffer that the cache can hold.
+    # Results live until their turn comes again: freed at once, all would share one buffer, which a cache may hold.
     results: deque[Any] = deque(maxlen=len(calls))
 
     def batch() -> None:
