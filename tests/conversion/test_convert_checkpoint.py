@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_efficient import checkpoint
 from hf_efficient.checkpoint import convert
@@ -45,6 +45,21 @@ def test_unpatched_logits_equal_the_source(
     assert report.before == report.after
     source = AutoModelForCausalLM.from_pretrained(stock)
     assert report.after.parameters == source.num_parameters()
+
+
+@pytest.mark.real_model
+def test_the_real_model_keeps_its_logits_and_tokens(smollm_gguf: Path, tmp_path: Path) -> None:
+    report = convert(smollm_gguf, tmp_path / "out", **QUIET)
+    assert report.after.parameters == 134_515_008 and report.source["license"] == "apache-2.0"
+    stock = AutoModelForCausalLM.from_pretrained(smollm_gguf.parent, gguf_file=smollm_gguf.name, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert torch.equal(converted(**inputs).logits, stock.eval()(**inputs).logits)
+    answer = converted.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
 def test_shards_hold_the_same_as_one_file(stock_folder: StockFolder, tmp_path: Path) -> None:
