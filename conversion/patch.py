@@ -58,7 +58,10 @@ class Patch(Protocol):
         """Tensors added and dropped, for the patched configuration and the checkpoint's dtype. Reads no weight."""
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        """Every added tensor, one at a time: the caller writes each before it asks for the next."""
+        """Every added tensor in the order of `changes`, one at a time: each is written before the next is asked for.
+
+        The same options give the same bits, since an interrupted conversion asks again.
+        """
 
     def report(self) -> dict[str, Any]:
-        """What the patch measured, for the conversion report. Called after `tensors` is exhausted."""
+        """What the patch measured, for the conversion report. Called after `choose`, and when `tensors` is exhausted."""
