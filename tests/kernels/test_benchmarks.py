@@ -68,6 +68,7 @@ def test_a_figure_is_written_with_all_that_is_needed_to_judge_it(
 
 
 def test_results_become_a_picture(harness: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra `bench`)")
     lines = _lines(harness, tmp_path, ["forward", "backward"])
     import_module("benchmarks.plot").plot(lines, "tiny", tmp_path / "tiny.png")
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
