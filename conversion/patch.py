@@ -64,4 +64,4 @@ class Patch(Protocol):
         """
 
     def report(self) -> dict[str, Any]:
-        """What the patch measured, for the conversion report. Called after `choose`, and when `tensors` is exhausted."""
+        """What the patch measured, for the report. Called after `choose`, and when `tensors` is exhausted."""
