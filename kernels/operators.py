@@ -9,7 +9,11 @@ import torch
 
 from hf_efficient.kernels.namespace import NS
 
-_LIBRARY = torch.library.Library(NS, "FRAGMENT")
+_OPERATORS = getattr(torch.ops, NS)
+# Kept by PyTorch's own name space, not by this module: a library that is collected takes its operators with it, and the
+# same code imported from another place may still be using them.
+if not hasattr(_OPERATORS, "_library"):
+    _OPERATORS._library = torch.library.Library(NS, "FRAGMENT")
 
 
 def define_operator(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,12 +32,13 @@ def define_operator(name: str, launch: Callable[..., Any], fake: Callable[..., A
             arguments and returns new tensors.
         fake: function with the same arguments that returns tensors of the right shape, dtype and device, unfilled.
     """
-    if not hasattr(getattr(torch.ops, NS), name):
+    if not hasattr(_OPERATORS, name):
+        library = _OPERATORS._library
         schema = torch.library.infer_schema(launch, mutates_args=())
-        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         # A launcher is opaque: in the uncompiled parts of a compiled program it must not be traced either.
         opaque = torch.compiler.disable(launch)
         for device_type in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, opaque, device_type)
-        torch.library.register_fake(f"{NS}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NS), name).default
+            library.impl(name, opaque, device_type)
+        torch.library.register_fake(f"{NS}::{name}", fake, lib=library)
+    return getattr(_OPERATORS, name).default

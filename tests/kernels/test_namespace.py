@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import shutil
 import sys
@@ -82,6 +83,15 @@ def test_the_same_code_imported_from_two_places_shares_its_operators(copied) -> 
     again = copied("hfe_shared", 2).define_operator("add", _plus(1), torch.empty_like)
     assert again is first
     assert torch.compile(again, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item() == 1
+
+
+def test_an_operator_outlives_the_module_that_defined_it(copied) -> None:
+    operator = copied("hfe_outliving").define_operator("add", _plus(1), torch.empty_like)
+    for name in [n for n in sys.modules if n.startswith("copy_of_hfe_outliving")]:
+        del sys.modules[name]
+    gc.collect()
+    assert operator(torch.zeros(1)).item() == 1
+    assert copied("hfe_outliving", 2).define_operator("add", _plus(1), torch.empty_like) is operator
 
 
 def test_every_operator_is_named_through_the_name_space(repository_root: Path) -> None:
