@@ -23,8 +23,8 @@ def define_operator(name: str, launch: Callable[..., Any], fake: Callable[..., A
     gradients, on one slow core), which a decoding step pays in every layer. Operators get no autograd of their own: the
     operation's `torch.autograd.Function` calls them in its forward and backward.
 
-    Defining a name again keeps the first definition. The name space stands for the source it was exported from, so the
-    two are the same code, imported from two places.
+    Defining a name again keeps the first definition. Every loaded copy of the code has a name space of its own, so that
+    is one copy imported again.
 
     Args:
         name: name within the name space.
