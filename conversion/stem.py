@@ -26,7 +26,7 @@ from hf_efficient.conversion.stem_tables import (
     observe_feed_forward,
     occurrences,
 )
-from hf_efficient.errors import UsageError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
@@ -173,14 +173,13 @@ class Stem:
                 return
 
     def report(self) -> dict[str, Any]:
-        layers = self._layer_reports
         return {
             "init": self.init,
             "shrinkage": self.shrinkage,
             "ridge": self.ridge,
             "sequential": self.sequential,
             "single_layer_delta_nll": self._costs,
-            "layers": layers,
+            "layers": self._layer_reports,
         }
 
     def _gram(self, run: LayerwisePass, stream: Stream) -> EmbeddingGram:
@@ -226,7 +225,7 @@ class Stem:
             chosen.append(index)
         if not chosen:
             cheapest = min(self._costs.values())
-            raise UsageError(
+            raise HFEError(
                 f"stem max_delta={self.max_delta} allows no layer: the cheapest costs {cheapest:.4f} nats", "raise it"
             )
         return sorted(chosen)

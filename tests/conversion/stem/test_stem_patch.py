@@ -10,7 +10,7 @@ import torch
 
 from hf_efficient.conversion.evaluation import checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.stem import Stem
-from hf_efficient.errors import UsageError
+from hf_efficient.errors import HFEError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,20 @@ def test_automatic_choice_keeps_within_its_budget(tiny_source, text):
     budget = sum(costs[:3]) + costs[3] / 2
     assert costs[3] > 0
     assert len(Stem(max_layers=5, max_delta=budget).choose(source.config, calibration)["stem_layers"]) == 3
-    smallest = next(cost for cost in costs if cost > 0)
-    if costs[0] > 0:
-        with pytest.raises(UsageError, match="allows no layer"):
-            Stem(max_delta=smallest / 2).choose(source.config, calibration)
+
+
+def test_a_budget_that_allows_no_layer_is_named(tiny_source, text):
+    source = tiny_source(num_hidden_layers=4)
+    # On text of the model's own making every conversion loses, even if the model is random.
+    probe = source.stock.generate(text[:, :4], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    calibration = source.calibration(text, probe=probe)
+    patch = Stem()
+    patch.choose(source.config, calibration)
+    cheapest = min(patch.report()["single_layer_delta_nll"].values())
+    assert cheapest > 0
+    with pytest.raises(HFEError, match="allows no layer: the cheapest costs") as caught:
+        Stem(max_delta=cheapest / 2).choose(source.config, calibration)
+    assert caught.value.exit_code == 1
 
 
 def test_the_report_tells_error_by_layer_and_by_calibration_count(tiny_source, text):
