@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from hf_efficient.conversion.calibration import Calibration
-from hf_efficient.conversion.durable_files import write_text
+from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import Patch
 from hf_efficient.conversion.plan import ConversionPlan
 from hf_efficient.conversion.progress import Advance, Progress
-from hf_efficient.conversion.shard_writer import Shard, ShardWriter
-from hf_efficient.conversion.source import INDEX_NAME, Source
-from hf_efficient.conversion.workspace import Workspace
+from hf_efficient.conversion.reading.source import INDEX_NAME, Source
+from hf_efficient.conversion.writing.durable_files import write_text
+from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter
+from hf_efficient.conversion.writing.workspace import Workspace
 
 
 class CheckpointWriter:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_efficient.conversion.hub_files import is_repo_id
 from hf_efficient.conversion.patch import Patch
+from hf_efficient.conversion.reading.hub_files import is_repo_id
 from hf_efficient.errors import UsageError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

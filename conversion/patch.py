@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 if TYPE_CHECKING:
-    from hf_efficient.conversion.calibration import Calibration
+    from hf_efficient.conversion.measuring.calibration import Calibration
 
 
 @dataclass(frozen=True)

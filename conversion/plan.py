@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_efficient.conversion.families import check_tensors, expected_tensors, skeleton
 from hf_efficient.conversion.patch import NewTensor, Patch
-from hf_efficient.conversion.shard_writer import Shard, StoredTensor, split_into_shards
-from hf_efficient.conversion.source import Source, TensorReader
-from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, skeleton
+from hf_efficient.conversion.reading.source import Source, TensorReader
+from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 

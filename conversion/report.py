@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_efficient.conversion.durable_files import format_bytes
 from hf_efficient.conversion.plan import ModelSize
+from hf_efficient.conversion.writing.durable_files import format_bytes
 
 REPORT_NAME = "conversion_report.json"
 

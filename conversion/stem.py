@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.calibration import Calibration
-from hf_efficient.conversion.evaluation import nll_by_position
-from hf_efficient.conversion.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.calibration import Calibration
+from hf_efficient.conversion.measuring.evaluation import nll_by_position
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
 from hf_efficient.conversion.patch import NewTensor, TensorChanges
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.layerwise import EMBEDDING, LayerwisePass
-from hf_efficient.conversion.source import TensorReader
+from hf_efficient.conversion.measuring.layerwise import EMBEDDING, LayerwisePass
+from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
 
 INITIALISERS = ("gated_mean", "mean", "ridge", "embed")

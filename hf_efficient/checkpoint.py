@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from hf_efficient import __version__
-from hf_efficient.conversion.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
-from hf_efficient.conversion.companion_files import write_companions
 from hf_efficient.conversion.convert import write_weights
-from hf_efficient.conversion.durable_files import format_bytes, write_text
-from hf_efficient.conversion.evaluation import LogitSource, checkpoint_logits, evaluate_logits
-from hf_efficient.conversion.families import decoder_config
+from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
+from hf_efficient.conversion.measuring.evaluation import LogitSource, checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
 from hf_efficient.conversion.patch import Patch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
+from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.reading.source import Source, TensorReader, open_folder_reader, open_source
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
-from hf_efficient.conversion.source import Source, TensorReader, open_folder_reader, open_source
-from hf_efficient.conversion.workspace import Workspace, check_output
+from hf_efficient.conversion.writing.companion_files import write_companions
+from hf_efficient.conversion.writing.durable_files import format_bytes, write_text
+from hf_efficient.conversion.writing.workspace import Workspace, check_output
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
 from hf_efficient.logging import get_logger

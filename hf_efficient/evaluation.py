@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_efficient.conversion.evaluation import (
+from hf_efficient.conversion.measuring.evaluation import (
     EvaluationReport,
     LogitSource,
     checkpoint_logits,
     evaluate_logits,
     model_logits,
 )
+from hf_efficient.conversion.measuring.text import load_text, pack
 from hf_efficient.conversion.progress import Progress
-from hf_efficient.conversion.source import Source, open_source
-from hf_efficient.conversion.text import load_text, pack
+from hf_efficient.conversion.reading.source import Source, open_source
 from hf_efficient.errors import UsageError
 
 EVALUATION_TOKENS = 8_192

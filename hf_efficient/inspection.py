@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_efficient.conversion.families import check_tensors
-from hf_efficient.conversion.source import open_source
+from hf_efficient.conversion.reading.families import check_tensors
+from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.registry import ARCHITECTURES
 
 # Groups of parameters in the order of a table, each with the parts of a tensor's name that put it there.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_efficient.conversion.safetensors_reader import TensorEntry, parse_header
+from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import CONFIG, read_json
 from hf_efficient.hub.findings import Finding

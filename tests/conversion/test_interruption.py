@@ -19,9 +19,9 @@ import pytest
 
 from hf_efficient.checkpoint import convert
 from hf_efficient.conversion import convert as convert_module
-from hf_efficient.conversion.durable_files import DiskFullError
-from hf_efficient.conversion.source import SafetensorsReader
-from hf_efficient.conversion.workspace import partial_folder
+from hf_efficient.conversion.reading.source import SafetensorsReader
+from hf_efficient.conversion.writing.durable_files import DiskFullError
+from hf_efficient.conversion.writing.workspace import partial_folder
 from hf_efficient.errors import HFEError
 
 QUIET: dict[str, Any] = {"evaluate": False, "progress": False, "max_shard_size": "20KB"}

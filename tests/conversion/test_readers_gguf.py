@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_efficient.conversion.gguf_reader import GGUFReader, gguf_special_tokens
-from hf_efficient.conversion.source import open_source
+from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
+from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.errors import HFEError
 
 # Rows of quantised tensors hold whole blocks of 32 elements.

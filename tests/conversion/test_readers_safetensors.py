@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_efficient.conversion.safetensors_reader import SafetensorsReader
-from hf_efficient.conversion.source import open_folder_reader, open_source, weight_files
+from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
+from hf_efficient.conversion.reading.source import open_folder_reader, open_source, weight_files
 from hf_efficient.errors import HFEError
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_efficient.conversion import shard_writer
-from hf_efficient.conversion.durable_files import DiskFullError, FinishedFile
-from hf_efficient.conversion.shard_writer import Shard, ShardWriter, StoredTensor, split_into_shards
+from hf_efficient.conversion.writing.durable_files import DiskFullError, FinishedFile
+from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError
 
 

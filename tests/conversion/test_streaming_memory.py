@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hf_efficient.conversion.families import decoder_config, expected_tensors
-from hf_efficient.conversion.shard_writer import Shard, StoredTensor, split_into_shards
-from hf_efficient.conversion.source import open_folder_reader
+from hf_efficient.conversion.reading.families import decoder_config, expected_tensors
+from hf_efficient.conversion.reading.source import open_folder_reader
+from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 
 LIMIT = 480 * 2**20
 CONFIG = LlamaConfig(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_efficient.conversion import workspace as workspace_module
-from hf_efficient.conversion.durable_files import DiskFullError, FinishedFile
-from hf_efficient.conversion.workspace import Workspace, check_output, partial_folder
+from hf_efficient.conversion.writing.durable_files import DiskFullError, FinishedFile
+from hf_efficient.conversion.writing.workspace import Workspace, check_output, partial_folder
 from hf_efficient.errors import HFEError, UsageError
 
 
@@ -96,8 +96,8 @@ def test_too_little_space_is_known_before_the_start(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from hf_efficient.conversion.workspace import *; from hf_efficient.errors import *\n"
-        "import sys\n"
+        "import sys; from pathlib import Path\n"
+        "from hf_efficient.conversion.writing.workspace import *; from hf_efficient.errors import *\n"
         "for step in (lambda o: check_output(o, o.parent / 'stock', resume=True, overwrite=True),\n"
         "             lambda o: Workspace(o, {}, resume=True, overwrite=True).__enter__()):\n"
         "    try: step(Path(sys.argv[1]))\n"

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_efficient.conversion.families import decoder_config
+from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_efficient.conversion.source import open_source
+from hf_efficient.conversion.reading.source import open_source
 
 TOLERANCE = 1e-5
 one_of_each = pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2-tied", "qwen3-window"])

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficient.conversion.calibration import prepare_calibration
-from hf_efficient.conversion.text import SEQUENCE_LENGTH, Text, load_text, pack
+from hf_efficient.conversion.measuring.calibration import prepare_calibration
+from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, Text, load_text, pack
 from hf_efficient.errors import HFEError, TokenIdError
 
 

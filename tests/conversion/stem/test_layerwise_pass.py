@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hf_efficient.conversion.layerwise import LayerwisePass, read_token_rows
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass, read_token_rows
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -30,8 +30,8 @@ def test_logits_equal_the_stock_models(source, text):
 def test_long_batches_are_cut_into_micro_batches_without_a_trace(tiny_source, monkeypatch):
     source, ids = tiny_source(), torch.randint(97, (5, 20))
     (whole,) = layerwise_logits(source.config, source.reader, ids)
-    monkeypatch.setattr("hf_efficient.conversion.layerwise.MICRO_BATCH_TOKENS", 40)
-    monkeypatch.setattr("hf_efficient.conversion.layerwise.LOGIT_POSITIONS", 7)
+    monkeypatch.setattr("hf_efficient.conversion.measuring.layerwise.MICRO_BATCH_TOKENS", 40)
+    monkeypatch.setattr("hf_efficient.conversion.measuring.layerwise.LOGIT_POSITIONS", 7)
     (cut,) = layerwise_logits(source.config, source.reader, ids)
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
 

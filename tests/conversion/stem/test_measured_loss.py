@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_efficient.conversion.evaluation import (
+from hf_efficient.conversion.measuring.evaluation import (
     Estimate,
     checkpoint_logits,
     evaluate_logits,

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_efficient.conversion.evaluation import checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.errors import HFEError, UsageError
 

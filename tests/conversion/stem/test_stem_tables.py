@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient.conversion.layerwise import LayerwisePass
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.conversion.stem_tables import observe_feed_forward
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.layerwise import LayerwisePass
-from hf_efficient.conversion.source import Source, TensorReader
-from hf_efficient.conversion.text import SEQUENCE_LENGTH, load_text, pack
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass
+from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, load_text, pack
+from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 CALIBRATION_TOKENS = 18_432

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.durable_files import FinishedFile, disk_errors, sync
-from hf_efficient.conversion.safetensors_reader import DTYPES
-from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.reading.safetensors_reader import DTYPES
+from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.writing.durable_files import FinishedFile, disk_errors, sync
 from hf_efficient.errors import HFEError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

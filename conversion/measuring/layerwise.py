@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.source import TensorReader
+from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig

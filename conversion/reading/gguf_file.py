@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.tensor_file import CHUNK_ELEMENTS, check_finite, read_tensor
+from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS, check_finite, read_tensor
 from hf_efficient.errors import HFEError
 
 if TYPE_CHECKING:

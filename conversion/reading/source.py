@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_efficient.conversion.families import decoder_config, source_config
-from hf_efficient.conversion.gguf_reader import GGUFReader, gguf_special_tokens
-from hf_efficient.conversion.hub_files import card_metadata, download_checkpoint, is_repo_id, repo_of_snapshot
-from hf_efficient.conversion.safetensors_reader import SafetensorsReader
+from hf_efficient.conversion.reading.families import decoder_config, source_config
+from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
+from hf_efficient.conversion.reading.hub_files import card_metadata, download_checkpoint, is_repo_id, repo_of_snapshot
+from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.tensor_file import check_finite, read_tensor
+from hf_efficient.conversion.reading.tensor_file import check_finite, read_tensor
 from hf_efficient.errors import HFEError
 
 # The format's names of dtypes. Weights are of the first row; the others are known so that buffers can be skipped.

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_efficient.conversion.safetensors_reader import DTYPES
+from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig

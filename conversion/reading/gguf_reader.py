@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.families import source_config
-from hf_efficient.conversion.gguf_file import GGUFFile
+from hf_efficient.conversion.reading.families import source_config
+from hf_efficient.conversion.reading.gguf_file import GGUFFile
 from hf_efficient.errors import HFEError
 
 _TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

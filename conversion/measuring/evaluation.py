@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.layerwise import LOGIT_POSITIONS, LayerwisePass
-from hf_efficient.conversion.source import TensorReader
+from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS, LayerwisePass
+from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 

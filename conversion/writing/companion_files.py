@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from hf_efficient.conversion.durable_files import disk_errors, write_text
-from hf_efficient.conversion.source import Source, file_inside, read_json
+from hf_efficient.conversion.reading.source import Source, file_inside, read_json
+from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),

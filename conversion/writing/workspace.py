@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from hf_efficient.conversion.durable_files import (
+from hf_efficient.conversion.writing.durable_files import (
     DiskFullError,
     FinishedFile,
     disk_errors,
