@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_efficient.conversion import shard_writer
+from hf_efficient.conversion.writing import shard_writer
 from hf_efficient.conversion.writing.durable_files import DiskFullError, FinishedFile
 from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError

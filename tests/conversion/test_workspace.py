@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.conversion import workspace as workspace_module
+from hf_efficient.conversion.writing import workspace as workspace_module
 from hf_efficient.conversion.writing.durable_files import DiskFullError, FinishedFile
 from hf_efficient.conversion.writing.workspace import Workspace, check_output, partial_folder
 from hf_efficient.errors import HFEError, UsageError
