@@ -43,7 +43,8 @@ def command(
     report = convert(
         source,
         output,
-        [Stem(layers=layers)],
+        # Five of thirty layers: enough to see what STEM does, few enough that the model still answers.
+        [Stem(layers=layers, max_layers=5 if layers == "auto" else None)],
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
         overwrite=True,
