@@ -16,7 +16,7 @@ from hf_efficient.errors import UsageError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PATCH_MEMBERS = ("name", "needs_calibration", "check", "choose", "changes", "tensors", "report")
+_PATCH_MEMBERS = ("name", "needs_calibration", "measures_choice", "check", "choose", "changes", "tensors", "report")
 
 
 @dataclass(frozen=True)

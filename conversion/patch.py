@@ -48,6 +48,10 @@ class Patch(Protocol):
     # What a reader of the model card must know before using a converted checkpoint.
     card_note: ClassVar[str]
 
+    @property
+    def measures_choice(self) -> bool:
+        """True when `choose` runs the source model, which takes longer than computing the tensors."""
+
     def check(self, config: DecoderConfig) -> None:
         """Raise `UsageError` for an option that this model cannot take, before any weight is read."""
 

@@ -104,6 +104,10 @@ class Stem:
         self._costs: dict[int, float] = {}
         self._layer_reports: dict[int, dict[str, Any]] = {}
 
+    @property
+    def measures_choice(self) -> bool:
+        return self.layers == "auto"
+
     def check(self, config: DecoderConfig) -> None:
         count = config.num_hidden_layers
         if getattr(config, "stem_layers", None):

@@ -39,7 +39,8 @@ from hf_efficient.registry import ARCHITECTURES, Architecture
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
-_STAGES = {"reading text": 8, "choosing": 10, "copying": 5, "computing": 40, "measuring": 40, "finishing": 2}
+_STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
+_MEASURED_CHOICE_SECONDS = 80
 _PLANNING = ("reading text", "choosing")
 
 
@@ -111,6 +112,8 @@ def convert(
         check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
     opened = open_source(str(source), revision=revision, token=token)
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
+    if any(patch.measures_choice for patch in options.patches):
+        shares["choosing"] = _MEASURED_CHOICE_SECONDS
     with Progress(shares, show=progress) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         conversion = _Conversion(opened, options, bar)

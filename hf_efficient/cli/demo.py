@@ -44,7 +44,7 @@ def command(
         source,
         output,
         # Five of thirty layers: enough to see what STEM does, few enough that the model still answers.
-        [Stem(layers=layers, max_layers=5 if layers == "auto" else None)],
+        [Stem(layers=layers, max_layers=5) if layers == "auto" else Stem(layers=layers)],
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
         overwrite=True,

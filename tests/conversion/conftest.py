@@ -107,6 +107,7 @@ class RandomTables:
 
     name: ClassVar[str] = "stem"
     needs_calibration: ClassVar[bool] = False
+    measures_choice: ClassVar[bool] = False
 
     layers: list[int] = field(default_factory=lambda: [1, 2])
 
