@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_efficient.cli.options import Device, Json, Revision, Token, build_patches, print_json, with_patch_options
+from hf_efficient.cli.options import Device, Json, Revision, Token, build_patches, show_report, with_patch_options
 from hf_efficient.errors import UsageError
 
 
@@ -75,7 +75,4 @@ def command(
         dry_run=dry_run,
         progress=not json,
     )
-    if json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(report.table())
+    show_report(report, json)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient.cli.options import Device, Json, Text, print_json
+from hf_efficient.cli.options import Device, Json, Text, show_report
 
 
 def command(
@@ -24,7 +24,4 @@ def command(
     from hf_efficient.evaluation import evaluate
 
     report = evaluate(checkpoint, reference=reference, text=text, tokens=tokens, device=device, progress=not json)
-    if json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(report.table())
+    show_report(report, json)

@@ -30,6 +30,14 @@ def print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2))
 
 
+def show_report(report: Any, json: bool) -> None:
+    """Print a report on standard output: its `to_dict` as JSON, or its `table` for a terminal."""
+    if json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.table())
+
+
 def patch_classes() -> dict[str, type]:
     """Name of each patch on the command line -> the dataclass of its options."""
     found = {}

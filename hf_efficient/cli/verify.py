@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient.cli.options import Json, Revision, Token, print_json
+from hf_efficient.cli.options import Json, Revision, Token, show_report
 
 
 def command(
@@ -22,9 +22,6 @@ def command(
     from hf_efficient.hub.verify import verify
 
     report = verify(checkpoint, revision=revision, token=token)
-    if json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(report.table())
+    show_report(report, json)
     if not report.ok:
         raise typer.Exit(1)
