@@ -63,6 +63,7 @@ class Compilation:
         types: type of each argument in Triton's spelling (`*bf16`, `i32`), constants left out.
         constants: compile-time arguments.
         num_warps: warps of a program.
+        num_stages: depth of the pipelined loops; None for Triton's own choice.
         aligned: arguments whose value is a multiple of 16, as the launcher sees it for well-shaped tensors.
     """
 
@@ -72,6 +73,7 @@ class Compilation:
     constants: dict[str, Any]
     num_warps: int
     aligned: tuple[str, ...] = ()
+    num_stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class KernelRecord:
 
     Attributes:
         name: name of the public function and of its folder.
-        api: the public function; takes `backend`.
+        api: the public function; takes `backend`. Its arguments are tensors, sequences of tensors and plain values; it
+            returns a tensor or a tuple of tensors.
         reference: the definition, with the same arguments but `backend`.
         samples: arguments on a device in a dtype. The first is a typical small call, its sizes prime; the others cover
             odd sizes, strides, empty and size-1 tensors, and every branch of the kernels.
@@ -90,7 +93,9 @@ class KernelRecord:
         compilations: every kernel configuration that a device of this capability (80, 86, …) may pick.
         forward_cost, backward_cost: byte and operation model of a call with these arguments.
         peers: other ways to get the same result, by name: what a user would write without us.
-        differentiable: names of the arguments that get a gradient; empty for inference-only operations.
+        differentiable: names of the arguments that get a gradient; empty for inference-only operations, which refuse
+            tensors that want one.
+        mutates: names of the arguments that a call changes in place; what they hold afterwards is a result too.
         interpreted: dtypes that Triton's interpreter computes rightly: not bfloat16, which it truncates where a GPU
             rounds, and has altogether wrong in `tl.dot`.
     """
@@ -107,6 +112,7 @@ class KernelRecord:
     backward_cost: Callable[[Arguments], Cost]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
     interpreted: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 
 
@@ -128,20 +134,58 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")  # a NaN never passes
 
 
-def run(function: Callable[..., Any], arguments: Arguments, differentiable: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Output of `function`, under the name `out`, and the gradients of its differentiable arguments, under theirs.
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value`, a tensor or a nest of dictionaries, tuples and lists, with `change` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(change, item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(change, item) for item in value)
+    return value
 
-    The gradient that flows into the output is drawn from a fixed seed, rounded to the output's dtype.
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a nest of dictionaries, tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in all_tensors(item)]
+
+
+def named_outputs(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """A call's result by name: `out`, or `out0`, `out1`, … where it is a tuple."""
+    return {"out": result} if isinstance(result, Tensor) else {f"out{i}": each for i, each in enumerate(result)}
+
+
+def run(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    differentiable: tuple[str, ...] = (),
+    mutates: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Outputs of `function`, named by `named_outputs`, then the gradients of its differentiable arguments and the
+    contents of those that it changes, both under the arguments' names.
+
+    Arguments that the function changes are handed over as copies. The gradients that flow into the outputs are drawn
+    from a fixed seed, rounded to the outputs' dtypes.
     """
     arguments = {
-        name: value.detach().requires_grad_() if name in differentiable else value for name, value in arguments.items()
+        name: value.detach().requires_grad_()
+        if name in differentiable
+        else map_tensors(torch.clone, value)
+        if name in mutates
+        else value
+        for name, value in arguments.items()
     }
-    out = function(**arguments)
-    results = {"out": out.detach()}
+    outputs = named_outputs(function(**arguments))
+    results = {name: out.detach() for name, out in outputs.items()}
     if differentiable:
-        upstream = upstream_gradient(out)
+        upstream = [upstream_gradient(out) for out in outputs.values()]
         leaves = [arguments[name] for name in differentiable]
-        results.update(zip(differentiable, torch.autograd.grad(out, leaves, upstream), strict=True))
+        gradients = torch.autograd.grad(list(outputs.values()), leaves, upstream)
+        results.update(zip(differentiable, gradients, strict=True))
+    results.update((name, arguments[name]) for name in mutates if arguments.get(name) is not None)
     return results
 
 
@@ -155,10 +199,7 @@ def upstream_gradient(out: Tensor) -> Tensor:
 
 def in_float64(arguments: Arguments) -> Arguments:
     """The same arguments with every floating-point tensor widened to float64, exactly."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
 
 
 @dataclass(frozen=True)
@@ -179,10 +220,12 @@ def deviations(
 ) -> list[Deviation]:
     """How far the results of `function`, which has the arguments of `record.api`, are from the reference in float64."""
     differentiable = record.differentiable if gradients else ()
-    expected = run(record.reference, in_float64(arguments), differentiable)
+    expected = run(record.reference, in_float64(arguments), differentiable, record.mutates)
     found = []
-    for name, actual in run(function, arguments, differentiable).items():
-        tolerance = record.tolerances[actual.dtype]
-        bound = tolerance.forward if name == "out" else tolerance.gradient
+    for name, actual in run(function, arguments, differentiable, record.mutates).items():
+        bound = 0.0  # integers are right or wrong
+        if actual.is_floating_point():
+            tolerance = record.tolerances[actual.dtype]
+            bound = tolerance.gradient if name in differentiable else tolerance.forward
         found.append(Deviation(name, relative_error(actual, expected[name]), bound))
     return found

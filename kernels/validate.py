@@ -70,6 +70,18 @@ def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_no_gradient(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """No tensor wants a gradient, which the operation, being for inference only, could not give."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise HFEError(
+                f"{op}: `{name}` requires a gradient, and this operation is for inference only",
+                "call it under torch.no_grad(), or use the modules it stands for",
+            )
+
+
 def check_ids(op: str, ids: Tensor, rows: int) -> None:
     """Every id lies in [0, rows). Looked at on the CPU always, elsewhere with HFE_CHECK=1: it waits for the device."""
     if ids.device.type != "cpu" and not check_data():

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from hf_efficient.environment import triton_interpreted
 from hf_efficient.errors import HFEError
-from hf_efficient.kernels.contract import KernelRecord, all_records, deviations, run, upstream_gradient
+from hf_efficient.kernels.contract import (
+    KernelRecord,
+    all_records,
+    all_tensors,
+    deviations,
+    map_tensors,
+    named_outputs,
+    run,
+    upstream_gradient,
+)
 
 RECORDS = all_records()
+DIFFERENTIABLE = [record for record in RECORDS if record.differentiable]
+INFERENCE_ONLY = [record for record in RECORDS if not record.differentiable]
 CPU = torch.device("cpu")
 
 
@@ -37,6 +48,8 @@ def _typical(record: KernelRecord, device: torch.device, dtype: torch.dtype) -> 
 
 
 by_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+by_differentiable = pytest.mark.parametrize("record", DIFFERENTIABLE, ids=lambda record: record.name)
+by_inference_only = pytest.mark.parametrize("record", INFERENCE_ONLY, ids=lambda record: record.name)
 by_sample = pytest.mark.parametrize(
     ("record", "label"),
     [
@@ -62,21 +75,22 @@ def test_results_and_gradients_match_the_reference(
     record: KernelRecord, label: str, dtype: torch.dtype, device: torch.device, poisoned: None
 ) -> None:
     arguments = _arguments(record, label, device, dtype)
-    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    before = map_tensors(torch.clone, arguments)
     wrong = [d for d in deviations(record, _triton(record), arguments) if not d.acceptable]
     assert not wrong, wrong
-    changed = [name for name, value in before.items() if not torch.equal(value, arguments[name])]
-    assert not changed, f"the call changed its inputs {changed}"
+    # Those that the call may change were copies.
+    same = [torch.equal(a, b) for a, b in zip(all_tensors(before), all_tensors(arguments), strict=True)]
+    assert all(same), "the call changed its inputs"
 
 
 @by_sample
 def test_two_runs_agree_bit_for_bit(record: KernelRecord, label: str, device: torch.device) -> None:
     arguments = _arguments(record, label, device, torch.float32)
-    first, second = (run(_triton(record), arguments, record.differentiable) for _ in range(2))
+    first, second = (run(_triton(record), arguments, record.differentiable, record.mutates) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@by_record
+@by_differentiable
 def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord, device: torch.device) -> None:
     arguments = _typical(record, device, torch.float32)
     together = run(_triton(record), arguments, record.differentiable)
@@ -85,7 +99,7 @@ def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord
         torch.testing.assert_close(alone[name], together[name], rtol=1e-6, atol=1e-7)
 
 
-@by_record
+@by_differentiable
 def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, device: torch.device) -> None:
     """`out.sum()` sends back one number expanded over the output, a transposition sends back strided columns."""
     arguments = {
@@ -100,7 +114,7 @@ def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, devi
         assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
 
 
-@by_record
+@by_differentiable
 def test_numerical_derivatives(record: KernelRecord, device: torch.device) -> None:
     arguments = {
         name: value.detach().requires_grad_() if name in record.differentiable else value
@@ -130,8 +144,8 @@ def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: to
     )
     for sample in record.samples(device, torch.float32)[:3]:
         arguments = sample.arguments
-        expected = run(_triton(record), arguments, record.differentiable)
-        actual = run(compiled, arguments, record.differentiable)
+        expected = run(_triton(record), arguments, record.differentiable, record.mutates)
+        actual = run(compiled, arguments, record.differentiable, record.mutates)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -141,9 +155,9 @@ def test_autocast_changes_nothing(record: KernelRecord, device: torch.device) ->
     arguments = _typical(record, device, torch.float32)
     for backend in ("triton", "reference"):
         function = functools.partial(record.api, backend=backend)
-        expected = run(function, arguments, record.differentiable)
+        expected = run(function, arguments, record.differentiable, record.mutates)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            actual = run(function, arguments, record.differentiable)
+            actual = run(function, arguments, record.differentiable, record.mutates)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -160,7 +174,7 @@ def test_bad_input_is_refused_before_a_launch(
         assert not missing, f"{bad.label}: {caught.value} lacks {missing}"
 
 
-@by_record
+@by_differentiable
 def test_a_second_derivative_is_refused_with_a_reason(record: KernelRecord, device: torch.device) -> None:
     name = record.differentiable[0]
     arguments = _typical(record, device, torch.float32)
@@ -171,19 +185,32 @@ def test_a_second_derivative_is_refused_with_a_reason(record: KernelRecord, devi
         grad.square().sum().backward()
 
 
+@by_inference_only
+def test_a_tensor_that_wants_a_gradient_is_refused(record: KernelRecord, device: torch.device) -> None:
+    arguments = _typical(record, device, torch.float32)
+    wanting = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, arguments)
+    with pytest.raises(HFEError, match=r"gradient.*torch\.no_grad\(\)"):
+        _triton(record)(**wanting)
+    with torch.no_grad():
+        run(_triton(record), wanting, mutates=record.mutates)
+
+
 @pytest.mark.gpu
 @by_record
 def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device: torch.device) -> None:
+    """With other values in the same places, as in the next step of a decoding loop."""
     arguments = {
         name: value.detach().clone().requires_grad_() if name in record.differentiable else value
         for name, value in _typical(record, device, torch.bfloat16).items()
     }
     leaves = [arguments[name] for name in record.differentiable]
-    upstream = upstream_gradient(record.reference(**arguments))
+    # What a call changes starts each time from the same contents, which `arguments` keeps.
+    changed = {name: map_tensors(torch.clone, arguments.get(name)) for name in record.mutates}
 
     def forward_and_backward() -> list[Tensor]:
-        out = _triton(record)(**arguments)
-        return [out, *torch.autograd.grad(out, leaves, upstream)]
+        outputs = list(named_outputs(_triton(record)(**{**arguments, **changed})).values())
+        upstream = [upstream_gradient(out) for out in outputs]
+        return [*outputs, *(torch.autograd.grad(outputs, leaves, upstream) if leaves else ())]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -194,7 +221,11 @@ def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device:
     with torch.cuda.graph(graph):
         captured = forward_and_backward()
     with torch.no_grad():  # a graph reads its inputs where they were: change them in place
-        for leaf in leaves:
-            leaf.normal_()
+        inputs = leaves or all_tensors({n: v for n, v in arguments.items() if n not in record.mutates})
+        for tensor in inputs:
+            if tensor.is_floating_point():
+                tensor.normal_()
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, forward_and_backward(), strict=True))
+    expected = run(_triton(record), arguments, record.differentiable, record.mutates)
+    actual = captured + [changed[name] for name in record.mutates if changed[name] is not None]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected.values(), strict=True))

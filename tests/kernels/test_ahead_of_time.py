@@ -25,9 +25,10 @@ def compile_ahead(compilation: Compilation, capability: int):
     signature = {name: compilation.types.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in compilation.aligned}
     source = ASTSource(compilation.kernel, signature, compilation.constants, aligned)
-    return triton_compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": compilation.num_warps}
-    )
+    options = {"num_warps": compilation.num_warps}
+    if compilation.num_stages is not None:
+        options["num_stages"] = compilation.num_stages
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.fixture(autouse=True)
