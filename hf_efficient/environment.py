@@ -4,6 +4,7 @@
 |---|---|---|
 | ``HFE_BACKEND`` | ``reference``, ``triton`` | backend of every kernel whose call names none |
 | ``HFE_CHECK`` | ``1`` | run checks of data that force a device synchronisation |
+| ``HFE_OVERLAP`` | ``1`` | kernels of a decoding step start while the one before still runs (Hopper and newer) |
 | ``HFE_LOG`` | a logging level | verbosity of the ``hf_efficient`` logger |
 """
 
@@ -20,6 +21,11 @@ def backend_override() -> str | None:
 def check_data() -> bool:
     """True when ``HFE_CHECK=1`` asks for checks that synchronise the device."""
     return os.environ.get("HFE_CHECK") == "1"
+
+
+def overlap_launches() -> bool:
+    """True when ``HFE_OVERLAP=1`` asks for programmatic dependent launch."""
+    return os.environ.get("HFE_OVERLAP") == "1"
 
 
 def log_level() -> str:
