@@ -1,0 +1,73 @@
+"""decode_attention in plain PyTorch: the definition of the operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 64  # segments that one word of an ancestor bitmap holds
+
+
+def visible_columns(
+    columns: int,
+    kv_len: Tensor | int,
+    q_pos: Tensor,
+    window: int | None = None,
+    col_seg: Tensor | None = None,
+    anc: Tensor | None = None,
+) -> Tensor:
+    """Which of `columns` cache columns each query sees: bool [B or 1, Q, columns]. Arguments as of the operation."""
+    column = torch.arange(columns, device=q_pos.device)
+    position = q_pos.long()[:, :, None]
+    length = kv_len.reshape(-1, 1, 1) if isinstance(kv_len, Tensor) else kv_len
+    seen = (column < length) & (column <= position)
+    if window is not None:
+        seen = seen & (column > position - window)
+    if col_seg is None:
+        return seen
+    # Columns past the end of `col_seg` have no segment: holes, as those of a negative one.
+    segment = col_seg.new_full((col_seg.shape[0], columns), -1).long()
+    known = min(columns, col_seg.shape[1])
+    segment[:, :known] = col_seg[:, :known]
+    seen = seen & (segment >= 0)[:, None, :]
+    if anc is None:
+        return seen
+    rows, queries, words = anc.shape
+    if words == 0:
+        return seen & False
+    rows = max(rows, segment.shape[0])
+    word = (segment // WORD).clamp(0, words - 1)[:, None, :].expand(rows, queries, columns)
+    bit = (segment % WORD)[:, None, :]
+    # The shift carries the sign of bit 63 along; the last bit is right all the same.
+    ancestor = ((anc.expand(rows, -1, -1).gather(2, word) >> bit) & 1).bool()
+    return seen & ancestor & (segment < WORD * words)[:, None, :]
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: Tensor | int,
+    q_pos: Tensor,
+    window: int | None = None,
+    col_seg: Tensor | None = None,
+    anc: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of q [B, Hq, Q, D] to the visible columns of k, v [B, Hkv, C, D]; see `api.py`."""
+    batch, heads, queries, width = q.shape
+    kv_heads, columns = k.shape[1:3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    seen = visible_columns(columns, kv_len, q_pos, window, col_seg, anc)
+    # What nobody sees may hold anything, NaN included, which a weight of zero would not keep out.
+    nobody = ~seen.any(dim=1)[:, None, :, None]
+    k, v = (x.to(wide).masked_fill(nobody, 0.0) for x in (k, v))
+    grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, queries, width)
+    scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    # A query that sees nothing gets zeros: its softmax is not a number.
+    weights = scores.softmax(dim=-1).masked_fill(~seen[:, None, None], 0.0)
+    attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
+    out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
+    return out.copy_(attended.reshape(out.shape)).transpose(1, 2)
