@@ -26,9 +26,9 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and RMS normalisation in one pass over the rows.
 
-    ``summed = x + residual``, rounded to the dtype of `x`; ``normed = weight * round(summed / sqrt(mean(summed^2) + eps))``
-    with the mean over the last dimension. Computed in float32 and rounded where the stock families round: after the
-    normalisation, and after the weight. For inference only.
+    ``summed = x + residual``, rounded to the dtype of `x`, and ``normed = weight * round(summed * r)`` with
+    ``r = 1 / sqrt(mean(summed^2) + eps)`` over the last dimension. Computed in float32 and rounded where the stock
+    families round: after the normalisation, and after the weight. For inference only.
 
     Args:
         x: [..., D], D up to 65,536; float16, bfloat16 or float32; any strides.
@@ -39,7 +39,7 @@ def add_rms_norm(
             elsewhere.
 
     Returns:
-        ``(normed, summed)``, each [..., D] in the dtype of `x` and contiguous; without a residual, `summed` is `x` itself.
+        ``(normed, summed)``, each [..., D] in the dtype of `x`, contiguous. Without a residual, `summed` is `x` itself.
 
     Raises:
         HFEError: wrong shape, dtype or device, or a tensor that requires a gradient.

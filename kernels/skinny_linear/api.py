@@ -124,6 +124,8 @@ def _check(
     if gated:
         check_shape("skinny_linear", "weights[1]", weights[1], tuple(weights[0].shape), "that of `weights[0]`")
         if residual is not None:
-            raise HFEError("skinny_linear: `residual` is given with gated=True", "add it to the down projection instead")
+            raise HFEError(
+                "skinny_linear: `residual` is given with gated=True", "add it to the down projection instead"
+            )
     if residual is not None:
         check_shape("skinny_linear", "residual", residual, (*x.shape[:-1], width), "[..., sum N] for `x` [..., K]")

@@ -1,0 +1,21 @@
+"""Launch configurations of the rotary_cache kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Up to this many tokens a call is decoding: so few programs that each takes little.
+DECODE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Heads of one token that a program takes, and its warps."""
+
+    block_heads: int
+    num_warps: int
+
+
+def launch_config(tokens: int) -> LaunchConfig:
+    """For so many tokens in all."""
+    return LaunchConfig(4, 1) if tokens <= DECODE_TOKENS else LaunchConfig(8, 2)

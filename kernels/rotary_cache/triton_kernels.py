@@ -1,0 +1,200 @@
+"""Triton kernel of rotary_cache and the function that launches it. No checks of arguments: `api.py` sees to those."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efficient.kernels.overlap import overlap_options
+from hf_efficient.kernels.rotary_cache.configs import launch_config
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:
+    HAVE_TRITON = False
+
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _load_half(start, d, mask):
+        return tl.load(start + d, mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _scaled(x, scale, weight, d, inside, DTYPE: tl.constexpr):
+        """Rounded between the two products and after, as the stock families do."""
+        w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        return ((x * scale[:, None]).to(DTYPE).to(tl.float32) * w[None, :]).to(DTYPE).to(tl.float32)
+
+    @triton.jit
+    def _rotate(target, source, target_stride, source_stride, head, mask, cos, sin, weight, eps, half, d):
+        """Heads `head` of one token, normalised where there is a weight, and rotated, from `source` to `target`."""
+        start = source + head[:, None] * source_stride
+        inside = d < half
+        from_mask = mask & inside[None, :]
+        x1, x2 = _load_half(start, d[None, :], from_mask), _load_half(start, half + d[None, :], from_mask)
+        if weight is not None:
+            scale = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * half) + eps)
+            x1 = _scaled(x1, scale, weight, d, inside, source.dtype.element_ty)
+            x2 = _scaled(x2, scale, weight, half + d, inside, source.dtype.element_ty)
+        cos1, cos2 = _load_half(cos, d, inside)[None, :], _load_half(cos, half + d, inside)[None, :]
+        sin1, sin2 = _load_half(sin, d, inside)[None, :], _load_half(sin, half + d, inside)[None, :]
+        place = target + head[:, None] * target_stride + d[None, :]
+        tl.store(place, (x1 * cos1 - x2 * sin1).to(target.dtype.element_ty), mask=from_mask)
+        tl.store(place + half, (x2 * cos2 + x1 * sin2).to(target.dtype.element_ty), mask=from_mask)
+
+    @triton.jit(do_not_specialize=["queries", "cache_columns"])
+    def rotary_cache_kernel(
+        out,
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        key_cache,
+        value_cache,
+        columns,
+        length,
+        q_weight,
+        k_weight,
+        eps,
+        queries,
+        cache_columns,
+        q_heads,
+        kv_heads,
+        half,
+        q_batch_stride,
+        q_token_stride,
+        q_head_stride,
+        k_batch_stride,
+        k_token_stride,
+        k_head_stride,
+        v_batch_stride,
+        v_token_stride,
+        v_head_stride,
+        rotary_batch_stride,
+        rotary_token_stride,
+        key_batch_stride,
+        key_head_stride,
+        key_column_stride,
+        value_batch_stride,
+        value_head_stride,
+        value_column_stride,
+        columns_batch_stride,
+        columns_token_stride,
+        BLOCK_HEADS: tl.constexpr,
+        BLOCK_HALF: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        """Programs are (token, group of heads): the groups of q, then those of k, then those of v."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+        token, group = tl.program_id(0), tl.program_id(1)
+        b, t = (token // queries).to(tl.int64), (token % queries).to(tl.int64)
+        q_groups, kv_groups = tl.cdiv(q_heads, BLOCK_HEADS), tl.cdiv(kv_heads, BLOCK_HEADS)
+        d = tl.arange(0, BLOCK_HALF)
+        one = tl.arange(0, 1)  # the interpreter has no masks from scalars: what becomes one must be a block
+        cos += b * rotary_batch_stride + t * rotary_token_stride
+        sin += b * rotary_batch_stride + t * rotary_token_stride
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        column = t + one
+        if columns is not None:
+            column = tl.load(columns + b * columns_batch_stride + t * columns_token_stride + one).to(tl.int64)
+        if length is not None:  # noqa: SIM102 - known when compiling, the other is not
+            if token == tl.num_programs(0) - 1 and group == 0:  # no other program reads or writes it
+                tl.store(length + one, (column + 1).to(length.dtype.element_ty))
+        has_place = ((column >= 0) & (column < cache_columns))[:, None]
+        if group < q_groups:
+            head = group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+            source = q + b * q_batch_stride + t * q_token_stride
+            target = out + token.to(tl.int64) * q_heads * 2 * half
+            mask = (head < q_heads)[:, None]
+            _rotate(target, source, 2 * half, q_head_stride, head, mask, cos, sin, q_weight, eps, half, d)
+        elif group < q_groups + kv_groups:
+            if key_cache is not None:
+                head = (group - q_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+                source = k + b * k_batch_stride + t * k_token_stride
+                target = key_cache + b * key_batch_stride + column[:, None] * key_column_stride
+                mask = (head < kv_heads)[:, None] & has_place
+                head = head.to(tl.int64)
+                _rotate(target, source, key_head_stride, k_head_stride, head, mask, cos, sin, k_weight, eps, half, d)
+        else:
+            if value_cache is not None:
+                head = (group - q_groups - kv_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+                mask = (head < kv_heads)[:, None] & has_place & (d < half)[None, :]
+                head = head.to(tl.int64)[:, None]
+                source = v + b * v_batch_stride + t * v_token_stride + head * v_head_stride + d[None, :]
+                target = value_cache + b * value_batch_stride + column[:, None] * value_column_stride
+                target += head * value_head_stride + d[None, :]
+                tl.store(target, tl.load(source, mask=mask), mask=mask)
+                tl.store(target + half, tl.load(source + half, mask=mask), mask=mask)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
+    columns: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    length: Tensor | None,
+) -> Tensor:
+    """Rotated q as [B, Q, Hq, D], contiguous; the caches and the length are changed in place."""
+    batch, queries, q_heads, width = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tokens, kv_heads = batch * queries, k.shape[2]
+    if tokens == 0:
+        return out
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    key_strides = (0, 0, 0) if key_cache is None else key_cache.stride()[:3]
+    value_strides = (0, 0, 0) if value_cache is None else value_cache.stride()[:3]
+    column_strides = (0, 0)
+    if columns is not None:
+        column_strides = (columns.stride(0) if columns.dim() == 2 and columns.shape[0] > 1 else 0, columns.stride(-1))
+    held = key_cache if key_cache is not None else value_cache
+    config = launch_config(tokens)
+    kv_groups = triton.cdiv(kv_heads, config.block_heads)
+    groups = triton.cdiv(q_heads, config.block_heads) + (0 if held is None else 2 * kv_groups)
+    rotary_cache_kernel[(tokens, groups)](
+        out,
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        key_cache,
+        value_cache,
+        columns,
+        length,
+        None if q_weight is None else q_weight.contiguous(),
+        None if k_weight is None else k_weight.contiguous(),
+        eps,
+        queries,
+        0 if held is None else held.shape[2],
+        q_heads,
+        kv_heads,
+        width // 2,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(1),
+        *key_strides,
+        *value_strides,
+        *column_strides,
+        BLOCK_HEADS=config.block_heads,
+        BLOCK_HALF=max(16, triton.next_power_of_2(width // 2)),
+        num_warps=config.num_warps,
+        **overlap_options(q.device),
+    )
+    return out
