@@ -30,8 +30,8 @@ class LaunchConfig:
     num_warps: int
 
 
-# (padded head width, bytes of an element) -> columns, stages, warps. The K and V tiles of all stages lie in shared memory,
-# of which devices of capability 8.6 allow a program 99 KB; a test holds every configuration to that.
+# (padded head width, bytes of an element) -> columns, stages, warps. The K and V tiles of all stages lie in shared
+# memory, of which devices of capability 8.6 allow a program 99 KB: a test holds every configuration to that.
 _TILES = {
     (64, 2): (64, 4, 4),
     (128, 2): (64, 3, 4),

@@ -78,19 +78,19 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     padded = integers(*([-1] * start + [0] * (67 - start) for start in (11, 0)))
     forest = _Shape(queries=5, columns=97)
     cases = {
-        "prime sizes": draw(_Shape(3, 14, 2, 3, 71, 24)),
+        "prime sizes": draw(_Shape(2, 14, 2, 2, 71, 24)),
         "left padding": draw(col_seg=padded),
         "static cache, lengths of their own": poisoned(
             draw(_Shape(batch=3, columns=90), q_pos=integers([64], [0], [-1])), integers(65, 1, 0)
         ),
         "dynamic cache, one length for all": draw(single, kv_len=131),
         "a length without dimensions": poisoned(draw(q_pos=integers([40])), integers(41)[0]),
-        "a group of three, many splits": draw(_Shape(1, 3, 1, 1, 300, 32)),
+        "a group of three, many splits": draw(_Shape(1, 3, 1, 1, 290, 32)),
         "a group of four, two queries": draw(_Shape(heads=4, queries=2), q_pos=integers([60, 50], dtype=torch.int64)),
         "no group, width 80": draw(_Shape(heads=3, kv_heads=3, width=80)),
         "an odd width": draw(_Shape(width=7)),
         "a wide head": draw(_Shape(batch=1, width=256, columns=40)),
-        "64 queries, several tiles": draw(_Shape(1, 4, 1, 64, 80)),
+        "64 queries, several tiles": draw(_Shape(1, 3, 1, 64, 70)),
         "window": draw(window=9),
         "window of one column": draw(window=1),
         "window, queries far apart": draw(_Shape(queries=3), window=20, q_pos=integers([66, 30, -1], [5, 0, 21])),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -64,10 +66,18 @@ def decode_attention(
     nobody = ~seen.any(dim=1)[:, None, :, None]
     k, v = (x.to(wide).masked_fill(nobody, 0.0) for x in (k, v))
     grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, queries, width)
-    scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
-    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    # A query that sees nothing gets zeros: its softmax is not a number.
-    weights = scores.softmax(dim=-1).masked_fill(~seen[:, None, None], 0.0)
-    attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
+    with _without_autocast(q.device.type):
+        scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        # A query that sees nothing gets zeros: its softmax is not a number.
+        weights = scores.softmax(dim=-1).masked_fill(~seen[:, None, None], 0.0)
+        attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
     out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
     return out.copy_(attended.reshape(out.shape)).transpose(1, 2)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Products stay in the dtype they are written in, as the kernel's do."""
+    if not torch.amp.is_autocast_available(device_type):  # of tensors without data, for one
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
