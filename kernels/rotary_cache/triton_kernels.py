@@ -108,30 +108,31 @@ if HAVE_TRITON:
             if token == tl.num_programs(0) - 1 and group == 0:  # no other program reads or writes it
                 tl.store(length + one, (column + 1).to(length.dtype.element_ty))
         has_place = ((column >= 0) & (column < cache_columns))[:, None]
+        offset = tl.arange(0, BLOCK_HEADS).to(tl.int64)
         if group < q_groups:
-            head = group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+            q_head = group * BLOCK_HEADS + offset
             source = q + b * q_batch_stride + t * q_token_stride
             target = out + token.to(tl.int64) * q_heads * 2 * half
-            mask = (head < q_heads)[:, None]
-            _rotate(target, source, 2 * half, q_head_stride, head, mask, cos, sin, q_weight, eps, half, d)
+            mask = (q_head < q_heads)[:, None]
+            _rotate(target, source, 2 * half, q_head_stride, q_head, mask, cos, sin, q_weight, eps, half, d)
         elif group < q_groups + kv_groups:
             if key_cache is not None:
-                head = (group - q_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-                source = k + b * k_batch_stride + t * k_token_stride
-                target = key_cache + b * key_batch_stride + column[:, None] * key_column_stride
-                mask = (head < kv_heads)[:, None] & has_place
-                head = head.to(tl.int64)
-                _rotate(target, source, key_head_stride, k_head_stride, head, mask, cos, sin, k_weight, eps, half, d)
+                k_head = (group - q_groups) * BLOCK_HEADS + offset
+                k_source = k + b * k_batch_stride + t * k_token_stride
+                k_target = key_cache + b * key_batch_stride + column[:, None] * key_column_stride
+                k_mask = (k_head < kv_heads)[:, None] & has_place
+                _rotate(
+                    k_target, k_source, key_head_stride, k_head_stride, k_head, k_mask, cos, sin, k_weight, eps, half, d
+                )
         else:
             if value_cache is not None:
-                head = (group - q_groups - kv_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-                mask = (head < kv_heads)[:, None] & has_place & (d < half)[None, :]
-                head = head.to(tl.int64)[:, None]
-                source = v + b * v_batch_stride + t * v_token_stride + head * v_head_stride + d[None, :]
-                target = value_cache + b * value_batch_stride + column[:, None] * value_column_stride
-                target += head * value_head_stride + d[None, :]
-                tl.store(target, tl.load(source, mask=mask), mask=mask)
-                tl.store(target + half, tl.load(source + half, mask=mask), mask=mask)
+                v_head = (group - q_groups - kv_groups) * BLOCK_HEADS + offset
+                v_mask = (v_head < kv_heads)[:, None] & has_place & (d < half)[None, :]
+                v_source = v + b * v_batch_stride + t * v_token_stride + v_head[:, None] * v_head_stride + d[None, :]
+                v_target = value_cache + b * value_batch_stride + column[:, None] * value_column_stride
+                v_target += v_head[:, None] * value_head_stride + d[None, :]
+                tl.store(v_target, tl.load(v_source, mask=v_mask), mask=v_mask)
+                tl.store(v_target + half, tl.load(v_source + half, mask=v_mask), mask=v_mask)
 
 
 def launch(

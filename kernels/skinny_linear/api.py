@@ -40,7 +40,7 @@ def skinny_linear(
 
     Args:
         x: [..., K], at most 64 rows in all; float16, bfloat16 or float32.
-        weights: one to three tensors [N_i, K], as `torch.nn.Linear` keeps them, in the dtype of `x`; each row contiguous.
+        weights: one to three tensors [N_i, K], as `torch.nn.Linear` keeps them, in the dtype of `x`; rows contiguous.
             They are read where they are, never copied together.
         biases: for each weight a tensor [N_i] in the same dtype, or None; None for no bias at all.
         residual: [..., sum N_i], in the dtype of `x`, added before rounding; not with `gated`.
@@ -49,8 +49,8 @@ def skinny_linear(
             elsewhere.
 
     Returns:
-        [..., sum N_i], or [..., N_0] when gated; contiguous, in the dtype of `x`. The same bits at every run; other bits
-        in the last place for another number of rows.
+        [..., sum N_i], or [..., N_0] when gated; contiguous, in the dtype of `x`. The same bits at every run, but
+        not for every number of rows: other kernels add up in another order.
 
     Raises:
         HFEError: wrong shape, dtype, device or layout, more than 64 rows, or a tensor that requires a gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +20,12 @@ def skinny_linear(
 ) -> Tensor:
     """Linear maps of one x, side by side or as a gated pair, plus a residual; rounded once, to x's dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts = [
-        F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-        for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)
-    ]
+    # Autocast would take the products to half precision; some devices, like meta, do not know it.
+    castable = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if castable else contextlib.nullcontext():
+        parts = [
+            F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)
+        ]
     out = F.silu(parts[0]) * parts[1] if gated else torch.cat(parts, dim=-1)
     return (out if residual is None else out + residual.to(wide)).to(x.dtype)

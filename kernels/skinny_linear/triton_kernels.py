@@ -1,7 +1,7 @@
 """Triton kernels of skinny_linear and the function that launches them.
 
-No checks of arguments: `api.py` sees to those. The weights stay where they are: a program finds out from its number which
-of up to three matrices its rows of weights are in. In both kernels a weight is read once, by one program.
+No checks of arguments: `api.py` sees to those. The weights stay where they are: a program finds out from its number
+which of up to three matrices its rows of weights are in. In both kernels a weight is read once, by one program.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ if HAVE_TRITON:
         return x / (1.0 + tl.exp(-x))
 
     @triton.jit
-    def _weight_tile(row_start, k, inside, depth, WHOLE_K: tl.constexpr):
+    def _weight_tile(row_start, k, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
         """[BLOCK_N, BLOCK_K] of a weight, whose rows start at the pointers `row_start`. Read once, so first to go."""
-        mask = inside[:, None] if WHOLE_K else inside[:, None] & (k < depth)[None, :]
+        mask = inside[:, None] if DEPTH % BLOCK_K == 0 else inside[:, None] & (k < DEPTH)[None, :]
         return tl.load(row_start[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
@@ -83,12 +83,11 @@ if HAVE_TRITON:
         n0,
         n1,
         n2,
-        depth,
         stride0,
         stride1,
         stride2,
         GATED: tl.constexpr,
-        WHOLE_K: tl.constexpr,
+        DEPTH: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         OVERLAP: tl.constexpr,
@@ -108,22 +107,22 @@ if HAVE_TRITON:
         row_start = w + n.to(tl.int64) * stride
         k = tl.arange(0, BLOCK_K)
         # The first weights are on their way before the kernel that makes x has finished.
-        tile = _weight_tile(row_start, k, inside, depth, WHOLE_K)
+        tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
         if GATED:
             up_start = w1 + n.to(tl.int64) * stride1
-            up_tile = _weight_tile(up_start, k, inside, depth, WHOLE_K)
+            up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
             up_total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-        for start in range(0, depth, BLOCK_K):
-            xs = tl.load(x + start + k, mask=start + k < depth, other=0.0).to(tl.float32)[None, :]
+        for start in range(0, DEPTH, BLOCK_K):
+            xs = tl.load(x + start + k, mask=start + k < DEPTH, other=0.0).to(tl.float32)[None, :]
             # The next tile is fetched while this one is worked on; past the end nothing is.
             ahead = start + BLOCK_K + k
-            more = inside & (start + BLOCK_K + tl.arange(0, 1) < depth)  # the interpreter has no masks from scalars
-            next_tile = _weight_tile(row_start, ahead, more, depth, WHOLE_K)
+            more = inside & (start + BLOCK_K + tl.arange(0, 1) < DEPTH)  # the interpreter has no masks from scalars
+            next_tile = _weight_tile(row_start, ahead, more, DEPTH, BLOCK_K)
             if GATED:
-                next_up_tile = _weight_tile(up_start, ahead, more, depth, WHOLE_K)
+                next_up_tile = _weight_tile(up_start, ahead, more, DEPTH, BLOCK_K)
                 up_total += up_tile.to(tl.float32) * xs
                 up_tile = next_up_tile
             total += tile.to(tl.float32) * xs
@@ -153,19 +152,18 @@ if HAVE_TRITON:
         n0,
         n1,
         n2,
-        depth,
         x_stride,
         stride0,
         stride1,
         stride2,
         GATED: tl.constexpr,
-        WHOLE_K: tl.constexpr,
+        DEPTH: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """Up to ROWS rows of x. The weight is the left factor, so that the few rows are the short side of the product."""
+        """Up to ROWS rows of x. The weight is the left factor, so that the few rows are the short side."""
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
         if GATED:
@@ -187,14 +185,14 @@ if HAVE_TRITON:
         x_start = x + row.to(tl.int64) * x_stride
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        for start in range(0, depth, BLOCK_K):
+        for start in range(0, DEPTH, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            x_mask = (row < rows)[None, :] if WHOLE_K else (row < rows)[None, :] & (k < depth)[:, None]
+            x_mask = (row < rows)[None, :] if DEPTH % BLOCK_K == 0 else (row < rows)[None, :] & (k < DEPTH)[:, None]
             xs = tl.load(x_start[None, :] + k[:, None], mask=x_mask, other=0.0)
-            tile = _weight_tile(row_start, k, inside, depth, WHOLE_K)
+            tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
             total = tl.dot(tile, xs, total, input_precision="ieee")
             if GATED:
-                up_tile = _weight_tile(up_start, k, inside, depth, WHOLE_K)
+                up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
                 up_total = tl.dot(up_tile, xs, up_total, input_precision="ieee")
         if GATED:
             gate = total + _bias(b0, n, n0, BLOCK_N)[:, None]
@@ -222,7 +220,7 @@ def launch(
     gated: bool,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Linear maps of x [rows, K], as `api.py` describes them, with a configuration from the table where none is given."""
+    """Linear maps of x [rows, K], see `api.py`; the configuration is the one from the table unless another is given."""
     rows, depth = x.shape
     sizes = [weight.shape[0] for weight in weights]
     width = sizes[0] if gated else sum(sizes)
@@ -244,11 +242,11 @@ def launch(
         *[None] * absent,
         None if residual is None else residual.contiguous(),
     )
-    numbers = (*sizes, *[0] * absent, depth)
+    numbers = (*sizes, *[0] * absent)
     strides = (*(weight.stride(0) for weight in weights), *[0] * absent)
     options = {
         "GATED": gated,
-        "WHOLE_K": depth % config.block_k == 0,
+        "DEPTH": depth,  # a model has two or three, and what they divide by saves masks
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
