@@ -7,7 +7,6 @@ It knows no patch. A patch subclasses `DecoderModel` and overrides a factory met
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,178 +19,28 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TokenIdError
+from hf_efficient.modeling.decoder.attention import DecoderAttention, DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
+from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
+from hf_efficient.modeling.decoder.generation_decoder import CapturedGeneration
+from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
 
 # Tensors of a stock family without which the attention computes something else.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
 
 
-class DecoderRMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; statistics in fp32, output in x's dtype."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        # Rounded to the input dtype before the weight is applied, as the stock families do.
-        return self.weight * x.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
-    """``theta ** (-2 i / head_dim)`` for i in [0, head_dim / 2), fp32, and the scaling factor 1."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-    return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
-
-
-class DecoderRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding, [B, S, head_dim] each, in the dtype of the input."""
-
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-    attention_scaling: float
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        # These names are read by `dynamic_rope_update` and by transformers' buffer initialisation.
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.compute_default_rope_parameters = default_rope_frequencies
-        inv_freq, self.attention_scaling = self.frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def frequencies(self) -> tuple[Tensor, float]:
-        """Inverse frequencies and attention scaling of the configured rotary type."""
-        compute = default_rope_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        return compute(self.config)
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """``(x1, x2) -> (-x2, x1)`` over the halves of the last dimension."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos, sin [B, S, D]."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-
-def repeat_kv(x: Tensor, repeats: int) -> Tensor:
-    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated in place."""
-    if repeats == 1:
-        return x
-    batch, heads, length, width = x.shape
-    return x[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, heads * repeats, length, width)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention in plain PyTorch: query [B, Hq, S, D] -> output [B, S, Hq, D] and weights [B, Hq, S, K]."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions, optional head norms on q and k, optional sliding window."""
-
-    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-
-        width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm:
-            self.q_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(per_head)
-        k = self.k_proj(hidden_states).view(per_head)
-        v = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
-
-
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``. Every feed-forward takes the token ids; this one has no use for them."""
+    """``down(act(gate(x)) * up(x))``, plus `residual` where given.
+
+    Every feed-forward takes the token ids; this one has no use for them.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -200,8 +49,11 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        gated = fused_gate(hidden_states, self.gate_proj, self.up_proj, self.act_fn)
+        if gated is None:
+            gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return linear(gated, self.down_proj, residual)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -231,8 +83,10 @@ class DecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_ids)
+        normed, hidden_states = add_and_norm(self.post_attention_layernorm, mixed, hidden_states)
+        if may_fuse(normed) and is_unhooked(self.mlp):  # a hook must see the feed-forward's own output
+            return self.mlp(normed, token_ids, residual=hidden_states)
+        return hidden_states + self.mlp(normed, token_ids)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -258,6 +112,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
         if any(name not in missing_keys for name, _ in model.named_parameters()):
             model.check_loaded(missing_keys, set(loading_info["unexpected_keys"]))
         return (model, loading_info) if output_loading_info else model
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, with our own attention where nobody asks for another."""
+        if requested_attention in (None, "hfe_decode"):  # an exported copy has it under a name of its own
+            requested_attention = DECODE_ATTENTION
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         """Raise `HFEError` when the loaded checkpoint is of another architecture."""
@@ -390,7 +250,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):
     """A `DecoderModel` and a language-model head. Subclasses name their model in `model_class`."""
 
     model_class: type[DecoderModel] = DecoderModel
@@ -434,7 +294,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         # slice(-0, None) is the whole sequence
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = linear(outputs.last_hidden_state[:, kept], self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

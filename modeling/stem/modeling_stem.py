@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 
 from hf_efficient.errors import HFEError
 from hf_efficient.kernels.stem_gate.api import stem_gate
+from hf_efficient.modeling.decoder.fused_steps import SILU, is_bare, linear
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
 from hf_efficient.modeling.stem.embedding_match import match_token_ids
@@ -25,23 +25,8 @@ class StemTable(nn.Embedding):
     """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t."""
 
 
-# Both names of the activation that the kernel computes.
-_SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
-
-
-def _is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """True when calling `module` runs its class's forward alone: no adapter, hook, wrapper or parametrisation."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return (
-        type(module) in kinds
-        and not any(hooks)
-        and "forward" not in vars(module)  # where accelerate and others put their wrapper
-        and not _has_any_global_hook()
-    )
-
-
 class StemMLP(nn.Module):
-    """``down(act(gate(x)) * U[token_ids])``.
+    """``down(act(gate(x)) * U[token_ids])``, plus `residual` where given.
 
     With `efficient` set to False the stock path ``down(act(gate(x)) * up(x))`` runs, where `stem_keep_up_proj` kept it.
     """
@@ -61,19 +46,21 @@ class StemMLP(nn.Module):
         """True when the kernel, which reads the table's weight, does all that calling the two modules would do."""
         table = self.stem_embed
         return (
-            _is_bare(self.act_fn, _SILU)
-            and _is_bare(table, (StemTable,))
+            is_bare(self.act_fn, SILU)
+            and is_bare(table, (StemTable,))
             and type(table.weight) is nn.Parameter  # quantised and distributed weights have types of their own
             and not (table.sparse or table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
         )
 
-    def forward(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
-        gate = self.gate_proj(hidden_states)
+    def forward(self, hidden_states: Tensor, token_ids: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        gate = linear(hidden_states, self.gate_proj)
         if not self.efficient:
-            return self.down_proj(self.act_fn(gate) * self._stock_up(hidden_states))
-        if self._can_fuse():
-            return self.down_proj(stem_gate(gate, self.stem_embed.weight, token_ids))
-        return self.down_proj(self.act_fn(gate) * self.stem_embed(token_ids).to(gate.dtype))
+            gated = self.act_fn(gate) * self._stock_up(hidden_states)
+        elif self._can_fuse():
+            gated = stem_gate(gate, self.stem_embed.weight, token_ids)
+        else:
+            gated = self.act_fn(gate) * self.stem_embed(token_ids).to(gate.dtype)
+        return linear(gated, self.down_proj, residual)
 
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
         if self.up_proj is None:
@@ -170,6 +157,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     """`StemModel` and a language-model head."""
 
     model_class = StemModel
+    prompt_arguments = frozenset({"stem_input_ids"})
 
     def prepare_inputs_for_generation(
         self,

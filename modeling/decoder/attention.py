@@ -1,0 +1,209 @@
+"""Attention of the decoder: rotary positions, grouped queries, the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_efficient.kernels.rotary_cache.api import rotary_cache
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.decode_interface import is_decode_mask, query_columns
+from hf_efficient.modeling.decoder.fused_steps import fused_linear, linear, may_fuse
+from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, may_fuse_norm
+
+
+def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+    """``theta ** (-2 i / head_dim)`` for i in [0, head_dim / 2), fp32, and the scaling factor 1."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+
+class DecoderRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding, [B, S, head_dim] each, in the dtype of the input."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+    attention_scaling: float
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        # These names are read by `dynamic_rope_update` and by transformers' buffer initialisation.
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.compute_default_rope_parameters = default_rope_frequencies
+        inv_freq, self.attention_scaling = self.frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Inverse frequencies and attention scaling of the configured rotary type."""
+        compute = default_rope_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        return compute(self.config)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """``(x1, x2) -> (-x2, x1)`` over the halves of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos, sin [B, S, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def repeat_kv(x: Tensor, repeats: int) -> Tensor:
+    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated in place."""
+    if repeats == 1:
+        return x
+    batch, heads, length, width = x.shape
+    return x[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, heads * repeats, length, width)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in plain PyTorch: query [B, Hq, S, D] -> output [B, S, Hq, D] and weights [B, Hq, S, K]."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention with rotary positions, optional head norms on q and k, optional sliding window."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = DecoderRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.project(hidden_states)
+        layer_cache = static_layer(past_key_values, self.layer_idx)
+        if layer_cache is not None and is_decode_mask(attention_mask) and self.may_write_cache(q):
+            q, k, v = self.write_cache(q, k, v, position_embeddings, layer_cache, attention_mask)
+        else:
+            if self.config.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+            v = v.transpose(1, 2)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return linear(output.reshape(*hidden_states.shape[:-1], -1).contiguous(), self.o_proj), weights
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, Hq, D], keys and values [B, S, Hkv, D]."""
+        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        modules = (self.q_proj, self.k_proj, self.v_proj)
+        packed = fused_linear(hidden_states, modules)
+        if packed is None:
+            q, k, v = (module(hidden_states).view(per_head) for module in modules)
+            return q, k, v
+        kv_heads = self.config.num_key_value_heads
+        heads = packed.view(per_head)
+        q, k, v = heads.split((heads.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
+        return q, k, v
+
+    def may_write_cache(self, q: Tensor) -> bool:
+        """True when one kernel may normalise, rotate and store a step's heads."""
+        norms = (self.q_norm, self.k_norm) if self.config.qk_norm else ()
+        return may_fuse(q) and all(may_fuse_norm(norm, q) for norm in norms)
+
+    def write_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        layer_cache: StaticLayer,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, Hq, S, D] that are ready to attend, and the cache with the step's keys and values in it."""
+        norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
+        q = rotary_cache(
+            q,
+            k,
+            v,
+            *position_embeddings,
+            layer_cache.keys,
+            layer_cache.values,
+            query_columns(mask, q.shape[1]),
+            q_weight=norms[0].weight if norms else None,
+            k_weight=norms[1].weight if norms else None,
+            eps=self.config.rms_norm_eps,
+            length=layer_cache.cumulative_length,
+        )
+        return q, layer_cache.keys, layer_cache.values
+
+
+def static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
+    """The layer of a static cache that keeps every column in its place and has its memory already, or None."""
+    layer = cache.layers[layer_idx] if isinstance(cache, StaticCache) and not cache.offloading else None
+    # A sliding layer moves its columns; a subclass may do anything.
+    return layer if type(layer) is StaticLayer and layer.is_initialized else None

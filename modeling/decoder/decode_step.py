@@ -1,0 +1,261 @@
+"""One decoding step over a static cache, captured in a CUDA graph: nothing of it runs in Python when it is replayed.
+
+Replayed is only what would run anyway. Before a replay the model is looked over (`step_signature`): a module with a
+hook, an adapter or a wrapper, a weight of another kind or one that moved since, and the step runs as a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+
+from hf_efficient.modeling.decoder.decode_interface import pack_decode_mask
+from hf_efficient.modeling.decoder.fused_steps import is_unhooked
+
+# Modules of other packages whose forward does nothing but compute; our own are known by where they come from.
+_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations")
+_OWN_PACKAGE = f"{__name__.partition('.modeling.')[0] if '.modeling.' in __name__ else __name__.rpartition('.')[0]}."
+# Capacities are rounded up, so that prompts of similar lengths share a cache and its capture.
+_LEAST_CAPACITY = 256
+_ROUNDS_PER_DOUBLING = 8
+
+
+class DecodeCache(StaticCache):
+    """A static cache whose every layer keeps all columns, windowed layers too, in its place; it can grow.
+
+    Args:
+        config: of the model.
+        batch: rows.
+        capacity: columns.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(self, config: Any, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        Cache.__init__(self, layers=[StaticLayer(max_cache_len=capacity) for _ in range(config.num_hidden_layers)])
+        with torch.inference_mode(False), torch.no_grad():  # the cache may outlive the caller's inference mode
+            self._allocate(config, batch, dtype, device)
+
+    def _allocate(self, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        # In one tensor, so that they are set at once.
+        self.lengths = torch.zeros(config.num_hidden_layers, dtype=torch.long, device=device)
+        for layer, length in zip(self.layers, self.lengths, strict=True):
+            layer.lazy_initialization(empty, empty)
+            layer.cumulative_length = length
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].max_cache_len
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def set_length(self, length: int) -> None:
+        """Forget all columns from `length` on."""
+        self.lengths.fill_(length)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def grow(self, capacity: int) -> None:
+        """Move to memory of `capacity` columns, with all that is stored."""
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                setattr(layer, name, new)
+            layer.max_cache_len = capacity
+
+
+def round_capacity(columns: int) -> int:
+    """The capacity given to a cache that needs `columns`: at most an eighth more, from 256 on."""
+    if columns <= _LEAST_CAPACITY:
+        return _LEAST_CAPACITY
+    step = (1 << (columns - 1).bit_length()) // (2 * _ROUNDS_PER_DOUBLING)
+    return -(-columns // step) * step
+
+
+def _is_known(module: nn.Module) -> bool:
+    origin = type(module).__module__
+    return origin.startswith(_OWN_PACKAGE) or origin.startswith(_KNOWN_MODULES)
+
+
+def step_signature(model: nn.Module) -> tuple | None:
+    """Identity of every weight and switch that a captured step reads; None when the step may not be captured."""
+    signature: list[Any] = []
+    device = None
+    for module in model.modules():
+        if not _is_known(module) or not is_unhooked(module) or module.training:
+            return None
+        signature.append(getattr(module, "efficient", None))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            device = device or tensor.device
+            # Quantised and distributed weights have types of their own, and so have fake ones.
+            if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device:
+                return None
+            signature.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+    return (model.config.num_hidden_layers, *signature)
+
+
+class DecodeStep:
+    """A step of one token a row over one cache, with the buffers that it reads and advances.
+
+    Args:
+        cache: the cache; only its memory is kept, so that a step dies with its cache.
+        kinds: names of the layer kinds that the model wants masks for.
+        padded: some row begins with padding, so the step looks at which columns are visible.
+    """
+
+    def __init__(self, cache: Cache, kinds: set[str], padded: bool) -> None:
+        keys = cache.layers[0].keys
+        batch, _, self.capacity, _ = keys.shape
+        self.padded = padded
+        self._memory = keys.data_ptr()
+        with torch.inference_mode(False), torch.no_grad():  # these outlive the caller's inference mode
+            self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=keys.device)
+            self.positions = torch.zeros_like(self.tokens)
+            visible = torch.ones(batch, self.capacity, dtype=torch.bool, device=keys.device) if padded else None
+            self.mask = pack_decode_mask(1, torch.zeros((), dtype=torch.int32, device=keys.device), batch, visible)
+        self.masks = dict.fromkeys(kinds, self.mask)
+        # Of the model when it was captured; None before.
+        self.signature: tuple | None = None
+        self.logits: Tensor | None = None
+        self.graph_bytes = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    def fits(self, cache: Cache) -> bool:
+        """True when the cache's memory is still the one that the step was made for."""
+        return cache.layers[0].keys.data_ptr() == self._memory
+
+    def begin(self, length: int, positions: Tensor, columns: Tensor | None) -> None:
+        """Stand behind `length` columns.
+
+        Args:
+            positions: position of each row's next token [B].
+            columns: [B, length], false at padding; None when there is none.
+        """
+        self.positions.copy_(positions[:, None])
+        self.mask[:, 0, 0, 0] = length
+        self.mask[:, 0, 0, 1] = length + 1
+        if self.padded:
+            self.mask[:, 0, 1] = 0
+            if columns is not None:
+                self.mask[:, 0, 1, : columns.shape[1]] = columns.to(torch.int32) - 1
+
+    def run(self, model: Any, cache: Cache) -> Tensor:
+        """Logits [B, vocabulary] after `self.tokens`, by calling the model; and one column on."""
+        logits = model(
+            input_ids=self.tokens,
+            position_ids=self.positions,
+            attention_mask=self.masks,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        ).logits[:, -1]
+        self.positions += 1
+        self.mask[:, :, 0, :2] += 1
+        return logits
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture(self, model: Any, cache: Cache, signature: tuple) -> None:
+        """Record the step in a CUDA graph; the column that it writes on the way, the next step writes anew."""
+        buffers = (self.positions, self.mask, *(layer.cumulative_length for layer in cache.layers))
+        before = [buffer.clone() for buffer in buffers]
+        device = self.tokens.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self.run(model, cache)  # compiles kernels, makes library handles: neither belongs in a graph
+        torch.cuda.current_stream(device).wait_stream(stream)
+        held = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread, say one that loads data, may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self.run(model, cache)
+        self.logits, self._graph, self.signature = logits, graph, signature
+        self.graph_bytes = max(torch.cuda.memory_reserved(device) - held, 0)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+    def replay(self) -> Tensor:
+        """Logits [B, vocabulary] after `self.tokens`, in a buffer that the next replay overwrites."""
+        assert self._graph is not None and self.logits is not None
+        self._graph.replay()
+        return self.logits
+
+
+class StepPool:
+    """Caches that wait for the next call of `generate`, each with its captured step: few, and of bounded size."""
+
+    def __init__(self, most: int, share_of_memory: float) -> None:
+        self.most = most
+        self.share_of_memory = share_of_memory
+        self._idle: list[tuple[DecodeCache, DecodeStep]] = []
+
+    def take(
+        self, batch: int, capacity: int, padded: bool, dtype: torch.dtype
+    ) -> tuple[DecodeCache, DecodeStep] | None:
+        """A fitting cache and step, now the caller's; None when there is none."""
+        for entry in self._idle:
+            cache, step = entry
+            shape = (step.batch, step.capacity, step.padded, cache.layers[0].keys.dtype)
+            if shape == (batch, capacity, padded, dtype):
+                self._idle.remove(entry)
+                return entry
+        return None
+
+    def put(self, cache: DecodeCache, step: DecodeStep) -> None:
+        """Keep a cache and its step for later; the longest unused ones go when there are too many."""
+        self._idle.append((cache, step))
+        limit = self.share_of_memory * torch.cuda.get_device_properties(step.tokens.device).total_memory
+        while len(self._idle) > self.most or (self._idle and self.nbytes() > limit):
+            self._idle.pop(0)
+
+    def nbytes(self) -> int:
+        """Bytes that the waiting caches and graphs hold."""
+        return sum(cache.nbytes() + step.graph_bytes for cache, step in self._idle)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Each waiting capture: rows, columns, whether for padded prompts, bytes of its cache and of its graph."""
+        return [
+            {
+                "batch": step.batch,
+                "capacity": step.capacity,
+                "padded": step.padded,
+                "cache_bytes": cache.nbytes(),
+                "graph_bytes": step.graph_bytes,
+            }
+            for cache, step in self._idle
+        ]
+
+    def clear(self) -> None:
+        """Free them all."""
+        self._idle.clear()
+
+
+# Steps of caches that users hold, found again when a cache comes back for another turn.
+STEPS_OF_RETURNED_CACHES: WeakKeyDictionary[Cache, DecodeStep] = WeakKeyDictionary()
+# Not attributes of the models, which are copied, pickled and moved; a graph is none of these.
+_POOLS: WeakKeyDictionary[nn.Module, StepPool] = WeakKeyDictionary()
+MOST_IDLE_STEPS = 4
+IDLE_SHARE_OF_MEMORY = 0.25
+
+
+def step_pool(model: nn.Module) -> StepPool:
+    """The pool of `model`."""
+    if model not in _POOLS:
+        _POOLS[model] = StepPool(MOST_IDLE_STEPS, IDLE_SHARE_OF_MEMORY)
+    return _POOLS[model]

@@ -1,0 +1,91 @@
+"""The small steps of a decoding layer as single kernels, where modules are so plain that nobody can tell.
+
+A kernel reads a module's weights instead of calling it. So each step first looks whether the call would do just what
+its class says: an adapter, a hook, an offloading wrapper, a parametrisation, a quantised or distributed weight,
+autocast or a gradient makes it step aside, and the modules are called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+
+from hf_efficient.kernels.dispatch import select_backend
+from hf_efficient.kernels.skinny_linear.api import skinny_linear
+
+# Tokens in flight up to which a step is bound by reading the weights; beyond, the library's matrix product is best.
+MAX_ROWS = 64
+# Both names of the activation that the kernels compute.
+SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """True when calling `module` runs its class's forward and nothing else."""
+    return (
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__  # where accelerate and others put their wrapper
+        and not _has_any_global_hook()
+    )
+
+
+def is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """True when `module` is exactly of one of these classes, and unhooked: no adapter, no parametrisation."""
+    return type(module) in kinds and is_unhooked(module)
+
+
+def has_plain_weight(module: nn.Module, like: Tensor) -> bool:
+    """True when the weight is an ordinary tensor of the dtype and device of `like`: not quantised, not distributed."""
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype == like.dtype and weight.device == like.device
+
+
+def may_fuse(x: Tensor) -> bool:
+    """True when the kernels may take a step on `x`: they have no backward pass, and a compiler fuses by itself."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and type(x) is Tensor
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+        and x.numel() > 0
+        and select_backend("skinny_linear", None, x.device) == "triton"
+    )
+
+
+def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
+    """True when `skinny_linear` may read the weights of these modules in place of calling them on `x` [..., K]."""
+    return (
+        may_fuse(x)
+        and x.numel() // x.shape[-1] <= MAX_ROWS
+        and all(is_bare(module, (nn.Linear,)) and has_plain_weight(module, x) for module in modules)
+    )
+
+
+def fused_linear(x: Tensor, modules: tuple[nn.Module, ...], residual: Tensor | None = None) -> Tensor | None:
+    """Outputs of linear modules on the same `x` [..., K], side by side [..., sum N]; None when it must step aside."""
+    if not may_fuse_linear(x, modules):
+        return None
+    weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+    return skinny_linear(x, weights, biases, residual=residual)
+
+
+def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tensor:
+    """``module(x)``, plus `residual` where given."""
+    out = fused_linear(x, (module,), residual)
+    if out is not None:
+        return out
+    return module(x) if residual is None else residual + module(x)
+
+
+def fused_gate(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, act_fn: nn.Module) -> Tensor | None:
+    """``act_fn(gate_proj(x)) * up_proj(x)``; None when it must step aside."""
+    if not is_bare(act_fn, SILU) or not may_fuse_linear(x, (gate_proj, up_proj)):
+        return None
+    modules = (gate_proj, up_proj)
+    return skinny_linear(x, [m.weight for m in modules], [m.bias for m in modules], gated=True)
