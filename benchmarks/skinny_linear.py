@@ -98,11 +98,7 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
         else:
             tiles = stages * 2 * (elements + padded * block_k)
             programs = -(-outputs // block_n)
-            if (
-                tiles > SHARED_MEMORY
-                or programs < min(64, outputs // 16)
-                or (block_n >= 64) != (warps == 4 or block_n == 128)
-            ):
+            if tiles > SHARED_MEMORY or programs < min(64, outputs // 16) or (warps == 8 and block_n < 64):
                 continue
             # Fewer bytes under way than this do not fill the memory's latency.
             if stages * elements * 2 * min(programs, 132) < min(2**21, matrices * outputs * depth // 2):
