@@ -111,9 +111,12 @@ def _check(
 ) -> None:
     """Refuse what the operation cannot take. Called for every layer of every token, so the usual case is quick."""
     tensors = {"q": q, "k": k, "v": v, "q_pos": q_pos}
-    for name, value in (("kv_len", kv_len), ("col_seg", col_seg), ("anc", anc)):
-        if value is not None and not (name == "kv_len" and isinstance(value, int)):
-            tensors[name] = value
+    if not isinstance(kv_len, int):
+        tensors["kv_len"] = kv_len
+    if col_seg is not None:
+        tensors["col_seg"] = col_seg
+    if anc is not None:
+        tensors["anc"] = anc
     check_tensors(OP, tensors)
     check_dtype(OP, "q", q, FLOATS)
     check_rank(OP, "q", q, 4, 4, "[B, Hq, Q, D]")

@@ -79,11 +79,11 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     forest = _Shape(queries=5, columns=97)
     cases = {
         "prime sizes": draw(_Shape(2, 14, 2, 2, 71, 24)),
+        "dynamic cache, one length for all": draw(single, kv_len=131),
         "left padding": draw(col_seg=padded),
         "static cache, lengths of their own": poisoned(
             draw(_Shape(batch=3, columns=90), q_pos=integers([64], [0], [-1])), integers(65, 1, 0)
         ),
-        "dynamic cache, one length for all": draw(single, kv_len=131),
         "a length without dimensions": poisoned(draw(q_pos=integers([40])), integers(41)[0]),
         "a group of three, many splits": draw(_Shape(1, 3, 1, 1, 290, 32)),
         "a group of four, two queries": draw(_Shape(heads=4, queries=2), q_pos=integers([60, 50], dtype=torch.int64)),
@@ -156,6 +156,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
     return [
         bad("no cache", "`k`", "NoneType", k=None),
+        bad("no length", "`kv_len`", "NoneType", kv_len=None),
         bad("a length of text", "`kv_len`", "str", kv_len="67"),
         bad("queries of integers", "`q`", "int64", q=q.long()),
         bad("a cache in another dtype", "`v`", "float16", "float32", v=v.half()),
@@ -200,19 +201,18 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Every tile of the table with everything switched on, and the plain kernels; none depends on the capability."""
+    """Every tile of the table with everything switched on, and plain kernels; all devices have the same tiles."""
     from hf_efficient.kernels.decode_attention.triton_kernels import attend_kernel, merge_kernel
 
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     names = attend_kernel.arg_names
     optional = {"kv_len": "*i64", "col_seg": "*i32", "anc": "*i64", "window": "i32", "partial": "*fp32"}
-    unaligned = ("columns", "segments", "queries", "splits", "kv_heads", "window", "score_scale")
     for element, width, group, queries, everything in (
-        *(("bf16", width, 4, queries, True) for width in (64, 128, 256) for queries in (1, 8, 64)),
-        *((element, width, 4, 1, False) for element in ("bf16", "fp32") for width in (64, 128, 256)),
-        *(("fp32", width, 4, 1, True) for width in (64, 256)),
+        # Tiles of 16 rows and the largest; those of 32 need less than these.
+        *(("bf16", width, 4, queries, True) for width in (64, 128, 256) for queries in (1, 64)),
+        *(("fp32", width, 4, 1, True) for width in (64, 128, 256)),
+        *(("bf16", width, 4, 1, False) for width in (64, 128)),
         ("fp16", 80, 7, 1, True),
-        ("fp16", 64, 3, 1, False),
     ):
         config = launch_config(queries * group, width, sizes[element])
         rest = {"kv_len": "*i64"} if not everything else optional
@@ -225,6 +225,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             "WORDS": 2 if everything else 0,
             "WORDS_PADDED": 2 if everything else 1,
             "DIRECT": not everything,
+            "OVERLAP": everything and capability >= 90,
         }
         absent = {name: None for name in optional if name not in rest}
         types = {
@@ -234,18 +235,20 @@ def compilations(capability: int) -> Iterator[Compilation]:
             "score_scale": "fp32",
             **rest,
         }
-        strides_of_one = {"kv_len_stride": 1, "q_pos_stride": 1}
-        types = {name: kind for name, kind in types.items() if name not in strides_of_one}
         yield Compilation(
             label=f"attend {element} width {width}, {config.block_rows} rows, {'all' if everything else 'nothing'} on",
             kernel=attend_kernel,
             types={name: types[name] for name in names if name in types},
-            constants={**constants, **absent, **strides_of_one},
+            constants={**constants, **absent},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            aligned=tuple(name for name in names if name in types and name not in unaligned),
+            aligned=tuple(
+                name
+                for name, kind in types.items()
+                if kind.startswith("*") or name.startswith(("q_stride", "k_stride", "v_stride"))
+            ),
         )
-    for element, width in (("bf16", 64), ("bf16", 128), ("fp32", 256)):
+    for element, width in (("bf16", 64), ("fp32", 256)):
         yield Compilation(
             label=f"merge {element} width {width}",
             kernel=merge_kernel,
@@ -254,6 +257,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 "WIDTH": width,
                 "BLOCK_SPLITS": MERGE_TILE // padded_width(width),
                 "BLOCK_WIDTH": padded_width(width),
+                "OVERLAP": capability >= 90,
             },
             num_warps=4,
             aligned=("out", "partial"),

@@ -15,6 +15,7 @@ from hf_efficient.kernels.decode_attention.configs import (
     padded_width,
     split_count,
 )
+from hf_efficient.kernels.overlap import overlap_options
 
 try:
     import triton
@@ -38,7 +39,9 @@ if HAVE_TRITON:
             known |= ((segment >> 6) == at)[None, :] & (((word[:, None] >> bit) & 1) != 0)
         return known
 
-    @triton.jit(do_not_specialize=["columns", "segments", "queries", "splits"])
+    _GROWING = ["columns", "segments", "queries", "splits", "kv_len_stride", "q_pos_stride", "col_seg_stride"]
+
+    @triton.jit(do_not_specialize=_GROWING)
     def attend_kernel(
         out,
         partial,
@@ -76,7 +79,10 @@ if HAVE_TRITON:
         WORDS: tl.constexpr,
         WORDS_PADDED: tl.constexpr,
         DIRECT: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
         # Rows are the queries of all heads that share a key-value head, query by query. The tiles of one head run
         # side by side, so that what one reads the others find in the cache.
         tiles = tl.cdiv(queries * GROUP, BLOCK_ROWS)
@@ -90,6 +96,8 @@ if HAVE_TRITON:
         dim = tl.arange(0, BLOCK_WIDTH)
         inside_width = dim < WIDTH
 
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
         position = tl.load(q_pos + batch * q_pos_stride + query, mask=inside_rows, other=-1).to(tl.int32)
         length = columns
         if kv_len is not None:
@@ -149,7 +157,8 @@ if HAVE_TRITON:
             mixed = tl.dot(weight.to(v_tile.dtype), v_tile, mixed * shrink[:, None], input_precision="ieee")
             highest = new_highest
 
-        mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+        divisor = tl.where(total > 0.0, total, 1.0)
+        mixed = mixed / divisor[:, None]
         # Row of the output [B, Q, Hq], which is what a model's output projection reads.
         out_row = (batch * queries + query) * (kv_heads * GROUP) + head
         out_mask = inside_rows[:, None] & inside_width[None, :]
@@ -161,7 +170,7 @@ if HAVE_TRITON:
             out_mask &= (total > 0.0)[:, None]
             tl.store(partial + slot[:, None] * WIDTH + dim[None, :], mixed, mask=out_mask)
             slots = (tl.num_programs(0) // tiles).to(tl.int64) * GROUP * queries * splits
-            tl.store(partial + slots * WIDTH + slot, highest + tl.log2(total), mask=inside_rows)
+            tl.store(partial + slots * WIDTH + slot, highest + tl.log2(divisor), mask=inside_rows)
 
     @triton.jit(do_not_specialize=["splits"])
     def merge_kernel(
@@ -171,7 +180,11 @@ if HAVE_TRITON:
         WIDTH: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         # One row of the output; its parts are taken in their order, whatever order they were made in.
         row = tl.program_id(0).to(tl.int64)
         slots = tl.num_programs(0).to(tl.int64) * splits
@@ -245,6 +258,7 @@ def launch(
     partial = None
     if splits > 1:
         partial = torch.empty(rows * splits * (width + 1), dtype=torch.float32, device=q.device)
+    overlap = overlap_options(q.device)
     attend_kernel[(programs, splits)](
         out,
         partial,
@@ -276,6 +290,7 @@ def launch(
         WORDS=words,
         WORDS_PADDED=triton.next_power_of_2(max(words, 1)),
         DIRECT=splits == 1,
+        **overlap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -287,6 +302,7 @@ def launch(
             WIDTH=width,
             BLOCK_SPLITS=MERGE_TILE // padded_width(width),
             BLOCK_WIDTH=padded_width(width),
+            **overlap,
             num_warps=4,
         )
     return out

@@ -61,3 +61,17 @@ def test_rows_of_stem_gate_are_read_and_written_16_bytes_at_a_time() -> None:
             assert re.search(r"(?:ld|st)\.global[^;]*\.v4\.b32", ptx), compilation.label
             checked += 1
     assert checked >= 4
+
+
+def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
+    """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow them."""
+    from hf_efficient.kernels.decode_attention.record import RECORD
+
+    checked = 0
+    for compilation in RECORD.compilations(90):
+        if compilation.label.startswith("attend bf16 width 64") and "nothing on" in compilation.label:
+            ptx = compile_ahead(compilation, 90).asm["ptx"]
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x\w+|\d+), ", ptx)
+            assert copies and {int(size, 0) for size in copies} == {16}, compilation.label
+            checked += 1
+    assert checked
