@@ -2,8 +2,8 @@
 
 transformers' own loop prepares inputs, calls the model and waits for the device once a token. This one keeps all it
 needs on the device, asks now and then whether every row has ended, and drops what it computed past that point. It
-serves the calls that it can serve exactly and hands the others back: beams, assisted and prompt-lookup decoding, a model
-on the CPU or spread over devices, adapters, hooks, another attention implementation, a cache of another kind.
+serves the calls that it can serve exactly and hands the others back: beams, assisted and prompt-lookup decoding, a
+model on the CPU or spread over devices, adapters, hooks, another attention implementation, a cache of another kind.
 """
 
 from __future__ import annotations
