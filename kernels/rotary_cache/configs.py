@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Up to this many tokens a call is decoding: so few programs that each takes little.
-DECODE_TOKENS = 256
+DECODE_TOKENS = 64
 
 
 @dataclass(frozen=True)
