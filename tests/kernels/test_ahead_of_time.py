@@ -75,3 +75,48 @@ def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
             assert copies and {int(size, 0) for size in copies} == {16}, compilation.label
             checked += 1
     assert checked
+
+
+def test_weights_of_skinny_linear_are_read_16_bytes_at_a_time() -> None:
+    """Whichever of up to three matrices a program reads: choosing must not lose what is known of the pointers."""
+    from hf_efficient.kernels.skinny_linear.record import RECORD
+
+    checked = set()
+    for compilation in RECORD.compilations(90):
+        if " bf16 " not in compilation.label:
+            continue
+        kernel = compilation.kernel.fn.__name__
+        if (kernel, compilation.label.endswith("gated")) in checked and "576 deep" not in compilation.label:
+            continue  # one of each kind is enough, and those whose depth is no multiple of the tile's
+        ptx = compile_ahead(compilation, 90).asm["ptx"]
+        if kernel == "vector_kernel":
+            # The weights are what leaves the cache first.
+            weights = re.findall(r"ld\.global[^;]*evict_first[^;]*", ptx)
+            assert weights and all(".v4.b32" in load for load in weights), compilation.label
+        else:
+            assert re.search(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx), compilation.label
+            assert "cp.async.ca" not in ptx, f"{compilation.label}: copies of less than 16 bytes"
+        checked.add((kernel, compilation.label.endswith("gated")))
+    assert len(checked) == 4
+
+
+def test_only_weights_are_read_before_the_kernel_before_has_finished() -> None:
+    """What comes before the wait of an overlapped launch may not depend on that kernel: no x, no residual, no store."""
+    from hf_efficient.kernels.add_rms_norm.record import RECORD as ADD_RMS_NORM
+    from hf_efficient.kernels.rotary_cache.record import RECORD as ROTARY_CACHE
+    from hf_efficient.kernels.skinny_linear.record import RECORD as SKINNY_LINEAR
+
+    early = {}
+    for record in (ADD_RMS_NORM, ROTARY_CACHE, SKINNY_LINEAR):
+        seen = set()
+        for compilation in record.compilations(90):
+            if compilation.kernel not in seen:
+                seen.add(compilation.kernel)
+                before, wait, after = compile_ahead(compilation, 90).asm["ptx"].partition("griddepcontrol.wait")
+                assert wait, compilation.label
+                assert "st.global" not in before and re.search(r"st\.global", after), compilation.label
+                early[compilation.kernel.fn.__name__] = re.findall(r"(?:ld\.global|cp\.async\.cg)[^;]*", before)
+    assert early["rotary_cache_kernel"] == early["matrix_kernel"] == []
+    assert early["vector_kernel"] and all("evict_first" in load for load in early["vector_kernel"])
+    # The weight of the norm: 2048 elements of two bytes for 4 warps, in pieces of 16 bytes.
+    assert len(early["add_rms_norm_kernel"]) == 2
