@@ -206,6 +206,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     names = attend_kernel.arg_names
+    rows = ("out", "partial", "q", "k", "v")
     optional = {"kv_len": "*i64", "col_seg": "*i32", "anc": "*i64", "window": "i32", "partial": "*fp32"}
     for element, width, group, queries, everything in (
         # Tiles of 16 rows and the largest; those of 32 need less than these.
@@ -242,11 +243,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             constants={**constants, **absent},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            aligned=tuple(
-                name
-                for name, kind in types.items()
-                if kind.startswith("*") or name.startswith(("q_stride", "k_stride", "v_stride"))
-            ),
+            aligned=tuple(name for name in types if name.startswith(("q_s", "k_s", "v_s")) or name in rows),
         )
     for element, width in (("bf16", 64), ("fp32", 256)):
         yield Compilation(

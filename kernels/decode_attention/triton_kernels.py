@@ -39,9 +39,11 @@ if HAVE_TRITON:
             known |= ((segment >> 6) == at)[None, :] & (((word[:, None] >> bit) & 1) != 0)
         return known
 
-    _GROWING = ["columns", "segments", "queries", "splits", "kv_len_stride", "q_pos_stride", "col_seg_stride"]
+    # Differ from call to call, and no code is better for knowing them; of the tensors, where in memory they begin.
+    _VARYING = ("columns", "segments", "queries", "splits", "kv_len", "q_pos", "col_seg", "anc")
+    _VARYING_STRIDES = ("kv_len_stride", "q_pos_stride", "col_seg_stride")
 
-    @triton.jit(do_not_specialize=_GROWING)
+    @triton.jit(do_not_specialize=[*_VARYING, *_VARYING_STRIDES])
     def attend_kernel(
         out,
         partial,
