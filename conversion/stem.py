@@ -19,7 +19,7 @@ from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
 from hf_efficient.conversion.patch import NewTensor, TensorChanges
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,
-    EmbeddingGram,
+    EmbeddingRegression,
     TableError,
     TokenSums,
     fit_table,
@@ -72,8 +72,8 @@ class Stem:
         default=0.05, metadata={"help": "ridge of the prior, as a share of the mean diagonal of its Gram matrix"}
     )
     sequential: bool = field(
-        default=False,
-        metadata={"help": "calibrate each layer on the hidden states that the converted layers below give"},
+        default=True,
+        metadata={"help": "fit each layer to the gates that the converted layers below it give, not to the source's"},
     )
     max_layers: int | None = field(
         default=None, metadata={"help": "with auto: at most so many layers (default: a third of the model's)"}
@@ -148,16 +148,18 @@ class Stem:
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
         fit, held_out = run.streams
-        gram = self._gram(run, fit)
+        converted: Stream | None = None
+        regression = self._regression(run, fit)
         last = max(config.stem_layers)
         for index, layer in run.layers():
             if index not in config.stem_layers:
-                run.push(index, layer, fit)
-                run.push(index, layer, held_out)
+                for stream in filter(None, (fit, held_out, converted)):
+                    run.push(index, layer, stream)
             else:
-                entered = [fit.hidden.clone(), held_out.hidden.clone()] if self.sequential else []
-                sums = _observed_push(run, index, layer, fit)
-                table = fit_table(self.init, self.shrinkage, layer, run, sums, gram)
+                if self.sequential and converted is None:
+                    converted = fit.fork()
+                sums = _observed_push(run, index, layer, fit, converted)
+                table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 rows = table.at(run.vocabulary, run.embeddings)
                 errors = TableError(layer.mlp, rows, sums.count)
                 with observe_feed_forward(layer.mlp, errors.add):
@@ -167,10 +169,9 @@ class Stem:
                     "relative_error_by_count": errors.by_count(),
                     "within_token_share": sums.within_token_share(layer.mlp.up_proj),
                 }
-                for stream, hidden in zip((fit, held_out), entered, strict=False):
-                    stream.hidden = hidden
+                if converted is not None:
                     with _stem_feed_forward(run, layer, rows):
-                        run.push(index, layer, stream)
+                        run.push(index, layer, converted)
                 yield _table_name(index), table.write(calibration.reader, config.dtype or torch.float32)
             calibration.progress("calibrate", index + 1, last + 1)
             if index == last:
@@ -186,9 +187,9 @@ class Stem:
             "layers": self._layer_reports,
         }
 
-    def _gram(self, run: LayerwisePass, stream: Stream) -> EmbeddingGram:
+    def _regression(self, run: LayerwisePass, stream: Stream) -> EmbeddingRegression:
         count, _ = occurrences(stream.slots, len(run.vocabulary))
-        return EmbeddingGram.of(count, run.embeddings, self.ridge)
+        return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
 
     @torch.no_grad()
     def _single_layer_costs(self, calibration: Calibration) -> dict[int, float]:
@@ -198,14 +199,14 @@ class Stem:
         """
         run = calibration.start(calibration.fit, calibration.probe)
         fit, probe = run.streams
-        gram = self._gram(run, fit)
+        regression = self._regression(run, fit)
         branches: dict[int, Stream] = {}
         for index, layer in run.layers():
             for branch in branches.values():
                 run.push(index, layer, branch)
             sums = _observed_push(run, index, layer, fit)
             if index > 0:
-                table = fit_table(self.init, self.shrinkage, layer, run, sums, gram)
+                table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 branches[index] = probe.fork()
                 with _stem_feed_forward(run, layer, table.at(run.vocabulary, run.embeddings)):
                     run.push(index, layer, branches[index])
@@ -258,10 +259,20 @@ def _table_name(index: int) -> str:
     return f"model.layers.{index}.mlp.stem_embed.weight"
 
 
-def _observed_push(run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream) -> TokenSums:
-    """Move the stream through the stock layer and sum what its feed-forward sees."""
+def _observed_push(
+    run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream, converted: Stream | None = None
+) -> TokenSums:
+    """Move the stream through the stock layer and sum what its feed-forward sees.
+
+    `converted` is the same text after the converted layers below, and stays there: it gives the gates that tables meet.
+    """
+    met: list[Tensor | None] = []
+    if converted is not None:
+        with observe_feed_forward(layer.mlp, lambda _slots, _x, gate, _up: met.append(gate)):
+            run.push(index, layer, converted.fork())
+    gates = iter(met)
     sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
-    with observe_feed_forward(layer.mlp, sums.add):
+    with observe_feed_forward(layer.mlp, lambda *call: sums.add(*call, next(gates, None))):
         run.push(index, layer, stream)
     return sums
 

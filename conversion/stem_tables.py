@@ -8,18 +8,22 @@ counts for), channel by channel:
 |---|---|---|
 | `gated_mean` | ``(sum g^2 u + k s p) / (sum g^2 + k s)``, s the mean of g^2 over all tokens | ``g * u`` |
 | `mean` | ``(sum u + k p) / (n + k)`` | ``u`` |
-| `ridge` | ``p = W_up P e (+ b)``, P the ridge regression of x on the token's embedding e | |
+| `ridge` | ``p`` of `gated_mean` | |
 | `embed` | ``W_up norm(e) (+ b)``; needs no text | worse than no feed-forward at all |
 
-A token that the text does not hold gets the prior, which is the `ridge` row. The first two are the least-squares
-optimum of each token and channel in their own metric, so with k = 0 no other table is closer on the calibration text.
+The prior is a ridge regression of such rows on the tokens' embeddings, `ridge_prior`; a token that the text does not
+hold gets it alone. The first two are the least-squares optimum of each token and channel in their own metric, so with
+k = 0 no other table is closer on the calibration text.
+
+Fitted in sequence, a layer's gate is that of the converted model, ``g'``, and what it should give is still the
+source's: ``sum g' (g u)`` and ``sum g'^2`` take the places of ``sum g^2 u`` and ``sum g^2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,9 @@ from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedML
 INITIALISERS = ("gated_mean", "mean", "ridge", "embed")
 # Rows of the vocabulary handled at once where a whole table is computed.
 CHUNK_ROWS = 4096
+# A channel that a token's occurrences hardly opened says next to nothing about u: it must not weigh like the others in
+# the regression. This share of an average occurrence is enough to quieten it.
+_DRAWN_TO_MEAN = 0.1
 
 
 @contextmanager
@@ -75,8 +82,8 @@ class TokenSums:
     Attributes:
         count: occurrences that count [R], by the rule of `occurrences`.
         inputs: ``sum x`` [R, D].
-        weight: ``sum g^2`` [R, F].
-        weighted_up: ``sum g^2 u`` [R, F].
+        weight: ``sum g'^2`` [R, F], g' the gate that the table will meet.
+        weighted_up: ``sum g' (g u)`` [R, F].
         up_energy, gated_energy: ``sum |u|^2`` and ``sum |g * u|^2`` over all tokens.
     """
 
@@ -89,18 +96,18 @@ class TokenSums:
         self.up_energy = 0.0
         self.gated_energy = 0.0
 
-    def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
-        """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]."""
+    def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor, met_gate: Tensor | None = None) -> None:
+        """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]; `met_gate` is g' where it is not g."""
         counts = torch.ones_like(slots, dtype=torch.bool)
         counts[:, 0] = self._first_only[slots[:, 0]]
+        met_gate = (gate if met_gate is None else met_gate)[counts]
         slots, x, gate, up = (part[counts] for part in (slots, x, gate, up))
-        gate_squared = gate.square()
-        weighted = gate_squared * up
+        gated_up = gate * up
         self.inputs.index_add_(0, slots, x)
-        self.weight.index_add_(0, slots, gate_squared)
-        self.weighted_up.index_add_(0, slots, weighted)
+        self.weight.index_add_(0, slots, met_gate.square())
+        self.weighted_up.index_add_(0, slots, met_gate * gated_up)
         self.up_energy += float(up.square().sum())
-        self.gated_energy += float((weighted * up).sum())
+        self.gated_energy += float(gated_up.square().sum())
 
     def mean_up(self, up_proj: nn.Linear) -> Tensor:
         """Mean of u for each token [R, F], zero for an absent one; u is linear in x, so it needs no sum of its own."""
@@ -118,33 +125,54 @@ class TokenSums:
 
 
 @dataclass(frozen=True)
-class EmbeddingGram:
-    """Cholesky factor of ``sum n e e^T + lambda I`` [D, D], fp64: the same for every layer, so it is factored once."""
+class EmbeddingRegression:
+    """Ridge regression on the embeddings of the text's tokens; every layer has the same Gram matrix, factored once.
 
+    A token that occurs n times counts ``n / (n + k)``, k the shrinkage: the noise of its row falls with n, what its
+    embedding cannot tell of it does not.
+
+    Attributes:
+        weighted: embedding rows times their tokens' counts so defined [R, D], fp64.
+        factor: Cholesky factor of ``weighted^T e + lambda I`` [D, D], fp64.
+    """
+
+    weighted: Tensor
     factor: Tensor
 
     @classmethod
-    def of(cls, count: Tensor, embeddings: Tensor, ridge: float) -> EmbeddingGram:
+    def of(cls, count: Tensor, embeddings: Tensor, shrinkage: float, ridge: float) -> EmbeddingRegression:
         """From occurrences [R] and embedding rows [R, D]; lambda is `ridge` times the mean of the Gram's diagonal."""
-        e = embeddings.double()
-        gram = (e * count.double()[:, None]).T @ e
+        e, tiny = embeddings.double(), torch.finfo(torch.float32).tiny
+        weighted = e * (count.double() / (count.double() + shrinkage).clamp_min(tiny))[:, None]
+        gram = weighted.T @ e
         # The tiny constant keeps the factorisation alive for an embedding that is zero on the whole text.
-        shift = ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
-        return cls(torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+        shift = ridge * gram.diagonal().mean() + tiny
+        gram += shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return cls(weighted, torch.linalg.cholesky(gram))
 
-    def regression(self, inputs: Tensor, embeddings: Tensor) -> Tensor:
-        """P [D, D], fp32: the ridge regression of x on e, from ``sum x`` of each token [R, D] and its embedding row."""
-        cross = embeddings.double().T @ inputs.double()
-        return torch.cholesky_solve(cross, self.factor).T.float()
+    def coefficients(self, rows: Tensor) -> Tensor:
+        """B [D, F], fp32, such that ``e B`` is closest to rows [R, F]."""
+        return torch.cholesky_solve(self.weighted.T @ rows.double(), self.factor).float()
 
 
 Prior = Callable[[Tensor], Tensor]
 
 
-def ridge_prior(sums: TokenSums, gram: EmbeddingGram, embeddings: Tensor, up_proj: nn.Linear) -> Prior:
-    """Rows [n, F] from embedding rows [n, D]: ``W_up P e (+ b)``."""
-    projection = up_proj.weight @ gram.regression(sums.inputs, embeddings)
-    return lambda e: nn.functional.linear(e, projection, up_proj.bias)
+def ridge_prior(weight: Tensor, weighted_up: Tensor, count: Tensor, regression: EmbeddingRegression) -> Prior:
+    """Rows [n, F] from embedding rows [n, D]: ``m + e B``, with m the row that is best for all tokens alike.
+
+    B is the regression of the tokens' own rows, less m, each first drawn to m by `_DRAWN_TO_MEAN` average occurrences.
+
+    Args:
+        weight, weighted_up: sums of weights and of weighted u of each token [R, F], or [R, 1] for equal channels.
+        count: its occurrences [R].
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    mean_row = weighted_up.sum(0) / weight.sum(0).clamp_min(tiny)
+    drawn = _DRAWN_TO_MEAN * weight.sum(0) / count.sum()
+    rows = (weighted_up + drawn * mean_row) / (weight + drawn).clamp_min(tiny)
+    coefficients = regression.coefficients(rows - mean_row)
+    return lambda e: torch.addmm(mean_row, e, coefficients)
 
 
 def embedding_prior(layer: DecoderLayer) -> Prior:
@@ -193,25 +221,28 @@ def fit_table(
     layer: DecoderLayer,
     run: LayerwisePass,
     sums: TokenSums,
-    gram: EmbeddingGram,
+    regression: EmbeddingRegression,
 ) -> FittedTable:
     """The table of one layer by the initialiser `init`, from the sums over the calibration text."""
     up_proj = layer.mlp.up_proj
-    prior = embedding_prior(layer) if init == "embed" else ridge_prior(sums, gram, run.embeddings, up_proj)
-    width = sums.weight.shape[1]
-    if init in ("embed", "ridge"):
-        return FittedTable(run.vocabulary[:0], run.embeddings.new_empty(0, width), prior)
+    none = FittedTable(run.vocabulary[:0], run.embeddings.new_empty(0, sums.weight.shape[1]), embedding_prior(layer))
+    if init == "embed":
+        return none
+
+    if init == "mean":
+        weight, weighted_up = sums.count[:, None], sums.mean_up(up_proj) * sums.count[:, None]
+    else:
+        weight, weighted_up = sums.weight, sums.weighted_up
+    prior = ridge_prior(weight, weighted_up, sums.count, regression)
+    if init == "ridge":
+        return replace(none, prior=prior)
 
     seen = sums.count > 0
-    if init == "mean":
-        weight, weighted_up = sums.count[seen, None], sums.mean_up(up_proj)[seen] * sums.count[seen, None]
-    else:
-        weight, weighted_up = sums.weight[seen], sums.weighted_up[seen]
     prior_weight = shrinkage * weight.sum(0) / sums.count.sum()
     prior_rows = prior(run.embeddings[seen])
-    total = weight + prior_weight
+    total = weight[seen] + prior_weight
     # Without shrinkage a gate that was exactly zero leaves nothing to divide by.
-    rows = torch.where(total > 0, (weighted_up + prior_weight * prior_rows) / total, prior_rows)
+    rows = torch.where(total > 0, (weighted_up[seen] + prior_weight * prior_rows) / total, prior_rows)
     return FittedTable(run.vocabulary[seen.cpu()], rows, prior)
 
 

@@ -18,7 +18,7 @@ CALIBRATION_TOKENS = 18_432
 HELD_OUT_TOKENS = 4_096
 PROBE_TOKENS = 1_024
 # Tokens of each document that weights are fitted to: short, since a table profits from many different words.
-FIT_EXCERPT = 256
+FIT_EXCERPT = 128
 
 # Told (stage, steps done, steps in all).
 Progress = Callable[[str, int, int], None]

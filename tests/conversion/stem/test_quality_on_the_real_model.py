@@ -25,11 +25,12 @@ def delta_nll(gguf: Path, output: Path, calibration: Path | None) -> float:
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_calibrated_on_the_text_that_python_ships(smollm_gguf: Path, tmp_path: Path) -> None:
-    """1.28 on Python 3.11's documentation; another version's documentation is another text."""
-    assert 0.5 < delta_nll(smollm_gguf, tmp_path / "stem", None) <= 1.35
+    """0.67 on Python 3.11's documentation; another version's documentation is another text."""
+    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", None) <= 0.8
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_calibrated_on_web_text(smollm_gguf: Path, tmp_path: Path, shared_data: Path) -> None:
-    assert 0.5 < delta_nll(smollm_gguf, tmp_path / "stem", shared_data / "c4_en_valid_1k.jsonl") <= 1.55
+    """0.81 measured."""
+    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", shared_data / "c4_en_valid_1k.jsonl") <= 0.9
