@@ -64,7 +64,7 @@ def test_rows_of_stem_gate_are_read_and_written_16_bytes_at_a_time() -> None:
 
 
 def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
-    """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow them."""
+    """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow any."""
     from hf_efficient.kernels.decode_attention.record import RECORD
 
     checked = 0
