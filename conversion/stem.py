@@ -272,7 +272,7 @@ def _observed_push(
             run.push(index, layer, converted.fork())
     gates = iter(met)
     sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
-    with observe_feed_forward(layer.mlp, lambda *call: sums.add(*call, next(gates, None))):
+    with observe_feed_forward(layer.mlp, lambda slots, x, gate, up: sums.add(slots, x, gate, up, next(gates, None))):
         run.push(index, layer, stream)
     return sums
 
