@@ -38,7 +38,7 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], layout: str) -> None:
     """`tensor` has exactly the shape `expected`; `layout` says in words where that shape comes from."""
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise HFEError(
             f"{op}: `{name}` has shape {tuple(tensor.shape)} where {expected} is needed", f"its shape must be {layout}"
         )

@@ -100,8 +100,9 @@ def _check(
     check_tensors("skinny_linear", named)
     check_no_gradient("skinny_linear", named)
     check_dtype("skinny_linear", "x", x, _DTYPES)
+    same = (x.dtype,)
     for name, tensor in named.items():
-        check_dtype("skinny_linear", name, tensor, (x.dtype,))
+        check_dtype("skinny_linear", name, tensor, same)
     check_rank("skinny_linear", "x", x, 1, None, "[..., K]")
     check_not_empty("skinny_linear", "x", x, dimension=-1)
     depth = x.shape[-1]
