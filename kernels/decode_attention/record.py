@@ -210,10 +210,11 @@ def compilations(capability: int) -> Iterator[Compilation]:
     optional = {"kv_len": "*i64", "col_seg": "*i32", "anc": "*i64", "window": "i32", "partial": "*fp32"}
     for element, width, group, queries, everything in (
         # Tiles of 16 rows and the largest; those of 32 need less than these.
-        *(("bf16", width, 4, queries, True) for width in (64, 128, 256) for queries in (1, 64)),
-        *(("fp32", width, 4, 1, True) for width in (64, 128, 256)),
-        *(("bf16", width, 4, 1, False) for width in (64, 128)),
+        *(("bf16", width, 4, queries, True) for width in (64, 256) for queries in (1, 64)),
+        ("bf16", 128, 4, 64, True),
         ("fp16", 80, 7, 1, True),
+        *(("fp32", width, 4, 1, True) for width in (64, 128, 256)),
+        ("bf16", 64, 4, 1, False),
     ):
         config = launch_config(queries * group, width, sizes[element])
         rest = {"kv_len": "*i64"} if not everything else optional
