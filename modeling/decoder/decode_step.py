@@ -85,7 +85,7 @@ def _is_known(module: nn.Module) -> bool:
     return origin.startswith(_OWN_PACKAGE) or origin.startswith(_KNOWN_MODULES)
 
 
-def step_signature(model: nn.Module) -> tuple | None:
+def step_signature(model: Any) -> tuple | None:
     """Identity of every weight and switch that a captured step reads; None when the step may not be captured."""
     signature: list[Any] = []
     device = None
@@ -113,6 +113,9 @@ class DecodeStep:
         padded: some row begins with padding, so the step looks at which columns are visible.
     """
 
+    _graph: torch.cuda.CUDAGraph
+    _logits: Tensor
+
     def __init__(self, cache: Cache, kinds: set[str], padded: bool) -> None:
         keys = cache.layers[0].keys
         batch, _, self.capacity, _ = keys.shape
@@ -126,9 +129,7 @@ class DecodeStep:
         self.masks = dict.fromkeys(kinds, self.mask)
         # Of the model when it was captured; None before.
         self.signature: tuple | None = None
-        self.logits: Tensor | None = None
         self.graph_bytes = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def batch(self) -> int:
@@ -185,16 +186,15 @@ class DecodeStep:
         # Another thread, say one that loads data, may use the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self.run(model, cache)
-        self.logits, self._graph, self.signature = logits, graph, signature
+        self._logits, self._graph, self.signature = logits, graph, signature
         self.graph_bytes = max(torch.cuda.memory_reserved(device) - held, 0)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
 
     def replay(self) -> Tensor:
-        """Logits [B, vocabulary] after `self.tokens`, in a buffer that the next replay overwrites."""
-        assert self._graph is not None and self.logits is not None
+        """Logits [B, vocabulary] after `self.tokens`, once captured; in a buffer that the next replay overwrites."""
         self._graph.replay()
-        return self.logits
+        return self._logits
 
 
 class StepPool:
@@ -254,7 +254,7 @@ MOST_IDLE_STEPS = 4
 IDLE_SHARE_OF_MEMORY = 0.25
 
 
-def step_pool(model: nn.Module) -> StepPool:
+def step_pool(model: Any) -> StepPool:
     """The pool of `model`."""
     if model not in _POOLS:
         _POOLS[model] = StepPool(MOST_IDLE_STEPS, IDLE_SHARE_OF_MEMORY)

@@ -7,6 +7,8 @@ autocast or a gradient makes it step aside, and the modules are called.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -38,7 +40,7 @@ def is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     return type(module) in kinds and is_unhooked(module)
 
 
-def has_plain_weight(module: nn.Module, like: Tensor) -> bool:
+def has_plain_weight(module: Any, like: Tensor) -> bool:
     """True when the weight is an ordinary tensor of the dtype and device of `like`: not quantised, not distributed."""
     weight = module.weight
     return type(weight) is nn.Parameter and weight.dtype == like.dtype and weight.device == like.device
@@ -67,7 +69,7 @@ def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def fused_linear(x: Tensor, modules: tuple[nn.Module, ...], residual: Tensor | None = None) -> Tensor | None:
+def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = None) -> Tensor | None:
     """Outputs of linear modules on the same `x` [..., K], side by side [..., sum N]; None when it must step aside."""
     if not may_fuse_linear(x, modules):
         return None
@@ -83,7 +85,7 @@ def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tens
     return module(x) if residual is None else residual + module(x)
 
 
-def fused_gate(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, act_fn: nn.Module) -> Tensor | None:
+def fused_gate(x: Tensor, gate_proj: Any, up_proj: Any, act_fn: nn.Module) -> Tensor | None:
     """``act_fn(gate_proj(x)) * up_proj(x)``; None when it must step aside."""
     if not is_bare(act_fn, SILU) or not may_fuse_linear(x, (gate_proj, up_proj)):
         return None

@@ -53,6 +53,10 @@ _STEP_ARGUMENTS = {
 class CapturedGeneration:
     """Mixin before `GenerationMixin`, whose `_sample` serves greedy search and sampling."""
 
+    # Of the model that this is mixed into.
+    config: Any
+    device: Any
+
     # Arguments of `generate` that belong to the prompt alone, for patches to add to.
     prompt_arguments: frozenset[str] = frozenset()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
     return is_bare(norm, (DecoderRMSNorm,)) and may_fuse(x) and has_plain_weight(norm, x)
 
 
-def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(residual + x)``, and that sum; one kernel where `norm` is this module's own class."""
     if may_fuse_norm(norm, x):
         return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
