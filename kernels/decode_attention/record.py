@@ -309,7 +309,6 @@ RECORD = KernelRecord(
     bad_inputs=bad_inputs,
     # Half precision: the weights are rounded, and the result, 2^-9 and 2^-12 at most each.
     tolerances={
-        torch.float64: Tolerance(1e-13, 0.0),
         torch.float32: Tolerance(3e-6, 0.0),
         torch.float16: Tolerance(5e-4, 0.0),
         torch.bfloat16: Tolerance(4e-3, 0.0),

@@ -207,15 +207,18 @@ def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device:
     # What a call changes starts each time from the same contents, which `arguments` keeps.
     changed = {name: map_tensors(torch.clone, arguments.get(name)) for name in record.mutates}
 
+    upstream: list[Tensor] = []
+
     def forward_and_backward() -> list[Tensor]:
         outputs = list(named_outputs(_triton(record)(**{**arguments, **changed})).values())
-        upstream = [upstream_gradient(out) for out in outputs]
+        if not upstream:
+            upstream.extend(upstream_gradient(out) for out in outputs)
         return [*outputs, *(torch.autograd.grad(outputs, leaves, upstream) if leaves else ())]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        forward_and_backward()  # what happens only once must not be captured
+        forward_and_backward()  # what happens only once must not be captured, nor can random numbers be drawn there
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
