@@ -260,3 +260,36 @@ def test_a_broken_configuration_is_named(tmp_path: Path, text: str | None, words
         (tmp_path / CONFIG).write_text(text)
     with pytest.raises(HFEError, match=words):
         export(tmp_path)
+
+
+@pytest.mark.gpu
+def test_generates_from_a_graph_without_the_package(
+    checkpoints: dict[str, Path], run_python: Runner, tmp_path: Path
+) -> None:
+    """Two copies of one release in a process, each with its own operators, attention and captured steps."""
+    prompt = torch.tensor([[0, 5, 9, 13], [7, 8, 9, 10]])
+    options = {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), "max_new_tokens": 20, "do_sample": False}
+    for model_type, folder in checkpoints.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        save_file({"tokens": model.generate(prompt, **options)}, tmp_path / f"{model_type}.safetensors")
+    script = (
+        HELPERS
+        + """
+prompt = torch.tensor([[0, 5, 9, 13], [7, 8, 9, 10]], device="cuda")
+mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device="cuda")
+result, models = {}, []
+for folder in map(Path, sys.argv[2:]):
+    models.append(load(folder, dtype=torch.float32).to("cuda"))
+    tokens = models[-1].generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    expected = load_file(Path(sys.argv[1], folder.name + ".safetensors"))["tokens"]
+    result[folder.name] = {
+        "tokens": torch.equal(tokens.cpu(), expected),
+        "captured": len(models[-1].captured_steps()),
+        "attention": models[-1].config._attn_implementation,
+    }
+print(json.dumps(result))
+"""
+    )
+    result = run_python(script, tmp_path, *checkpoints.values())
+    assert all(found["tokens"] and found["captured"] == 1 for found in result.values()), result
+    assert len({found["attention"] for found in result.values()}) == len(checkpoints), "each copy has its own name"
