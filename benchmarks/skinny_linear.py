@@ -40,9 +40,11 @@ LAYERS: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
 }
 ROWS = (1, 8, 32, 64)
 
-# What the sweep tries, by rows: heights and depths of a tile, warps, and depths of the pipelined loop.
-VECTOR_TILES = ((1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8), (1,))
-MATRIX_TILES = ((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5))
+# What the sweep tries, by rows: heights and depths of a tile, warps, depths of the pipelined loop, parts of the depth.
+VECTOR_TILES = ((1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8), (1,), (1,))
+MATRIX_TILES = ((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 2, 4, 8))
+# Parts of the depth are worth their adding up where the weight is deep and would otherwise make few programs.
+SPLIT_DEPTH, SPLIT_PROGRAMS = 4096, (128, 256)
 # Elements of a tile of the element-by-element kernel: less leaves lanes idle, more spills registers.
 VECTOR_ELEMENTS = (2048, 16384)
 SHARED_MEMORY = 220 * 1024
@@ -85,8 +87,9 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     chosen = launch_config(padded, outputs, depth, 2, gated, capability)
     yield chosen
-    for block_n, block_k, warps, stages in itertools.product(*(VECTOR_TILES if padded == 1 else MATRIX_TILES)):
-        config = LaunchConfig(block_n, block_k, warps, stages)
+    for tile in itertools.product(*(VECTOR_TILES if padded == 1 else MATRIX_TILES)):
+        config = LaunchConfig(*tile)
+        block_n, block_k, warps, stages, splits = tile
         matrices = 2 if gated else 1
         elements = matrices * block_n * block_k
         if config == chosen or block_k >= 2 * depth:
@@ -97,8 +100,12 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
                 continue
         else:
             tiles = stages * 2 * (elements + padded * block_k)
-            programs = -(-outputs // block_n)
+            programs = -(-outputs // block_n) * splits
             if tiles > SHARED_MEMORY or programs < min(64, outputs // 16) or (warps == 8 and block_n < 64):
+                continue
+            if splits > 1 and (
+                gated or depth < SPLIT_DEPTH or block_n < 32 or not SPLIT_PROGRAMS[0] <= programs <= SPLIT_PROGRAMS[1]
+            ):
                 continue
             # Fewer bytes under way than this do not fill the memory's latency.
             if stages * elements * 2 * min(programs, 132) < min(2**21, matrices * outputs * depth // 2):
@@ -179,7 +186,7 @@ def sweep(device: torch.device, text: str, seconds: float) -> None:
         if device.type == "cuda"
         else {case: list(candidates(*case))[:2] for case in chosen}
     )
-    print(f"{'case':<28}{'':>8}{'N x K, warps, stages':>24}{'us':>9}{'GB/s':>7}")
+    print(f"{'case':<28}{'':>8}{'N x K, warps, stages, parts':>28}{'us':>9}{'GB/s':>7}")
     for (layer, rows), configs in by_case.items():
         first = draw(layer, rows, device, 0)
         cost = RECORD.forward_cost(first).bytes
@@ -193,8 +200,9 @@ def sweep(device: torch.device, text: str, seconds: float) -> None:
         found.sort(key=lambda each: each[0])
         for milliseconds, note, config in found[:4] + [each for each in found[4:] if each[1]]:
             tile = f"{config.block_n} x {config.block_k}, {config.num_warps}, {config.num_stages}" if config else ""
+            tile += f", {config.splits}" if config else ""
             rate = cost / milliseconds / 1e6
-            print(f"{f'{layer}, {rows} rows':<28}{note:>8}{tile:>24}{1e3 * milliseconds:>9.2f}{rate:>7.0f}")
+            print(f"{f'{layer}, {rows} rows':<28}{note:>8}{tile:>28}{1e3 * milliseconds:>9.2f}{rate:>7.0f}")
         # A fast configuration must be right, too.
         best = next((config for _, _, config in found if config is not None), None)
         error = relative_error(launch_once(first, best), RECORD.reference(**first))

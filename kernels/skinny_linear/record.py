@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost, KernelRecord, Sample, Tolerance
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
-from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS, ROW_CLASSES, launch_config
+from hf_efficient.kernels.skinny_linear.configs import (
+    MAX_ROWS,
+    ROW_CLASSES,
+    SUM_COLUMNS,
+    SUM_WARPS,
+    launch_config,
+    part_depth,
+)
 from hf_efficient.kernels.skinny_linear.op import skinny_linear_rows
 from hf_efficient.kernels.skinny_linear.reference import skinny_linear as reference_skinny_linear
 
@@ -131,7 +138,14 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
 
 
 # Outputs, depth and whether gated, of a 1B model (hidden 2048, feed-forward 8192) and of SmolLM2-135M.
-_SHAPES = ((3072, 2048, False), (8192, 2048, True), (32768, 2048, False), (2048, 8192, False), (1536, 576, True))
+_SHAPES = (
+    (3072, 2048, False),
+    (2048, 2048, False),
+    (8192, 2048, True),
+    (32768, 2048, False),
+    (2048, 8192, False),
+    (1536, 576, True),
+)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
@@ -145,8 +159,10 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 config = launch_config(rows, outputs, depth, size, gated, divmod(capability, 10))
                 plain = outputs == 32768  # the head: neither bias nor residual
                 key = (dtype, rows, gated, plain, config)
-                # Half precisions differ in nothing but the instruction, float32 in nothing but the rows.
-                if key in seen or (dtype != "bf16" and (outputs != 3072 or rows > 16)):
+                # Half precisions differ in nothing but the instruction, float32 in nothing but the rows, and up to 16
+                # rows in nothing but the width of a product.
+                once = rows == 16 or (dtype != "bf16" and rows == 1)
+                if key in seen or (once and outputs != 3072) or (dtype != "bf16" and not once):
                     continue
                 seen.add(key)
                 kernel = vector_kernel if rows == 1 else matrix_kernel
@@ -164,7 +180,13 @@ def compilations(capability: int) -> Iterator[Compilation]:
                     "OVERLAP": capability >= 90,
                 }
                 if rows > 1:
-                    constants["ROWS"] = rows
+                    constants["ROWS"], constants["PART"] = rows, part_depth(config, depth)
+                if config.splits > 1:
+                    yield _sum_compilation(dtype, config.splits, capability)
+                    # The parts get neither biases nor a residual, and are in float32.
+                    absent = ("b0", "b1", "b2", "residual")
+                    constants.update(dict.fromkeys(absent))
+                    types = {name: type_ for name, type_ in types.items() if name not in absent} | {"out": "*fp32"}
                 yield Compilation(
                     label=f"{kernel.__name__} {dtype} {rows} rows {outputs} outputs {depth} deep{' gated' * gated}",
                     kernel=kernel,
@@ -174,6 +196,21 @@ def compilations(capability: int) -> Iterator[Compilation]:
                     num_stages=config.num_stages,
                     aligned=tuple(name for name in types if name != "rows"),
                 )
+
+
+def _sum_compilation(dtype: str, splits: int, capability: int) -> Compilation:
+    from hf_efficient.kernels.skinny_linear.triton_kernels import sum_kernel
+
+    types = {name: "i32" if name.startswith("n") else f"*{dtype}" for name in sum_kernel.arg_names if name.islower()}
+    types["parts"] = "*fp32"
+    return Compilation(
+        label=f"sum_kernel {dtype} {splits} parts",
+        kernel=sum_kernel,
+        types=types,
+        constants={"SPLITS": splits, "BLOCK_N": SUM_COLUMNS, "OVERLAP": capability >= 90},
+        num_warps=SUM_WARPS,
+        aligned=tuple(types),
+    )
 
 
 def forward_cost(arguments: Arguments) -> Cost:

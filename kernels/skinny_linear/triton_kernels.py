@@ -1,7 +1,8 @@
 """Triton kernels of skinny_linear and the function that launches them.
 
 No checks of arguments: `api.py` sees to those. The weights stay where they are: a program finds out from its number
-which of up to three matrices its rows of weights are in. In both kernels a weight is read once, by one program.
+which of up to three matrices its rows of weights are in. A weight is read once, by one program. Where the depth is cut
+into parts, the programs leave sums in float32, and `sum_kernel` adds them, always in the order of the parts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from hf_efficient.kernels.overlap import overlap_options
-from hf_efficient.kernels.skinny_linear.configs import LaunchConfig, launch_config, row_class
+from hf_efficient.kernels.skinny_linear.configs import (
+    SUM_COLUMNS,
+    SUM_WARPS,
+    LaunchConfig,
+    launch_config,
+    part_depth,
+    row_class,
+)
 
 try:
     import triton
@@ -158,12 +166,16 @@ if HAVE_TRITON:
         stride2,
         GATED: tl.constexpr,
         DEPTH: tl.constexpr,
+        PART: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """Up to ROWS rows of x. The weight is the left factor, so that the few rows are the short side."""
+        """Up to ROWS rows of x. The weight is the left factor, so that the few rows are the short side.
+
+        With PART below DEPTH, programs (., i) take the i-th part of the depth, and `out` is [parts, rows, N].
+        """
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
         if GATED:
@@ -185,7 +197,11 @@ if HAVE_TRITON:
         x_start = x + row.to(tl.int64) * x_stride
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        for start in range(0, DEPTH, BLOCK_K):
+        begin, end = 0, DEPTH
+        if PART < DEPTH:
+            begin = tl.program_id(1) * PART
+            end = tl.minimum(begin + PART, DEPTH)
+        for start in range(begin, end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x_mask = (row < rows)[None, :] if DEPTH % BLOCK_K == 0 else (row < rows)[None, :] & (k < DEPTH)[:, None]
             xs = tl.load(x_start[None, :] + k[:, None], mask=x_mask, other=0.0)
@@ -200,11 +216,47 @@ if HAVE_TRITON:
         else:
             total += _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N)[:, None]
         result = tl.trans(total)
-        place = row[:, None].to(tl.int64) * width + base + n[None, :]
+        out_row = row.to(tl.int64)
+        if PART < DEPTH:
+            out_row += tl.program_id(1).to(tl.int64) * rows
+        place = out_row[:, None] * width + base + n[None, :]
         mask = (row < rows)[:, None] & inside[None, :]
         if residual is not None:
             result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def sum_kernel(
+        out,
+        parts,
+        b0,
+        b1,
+        b2,
+        residual,
+        n0,
+        n1,
+        n2,
+        SPLITS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        """Programs are (columns of one matrix, row): parts [SPLITS, rows, N] added up, then biases and residual."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        matrix, first, base = _locate(tl.program_id(0), n0, n1, BLOCK_N)
+        size, width = _pick(matrix, n0, n1, n2), n0 + n1 + n2
+        n = first + tl.arange(0, BLOCK_N)
+        inside = n < size
+        place = tl.program_id(1).to(tl.int64) * width + base + n
+        distance = tl.num_programs(1).to(tl.int64) * width
+        total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(parts + split * distance + place, mask=inside, other=0.0)
+        total += _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N)
+        if residual is not None:
+            total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -220,7 +272,10 @@ def launch(
     gated: bool,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Linear maps of x [rows, K], see `api.py`; the configuration is the one from the table unless another is given."""
+    """Linear maps of x [rows, K], see `api.py`; the configuration is the one from the table unless another is given.
+
+    One with `splits` above one does not go with `gated`, nor with a single row.
+    """
     rows, depth = x.shape
     sizes = [weight.shape[0] for weight in weights]
     width = sizes[0] if gated else sum(sizes)
@@ -230,20 +285,15 @@ def launch(
     padded = row_class(rows)
     if config is None:
         config = launch_config(padded, width, depth, x.element_size(), gated, _capability(x.device))
-    blocks = (triton.cdiv(size, config.block_n) for size in (sizes[:1] if gated else sizes))
-    absent = 3 - len(weights)
     x = x if x.stride(1) == 1 else x.contiguous()
-    tensors = (
-        out,
-        x,
-        *weights,
-        *[None] * absent,
-        *(None if bias is None else bias.contiguous() for bias in biases),
-        *[None] * absent,
-        None if residual is None else residual.contiguous(),
-    )
-    numbers = (*sizes, *[0] * absent)
-    strides = (*(weight.stride(0) for weight in weights), *[0] * absent)
+    absent = (None,) * (3 - len(weights))
+    zeros = (0,) * len(absent)
+    biases = (*(None if bias is None else bias.contiguous() for bias in biases), *absent)
+    residual = None if residual is None else residual.contiguous()
+    strides = (*(weight.stride(0) for weight in weights), *zeros)
+    matrices, numbers = (*weights, *absent), (*sizes, *zeros)
+    blocks = _blocks(sizes[:1] if gated else sizes, config.block_n)
+    overlap = overlap_options(x.device)
     options = {
         "GATED": gated,
         "DEPTH": depth,  # a model has two or three, and what they divide by saves masks
@@ -251,11 +301,26 @@ def launch(
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **overlap_options(x.device),
+        **overlap,
     }
-    grid = (sum(blocks),)
     if padded == 1:
-        vector_kernel[grid](*tensors, *numbers, *strides, **options)
-    else:
-        matrix_kernel[grid](*tensors, rows, *numbers, x.stride(0), *strides, ROWS=padded, **options)
+        vector_kernel[(blocks,)](out, x, *matrices, *biases, residual, *numbers, *strides, **options)
+        return out
+    extent = (rows, *numbers, x.stride(0), *strides)
+    if config.splits == 1:
+        matrix_kernel[(blocks,)](out, x, *matrices, *biases, residual, *extent, ROWS=padded, PART=depth, **options)
+        return out
+    part = part_depth(config, depth)
+    splits = triton.cdiv(depth, part)
+    parts = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
+    nothing = (None,) * 4  # biases and residual are not for the parts
+    matrix_kernel[(blocks, splits)](parts, x, *matrices, *nothing, *extent, ROWS=padded, PART=part, **options)
+    sum_kernel[(_blocks(sizes, SUM_COLUMNS), rows)](
+        out, parts, *biases, residual, *numbers, SPLITS=splits, BLOCK_N=SUM_COLUMNS, num_warps=SUM_WARPS, **overlap
+    )
     return out
+
+
+def _blocks(sizes: Sequence[int], height: int) -> int:
+    """Programs that matrices of so many rows need when none takes rows of two."""
+    return sum(triton.cdiv(size, height) for size in sizes)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from hf_efficient.kernels.contract import relative_error
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
-from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS
+from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS, LaunchConfig
+from hf_efficient.kernels.skinny_linear.reference import skinny_linear as reference_skinny_linear
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -51,6 +52,23 @@ def test_skinny_linear_side_by_side_is_bitwise_each_alone(rows: int, device: tor
     together = skinny_linear(x, weights, backend="triton")
     alone = [skinny_linear(x, [weight], backend="triton") for weight in weights]
     assert torch.equal(together, torch.cat(alone, dim=-1))
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(3, 129), (20, 128), (2, 96)])
+@pytest.mark.parametrize("splits", [2, 4])
+def test_skinny_linear_adds_up_the_parts_of_a_depth_cut_into_several(
+    rows: int, depth: int, splits: int, device: torch.device, poisoned: None
+) -> None:
+    """With biases and residual once, not once a part; 129 leaves a part of one column, 96 makes 3 parts of 4."""
+    from hf_efficient.kernels.skinny_linear.triton_kernels import launch
+
+    x, residual = torch.randn(rows, depth, device=device), torch.randn(rows, 24, device=device)
+    weights = [torch.randn(size, depth, device=device) for size in (19, 2, 3)]
+    biases = [torch.randn(19, device=device), None, torch.randn(3, device=device)]
+    config = LaunchConfig(16, 32, 4, 2, splits)
+    out = launch(x, weights, biases, residual, False, config)
+    assert relative_error(out, reference_skinny_linear(x, weights, biases, residual=residual)) < 2e-6
+    assert torch.equal(out, launch(x, weights, biases, residual, False, config)), "added in a fixed order"
 
 
 @pytest.mark.gpu

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from hf_efficient.errors import HFEError
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
-from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS, ROW_CLASSES, launch_config, row_class, shared_memory
+from hf_efficient.kernels.skinny_linear.configs import (
+    MAX_ROWS,
+    ROW_CLASSES,
+    launch_config,
+    part_depth,
+    row_class,
+    shared_memory,
+)
 from hf_efficient.kernels.skinny_linear.record import RECORD
 
 
@@ -93,7 +100,21 @@ def test_every_shape_has_a_configuration_that_fits(capability: tuple[int, int]) 
 def test_small_weights_still_occupy_the_device() -> None:
     """A weight of 2048 rows makes at least 128 programs; an H100 has 132 multiprocessors."""
     for rows, depth in itertools.product(ROW_CLASSES, (2048, 8192)):
-        assert 2048 // launch_config(rows, 2048, depth, 2, False, (9, 0)).block_n >= 128
+        config = launch_config(rows, 2048, depth, 2, False, (9, 0))
+        assert 2048 // config.block_n * config.splits >= 128
+
+
+def test_only_deep_weights_are_cut_and_into_whole_tiles() -> None:
+    """Adding up parts costs a launch; a depth of 2048 is too short for it, and one row or a gated pair never is cut."""
+    for rows, outputs, depth in itertools.product(ROW_CLASSES, (64, 2048, 5120, 49152), (576, 2048, 8192, 14336)):
+        for gated in (False, True):
+            config = launch_config(rows, outputs, depth, 2, gated, (9, 0))
+            part = part_depth(config, depth)
+            assert part % config.block_k == 0 and part * config.splits >= depth
+            if rows == 1 or gated or depth == 2048:
+                assert config.splits == 1
+            assert config.splits == 1 or part >= 2048
+    assert launch_config(32, 2048, 8192, 2, False, (9, 0)).splits == 4
 
 
 def test_the_byte_model_is_the_one_that_the_notes_state() -> None:
