@@ -104,7 +104,11 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
             if tiles > SHARED_MEMORY or programs < min(64, outputs // 16) or (warps == 8 and block_n < 64):
                 continue
             if splits > 1 and (
-                gated or depth < SPLIT_DEPTH or block_n < 32 or not SPLIT_PROGRAMS[0] <= programs <= SPLIT_PROGRAMS[1]
+                gated
+                or depth < SPLIT_DEPTH
+                or block_n < 32
+                or warps > 4
+                or not SPLIT_PROGRAMS[0] <= programs <= SPLIT_PROGRAMS[1]
             ):
                 continue
             # Fewer bytes under way than this do not fill the memory's latency.

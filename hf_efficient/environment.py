@@ -4,7 +4,7 @@
 |---|---|---|
 | ``HFE_BACKEND`` | ``reference``, ``triton`` | backend of every kernel whose call names none |
 | ``HFE_CHECK`` | ``1`` | run checks of data that force a device synchronisation |
-| ``HFE_OVERLAP`` | ``1`` | kernels of a decoding step start while the one before still runs (Hopper and newer) |
+| ``HFE_OVERLAP`` | ``0``, ``1`` | decoding kernels never / always start beside the one before; unset: with one row |
 | ``HFE_LOG`` | a logging level | verbosity of the ``hf_efficient`` logger |
 """
 
@@ -23,9 +23,9 @@ def check_data() -> bool:
     return os.environ.get("HFE_CHECK") == "1"
 
 
-def overlap_launches() -> bool:
-    """True when ``HFE_OVERLAP=1`` asks for programmatic dependent launch."""
-    return os.environ.get("HFE_OVERLAP") == "1"
+def overlap_launches() -> bool | None:
+    """Whether ``HFE_OVERLAP`` asks for programmatic dependent launch (``1``) or forbids it (``0``); None when unset."""
+    return {"0": False, "1": True}.get(os.environ.get("HFE_OVERLAP", ""))
 
 
 def log_level() -> str:

@@ -12,6 +12,8 @@ try:
     import triton
     import triton.language as tl
 
+    from hf_efficient.kernels.overlap import prefetch
+
     HAVE_TRITON = True
 except ImportError:
     HAVE_TRITON = False
@@ -60,10 +62,11 @@ if HAVE_TRITON:
         if WHOLE_ROW:
             inside = column < width
             mask = in_rows & inside[None, :]
-            # The weight is on its way before the kernel that makes x has finished.
-            w = tl.load(weight + column, mask=inside, other=0.0)
             if OVERLAP:
+                # The weight is on its way before the kernel that makes x has finished.
+                prefetch(weight + tl.where(inside, column, 0))
                 tl.extra.cuda.gdc_wait()
+            w = tl.load(weight + column, mask=inside, other=0.0)
             tile = _sum_tile(x, residual, x_row + column[None, :], residual_row + column[None, :], mask)
             if summed is not None:
                 tl.store(summed + out_row + column[None, :], tile.to(summed.dtype.element_ty), mask=mask)
@@ -117,7 +120,7 @@ def _launch(
         BLOCK_ROWS=config.block_rows,
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
-        **overlap_options(x.device),
+        **overlap_options(x.device, rows),
     )
 
 

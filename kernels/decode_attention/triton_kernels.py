@@ -260,7 +260,7 @@ def launch(
     partial = None
     if splits > 1:
         partial = torch.empty(rows * splits * (width + 1), dtype=torch.float32, device=q.device)
-    overlap = overlap_options(q.device)
+    overlap = overlap_options(q.device, batch * queries)
     attend_kernel[(programs, splits)](
         out,
         partial,

@@ -196,6 +196,6 @@ def launch(
         BLOCK_HEADS=config.block_heads,
         BLOCK_HALF=max(16, triton.next_power_of_2(width // 2)),
         num_warps=config.num_warps,
-        **overlap_options(q.device),
+        **overlap_options(q.device, tokens),
     )
     return out

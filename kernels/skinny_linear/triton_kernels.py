@@ -26,6 +26,8 @@ try:
     import triton
     import triton.language as tl
 
+    from hf_efficient.kernels.overlap import SECTOR, prefetch
+
     HAVE_TRITON = True
 except ImportError:
     HAVE_TRITON = False
@@ -78,6 +80,14 @@ if HAVE_TRITON:
         return tl.load(row_start[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
+    def _prefetch_tile(w, n, size, stride, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+        """Rows n of a weight, their first BLOCK_K columns; the first row or column in place of what is not there."""
+        STEP: tl.constexpr = SECTOR // (w.dtype.element_ty.primitive_bitwidth // 8)
+        row = tl.where(n < size, n, 0).to(tl.int64)
+        k = tl.arange(0, BLOCK_K // STEP) * STEP
+        prefetch(w + row[:, None] * stride + tl.where(k < DEPTH, k, 0)[None, :])
+
+    @triton.jit
     def vector_kernel(
         out,
         x,
@@ -113,15 +123,19 @@ if HAVE_TRITON:
         n = first + tl.arange(0, BLOCK_N)
         inside = n < size
         row_start = w + n.to(tl.int64) * stride
-        k = tl.arange(0, BLOCK_K)
-        # The first weights are on their way before the kernel that makes x has finished.
-        tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
         if GATED:
             up_start = w1 + n.to(tl.int64) * stride1
-            up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
             up_total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         if OVERLAP:
+            # The first weights are on their way before the kernel that makes x has finished.
+            _prefetch_tile(w, n, size, stride, DEPTH, BLOCK_K)
+            if GATED:
+                _prefetch_tile(w1, n, size, stride1, DEPTH, BLOCK_K)
             tl.extra.cuda.gdc_wait()
+        k = tl.arange(0, BLOCK_K)
+        tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
+        if GATED:
+            up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
         total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         for start in range(0, DEPTH, BLOCK_K):
             xs = tl.load(x + start + k, mask=start + k < DEPTH, other=0.0).to(tl.float32)[None, :]
@@ -293,7 +307,7 @@ def launch(
     strides = (*(weight.stride(0) for weight in weights), *zeros)
     matrices, numbers = (*weights, *absent), (*sizes, *zeros)
     blocks = _blocks(sizes[:1] if gated else sizes, config.block_n)
-    overlap = overlap_options(x.device)
+    overlap = overlap_options(x.device, rows)
     options = {
         "GATED": gated,
         "DEPTH": depth,  # a model has two or three, and what they divide by saves masks
