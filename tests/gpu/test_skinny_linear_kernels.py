@@ -54,8 +54,7 @@ def test_skinny_linear_side_by_side_is_bitwise_each_alone(rows: int, device: tor
     assert torch.equal(together, torch.cat(alone, dim=-1))
 
 
-@pytest.mark.parametrize(("rows", "depth"), [(3, 129), (20, 128), (2, 96)])
-@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize(("rows", "depth", "splits"), [(3, 129, 4), (17, 64, 2), (2, 96, 4)])
 def test_skinny_linear_adds_up_the_parts_of_a_depth_cut_into_several(
     rows: int, depth: int, splits: int, device: torch.device, poisoned: None
 ) -> None:
