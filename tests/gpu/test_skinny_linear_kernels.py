@@ -120,3 +120,17 @@ def test_skinny_linear_runs_in_several_streams_at_once(device: torch.device) -> 
             found[place].append(skinny_linear(xs[place], [weight]))
     torch.cuda.synchronize()
     assert all(torch.equal(out, wanted) for outs, wanted in zip(found, expected, strict=True) for out in outs)
+
+
+@pytest.mark.gpu
+def test_skinny_linear_reads_weights_that_the_kernel_before_has_written(device: torch.device) -> None:
+    """An overlapped launch starts early, but what it has asked for by then may still change."""
+    x = torch.randn(1, 2048, device=device, dtype=torch.bfloat16)
+    versions = [torch.randn(8192, 2048, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    expected = [skinny_linear(x, [version]) for version in versions]
+    torch.cuda.synchronize()
+    weight, found = torch.empty_like(versions[0]), []
+    for step in range(40):
+        weight.copy_(versions[step % 2])
+        found.append(skinny_linear(x, [weight]))
+    assert all(torch.equal(out, expected[step % 2]) for step, out in enumerate(found))
