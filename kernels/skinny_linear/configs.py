@@ -42,7 +42,7 @@ _VECTOR_SMALL_OUTPUTS = 2048
 _VECTOR_DEEP = 4096
 _VECTOR_SMALL = LaunchConfig(2, 1024, 2, 1)
 _VECTOR_LARGE = LaunchConfig(4, 2048, 4, 1)
-_VECTOR_OF_DEEP = LaunchConfig(2, 4096, 8, 1)
+_VECTOR_OF_DEEP = LaunchConfig(2, 2048, 4, 1)
 _VECTOR_GATED = LaunchConfig(2, 2048, 4, 1)
 # More rows, in half precision: tall tiles where that makes enough programs, the depth being cut if need be, but not
 # into parts so short that adding them up costs more than it saves.
