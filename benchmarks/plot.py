@@ -15,7 +15,9 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
 
     modes = list(dict.fromkeys(line["mode"] for line in lines))
     providers = list(dict.fromkeys(line["provider"] for line in lines))
-    figure, axes = pyplot.subplots(len(modes), 1, figsize=(11, 3.6 * len(modes)), squeeze=False, layout="constrained")
+    most_cases = max(len({line["case"] for line in lines if line["mode"] == mode}) for mode in modes)
+    size = (max(11, 0.9 * most_cases), 3.6 * len(modes))
+    figure, axes = pyplot.subplots(len(modes), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, mode in zip(axes[:, 0], modes, strict=True):
         cases = list(dict.fromkeys(line["case"] for line in lines if line["mode"] == mode))
         width = 0.8 / len(providers)
@@ -34,7 +36,7 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
             ]
             axis.bar_label(bars, labels, fontsize=7, padding=1)
             axis.scatter(places, launched, marker="_", s=90, color="black", zorder=3)
-        axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
+        axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=20, ha="right")
         axis.axhline(100, color="grey", linewidth=0.8)
         axis.set_ylabel("% of copy bandwidth")
         axis.set_title(f"{mode} (over the bars: microseconds; black: called one by one from Python)", fontsize=10)
