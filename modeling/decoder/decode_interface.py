@@ -8,9 +8,9 @@ which transformers hands through unchanged as it does every mask of rank 4:
 |---|---|
 | [B, 1, 1, L] | queries after a cache: row 0 holds the column of each query, then the number of filled columns |
 | [B, 1, 2, L] | the same, and row 1 the segment of each column: -1 where nobody may look, as at padding |
-| [B, 1, 3, S] | a prompt without cache: row 1 as above, and real tokens stand together in every row |
+| [B, 1, 3, S] | a prompt without cache: row 1 as above, and padding comes first in every row |
 
-What these cannot say (packed sequences, masks of a model's own, holes inside a prompt) gets transformers' boolean mask,
+What these cannot say (packed sequences, a model's own masks, other padding) gets transformers' boolean mask,
 and runs as `sdpa` does. So does everything where the kernel cannot run: off CUDA, for training, while compiling.
 """
 
@@ -32,6 +32,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import decode_attention
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.namespace import NS
@@ -96,10 +97,9 @@ def _unpack(mask: Tensor, queries: int, columns: int, window: int | None) -> Ten
     return visible[:, None].expand(mask.shape[0], -1, -1, -1)
 
 
-def _one_run(columns: Tensor) -> bool:
-    """True when the real tokens of every row [B, S] stand together; waits for the device."""
-    starts = (columns[:, 1:] & ~columns[:, :-1]).sum(1) + columns[:, 0]
-    return bool((starts <= 1).all())
+def _padded_left(columns: Tensor) -> bool:
+    """True when padding comes before the real tokens in every row [B, S]; waits for the device."""
+    return bool((columns[:, 1:] >= columns[:, :-1]).all())
 
 
 def _is_plain(mask_function: Callable, local_size: int | None) -> bool:
@@ -169,7 +169,7 @@ def decode_mask(
     if local_size is None or seen <= local_size:  # a window that is smaller than the prompt needs the boolean mask
         if columns is None:
             return None
-        if _one_run(columns[:, :seen]):
+        if _padded_left(columns[:, :seen]):
             return pack_prompt_mask(columns[:, :seen])
     return transformers_mask(allow_is_causal_skip=False)
 
@@ -206,7 +206,12 @@ def decode_attention_forward(
 
     `key` and `value` are [B, Hkv, C, D], with the queries' own columns written already.
     """
-    kwargs.pop("is_causal", None)
+    for name in ("softcap", "s_aux"):  # soft-capped logits, attention sinks
+        if kwargs.get(name) is not None:
+            raise HFEError(
+                f"{type(module).__name__} computes attention with `{name}`, which {DECODE_ATTENTION} does not know",
+                "load the model with attn_implementation='eager'",
+            )
     if not is_packed(attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -214,7 +219,9 @@ def decode_attention_forward(
     queries = query.shape[2]
     if attention_mask.shape[2] == 3:
         return _attend_prompt(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+    has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    # Some models have values narrower than keys, and heads wider than their configuration says.
+    if dropout or has_gradient or key.shape != value.shape or key.shape[3] > MAX_HEAD_DIM:
         visible = _unpack(attention_mask, queries, key.shape[2], sliding_window)
         return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling)
 

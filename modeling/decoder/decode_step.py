@@ -6,6 +6,9 @@ hook, an adapter or a wrapper, a weight of another kind or one that moved since,
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
+from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.decode_interface import pack_decode_mask
 from hf_efficient.modeling.decoder.fused_steps import is_unhooked
 
@@ -22,10 +26,17 @@ _OWN_PACKAGE = f"{__name__.partition('.modeling.')[0] if '.modeling.' in __name_
 # Capacities are rounded up, so that prompts of similar lengths share a cache and its capture.
 _LEAST_CAPACITY = 256
 _ROUNDS_PER_DOUBLING = 8
+# Attributes of a module or configuration that a forward may read without any tensor telling of them.
+_SETTINGS = (bool, int, float, str, type(None))
+# Captures share a stream, so there is one at a time.
+_CAPTURING = threading.Lock()
 
 
 class DecodeCache(StaticCache):
-    """A static cache whose every layer keeps all columns, windowed layers too, in its place; it can grow.
+    """A static cache whose every layer keeps all columns, windowed layers too, in its place.
+
+    To those whom `generate` returns it to, it is what a dynamic cache would be: it grows when the model is called with
+    it, can be cropped, and its rows can be repeated and selected.
 
     Args:
         config: of the model.
@@ -51,13 +62,45 @@ class DecodeCache(StaticCache):
     def capacity(self) -> int:
         return self.layers[0].max_cache_len
 
+    @property
+    def is_compileable(self) -> bool:
+        """False: nobody asked for the model to be compiled, so transformers shall not, where a step is not captured."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that are filled; waits for the device."""
+        return int(self.layers[layer_idx].cumulative_length)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers; this is what a call of the model asks first, so room is made for its tokens here."""
+        columns = self.get_seq_length(layer_idx) + query_length
+        if columns > self.capacity:
+            self.grow(round_capacity(columns))
+        return self.capacity, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` columns; a positive number is an error, as in transformers."""
+        if tokens_to_remove > 0:
+            raise HFEError(f"crop({tokens_to_remove}) is not supported", "pass minus the number of tokens to remove")
+        for layer in self.layers:
+            layer.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row in place."""
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._change_rows(lambda rows: rows[indices])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+            layer.batch_size = layer.keys.shape[0]
+
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
-
-    def set_length(self, length: int) -> None:
-        """Forget all columns from `length` on."""
-        self.lengths.fill_(length)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -86,13 +129,13 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def step_signature(model: Any) -> tuple | None:
-    """Identity of every weight and switch that a captured step reads; None when the step may not be captured."""
-    signature: list[Any] = []
+    """Identity of every weight and setting that a captured step reads; None when the step may not be captured."""
+    signature: list[Any] = [tuple(model.config.layer_types), _settings(model.config)]
     device = None
     for module in model.modules():
-        if not _is_known(module) or not is_unhooked(module) or module.training:
+        if not _is_known(module) or not is_unhooked(module) or module.training or module._compiled_call_impl:
             return None
-        signature.append(getattr(module, "efficient", None))
+        signature.append((type(module), _settings(module)))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:
                 continue
@@ -101,7 +144,23 @@ def step_signature(model: Any) -> tuple | None:
             if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device:
                 return None
             signature.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
-    return (model.config.num_hidden_layers, *signature)
+    return (device, *signature)
+
+
+def _settings(thing: Any) -> tuple:
+    """Public numbers, texts and switches among the attributes of a module or configuration."""
+    return tuple(item for item in vars(thing).items() if type(item[1]) in _SETTINGS and item[0][0] != "_")
+
+
+def _addresses(cache: Cache) -> list[int]:
+    """Where the memory of every layer is."""
+    return [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are captured on; libraries keep a workspace for each stream, so there is one a device."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeStep:
@@ -120,7 +179,7 @@ class DecodeStep:
         keys = cache.layers[0].keys
         batch, _, self.capacity, _ = keys.shape
         self.padded = padded
-        self._memory = keys.data_ptr()
+        self._memory = _addresses(cache)
         with torch.inference_mode(False), torch.no_grad():  # these outlive the caller's inference mode
             self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=keys.device)
             self.positions = torch.zeros_like(self.tokens)
@@ -137,7 +196,7 @@ class DecodeStep:
 
     def fits(self, cache: Cache) -> bool:
         """True when the cache's memory is still the one that the step was made for."""
-        return cache.layers[0].keys.data_ptr() == self._memory
+        return _addresses(cache) == self._memory
 
     def begin(self, length: int, positions: Tensor, columns: Tensor | None) -> None:
         """Stand behind `length` columns.
@@ -169,27 +228,29 @@ class DecodeStep:
         self.mask[:, :, 0, :2] += 1
         return logits
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, model: Any, cache: Cache, signature: tuple) -> None:
         """Record the step in a CUDA graph; the column that it writes on the way, the next step writes anew."""
         buffers = (self.positions, self.mask, *(layer.cumulative_length for layer in cache.layers))
         before = [buffer.clone() for buffer in buffers]
         device = self.tokens.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self.run(model, cache)  # compiles kernels, makes library handles: neither belongs in a graph
-        torch.cuda.current_stream(device).wait_stream(stream)
-        held = torch.cuda.memory_reserved(device)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread, say one that loads data, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self.run(model, cache)
-        self._logits, self._graph, self.signature = logits, graph, signature
-        self.graph_bytes = max(torch.cuda.memory_reserved(device) - held, 0)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        stream = _capture_stream(device)
+        try:
+            with _CAPTURING:
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    self.run(model, cache)  # compiles kernels, makes library handles: neither belongs in a graph
+                torch.cuda.current_stream(device).wait_stream(stream)
+                held = torch.cuda.memory_reserved(device)
+                graph = torch.cuda.CUDAGraph()
+                # Another thread, say one that loads data, may use the device meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    logits = self.run(model, cache)
+            self._logits, self._graph, self.signature = logits, graph, signature
+            self.graph_bytes = max(torch.cuda.memory_reserved(device) - held, 0)
+        finally:  # out of memory or interrupted, the caller's cache is as it was
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def replay(self) -> Tensor:
         """Logits [B, vocabulary] after `self.tokens`, once captured; in a buffer that the next replay overwrites."""
@@ -204,25 +265,27 @@ class StepPool:
         self.most = most
         self.share_of_memory = share_of_memory
         self._idle: list[tuple[DecodeCache, DecodeStep]] = []
+        self._lock = threading.Lock()
 
-    def take(
-        self, batch: int, capacity: int, padded: bool, dtype: torch.dtype
-    ) -> tuple[DecodeCache, DecodeStep] | None:
-        """A fitting cache and step, now the caller's; None when there is none."""
-        for entry in self._idle:
-            cache, step = entry
-            shape = (step.batch, step.capacity, step.padded, cache.layers[0].keys.dtype)
-            if shape == (batch, capacity, padded, dtype):
-                self._idle.remove(entry)
-                return entry
+    def take(self, batch: int, capacity: int, padded: bool, signature: tuple) -> tuple[DecodeCache, DecodeStep] | None:
+        """A fitting cache and step, now the caller's; None when there is none.
+
+        Those captured from the model as it was before it changed or moved are freed.
+        """
+        with self._lock:
+            self._idle = [entry for entry in self._idle if entry[1].signature == signature]
+            for i, (_, step) in enumerate(self._idle):
+                if (step.batch, step.capacity, step.padded) == (batch, capacity, padded):
+                    return self._idle.pop(i)
         return None
 
     def put(self, cache: DecodeCache, step: DecodeStep) -> None:
         """Keep a cache and its step for later; the longest unused ones go when there are too many."""
-        self._idle.append((cache, step))
         limit = self.share_of_memory * torch.cuda.get_device_properties(step.tokens.device).total_memory
-        while len(self._idle) > self.most or (self._idle and self.nbytes() > limit):
-            self._idle.pop(0)
+        with self._lock:
+            self._idle.append((cache, step))
+            while len(self._idle) > self.most or (self._idle and self.nbytes() > limit):
+                self._idle.pop(0)
 
     def nbytes(self) -> int:
         """Bytes that the waiting caches and graphs hold."""

@@ -22,7 +22,8 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_efficient.environment import triton_interpreted
+from hf_efficient.environment import check_data, triton_interpreted
+from hf_efficient.errors import HFEError
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION, MAX_HEAD_DIM
@@ -54,8 +55,10 @@ class CapturedGeneration:
     """Mixin before `GenerationMixin`, whose `_sample` serves greedy search and sampling."""
 
     # Of the model that this is mixed into.
+    # Of the model that this is mixed into.
     config: Any
     device: Any
+    prepare_inputs_for_generation: Any
 
     # Arguments of `generate` that belong to the prompt alone, for patches to add to.
     prompt_arguments: frozenset[str] = frozenset()
@@ -77,6 +80,8 @@ class CapturedGeneration:
         """Why a call of `generate` takes transformers' loop, or an empty text when it is served from a graph."""
         config = self.config
         cache = model_kwargs.get("past_key_values")
+        mask = model_kwargs.get("attention_mask")
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
         tested = {
             "the model is not on a CUDA device where Triton runs": not _may_capture(self.device),
             "the configuration disables compilation": bool(generation_config.disable_compile),
@@ -85,6 +90,10 @@ class CapturedGeneration:
             "heads are wider than the kernel takes": config.head_dim > MAX_HEAD_DIM,
             "the rotary frequencies depend on the length": config.rope_parameters["rope_type"]
             in ("dynamic", "longrope"),
+            "HFE_CHECK asks for checks that wait for the device": check_data(),
+            # As prefix and prompt tuning do.
+            "something else prepares the inputs": prepare is not type(self).prepare_inputs_for_generation,
+            "the attention mask has no row for each sequence": mask is not None and getattr(mask, "ndim", 0) != 2,
             "other processes generate in step": synced_gpus,
             "the cache is switched off": not model_kwargs.get("use_cache"),
             "attentions or hidden states are asked for": bool(
@@ -115,7 +124,17 @@ class CapturedGeneration:
         signature = None if obstacle else step_signature(self)
         if not obstacle and signature is None:
             obstacle = "a module has a hook, an adapter, a wrapper or a weight of another kind, or is in training mode"
-        if obstacle:
+        device = input_ids.device
+        if not obstacle and logits_processor and device != self.device:
+            obstacle = f"logits are to be processed on {device}, where the prompt is"
+        turn = None
+        if signature is not None and not obstacle:
+            try:
+                # Ids on another device stay there in transformers; here they are the step's own.
+                turn = _Turn(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
+            except torch.OutOfMemoryError:
+                obstacle = f"a cache for max_length={generation_config.max_length} tokens does not fit into memory"
+        if turn is None:
             get_logger().info("generate takes the loop of transformers: %s", obstacle)
             return super()._sample(
                 input_ids,
@@ -126,10 +145,8 @@ class CapturedGeneration:
                 streamer=streamer,
                 **model_kwargs,
             )
-        # Ids on another device stay there in transformers; here they are the step's own.
-        device = input_ids.device
-        turn = _Turn(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
-        result = turn.generate(logits_processor, stopping_criteria, streamer)
+        with torch.cuda.device_of(turn.ids):  # streams and events are those of the current device
+            result = turn.generate(logits_processor, stopping_criteria, streamer)
         return result.to(device) if isinstance(result, Tensor) else result
 
 
@@ -170,7 +187,7 @@ class _Turn:
         self.signature: tuple | None = signature
         self.prompt_length = input_ids.shape[1]
         self.most_tokens = generation_config.max_length
-        self.ids = input_ids.new_zeros(input_ids.shape[0], self.most_tokens)
+        self.ids = input_ids.new_zeros(input_ids.shape[0], self.most_tokens, dtype=torch.long)
         self.ids[:, : self.prompt_length] = input_ids
 
         mask = model_kwargs.get("attention_mask")
@@ -188,15 +205,20 @@ class _Turn:
     def _own_cache(self, embeds: Tensor | None) -> DecodeCache:
         """A cache for this call, from the pool where one fits; its step comes with it."""
         model, rows = self.model, self.ids.shape[0]
-        # The last token is never fed. A prompt of embeddings has no ids, and the limit counts new tokens only.
-        columns = self.most_tokens - 1 + (0 if embeds is None or self.prompt_length else embeds.shape[1])
-        capacity = round_capacity(columns)
-        found = step_pool(model).take(rows, capacity, self.columns is not None, model.dtype)
-        if found is None:
+        # Embeddings take the place of the prompt's ids, as many as they are. The last token is never fed.
+        prompt = self.prompt_length if embeds is None else embeds.shape[1]
+        capacity = round_capacity(prompt + self.most_tokens - self.prompt_length - 1)
+        pool = step_pool(model)
+        found = pool.take(rows, capacity, self.columns is not None, self.signature)
+        if found is not None:
+            cache, self._pooled = found
+            cache.reset()  # masked columns are multiplied by zero, which a stale infinity would survive
+            return cache
+        try:
             return DecodeCache(model.config, rows, capacity, model.dtype, model.device)
-        cache, self._pooled = found
-        cache.set_length(0)
-        return cache
+        except torch.OutOfMemoryError:
+            pool.clear()
+            return DecodeCache(model.config, rows, capacity, model.dtype, model.device)
 
     def _make_room(self, cache: DecodeCache, tokens: int) -> None:
         """Let a cache of an earlier turn hold this one too; `tokens` counts the prompt, and perhaps what was before."""
@@ -218,7 +240,9 @@ class _Turn:
         """Sequences [B, length], or transformers' output class where the call asks for it."""
         ids, config = self.ids, self.config
         logits = self._prefill()
-        lookout = _Lookout(ids, streamer, every_token=streamer is not None or _needs_every_token(processors, criteria))
+        foreign = _needs_every_token(processors, criteria)
+        every_token = streamer is not None or foreign or self._is_full(self.most_tokens - 1)
+        lookout = _Lookout(ids, streamer, every_token)
         unfinished = ids.new_ones(ids.shape[0])
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor.to(ids.device) if ends_rows else None
@@ -228,7 +252,8 @@ class _Turn:
         length = self.prompt_length
         while True:
             raw = logits.to(copy=True, dtype=torch.float32)
-            scores = processors(ids[:, :length], raw)
+            seen = ids[:, :length]
+            scores = processors(seen.contiguous() if foreign else seen, raw)
             if scores_kept is not None:
                 scores_kept.append(scores)
             if logits_kept is not None:
@@ -242,10 +267,18 @@ class _Turn:
             lookout.count(unfinished)
             ids[:, length] = token
             length += 1
-            unfinished = unfinished & ~criteria(ids[:, :length], None if scores_kept is None else tuple(scores_kept))
+            seen = ids[:, :length].contiguous() if foreign else ids[:, :length]
+            unfinished = unfinished & ~criteria(seen, None if scores_kept is None else tuple(scores_kept))
             lookout.mark(unfinished, token)
             if length >= self.most_tokens:
                 break
+            if self._is_full(length):
+                if lookout.sees_the_end():
+                    break
+                raise HFEError(
+                    f"the static cache is full: it has {self.step.capacity} columns, all filled at length {length}",
+                    f"give it max_cache_len={self.length + self.most_tokens - self.prompt_length} or fewer new tokens",
+                )
             # The device has its next step before the host asks about the last one.
             logits = self._advance(token, look_over=lookout.is_due)
             if lookout.sees_the_end():
@@ -261,6 +294,10 @@ class _Turn:
         self.step = self._find_step()
         self.step.begin(self.length, self._next_positions(), self.columns)
         return outputs.logits[:, -1]
+
+    def _is_full(self, length: int) -> bool:
+        """True when the cache has no column for the last of `length` tokens: a static one of the caller's."""
+        return self.length + length - self.prompt_length > self.step.capacity
 
     def _next_positions(self) -> Tensor:
         """Position of each row's next token [B]."""

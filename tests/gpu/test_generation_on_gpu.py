@@ -31,6 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.environment import triton_interpreted
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder import generation_decoder
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, round_capacity, step_signature
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
@@ -204,7 +206,7 @@ def test_a_cache_of_the_callers_is_filled_and_left_to_him(
         cache = StaticCache(config=ours.config, max_cache_len=100)
     else:
         cache = copy.deepcopy(_generate(ours, _ids(device), return_dict_in_generate=True).past_key_values)
-        cache.set_length(0)
+        cache.reset()
     found = _generate(ours, _ids(device), past_key_values=cache, return_dict_in_generate=True)
     assert torch.equal(found.sequences, first.sequences)
     assert found.past_key_values is cache and int(cache.get_seq_length()) == PROMPT + NEW - 1
@@ -212,6 +214,108 @@ def test_a_cache_of_the_callers_is_filled_and_left_to_him(
     keys = cache.layers[0].keys.clone()
     _generate(ours, _ids(device, seed=9))
     assert torch.equal(cache.layers[0].keys, keys)
+
+
+@gpu
+def test_a_returned_cache_serves_a_model_that_is_called_by_hand(llama: tuple[Any, Any], device: torch.device) -> None:
+    logits = []
+    for model in llama:
+        cache = _generate(model, _ids(device), return_dict_in_generate=True).past_key_values
+        with torch.no_grad():
+            model(_ids(device, length=300), past_key_values=cache)  # more than it had room for
+            cache.crop(-5)
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([3, 0], device=device))
+            logits.append(model(_ids(device, length=3), past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@gpu
+def test_a_static_cache_that_is_too_small_is_an_error_once_it_is_full(
+    llama: tuple[Any, Any], device: torch.device
+) -> None:
+    stock, ours = llama
+    ids = _ids(device, 1)
+    cache = StaticCache(config=ours.config, max_cache_len=PROMPT + 2)
+    with pytest.raises(HFEError, match="static cache is full"):
+        _generate(ours, ids, past_key_values=cache)
+    end = int(_generate(stock, ids)[0, PROMPT + 1])
+    expected = _generate(stock, ids, eos_token_id=end)
+    cache = StaticCache(config=ours.config, max_cache_len=PROMPT + 2)
+    assert torch.equal(_generate(ours, ids, eos_token_id=end, past_key_values=cache), expected)
+
+
+@gpu
+def test_a_prompt_padded_on_the_right_gets_the_tokens_of_the_stock_model(
+    llama: tuple[Any, Any], device: torch.device
+) -> None:
+    mask = torch.ones(2, PROMPT, dtype=torch.long, device=device)
+    mask[1, 4:] = 0
+    expected, found = (_generate(m, {"input_ids": _ids(device), "attention_mask": mask}) for m in llama)
+    assert torch.equal(found, expected)
+
+
+@gpu
+def test_embeddings_may_be_more_than_the_ids_beside_them(llama: tuple[Any, Any], device: torch.device) -> None:
+    embeds = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones(2, 300, dtype=torch.long, device=device)
+    inputs = {"input_ids": _ids(device), "inputs_embeds": embeds, "attention_mask": mask}
+    expected, found = (_generate(model, inputs) for model in llama)
+    assert torch.equal(found, expected)
+
+
+@gpu
+def test_a_cache_that_does_not_fit_leaves_the_call_to_transformers(
+    llama: tuple[Any, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(generation_decoder, "DecodeCache", no_memory)
+    expected, found = (_generate(model, _ids(device)) for model in llama)
+    assert torch.equal(found, expected)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_act(llama: tuple[Any, Any], kind: str, device: torch.device) -> None:
+    peft = pytest.importorskip("peft")
+    outputs = []
+    for model in llama:
+        adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        generator = torch.Generator().manual_seed(3)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+        outputs.append(adapted.to(device).generate(input_ids=_ids(device), max_new_tokens=NEW, eos_token_id=None))
+    assert torch.equal(*outputs)
+
+
+def test_the_signature_of_a_step_tells_of_settings_and_parts(device: torch.device) -> None:
+    ours = _pair("mistral", device)[1]
+    seen = {step_signature(ours)}
+    ours.model.layers[0].self_attn.sliding_window = 3
+    seen.add(step_signature(ours))
+    ours.model.layers[0].mlp.act_fn = nn.GELU().eval()
+    seen.add(step_signature(ours))
+    ours.config.rms_norm_eps = 0.1
+    seen.add(step_signature(ours))
+    assert len(seen) == 4 and None not in seen
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_model_on_another_device_than_the_current_one_generates() -> None:
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        stock, ours = _pair("llama", device)
+        streams = [_Recorder(), _Recorder()]
+        expected, found = (
+            _generate(m, _ids(device, 1), streamer=s) for m, s in zip((stock, ours), streams, strict=True)
+        )
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.cat([x.flatten() for x in s.tokens]) for s in streams))
+        assert _was_captured(ours)
 
 
 @gpu
