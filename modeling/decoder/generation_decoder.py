@@ -36,7 +36,8 @@ from hf_efficient.modeling.decoder.decode_step import (
     step_signature,
 )
 
-# Tokens between two looks at whether all rows have ended. The look costs nothing; tokens past the end do.
+# Tokens between two looks at whether all rows have ended, and at whether a callback changed the model meanwhile.
+# Looking takes the host a millisecond or two, and tokens past the end are computed in vain.
 TOKENS_BETWEEN_LOOKS = 8
 # What may come with a prompt without changing what a step computes.
 _STEP_ARGUMENTS = {
@@ -280,7 +281,7 @@ class _Turn:
                     f"give it max_cache_len={self.length + self.most_tokens - self.prompt_length} or fewer new tokens",
                 )
             # The device has its next step before the host asks about the last one.
-            logits = self._advance(token, look_over=lookout.is_due)
+            logits = self._advance(token, look_over=length % TOKENS_BETWEEN_LOOKS == 0)
             if lookout.sees_the_end():
                 break
         return self._finish(lookout.finish(), scores_kept, logits_kept)
