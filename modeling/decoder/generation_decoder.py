@@ -56,7 +56,6 @@ class CapturedGeneration:
     """Mixin before `GenerationMixin`, whose `_sample` serves greedy search and sampling."""
 
     # Of the model that this is mixed into.
-    # Of the model that this is mixed into.
     config: Any
     device: Any
     prepare_inputs_for_generation: Any
@@ -201,7 +200,9 @@ class _Turn:
         self.cache: Any = given if is_callers else self._own_cache(model_kwargs.get("inputs_embeds"))
         self.model_kwargs = {**model_kwargs, "past_key_values": self.cache}
         if is_callers and isinstance(given, DecodeCache):
-            self._make_room(given, input_ids.shape[1] if mask is None else mask.shape[1])
+            self._make_room(
+                given, max(x.shape[1] for x in (input_ids, mask, model_kwargs.get("inputs_embeds")) if x is not None)
+            )
 
     def _own_cache(self, embeds: Tensor | None) -> DecodeCache:
         """A cache for this call, from the pool where one fits; its step comes with it."""
