@@ -26,8 +26,6 @@ from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 
 NEW = 256
-# Prompts that are generated alone too.
-ALONE = 1
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -103,14 +101,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model")
     options.add_argument("--output", type=Path, default=RESULTS, help="folder for generation_exactness.json")
+    options.add_argument("--alone", type=int, default=1, help="prompts that are generated alone too")
     options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = False
     report: dict[str, Any] = {"new_tokens": NEW, "prompts": len(PROMPTS), "model": Path(arguments.model).name}
+    report |= describe_machine(torch.device("cuda"), arguments.commit)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         stock, ours, tokenizer = load(arguments.model, dtype)
-        batches = {"batched": [list(PROMPTS)], "alone": [[prompt] for prompt in PROMPTS[:ALONE]]}
+        batches = {"batched": [list(PROMPTS)]}
+        if arguments.alone:
+            batches["alone"] = [[prompt] for prompt in PROMPTS[: arguments.alone]]
         for way, prompts in batches.items():
             found = [
                 compare(stock, ours, dict(tokenizer(p, return_tensors="pt", padding=True).to("cuda"))) for p in prompts
@@ -128,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "largest_logit_difference": difference,
                 "margins_where_they_part": margins,
             }
+            (arguments.output / "generation_exactness.json").write_text(json.dumps(report, indent=1) + "\n")
             print(
                 f"{name}, {way}: {identical} of {len(first)} identical, largest difference of logits {difference:.3g}"
             )
@@ -136,9 +140,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ours.generate(torch.tensor([[1]], device="cuda"), max_new_tokens=3, pad_token_id=0)
         assert ours.captured_steps(), "nothing was captured, so nothing was compared"
         del stock, ours
-    report |= describe_machine(torch.device("cuda"), arguments.commit)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "generation_exactness.json").write_text(json.dumps(report, indent=1) + "\n")
     if failed:
         raise SystemExit("captured generation is not exact; see above")
 

@@ -161,7 +161,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             for rows in ROW_CLASSES:
                 config = launch_config(rows, outputs, depth, size, gated, divmod(capability, 10))
                 plain = outputs == 32768  # the head: neither bias nor residual
-                key = (dtype, min(rows, 16), gated, plain)
+                key: tuple[Any, ...] = (dtype, min(rows, 16), gated, plain)
                 if capability in _TABLES:
                     key = (*key, rows, config)
                 # Half precisions differ in nothing but the instruction, float32 in nothing but the rows, and up to 16
