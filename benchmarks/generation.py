@@ -337,7 +337,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                     continue
                 x = place + (number - (len(names) - 1) / 2) * width
                 if line.get("out_of_memory"):
-                    axis.text(x, axis.get_ylim()[0], "OOM", rotation=90, fontsize=6, va="bottom", ha="center")
+                    place_on_axis = {"transform": axis.get_xaxis_transform(), "va": "bottom", "ha": "center"}
+                    axis.text(x, 0.02, "out of memory", rotation=90, fontsize=6, color=_COLOURS[name], **place_on_axis)
                     continue
                 bar = axis.bar(x, line["ms"], width, color=_COLOURS[name], label=name if place == 0 else None)
                 axis.bar_label(bar, [f"{line['ms']:.3g}"], fontsize=6, padding=1)
