@@ -112,10 +112,11 @@ def test_a_full_disk_can_be_resumed(stock: Path, tmp_path: Path, folder_hashes: 
 
 def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, folder_hashes: Hashes) -> None:
     script = (
-        "import os, signal, sys\n"
+        "import signal, sys, time\n"
         "from hf_efficient.cli.main import run\n"
         "from hf_efficient.conversion import convert\n"
-        "convert._index = lambda shards: os.kill(os.getpid(), signal.SIGINT)\n"
+        # To this thread, and with time to arrive: sent to the process, another thread may get it, and this one go on.
+        "convert._index = lambda shards: (signal.raise_signal(signal.SIGINT), time.sleep(60))\n"
         "run(['convert', *sys.argv[1:], '--patch', 'none', '--no-evaluate', '--max-shard-size', '20KB', '--json'])\n"
     )
     done = subprocess.run(
