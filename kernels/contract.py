@@ -76,6 +76,11 @@ class Compilation:
     num_stages: int | None = None
 
 
+def no_backward_cost(arguments: Arguments) -> Cost:
+    """Of an inference-only operation."""
+    return Cost(bytes=0, flops=0)
+
+
 @dataclass(frozen=True)
 class KernelRecord:
     """One operation.
@@ -91,7 +96,8 @@ class KernelRecord:
         tolerances: bounds for each dtype that the kernels take.
         operators: (operator, arguments) of every PyTorch operator that a call with these arguments may reach.
         compilations: every kernel configuration that a device of this capability (80, 86, …) may pick.
-        forward_cost, backward_cost: byte and operation model of a call with these arguments.
+        forward_cost, backward_cost: byte and operation model of a call with these arguments; inference-only operations
+            leave the second out.
         peers: other ways to get the same result, by name: what a user would write without us.
         differentiable: names of the arguments that get a gradient; empty for inference-only operations, which refuse
             tensors that want one.
@@ -109,7 +115,7 @@ class KernelRecord:
     operators: Callable[[Arguments], list[tuple[Any, tuple[Any, ...]]]]
     compilations: Callable[[int], Iterable[Compilation]]
     forward_cost: Callable[[Arguments], Cost]
-    backward_cost: Callable[[Arguments], Cost]
+    backward_cost: Callable[[Arguments], Cost] = no_backward_cost
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()

@@ -122,11 +122,6 @@ def forward_cost(arguments: Arguments) -> Cost:
     return Cost(bytes=elements * x.element_size(), flops=(5 if added else 4) * x.numel())
 
 
-def backward_cost(arguments: Arguments) -> Cost:
-    """There is no backward pass."""
-    return Cost(bytes=0, flops=0)
-
-
 def eager(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """What one writes without this package, with PyTorch's own fused normalisation."""
     summed = x if residual is None else x + residual
@@ -148,6 +143,5 @@ RECORD = KernelRecord(
     operators=operators,
     compilations=compilations,
     forward_cost=forward_cost,
-    backward_cost=backward_cost,
     peers={"eager": eager},
 )

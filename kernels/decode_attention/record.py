@@ -280,11 +280,6 @@ def forward_cost(arguments: Arguments) -> Cost:
     return Cost(bytes=moved, flops=4 * pairs * heads * width)
 
 
-def no_backward(arguments: Arguments) -> Cost:
-    """There is none."""
-    return Cost(bytes=0, flops=0)
-
-
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -316,6 +311,5 @@ RECORD = KernelRecord(
     operators=operators,
     compilations=compilations,
     forward_cost=forward_cost,
-    backward_cost=no_backward,
     peers={"sdpa": sdpa},
 )

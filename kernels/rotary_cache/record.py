@@ -177,11 +177,6 @@ def forward_cost(arguments: Arguments) -> Cost:
     return Cost(bytes=moved * q.element_size(), flops=4 * (q.numel() + kept))
 
 
-def backward_cost(arguments: Arguments) -> Cost:
-    """There is no backward pass."""
-    return Cost(bytes=0, flops=0)
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]
@@ -229,7 +224,6 @@ RECORD = KernelRecord(
     operators=operators,
     compilations=compilations,
     forward_cost=forward_cost,
-    backward_cost=backward_cost,
     peers={"eager": eager},
     mutates=("key_cache", "value_cache", "length"),
 )

@@ -230,11 +230,6 @@ def forward_cost(arguments: Arguments) -> Cost:
     return Cost(bytes=elements * x.element_size(), flops=2 * rows * outputs * depth)
 
 
-def backward_cost(arguments: Arguments) -> Cost:
-    """There is no backward pass."""
-    return Cost(bytes=0, flops=0)
-
-
 def eager(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None] | None, residual: Tensor | None, gated: bool
 ) -> Tensor:
@@ -261,6 +256,5 @@ RECORD = KernelRecord(
     operators=operators,
     compilations=compilations,
     forward_cost=forward_cost,
-    backward_cost=backward_cost,
     peers={"eager": eager},
 )

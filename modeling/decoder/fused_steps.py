@@ -16,9 +16,8 @@ from transformers.activations import ACT2FN
 
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
+from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS
 
-# Tokens in flight up to which a step is bound by reading the weights; beyond, the library's matrix product is best.
-MAX_ROWS = 64
 # Both names of the activation that the kernels compute.
 SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 

@@ -24,9 +24,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_efficient.environment import check_data, triton_interpreted
 from hf_efficient.errors import HFEError
+from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
-from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION, MAX_HEAD_DIM
+from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import (
     STEPS_OF_RETURNED_CACHES,
     DecodeCache,
@@ -87,7 +88,7 @@ class CapturedGeneration:
             "the configuration disables compilation": bool(generation_config.disable_compile),
             f"the attention implementation is {config._attn_implementation}": config._attn_implementation
             != DECODE_ATTENTION,
-            "heads are wider than the kernel takes": config.head_dim > MAX_HEAD_DIM,
+            "heads are wider than the kernel takes": config.head_dim > MAX_WIDTH,
             "the rotary frequencies depend on the length": config.rope_parameters["rope_type"]
             in ("dynamic", "longrope"),
             "HFE_CHECK asks for checks that wait for the device": check_data(),
