@@ -1,7 +1,8 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
 It knows no patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`, `build_mlp`,
-`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`); the overrides call `super()`, so that patches compose.
+`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `begin_lookup`); the overrides call `super()`, so that
+patches compose.
 """
 
 from __future__ import annotations
@@ -179,6 +180,10 @@ class DecoderModel(DecoderPreTrainedModel):
         """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
         return input_ids
 
+    def begin_lookup(self, token_ids: Tensor | None) -> Any:
+        """What layers get as `token_ids`; here a patch may begin to fetch what token-indexed parts will look up."""
+        return token_ids
+
     def vocabulary_rows(self) -> int:
         """Rows of the embedding; an adapter's wrapper may hide them, then as many as the configuration says."""
         return getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
@@ -215,6 +220,7 @@ class DecoderModel(DecoderPreTrainedModel):
         token_ids = self.resolve_token_ids(input_ids, inputs_embeds, kwargs)
         if token_ids is not None:
             self.check_token_ids(token_ids)
+        looked_up = self.begin_lookup(token_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -244,7 +250,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                token_ids=token_ids,
+                token_ids=looked_up,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

@@ -37,6 +37,7 @@ class StemConfig(DecoderConfig):
     | `stem_embedding_dim` | width of a table row; must equal `intermediate_size` |
     | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + width of a row))` |
     | `stem_keep_up_proj` | keep the stock up-projection beside the table: `mlp.efficient = False` runs the stock path |
+    | `stem_sparse_grad` | gradients of the tables are sparse tensors of the rows that a batch holds |
     | `stem_inputs_embeds` | `inputs_embeds` without ids: `error`, or `match` to find them among the embedding's rows |
     """
 
@@ -46,6 +47,7 @@ class StemConfig(DecoderConfig):
     stem_embedding_dim: int | None = None
     stem_init_std: int | float | None = None
     stem_keep_up_proj: bool = False
+    stem_sparse_grad: bool = False
     stem_inputs_embeds: str = "error"
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -19,10 +19,14 @@ from hf_efficient.modeling.decoder.fused_steps import SILU, is_bare, linear
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
 from hf_efficient.modeling.stem.embedding_match import match_token_ids
+from hf_efficient.modeling.stem.token_rows import TokenRows
 
 
 class StemTable(nn.Embedding):
-    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t."""
+    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t.
+
+    Where `sparse` is True, as for any embedding, its gradient is a sparse tensor of the rows that were looked up.
+    """
 
 
 class StemMLP(nn.Module):
@@ -36,7 +40,7 @@ class StemMLP(nn.Module):
         self.efficient = True
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.stem_embed = StemTable(config.vocab_size, config.intermediate_size)
+        self.stem_embed = StemTable(config.vocab_size, config.intermediate_size, sparse=config.stem_sparse_grad)
         self.up_proj: nn.Linear | None = None
         if config.stem_keep_up_proj:
             self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -49,17 +53,22 @@ class StemMLP(nn.Module):
             is_bare(self.act_fn, SILU)
             and is_bare(table, (StemTable,))
             and type(table.weight) is nn.Parameter  # quantised and distributed weights have types of their own
-            and not (table.sparse or table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
+            and not (table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
         )
 
-    def forward(self, hidden_states: Tensor, token_ids: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, token_ids: Tensor | TokenRows | None, residual: Tensor | None = None
+    ) -> Tensor:
         gate = linear(hidden_states, self.gate_proj)
         if not self.efficient:
             gated = self.act_fn(gate) * self._stock_up(hidden_states)
-        elif self._can_fuse():
-            gated = stem_gate(gate, self.stem_embed.weight, token_ids)
+        elif not self._can_fuse():
+            ids = token_ids.ids if isinstance(token_ids, TokenRows) else token_ids
+            gated = self.act_fn(gate) * self.stem_embed(ids).to(gate.dtype)
+        elif isinstance(token_ids, TokenRows):
+            gated = stem_gate(gate, token_ids.rows(self.stem_embed), token_ids.slots)
         else:
-            gated = self.act_fn(gate) * self.stem_embed(token_ids).to(gate.dtype)
+            gated = stem_gate(gate, self.stem_embed.weight, token_ids)
         return linear(gated, self.down_proj, residual)
 
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
@@ -142,11 +151,23 @@ class StemModel(StemPreTrainedModel, DecoderModel):
             )
         return ids
 
+    def begin_lookup(self, token_ids: Tensor | None) -> Tensor | TokenRows | None:
+        token_ids = super().begin_lookup(token_ids)
+        tables = self._tables()
+        if token_ids is None or not tables:
+            return token_ids
+        trained = torch.is_grad_enabled() and any(table.weight.requires_grad and table.sparse for table in tables)
+        return TokenRows(token_ids) if trained else token_ids
+
+    def _tables(self) -> list[StemTable]:
+        """The tables in the order of the layers, those under an adapter left out."""
+        tables = (getattr(layer.mlp, "stem_embed", None) for layer in self.layers)
+        return [table for table in tables if isinstance(table, StemTable)]
+
     def _check_tables(self) -> None:
         rows = self.vocabulary_rows()
-        for layer in self.layers:
-            table = getattr(layer.mlp, "stem_embed", None)
-            if isinstance(table, StemTable) and table.num_embeddings != rows:
+        for table in self._tables():
+            if table.num_embeddings != rows:
                 raise HFEError(
                     f"a STEM table has {table.num_embeddings} rows and the embedding has {rows}",
                     "change the vocabulary with model.resize_token_embeddings, which resizes the tables too",
