@@ -29,6 +29,7 @@ _PUBLIC = {
     "convert": "hf_efficient.checkpoint",
     "evaluate": "hf_efficient.evaluation",
     "export": "hf_efficient.hub.export",
+    "gather_rows": "hf_efficient.kernels.gather_rows.api",
     "inspect": "hf_efficient.inspection",
     "push": "hf_efficient.hub.push",
     "stem_gate": "hf_efficient.kernels.stem_gate.api",

@@ -63,6 +63,18 @@ def test_rows_of_stem_gate_are_read_and_written_16_bytes_at_a_time() -> None:
     assert checked >= 4
 
 
+def test_rows_of_gather_rows_are_read_and_written_16_bytes_at_a_time() -> None:
+    """Of either source: choosing between the cache and the table must narrow neither. Only ids and slots are single."""
+    from hf_efficient.kernels.gather_rows.record import RECORD
+
+    for compilation in RECORD.compilations(90):
+        ptx = compile_ahead(compilation, 90).asm["ptx"]
+        widths = re.findall(r"(ld|st)\.global[^;]*?\.(v4\.b32|v2\.b64|b\d+)", ptx)
+        singles = [width for kind, width in widths if not width.startswith("v")]
+        assert ("st", "v4.b32") in widths or ("st", "v2.b64") in widths, compilation.label
+        assert singles == ["b64", "b32"][: 2 if "cached" in compilation.label else 1], compilation.label
+
+
 def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
     """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow any."""
     from hf_efficient.kernels.decode_attention.record import RECORD

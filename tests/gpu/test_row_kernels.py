@@ -1,0 +1,120 @@
+"""What is particular to the kernels that work on rows of a table: host memory, promises about ids, large tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.gather_rows.api import gather_rows
+from hf_efficient.kernels.gather_rows.configs import DECODE_ROWS
+from hf_efficient.kernels.gather_rows.record import draw
+
+
+def test_gather_rows_gives_zeros_for_ids_outside_the_table(device: torch.device) -> None:
+    """The table is the middle of a larger one: a read outside would show. (On the CPU the public function refuses.)"""
+    from hf_efficient.kernels.gather_rows.triton_kernels import launch
+
+    around = torch.full((9, 40), 7.0, device=device)
+    table, cache = around[2:7, 8:32], around[:1, 8:32]
+    ids = torch.tensor([-1, 4, 5, 2**40, 0, -(2**40)], device=device)
+    for slots in (None, torch.full((5,), -1, dtype=torch.int32, device=device)):
+        out = torch.full((6, 24), float("nan"), device=device)
+        launch(out, table, ids, None if slots is None else cache, slots)
+        assert out[[1, 4]].eq(7.0).all() and out[[0, 2, 3, 5]].eq(0.0).all()
+
+
+def test_gather_rows_fills_the_output_and_nothing_around_it(device: torch.device) -> None:
+    arguments = draw(device, torch.float32, cached=(1, 2))
+    whole = torch.full((9, 30), 5.0, device=device)
+    out = whole[1:8, 3:27]
+    assert gather_rows(**{**arguments, "out": out}, backend="triton") is out
+    assert torch.equal(out, gather_rows(**arguments, backend="reference"))
+    out.fill_(5.0)
+    assert whole.eq(5.0).all()
+
+
+def _pinned(dtype: torch.dtype, ids: int, width: int, device: torch.device) -> dict:
+    arguments = draw(device, dtype, ids=ids, rows=211, width=width, cached=(4, 0, 17, 100))
+    return {**arguments, "table": arguments["table"].cpu().pin_memory()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ids", [0, 1, DECODE_ROWS, DECODE_ROWS + 1, 700])
+@pytest.mark.parametrize("width", [1, 71, 1024, 8192])
+def test_gather_rows_reads_a_pinned_table_bit_for_bit(
+    width: int, ids: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = _pinned(dtype, ids, width, device)
+    resident = {**arguments, "table": arguments["table"].to(device)}
+    for given in ({}, {"cache": None, "cache_slots": None}):
+        expected = gather_rows(**{**resident, **given}, backend="reference")
+        for backend in ("triton", "reference", None):
+            out = gather_rows(**{**arguments, **given}, backend=backend)
+            assert out.device.type == device.type and torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gather_rows_reads_a_slice_of_a_pinned_table(device: torch.device) -> None:
+    """Tables of several layers may lie side by side in one allocation."""
+    arguments = _pinned(torch.bfloat16, 100, 512, device)
+    table = arguments["table"][3:200, 128:384]
+    arguments = {**arguments, "table": table, "ids": arguments["ids"] % 190, "cache": None, "cache_slots": None}
+    assert torch.equal(gather_rows(**arguments), table.to(device)[arguments["ids"]])
+
+
+@pytest.mark.gpu
+def test_gather_rows_refuses_host_memory_that_is_not_pinned(device: torch.device) -> None:
+    arguments = _pinned(torch.bfloat16, 5, 64, device)
+    arguments["table"] = torch.empty_like(arguments["table"], pin_memory=False).copy_(arguments["table"])
+    for backend in ("triton", "reference", None):
+        with pytest.raises(HFEError, match=r"not pinned.*pin_memory\(\)"):
+            gather_rows(**arguments, backend=backend)
+
+
+@pytest.mark.gpu
+def test_gather_rows_of_a_pinned_table_is_captured_in_a_cuda_graph(device: torch.device) -> None:
+    """On a stream of its own, and with other ids and other rows in the same places at the replay."""
+    arguments = _pinned(torch.bfloat16, 9, 1024, device)
+    arguments["out"] = torch.empty(9, 1024, dtype=torch.bfloat16, device=device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        gather_rows(**arguments)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph, stream=stream):
+        gather_rows(**arguments)
+    assert torch.cuda.memory_allocated() == before, "nothing is allocated where the output is given"
+    arguments["ids"].copy_(torch.tensor([210, 4, 4, 17, 0, 3, 99, 100, 1], device=device))
+    arguments["table"][3].fill_(2.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(arguments["out"], gather_rows(**{**arguments, "out": None}, backend="reference"))
+    assert arguments["out"][5].eq(2.5).all()
+
+
+@pytest.mark.gpu
+def test_gather_rows_runs_beside_work_on_another_stream(device: torch.device) -> None:
+    """The result is there after an event, as a model that prefetches its rows waits for them."""
+    arguments = _pinned(torch.bfloat16, 700, 8192, device)
+    side, done = torch.cuda.Stream(), torch.cuda.Event()
+    x = torch.randn(2048, 2048, device=device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        out = gather_rows(**arguments)
+        done.record()
+    for _ in range(20):
+        x = (x @ x).clamp(-1, 1)
+    torch.cuda.current_stream().wait_event(done)
+    assert torch.equal(out, gather_rows(**arguments, backend="reference"))
+
+
+@pytest.mark.gpu
+def test_gather_rows_addresses_tables_of_more_than_2_to_the_31_elements(device: torch.device) -> None:
+    table = torch.zeros(2**18 + 5, 2**13, device=device, dtype=torch.bfloat16)
+    table[-1] = 3.0
+    ids = torch.tensor([len(table) - 1, 0, 2**18], device=device)
+    assert gather_rows(table, ids).float().mean(1).tolist() == [3.0, 0.0, 0.0]
+    assert gather_rows(table, ids.repeat(100))[::3].eq(3.0).all()
