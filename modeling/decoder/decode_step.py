@@ -141,10 +141,15 @@ def step_signature(model: Any) -> tuple | None:
                 continue
             device = device or tensor.device
             # Quantised and distributed weights have types of their own, and so have fake ones.
-            if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device:
+            if type(tensor) not in (nn.Parameter, Tensor) or not _is_readable(tensor, device):
                 return None
             signature.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
     return (device, *signature)
+
+
+def _is_readable(tensor: Tensor, device: torch.device) -> bool:
+    """True on the device, and in pinned memory, which kernels may read as well."""
+    return tensor.device == device or (tensor.device.type == "cpu" and device.type == "cuda" and tensor.is_pinned())
 
 
 def _settings(thing: Any) -> tuple:

@@ -1,8 +1,8 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
 It knows no patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`, `build_mlp`,
-`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `begin_lookup`); the overrides call `super()`, so that
-patches compose.
+`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `begin_call`, `begin_lookup`); the overrides call
+`super()`, so that patches compose.
 """
 
 from __future__ import annotations
@@ -180,8 +180,22 @@ class DecoderModel(DecoderPreTrainedModel):
         """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
         return input_ids
 
+    def begin_call(
+        self,
+        token_ids: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What layers get as `token_ids`, from the arguments of the call; here a patch may change what is looked up.
+
+        It may take more arguments out of `kwargs`.
+        """
+        return self.begin_lookup(token_ids)
+
     def begin_lookup(self, token_ids: Tensor | None) -> Any:
-        """What layers get as `token_ids`; here a patch may begin to fetch what token-indexed parts will look up."""
+        """A look-up of these ids; here a patch may begin to fetch what token-indexed parts will look up."""
         return token_ids
 
     def vocabulary_rows(self) -> int:
@@ -220,7 +234,7 @@ class DecoderModel(DecoderPreTrainedModel):
         token_ids = self.resolve_token_ids(input_ids, inputs_embeds, kwargs)
         if token_ids is not None:
             self.check_token_ids(token_ids)
-        looked_up = self.begin_lookup(token_ids)
+        looked_up = self.begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:

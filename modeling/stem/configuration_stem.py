@@ -38,6 +38,9 @@ class StemConfig(DecoderConfig):
     | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + width of a row))` |
     | `stem_keep_up_proj` | keep the stock up-projection beside the table: `mlp.efficient = False` runs the stock path |
     | `stem_sparse_grad` | gradients of the tables are sparse tensors of the rows that a batch holds |
+    | `stem_offload` | `none`; `cpu`: the tables stay in host memory, wherever the model goes; `disk`: in its files |
+    | `stem_cache_rows` | rows of each offloaded table to keep on the device, those of the most frequent tokens |
+    | `stem_prefetch_layers` | offloaded tables whose rows may be on their way at once; 0: all |
     | `stem_inputs_embeds` | `inputs_embeds` without ids: `error`, or `match` to find them among the embedding's rows |
     """
 
@@ -48,6 +51,9 @@ class StemConfig(DecoderConfig):
     stem_init_std: int | float | None = None
     stem_keep_up_proj: bool = False
     stem_sparse_grad: bool = False
+    stem_offload: str = "none"
+    stem_cache_rows: int = 0
+    stem_prefetch_layers: int = 0
     stem_inputs_embeds: str = "error"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -91,6 +97,11 @@ class StemConfig(DecoderConfig):
             )
         if self.stem_init_std is not None and self.stem_init_std <= 0:
             raise ValueError(f"stem_init_std={self.stem_init_std} must be positive, or None for Xavier")
+        if self.stem_offload not in ("none", "cpu", "disk"):
+            raise ValueError(f"stem_offload={self.stem_offload!r} must be 'none', 'cpu' or 'disk'")
+        for name in ("stem_cache_rows", "stem_prefetch_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.stem_inputs_embeds not in ("error", "match"):
             raise ValueError(f"stem_inputs_embeds={self.stem_inputs_embeds!r} must be 'error' or 'match'")
 

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +21,16 @@ from hf_efficient.kernels.stem_gate.api import stem_gate
 from hf_efficient.modeling.decoder.fused_steps import SILU, is_bare, linear
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
+from hf_efficient.modeling.stem.editing import StemEditing
 from hf_efficient.modeling.stem.embedding_match import match_token_ids
+from hf_efficient.modeling.stem.stem_table import StemTable, single_device
+from hf_efficient.modeling.stem.table_files import find_tensors, hub_arguments
+from hf_efficient.modeling.stem.table_offload import TableFetcher
 from hf_efficient.modeling.stem.token_rows import TokenRows
 
-
-class StemTable(nn.Embedding):
-    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t.
-
-    Where `sparse` is True, as for any embedding, its gradient is a sparse tensor of the rows that were looked up.
-    """
+_TABLE_KEY = r"\.stem_embed\.weight$"
+# Not attributes of the models, which are copied and pickled; a stream is neither.
+_FETCHERS: WeakKeyDictionary[nn.Module, TableFetcher] = WeakKeyDictionary()
 
 
 class StemMLP(nn.Module):
@@ -40,19 +44,22 @@ class StemMLP(nn.Module):
         self.efficient = True
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.stem_embed = StemTable(config.vocab_size, config.intermediate_size, sparse=config.stem_sparse_grad)
+        self.stem_embed = StemTable(
+            config.vocab_size, config.intermediate_size, config.stem_sparse_grad, config.stem_offload
+        )
         self.up_proj: nn.Linear | None = None
         if config.stem_keep_up_proj:
             self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def _can_fuse(self) -> bool:
+    def _can_fuse(self, token_ids: Tensor | TokenRows | None) -> bool:
         """True when the kernel, which reads the table's weight, does all that calling the two modules would do."""
         table = self.stem_embed
         return (
             is_bare(self.act_fn, SILU)
             and is_bare(table, (StemTable,))
             and type(table.weight) is nn.Parameter  # quantised and distributed weights have types of their own
+            and (isinstance(token_ids, TokenRows) or table.weight.device == token_ids.device)
             and not (table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
         )
 
@@ -62,9 +69,10 @@ class StemMLP(nn.Module):
         gate = linear(hidden_states, self.gate_proj)
         if not self.efficient:
             gated = self.act_fn(gate) * self._stock_up(hidden_states)
-        elif not self._can_fuse():
-            ids = token_ids.ids if isinstance(token_ids, TokenRows) else token_ids
-            gated = self.act_fn(gate) * self.stem_embed(ids).to(gate.dtype)
+        elif not self._can_fuse(token_ids):
+            table, fetched = self.stem_embed, isinstance(token_ids, TokenRows)
+            rows = token_ids.look_up(table) if fetched else table(token_ids)
+            gated = self.act_fn(gate) * rows.to(gate.dtype)
         elif isinstance(token_ids, TokenRows):
             gated = stem_gate(gate, token_ids.rows(self.stem_embed), token_ids.slots)
         else:
@@ -88,10 +96,49 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, StemTable):
             super()._init_weights(module)
+        elif module.weight is None:
+            return
         elif self.config.stem_init_std is None:
             init.xavier_normal_(module.weight)
         else:
             init.normal_(module.weight, std=self.config.stem_init_std)
+
+    def post_init(self) -> None:
+        if self.config.stem_offload == "disk":  # the tables are no parameters until they are mapped
+            self._keys_to_ignore_on_load_unexpected = [_TABLE_KEY]
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; tables that are not to live on the device never go there."""
+        placement = cls._placement_asked_for(source, kwargs)
+        if placement == "none":
+            return super().from_pretrained(source, *args, **kwargs)
+        # A device map would put hooks on the tables, which copy them whole.
+        device = single_device(kwargs.pop("device_map", None))
+        loaded = super().from_pretrained(source, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if placement == "disk":
+            model._map_tables(source, **hub_arguments(kwargs))
+        if device is not None:
+            model.to(device)
+        return loaded
+
+    @classmethod
+    def _placement_asked_for(cls, source: Any, arguments: dict[str, Any]) -> str:
+        config = arguments.get("config")
+        if "stem_offload" in arguments:
+            return arguments["stem_offload"]
+        if config is None and source is not None:
+            config, _ = cls.config_class.get_config_dict(source, **hub_arguments(arguments))
+        return (config.get if isinstance(config, dict) else partial(getattr, config))("stem_offload", "none")
+
+    def _map_tables(self, source: Any, **hub: Any) -> None:
+        """Show each table its place in the checkpoint's files, which have the tensor names of the full model."""
+        prefix = "" if self.base_model is not self else f"{self.base_model_prefix}."
+        tables = {f"{prefix}{name}.weight": m for name, m in self.named_modules() if isinstance(m, StemTable)}
+        for name, file in find_tensors(source, tables, **hub).items():
+            tables[name].map_from(file, name)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         super().check_loaded(missing_keys, unexpected_keys)
@@ -101,6 +148,27 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
                 f"the checkpoint lacks {len(tables)} STEM tables, {tables[0]} first, so it is not a STEM checkpoint",
                 "convert the stock model with `hf-efficient convert SOURCE OUTPUT --patch stem` and load OUTPUT",
             )
+
+    def refresh_rows(self, ids: Tensor) -> None:
+        """Tell that rows `ids` [n] of the tables were changed in place, so that no copy of them is used any longer."""
+        fetcher = _FETCHERS.get(self.base_model)
+        if fetcher is not None:
+            fetcher.drop(ids)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Sparse gradients are summed over the processes by `RowSparseAdamW`; torch's own way takes no NCCL."""
+        return [f"{name}.weight" for name, m in self.named_modules() if isinstance(m, StemTable) and m.sparse]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a model whose tables are mapped from a checkpoint cannot replace that checkpoint."""
+        mapped = {m.file.parent for m in self.modules() if isinstance(m, StemTable) and m.file is not None}
+        if Path(save_directory).resolve() in mapped:
+            raise HFEError(
+                f"the tables of this model are mapped from {save_directory}, which saving would overwrite",
+                "save it into another folder",
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -112,13 +180,13 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         """Give every table `rows` rows; a new row is the mean of the old ones."""
         for module in self.modules():
             if isinstance(module, StemTable) and module.num_embeddings != rows:
-                old = module.weight
+                old = module.resident_weight
                 new = old.mean(0, dtype=torch.float32).to(old.dtype).expand(max(rows - len(old), 0), -1)
                 module.weight = nn.Parameter(torch.cat((old[:rows], new)), requires_grad=old.requires_grad)
                 module.num_embeddings = rows
 
 
-class StemModel(StemPreTrainedModel, DecoderModel):
+class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
     """Decoder with STEM feed-forwards in `config.stem_layers`.
 
     `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up in place of `input_ids`, or beside
@@ -156,8 +224,30 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         tables = self._tables()
         if token_ids is None or not tables:
             return token_ids
-        trained = torch.is_grad_enabled() and any(table.weight.requires_grad and table.sparse for table in tables)
-        return TokenRows(token_ids) if trained else token_ids
+        trained = [t for t in tables if torch.is_grad_enabled() and t.resident_weight.requires_grad]
+        on_host = tables[0].resident_weight.device != token_ids.device
+        if on_host and not all(table.sparse for table in trained):
+            raise HFEError(
+                "tables that stay on the host cannot have dense gradients",
+                "load the model with stem_sparse_grad=True to train them, or set requires_grad to False for them",
+            )
+        if on_host:
+            return self._fetcher(tables, token_ids.device).begin(token_ids)
+        return TokenRows(token_ids) if any(table.sparse for table in trained) else token_ids
+
+    def _fetcher(self, tables: list[StemTable], device: torch.device) -> TableFetcher:
+        fetcher = _FETCHERS.get(self)
+        if fetcher is None or not fetcher.serves(tables, device):
+            config = self.config
+            pin = tables[0].placement == "cpu"
+            fetcher = TableFetcher(tables, device, config.stem_prefetch_layers, config.stem_cache_rows, pin)
+            _FETCHERS[self] = fetcher
+        return fetcher
+
+    def row_fetches(self) -> dict[str, Any]:
+        """Of tables on the host: whether the device reads them by itself, and what prompts asked of the row cache."""
+        fetcher = _FETCHERS.get(self)
+        return {} if fetcher is None else fetcher.report()
 
     def _tables(self) -> list[StemTable]:
         """The tables in the order of the layers, those under an adapter left out."""
@@ -174,11 +264,11 @@ class StemModel(StemPreTrainedModel, DecoderModel):
                 )
 
 
-class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
+class StemForCausalLM(StemEditing, StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     """`StemModel` and a language-model head."""
 
     model_class = StemModel
-    prompt_arguments = frozenset({"stem_input_ids"})
+    prompt_arguments = frozenset({"stem_input_ids", "stem_prompt_rows"})
 
     def prepare_inputs_for_generation(
         self,

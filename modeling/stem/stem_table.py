@@ -1,0 +1,109 @@
+"""The table of a STEM layer, and where it lives: with the model, in host memory, or in the checkpoint's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from hf_efficient.errors import HFEError
+
+
+class StemTable(nn.Embedding):
+    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t.
+
+    Where `sparse` is True, as for any embedding, its gradient is a sparse tensor of the rows that were looked up.
+
+    Args:
+        rows, width: size of the table.
+        sparse: give sparse gradients.
+        placement: ``none``: where the model is; ``cpu``: in host memory, wherever the model goes; ``disk``: nowhere,
+            until `map_from` shows it the file that holds it.
+    """
+
+    def __init__(self, rows: int, width: int, sparse: bool = False, placement: str = "none") -> None:
+        self.placement = placement
+        self.file: Path | None = None  # that the rows are mapped from
+        if placement == "disk":
+            with torch.device("meta"):
+                super().__init__(rows, width, sparse=sparse)
+            self.weight = None
+        else:
+            super().__init__(rows, width, sparse=sparse)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts the table with the model; one that stays on the host is cast, and one in a file is not."""
+        if self.placement == "none" or self.weight is None:
+            return super()._apply(fn, recurse)
+        if self.placement == "disk":
+            return self
+        wanted = fn(self.weight.detach()[:0])
+        if wanted.is_meta:
+            return super()._apply(fn, recurse)
+        if self.weight.is_meta:
+            return super()._apply(lambda t: torch.empty_like(t, dtype=wanted.dtype, device="cpu"), recurse)
+        if wanted.dtype != self.weight.dtype or self.weight.device.type != "cpu":
+            # Never by changing a parameter's memory: it may be pinned, for as long as the parameter lives.
+            rows = self.weight.detach().to("cpu", wanted.dtype)
+            self.weight = nn.Parameter(rows, requires_grad=self.weight.requires_grad)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:  # the base class's name
+        if self.weight is not None and self.weight.device == input.device:
+            return super().forward(input)
+        # The way that is right for every caller, such as an adapter around the table; the model itself fetches ahead.
+        return super().forward(input.to(self.resident_weight.device)).to(input.device)
+
+    @property
+    def resident_weight(self) -> nn.Parameter:
+        """The weight; an error where it is still to be mapped from a file."""
+        if self.weight is None:
+            raise HFEError(
+                "a STEM table has no rows: stem_offload='disk' leaves them in the checkpoint's files",
+                "load the checkpoint with from_pretrained(..., stem_offload='disk')",
+            )
+        return self.weight
+
+    def map_from(self, file: Path, name: str) -> None:
+        """Take the rows from tensor `name` of a safetensors file, mapped into memory: pages are read when touched."""
+        with safe_open(file, "pt") as tensors:
+            rows = tensors.get_tensor(name)
+        expected = (self.num_embeddings, self.embedding_dim)
+        if tuple(rows.shape) != expected:
+            raise HFEError(
+                f"{name} in {file.name} has shape {tuple(rows.shape)}, the configuration asks for {expected}",
+                "load the configuration that belongs to the checkpoint",
+            )
+        self.weight, self.file = nn.Parameter(rows, requires_grad=False), file.resolve()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", placement={self.placement}" if self.placement != "none" else "")
+
+
+def single_device(device_map: Any) -> torch.device | None:
+    """The one device of a `device_map`, None where none was given.
+
+    Raises:
+        HFEError: it spreads the model over several devices.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, dict):
+        devices = {str(device) for device in device_map.values()}
+        device_map = devices.pop() if len(devices) == 1 else devices
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device_map = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.device(f"cuda:{device_map}" if str(device_map).isdecimal() else device_map)
+    except (TypeError, RuntimeError) as error:
+        raise HFEError(
+            f"device_map={device_map} does not name one device, and stem_offload keeps tables beside one device",
+            "pass device_map='cuda', or leave stem_offload out to spread the model",
+        ) from error
+
+
+__all__ = ["StemTable", "single_device"]
