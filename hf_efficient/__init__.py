@@ -32,6 +32,7 @@ _PUBLIC = {
     "gather_rows": "hf_efficient.kernels.gather_rows.api",
     "inspect": "hf_efficient.inspection",
     "push": "hf_efficient.hub.push",
+    "row_adamw": "hf_efficient.kernels.row_adamw.api",
     "stem_gate": "hf_efficient.kernels.stem_gate.api",
     "verify": "hf_efficient.hub.verify",
 }

@@ -118,3 +118,54 @@ def test_gather_rows_addresses_tables_of_more_than_2_to_the_31_elements(device: 
     ids = torch.tensor([len(table) - 1, 0, 2**18], device=device)
     assert gather_rows(table, ids).float().mean(1).tolist() == [3.0, 0.0, 0.0]
     assert gather_rows(table, ids.repeat(100))[::3].eq(3.0).all()
+
+
+def test_row_adamw_leaves_out_ids_outside_the_parameter(device: torch.device) -> None:
+    """All five tensors are the middle of larger ones: a write outside would show."""
+    from hf_efficient.kernels.row_adamw.triton_kernels import launch
+
+    around = {name: torch.full((9, 40), 7.0, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}
+    rows = {name: each[2:7, 8:32] for name, each in around.items()}
+    of_rows = {
+        "steps": torch.full((9,), 7, dtype=torch.int32, device=device),
+        "log_decays": torch.full((9,), 7.0, dtype=torch.float64, device=device),
+    }
+    ids = torch.tensor([-1, 4, 5, 2**40, 0, -(2**40)], device=device)
+    grad = torch.ones(6, 24, device=device)
+    inner = {name: each[2:7] for name, each in of_rows.items()}
+    launch(*rows.values(), *inner.values(), ids, grad, None, 0.1, 0.9, 0.999, 1e-8, 7.5)
+    for name, each in {**around, **of_rows}.items():
+        changed = rows[name] if name in rows else inner[name]
+        assert changed[[0, 4]].ne(7.0).all(), name
+        changed[[0, 4]] = 7.0
+        assert each.eq(7.0).all(), name
+
+
+@pytest.mark.gpu
+def test_row_adamw_counts_the_steps_of_many_rows_right(device: torch.device) -> None:
+    """All threads of a program read the count that one of them writes: a race would show in some row of many."""
+    from hf_efficient.kernels.row_adamw.api import row_adamw
+    from hf_efficient.kernels.row_adamw.record import draw as draw_step
+
+    for _ in range(20):
+        arguments = draw_step(device, torch.float32, ids=20000, rows=20000, width=1024)
+        expected = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        row_adamw(**arguments)
+        row_adamw(**expected, backend="reference")
+        assert torch.equal(arguments["steps"], expected["steps"])
+        torch.testing.assert_close(arguments["param"], expected["param"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_row_adamw_addresses_parameters_of_more_than_2_to_the_31_elements(device: torch.device) -> None:
+    from hf_efficient.kernels.row_adamw.api import row_adamw
+
+    rows, width = 2**18 + 5, 2**13
+    param = torch.zeros(rows, width, device=device, dtype=torch.bfloat16)
+    m, v = torch.zeros(2, rows, width, device=device)
+    steps, log_decays = (torch.zeros(rows, dtype=t, device=device) for t in (torch.int32, torch.float64))
+    ids = torch.tensor([rows - 1, 3], device=device)
+    grad = torch.ones(2, width, device=device)
+    row_adamw(param, m, v, steps, log_decays, ids, grad, lr=0.5, betas=(0.9, 0.999), eps=0.0)
+    assert param[ids].eq(-0.5).all()
+    assert [int(each.count_nonzero()) for each in (param, m, v)] == [2 * width] * 3

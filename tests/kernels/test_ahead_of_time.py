@@ -75,6 +75,22 @@ def test_rows_of_gather_rows_are_read_and_written_16_bytes_at_a_time() -> None:
         assert singles == ["b64", "b32"][: 2 if "cached" in compilation.label else 1], compilation.label
 
 
+def test_row_adamw_moves_float32_16_bytes_at_a_time_and_exchanges_nothing_through_shared_memory() -> None:
+    """One barrier, between the reading of a row's step count by all threads and its writing by one, and no other."""
+    from hf_efficient.kernels.row_adamw.record import RECORD
+
+    for compilation in RECORD.compilations(90):
+        if "fp64" not in compilation.label:
+            ptx = compile_ahead(compilation, 90).asm["ptx"]
+            assert not re.search(r"(?:ld|st)\.shared", ptx), compilation.label
+            row, barrier, tile = ptx.partition("bar.sync")
+            assert barrier and "bar.sync" not in tile and "st.global" not in row, compilation.label
+            moved = re.findall(r"(?:ld|st)\.global[^;]*?\.(v\d\.b32)", tile)
+            # The parameter is read and written, the gradient read, and so are the moments, which are always float32.
+            half = 2 * compilation.types["param"].endswith("16") + compilation.types["grad"].endswith("16")
+            assert moved.count("v4.b32") == 7 - half and moved.count("v2.b32") == half, compilation.label
+
+
 def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
     """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow any."""
     from hf_efficient.kernels.decode_attention.record import RECORD
