@@ -68,4 +68,7 @@ class Patch(Protocol):
         """
 
     def report(self) -> dict[str, Any]:
-        """What the patch measured, for the report. Called after `choose`, and when `tensors` is exhausted."""
+        """What the patch measured, for the report. Called after `choose`, and when `tensors` is exhausted.
+
+        A `summary`, texts by label, is shown in the report's table.
+        """

@@ -6,32 +6,34 @@ The conversion is lossy: a row cannot know the token's context. `stem_tables` ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_efficient.conversion.measuring.calibration import Calibration
-from hf_efficient.conversion.measuring.evaluation import nll_by_position
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.token_counts import occurrences
 from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from hf_efficient.conversion.stem_layers import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,
     EmbeddingRegression,
+    FittedTable,
     TableError,
-    TokenSums,
     fit_table,
     observe_feed_forward,
-    occurrences,
+    observed_push,
+    stem_feed_forward,
 )
-from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
-from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
+# Ways of choosing layers by measurement.
+_CHOICES = ("auto", "greedy")
 # Held-out tokens on which each layer's errors are measured.
 _ERROR_TOKENS = 2_048
 
@@ -56,7 +58,8 @@ class Stem:
     layers: str | list[int] = field(
         default="auto",
         metadata={
-            "help": "layers to convert, such as 1,4,7; auto: those whose conversion costs least, measured one by one"
+            "help": "layers to convert, such as 1,4,7; auto: those whose conversion costs least, measured one by one; "
+            "greedy: added one by one, by the measured loss of all together (slower)"
         },
     )
     init: str = field(
@@ -76,18 +79,22 @@ class Stem:
         metadata={"help": "fit each layer to the gates that the converted layers below it give, not to the source's"},
     )
     max_layers: int | None = field(
-        default=None, metadata={"help": "with auto: at most so many layers (default: a third of the model's)"}
+        default=None,
+        metadata={"help": "with auto and greedy: at most so many layers (default: a third of the model's)"},
     )
     max_delta: float | None = field(
         default=None,
-        metadata={"help": "with auto: the chosen layers' own costs add up to at most so many nats per token"},
+        metadata={
+            "help": "at most so many nats per token: with auto the chosen layers' own costs added up, with greedy the "
+            "measured rise with all of them"
+        },
     )
     keep_up_proj: bool = field(
         default=False, metadata={"help": "keep the stock up-projections beside the tables, for training against them"}
     )
 
     def __post_init__(self) -> None:
-        if self.layers != "auto":
+        if not self.measures_choice:
             self.layers = _parse_layers(self.layers)
         if self.init not in INITIALISERS:
             raise UsageError(f"stem init={self.init!r} is unknown", f"choose one of {', '.join(INITIALISERS)}")
@@ -99,14 +106,15 @@ class Stem:
             raise UsageError(f"stem max_layers={self.max_layers} must be at least 1", "leave it out for a third")
         if self.max_delta is not None and not self.max_delta > 0:
             raise UsageError(f"stem max_delta={self.max_delta} must be positive nats", "leave it out for no limit")
-        if self.layers != "auto" and not (self.max_layers is None and self.max_delta is None):
+        if not self.measures_choice and not (self.max_layers is None and self.max_delta is None):
             raise UsageError("stem max_layers and max_delta choose among layers, and layers are named", "leave one out")
         self._costs: dict[int, float] = {}
+        self._rounds: list[Round] = []
         self._layer_reports: dict[int, dict[str, Any]] = {}
 
     @property
     def measures_choice(self) -> bool:
-        return self.layers == "auto"
+        return self.layers in _CHOICES
 
     def check(self, config: DecoderConfig) -> None:
         count = config.num_hidden_layers
@@ -115,8 +123,8 @@ class Stem:
                 f"the source is a STEM checkpoint already (layers {config.stem_layers})",
                 "convert its stock source again, with all the layers you want",
             )
-        if count < 2 and self.layers == "auto":
-            raise UsageError("the model has one layer, and auto leaves layer 0 as it is", "name it: layers=0")
+        if count < 2 and self.measures_choice:
+            raise UsageError(f"the model has one layer, and {self.layers} leaves layer 0 as it is", "name it: layers=0")
         if isinstance(self.layers, list):
             outside = [i for i in self.layers if not 0 <= i < count]
             if outside:
@@ -127,10 +135,7 @@ class Stem:
             get_logger().warning("stem init=embed is worse than no feed-forward at all; gated_mean is the default")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        layers = self.layers
-        if layers == "auto":
-            self._costs = self._single_layer_costs(_present(calibration))
-            layers = self._cheapest(config.num_hidden_layers)
+        layers = self._choose(_present(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
@@ -158,7 +163,7 @@ class Stem:
             else:
                 if self.sequential and converted is None:
                     converted = fit.fork()
-                sums = _observed_push(run, index, layer, fit, converted)
+                sums = observed_push(run, index, layer, fit, converted)
                 table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 rows = table.at(run.vocabulary, run.embeddings)
                 errors = TableError(layer.mlp, rows, sums.count)
@@ -170,7 +175,7 @@ class Stem:
                     "within_token_share": sums.within_token_share(layer.mlp.up_proj),
                 }
                 if converted is not None:
-                    with _stem_feed_forward(run, layer, rows):
+                    with stem_feed_forward(run, layer, rows):
                         run.push(index, layer, converted)
                 yield _table_name(index), table.write(calibration.reader, config.dtype or torch.float32)
             calibration.progress("calibrate", index + 1, last + 1)
@@ -184,56 +189,44 @@ class Stem:
             "ridge": self.ridge,
             "sequential": self.sequential,
             "single_layer_delta_nll": self._costs,
+            "greedy_rounds": [asdict(r) for r in self._rounds],
+            "summary": self._summary(),
             "layers": self._layer_reports,
         }
+
+    def _summary(self) -> dict[str, str]:
+        """What the report's table says of the choice."""
+        if self._rounds:
+            steps = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
+            return {"added, Δ nll of all": steps}
+        if self._costs:
+            costs = sorted(self._costs.items(), key=lambda item: item[1])
+            return {"each alone, Δ nll": ", ".join(f"{i} {cost:+.3f}" for i, cost in costs)}
+        return {}
 
     def _regression(self, run: LayerwisePass, stream: Stream) -> EmbeddingRegression:
         count, _ = occurrences(stream.slots, len(run.vocabulary))
         return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
 
-    @torch.no_grad()
-    def _single_layer_costs(self, calibration: Calibration) -> dict[int, float]:
-        """Rise of the probe's nll when one layer alone is converted, for all but layer 0, in one traversal.
+    def _fitter(self, run: LayerwisePass) -> FitLayer:
+        """Fits the layers of a pass of the calibration text to the source's own stream."""
+        (stream,) = run.streams
+        regression = self._regression(run, stream)
 
-        At each layer a branch of the probe takes the converted layer; from there on it goes through the stock layers.
-        """
-        run = calibration.start(calibration.fit, calibration.probe)
-        fit, probe = run.streams
-        regression = self._regression(run, fit)
-        branches: dict[int, Stream] = {}
-        for index, layer in run.layers():
-            for branch in branches.values():
-                run.push(index, layer, branch)
-            sums = _observed_push(run, index, layer, fit)
-            if index > 0:
-                table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
-                branches[index] = probe.fork()
-                with _stem_feed_forward(run, layer, table.at(run.vocabulary, run.embeddings)):
-                    run.push(index, layer, branches[index])
-            run.push(index, layer, probe)
-            calibration.progress("choose layers", index + 1, run.config.num_hidden_layers)
-        stock, *converted = (
-            float(nll_by_position(pieces, probe.ids).double().mean())
-            for pieces in run.logits(probe, *branches.values())
-        )
-        return {index: nll - stock for index, nll in zip(branches, converted, strict=True)}
+        def fit(index: int, layer: DecoderLayer) -> FittedTable:
+            sums = observed_push(run, index, layer, stream)
+            return fit_table(self.init, self.shrinkage, layer, run, sums, regression)
 
-    def _cheapest(self, num_layers: int) -> list[int]:
-        """Layers in the order of their costs, while number and sum stay within the limits; sorted by index."""
-        limit = self.max_layers if self.max_layers is not None else max(num_layers // 3, 1)
-        chosen: list[int] = []
-        spent = 0.0
-        for index in sorted(self._costs, key=lambda i: (self._costs[i], i))[:limit]:
-            spent += max(self._costs[index], 0.0)
-            if self.max_delta is not None and spent > self.max_delta:
-                break
-            chosen.append(index)
-        if not chosen:
-            cheapest = min(self._costs.values())
-            raise HFEError(
-                f"stem max_delta={self.max_delta} allows no layer: the cheapest costs {cheapest:.4f} nats", "raise it"
-            )
-        return sorted(chosen)
+        return fit
+
+    def _choose(self, calibration: Calibration) -> list[int]:
+        limit = self.max_layers or max(calibration.config.num_hidden_layers // 3, 1)
+        probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
+        self._costs = probe.costs
+        if self.layers == "auto":
+            return cheapest(probe.costs, limit, self.max_delta)
+        self._rounds = greedy(probe, limit, self.max_delta)
+        return sorted(r.layer for r in self._rounds)
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
@@ -244,7 +237,8 @@ def _parse_layers(layers: str | list[int]) -> list[int]:
     integers = all(isinstance(index, int) and not isinstance(index, bool) for index in parsed)
     if not parsed or not integers or len(set(parsed)) < len(parsed):
         raise UsageError(
-            f"stem layers={layers!r} must be auto, or different whole numbers separated by commas", "for example 1,4,7"
+            f"stem layers={layers!r} must be auto, greedy, or different whole numbers separated by commas",
+            "for example 1,4,7",
         )
     return sorted(parsed)
 
@@ -257,35 +251,3 @@ def _present(calibration: Calibration | None) -> Calibration:
 
 def _table_name(index: int) -> str:
     return f"model.layers.{index}.mlp.stem_embed.weight"
-
-
-def _observed_push(
-    run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream, converted: Stream | None = None
-) -> TokenSums:
-    """Move the stream through the stock layer and sum what its feed-forward sees.
-
-    `converted` is the same text after the converted layers below, and stays there: it gives the gates that tables meet.
-    """
-    met: list[Tensor | None] = []
-    if converted is not None:
-        with observe_feed_forward(layer.mlp, lambda _slots, _x, gate, _up: met.append(gate)):
-            run.push(index, layer, converted.fork())
-    gates = iter(met)
-    sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
-    with observe_feed_forward(layer.mlp, lambda slots, x, gate, up: sums.add(slots, x, gate, up, next(gates, None))):
-        run.push(index, layer, stream)
-    return sums
-
-
-@contextmanager
-def _stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor) -> Iterator[None]:
-    """While open, the layer is a STEM layer whose table holds `rows` for the tokens of the pass."""
-    stock = layer.mlp
-    with torch.device("meta"):
-        layer.mlp = StemMLP(run.config)
-    layer.mlp.gate_proj, layer.mlp.down_proj = stock.gate_proj, stock.down_proj
-    layer.mlp.stem_embed.weight = nn.Parameter(rows, requires_grad=False)
-    try:
-        yield
-    finally:
-        layer.mlp = stock

@@ -28,9 +28,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.measuring.layerwise import EMBEDDING, LayerwisePass
+from hf_efficient.conversion.measuring.layerwise import EMBEDDING, LayerwisePass, Stream
+from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of, occurrences
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
+from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
 INITIALISERS = ("gated_mean", "mean", "ridge", "embed")
 # Rows of the vocabulary handled at once where a whole table is computed.
@@ -61,15 +63,21 @@ def observe_feed_forward(mlp: GatedMLP, consume: Callable[[Tensor, Tensor, Tenso
             handle.remove()
 
 
-def occurrences(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """How often each token counts [rows], fp32, and which tokens occur at first positions only [rows], bool.
-
-    The first position of a sequence is where a decoder parks its attention: whatever the token, its activations are
-    there hundreds of times larger, and one such occurrence would drown all others of its token. So it counts only for
-    tokens that occur nowhere else, such as a BOS.
-    """
-    first, later = (torch.bincount(part.flatten(), minlength=rows) for part in (slots[:, :1], slots[:, 1:]))
-    return torch.where(later > 0, later, first).float(), later == 0
+@contextmanager
+def stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor | None) -> Iterator[None]:
+    """While open, the layer is a STEM layer whose table holds `rows` for the tokens of the pass; None leaves it."""
+    if rows is None:
+        yield
+        return
+    stock = layer.mlp
+    with torch.device("meta"):
+        layer.mlp = StemMLP(run.config)
+    layer.mlp.gate_proj, layer.mlp.down_proj = stock.gate_proj, stock.down_proj
+    layer.mlp.stem_embed.weight = nn.Parameter(rows, requires_grad=False)
+    try:
+        yield
+    finally:
+        layer.mlp = stock
 
 
 class TokenSums:
@@ -122,6 +130,24 @@ class TokenSums:
             "up": max(1 - up_kept / self.up_energy, 0.0),
             "gated_up": max(1 - gated_kept / self.gated_energy, 0.0),
         }
+
+
+def observed_push(
+    run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream, converted: Stream | None = None
+) -> TokenSums:
+    """Move the stream through the stock layer and sum what its feed-forward sees.
+
+    `converted` is the same text after the converted layers below, and stays there: it gives the gates that tables meet.
+    """
+    met: list[Tensor | None] = []
+    if converted is not None:
+        with observe_feed_forward(layer.mlp, lambda _slots, _x, gate, _up: met.append(gate)):
+            run.push(index, layer, converted.fork())
+    gates = iter(met)
+    sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
+    with observe_feed_forward(layer.mlp, lambda slots, x, gate, up: sums.add(slots, x, gate, up, next(gates, None))):
+        run.push(index, layer, stream)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -258,17 +284,14 @@ class TableError:
     """
 
     _QUANTITIES = ("up", "gated_up", "output")
-    # Lowest calibration count of each bucket, and its name.
-    _BUCKETS = ((0, "0"), (1, "1-3"), (4, "4-31"), (32, "32+"))
 
     def __init__(self, mlp: GatedMLP, rows: Tensor, count: Tensor) -> None:
         self.down = mlp.down_proj.weight
         self.rows = rows
-        lowest = torch.tensor([low for low, _ in self._BUCKETS], device=count.device)
-        self.bucket = torch.bucketize(count, lowest, right=True) - 1
-        self.tokens = torch.zeros(len(self._BUCKETS), dtype=torch.float64, device=count.device)
+        self.bucket = bucket_of(count)
+        self.tokens = torch.zeros(len(BUCKETS), dtype=torch.float64, device=count.device)
         # [bucket, quantity, (error, signal)]
-        self.energy = self.tokens.new_zeros(len(self._BUCKETS), len(self._QUANTITIES), 2)
+        self.energy = self.tokens.new_zeros(len(BUCKETS), len(self._QUANTITIES), 2)
 
     def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> None:
         """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]."""
@@ -288,7 +311,7 @@ class TableError:
         share = self.tokens / self.tokens.sum()
         return {
             name: {"share_of_tokens": float(share[i]), **self._named(self.energy[i])}
-            for i, (_, name) in enumerate(self._BUCKETS)
+            for i, name in enumerate(BUCKETS)
             if self.tokens[i]
         }
 

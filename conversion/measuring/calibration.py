@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, load_text, pack
+from hf_efficient.conversion.measuring.token_counts import occurrences
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
@@ -55,6 +56,10 @@ class Calibration:
     def start(self, *batches: Tensor) -> LayerwisePass:
         """A traversal of the source model by the given batches."""
         return LayerwisePass(self.config, self.reader, batches, device=self.device)
+
+    def token_counts(self) -> Tensor:
+        """How often the text that weights are fitted to holds each token [vocab_size], by the rule of `occurrences`."""
+        return occurrences(self.fit, self.config.vocab_size)[0]
 
     def summary(self) -> dict[str, Any]:
         """Which text, and how much of it, for the report."""
