@@ -10,6 +10,13 @@ from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
 
 REPORT_NAME = "conversion_report.json"
+_MEASURED = {
+    "reference_nll": "nll of the source",
+    "nll": "nll",
+    "delta_nll": "Δ nll",
+    "kl": "KL from the source",
+    "top1_agreement": "top-1 agreement",
+}
 
 
 @dataclass
@@ -20,14 +27,15 @@ class ConversionReport:
         source: `name`, `model_type`, `base_model`, `revision`, `license`, and `fingerprint`, the SHA-256 of the
             configuration, tensor headers and file sizes.
         model_type: of the result.
-        patches: for each patch its `name`, `options`, `choices` and what it `measured`.
+        patches: for each patch its `name`, `options`, `choices` and what it `measured`; `summary` in the last holds
+            texts by label, which the table shows.
         tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
         before, after: size of source and result; `ModelSize` has the formulas.
         dtype: of new tensors, and of most others.
         options: what the user asked for.
         calibration: texts and their token counts; None when nothing was calibrated or measured.
-        evaluation: loss on held-out text against the source, each figure with a 95 % confidence interval; None when
-            not measured.
+        evaluation: loss on held-out text against the source, each figure with a 95 % confidence interval, and split by
+            how often the calibration text holds the token that is read; None when not measured.
         warnings: what the user should know.
         versions: of the packages that took part.
         estimate: `disk_bytes` and `peak_memory_bytes` as planned.
@@ -73,6 +81,7 @@ class ConversionReport:
             ("bytes", _change(before.bytes, after.bytes, format_bytes)),
             ("FLOPs per token", _change(before.flops_per_token, after.flops_per_token, "{:.4g}".format)),
             *[(f"{patch['name']} chose", _choices(patch["choices"])) for patch in self.patches],
+            *[row for patch in self.patches for row in patch["measured"].get("summary", {}).items()],
             *self._measured(),
             *[("warning", warning) for warning in self.warnings],
         ]
@@ -100,14 +109,8 @@ class ConversionReport:
         if self.evaluation:
             measured = self.evaluation
             rows.append(("measured on", f"{measured['text']}, {measured['tokens']:,} tokens"))
-            labels = {
-                "reference_nll": "nll of the source",
-                "nll": "nll",
-                "delta_nll": "Δ nll",
-                "kl": "KL from the source",
-                "top1_agreement": "top-1 agreement",
-            }
-            rows += [(label, _estimate(measured[key])) for key, label in labels.items() if measured.get(key)]
+            rows += [(label, _estimate(measured[key])) for key, label in _MEASURED.items() if measured.get(key)]
+            rows += _by_count(measured.get("by_count") or {})
         return rows
 
 
@@ -124,3 +127,23 @@ def _estimate(estimate: dict[str, Any]) -> str:
     """A mean, with its 95 % confidence interval where there is one."""
     interval = "" if estimate["low"] is None else f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]"
     return f"{estimate['mean']:.4f}{interval}"
+
+
+def _by_count(buckets: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+    """One line for each compared figure, one column for each bucket of calibration counts."""
+    if not buckets:
+        return []
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(f"{cell:>12}" for cell in cells)
+
+    heads = [f"{name} ({bucket['share_of_tokens']:.0%})" for name, bucket in buckets.items()]
+    compared = {key: label for key, label in _MEASURED.items() if all(key in bucket for bucket in buckets.values())}
+    return [
+        ("times in calibration", line(heads)),
+        *[
+            (f"  {compared[key]}", line([f"{bucket[key]:.4f}" for bucket in buckets.values()]))
+            for key in ("delta_nll", "kl", "top1_agreement")
+            if key in compared
+        ],
+    ]

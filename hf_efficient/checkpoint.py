@@ -235,11 +235,13 @@ class _Conversion:
         if known is not None:
             return known
         text = self.calibration
+        calibrated = any(patch.needs_calibration for patch in self.patches)
         measured = evaluate_logits(
             text.held_out,
             text.held_out_name,
             self._logits(decoder_config(plan.config), open_folder_reader(folder), 1),
             self._logits(self.source.config, self.source.reader, 0),
+            counts=text.token_counts() if calibrated else None,
         )
         return self._remember("evaluation", measured.to_dict())
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS, LayerwisePass
+from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
@@ -77,6 +78,8 @@ class EvaluationReport:
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
         top1_agreement: share of positions where both predict the same token first.
+        by_count: the means again for each of `BUCKETS`, by how often the calibration text holds the token that is read
+            at the position, and the bucket's `share_of_tokens`, by which its means add up to those of the whole.
     """
 
     text: str
@@ -89,6 +92,7 @@ class EvaluationReport:
     delta_nll: Estimate | None = None
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
+    by_count: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -165,9 +169,15 @@ def _targets(ids: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate_logits(
-    ids: Tensor, text: str, model: LogitSource, reference: LogitSource | None = None
+    ids: Tensor,
+    text: str,
+    model: LogitSource,
+    reference: LogitSource | None = None,
+    counts: Tensor | None = None,
 ) -> EvaluationReport:
     """Measure `model` on token ids [B, S], S at least 2, and compare it with `reference` where one is given.
+
+    `counts` [vocab_size] splits the figures by how often the calibration text holds the token that is read.
 
     Raises:
         HFEError: the two models have vocabularies of different sizes.
@@ -190,19 +200,31 @@ def evaluate_logits(
         measured["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
         measured["top1_agreement"].append((other.argmax(-1) == piece.argmax(-1)).float().cpu())
 
-    means = {
-        name: torch.cat(values).view(sequences, length)[:, :-1].double().mean(1)
-        for name, values in measured.items()
-        if values
+    figures = {
+        name: torch.cat(values).view(sequences, length)[:, :-1].double() for name, values in measured.items() if values
     }
     if reference:
-        means["delta_nll"] = means["nll"] - means["reference_nll"]
-    estimates = {name: Estimate.of(values) for name, values in means.items()}
+        figures["delta_nll"] = figures["nll"] - figures["reference_nll"]
+    estimates = {name: Estimate.of(values.mean(1)) for name, values in figures.items()}
     return EvaluationReport(
         text=text,
         tokens=sequences * (length - 1),
         sequences=sequences,
         sequence_length=length,
         perplexity=math.exp(min(estimates["nll"].mean, 700.0)),
+        by_count=None if counts is None else _by_bucket(bucket_of(counts.cpu()[ids[:, :-1]]), figures),
         **estimates,
     )
+
+
+def _by_bucket(bucket: Tensor, figures: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Share of the positions and means of the figures [B, S] in each bucket that holds a position."""
+    found = {name: bucket == i for i, name in enumerate(BUCKETS)}
+    return {
+        name: {
+            "share_of_tokens": float(inside.double().mean()),
+            **{figure: float(values[inside].mean()) for figure, values in figures.items()},
+        }
+        for name, inside in found.items()
+        if inside.any()
+    }

@@ -268,6 +268,8 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
     assert report.evaluation["text"].startswith("text.txt")
     delta = report.evaluation["nll"]["mean"] - report.evaluation["reference_nll"]["mean"]
     assert report.evaluation["delta_nll"]["mean"] == pytest.approx(delta) and delta != 0
+    buckets = report.evaluation["by_count"].values()
+    assert sum(bucket["share_of_tokens"] * bucket["delta_nll"] for bucket in buckets) == pytest.approx(delta)
     assert report.patches[0]["measured"]["layers"]
     for row in ("calibrated on", "measured on", "Δ nll", "KL from the source", "top-1 agreement"):
         assert f"\n{row}" in report.table()
@@ -281,6 +283,7 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
 def test_unpatched_measures_as_the_source(talking_stock: Path, tmp_path: Path) -> None:
     report = convert(talking_stock, tmp_path / "out", calibration=tmp_path / "text.txt", progress=False)
     assert report.evaluation is not None
+    assert report.evaluation["by_count"] is None  # nothing was calibrated
     assert report.evaluation["delta_nll"]["mean"] == 0 and report.evaluation["top1_agreement"]["mean"] == 1
 
 

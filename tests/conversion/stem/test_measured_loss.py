@@ -70,6 +70,40 @@ def test_differences_are_those_of_the_logits(tiny_source, text):
     assert report.delta_nll.high - report.delta_nll.low == pytest.approx(paired.high - paired.low, rel=1e-4)
 
 
+def test_figures_by_calibration_count_add_up_to_the_whole(tiny_source, text):
+    one, two = tiny_source(), tiny_source()
+    counts = torch.randint(50, (97,))
+    counts[:10] = 0
+    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts)
+    assert list(report.by_count) == ["0", "1-3", "4-31", "32+"]
+    assert sum(bucket["share_of_tokens"] for bucket in report.by_count.values()) == pytest.approx(1)
+    for figure in ("nll", "reference_nll", "delta_nll", "kl", "top1_agreement"):
+        whole = sum(bucket["share_of_tokens"] * bucket[figure] for bucket in report.by_count.values())
+        assert whole == pytest.approx(getattr(report, figure).mean, rel=1e-9)
+
+
+def test_a_position_belongs_to_the_bucket_of_the_token_that_is_read_there(tiny_source, text):
+    """Not of the token that is predicted, and positions that predict nothing belong to none."""
+    one, two = tiny_source(), tiny_source()
+    text[:, -1] = 96
+    counts = torch.full((97,), 40)
+    counts[96], counts[text[2, 5]] = 0, 3
+    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts)
+    assert set(report.by_count) == {"1-3", "32+"}
+    with torch.no_grad():
+        p, q = (model.stock(text).logits[:, :-1].double().log_softmax(-1) for model in (two, one))
+    kl = (p.exp() * (p - q)).sum(-1)
+    rare = text[:, :-1] == text[2, 5]
+    assert report.by_count["1-3"]["share_of_tokens"] == pytest.approx(float(rare.double().mean()))
+    assert report.by_count["1-3"]["kl"] == pytest.approx(float(kl[rare].mean()), rel=1e-5)
+    assert report.by_count["32+"]["kl"] == pytest.approx(float(kl[~rare].mean()), rel=1e-5)
+
+
+def test_without_a_reference_the_buckets_hold_the_loss_alone(tiny_source, text):
+    report = evaluate_logits(text, "text", model_logits(tiny_source().stock), counts=torch.ones(97))
+    assert report.by_count == {"1-3": {"share_of_tokens": 1.0, "nll": pytest.approx(report.nll.mean)}}
+
+
 def test_a_measured_model_keeps_its_mode(tiny_source, text):
     stock = tiny_source().stock.train()
     evaluate_logits(text, "text", model_logits(stock))
