@@ -257,13 +257,15 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         names = [name for name in VARIANTS if any(line["variant"] == name for line in here)]
         for number, name in enumerate(names):
             mine = {(line["batch"], line["context"]): line for line in here if line["variant"] == name}
-            places = [place + (number - (len(names) - 1) / 2) * 0.2 for place in range(len(cells))]
-            bars = axis.bar(places, [mine[cell]["ms"] if cell in mine else 0 for cell in cells], 0.2, label=name)
+            places = [place + (number - (len(names) - 1) / 2) * 0.25 for place in range(len(cells))]
+            bars = axis.bar(places, [mine[cell]["ms"] if cell in mine else 0 for cell in cells], 0.24, label=name)
             labels = [f"{100 * mine[c]['over_resident']:+.1f} %" if c in mine and number else "" for c in cells]
-            axis.bar_label(bars, labels, fontsize=7)
+            axis.bar_label(bars, labels, fontsize=6, padding=2)
         axis.set_xticks(range(len(cells)), [f"batch {batch}, {context} tokens" for batch, context in cells], fontsize=8)
         axis.set(title=f"{part}: tables on the device and in host memory", ylabel=unit)
-        axis.legend(fontsize=7)
+        axis.margins(y=0.25)
+        if here:
+            axis.legend(fontsize=7, loc="upper left", ncols=2)
     found = sorted((line for line in lines if line["part"] == "hits"), key=lambda line: line["cache_rows"])
     for key, label in (
         ("of_decoded_tokens", "decoded tokens"),
@@ -273,6 +275,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     axes[2].set(
         title="rows found in the cache, web text", xlabel="rows cached", ylabel="%", xscale="log", ylim=(0, 100)
     )
+    axes[2].set_xticks([x["cache_rows"] for x in found], [str(x["cache_rows"]) for x in found])
+    axes[2].minorticks_off()
     axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

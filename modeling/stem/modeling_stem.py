@@ -114,6 +114,11 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         placement = cls._placement_asked_for(source, kwargs)
         if placement == "none":
             return super().from_pretrained(source, *args, **kwargs)
+        if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
+            raise HFEError(
+                f"stem_offload={placement!r} keeps whole tables beside one device, and tensor parallelism splits them",
+                "choose one of the two",
+            )
         # A device map would put hooks on the tables, which copy them whole.
         device = single_device(kwargs.pop("device_map", None))
         loaded = super().from_pretrained(source, *args, **kwargs)
