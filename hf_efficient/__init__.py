@@ -24,6 +24,7 @@ register_architectures()
 _PUBLIC = {
     "ConversionReport": "hf_efficient.conversion.report",
     "HFEError": "hf_efficient.errors",
+    "RowSparseAdamW": "hf_efficient.training.row_sparse_adamw",
     "Stem": "hf_efficient.conversion.stem",
     "UsageError": "hf_efficient.errors",
     "convert": "hf_efficient.checkpoint",

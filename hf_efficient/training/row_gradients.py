@@ -1,0 +1,139 @@
+"""Gradients of some rows of a matrix: from sparse tensors, added up, and averaged over data-parallel processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_efficient.errors import HFEError
+
+# Instead of a number of rows: a process has no gradient of a parameter, or a dense one.
+_NONE, _DENSE = -1, -2
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """Gradient of rows of a matrix [V, F]; those of all other rows are zero.
+
+    Attributes:
+        ids: the rows [u], int64, each once.
+        rows: their gradients [u, F].
+    """
+
+    ids: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor, gradient: Tensor) -> RowGradient:
+        """From a sparse COO gradient of `parameter`, without a copy where it is coalesced.
+
+        Raises:
+            HFEError: `parameter` is no matrix, or the gradient is not sparse in its rows.
+        """
+        gradient = gradient.detach()
+        if parameter.dim() != 2 or gradient.sparse_dim() != 1:
+            raise HFEError(
+                f"a parameter of shape {tuple(parameter.shape)} has a gradient with {gradient.sparse_dim()} sparse "
+                f"and {gradient.dense_dim()} dense dimensions",
+                "sparse gradients must be those of whole rows of a matrix, as nn.Embedding(sparse=True) gives them",
+            )
+        if not gradient.is_coalesced():
+            # Rows of equal ids are added up, which half precision is too coarse for.
+            ids, rows = gradient._indices(), gradient._values()
+            rows = rows.to(wide_dtype(rows.dtype))
+            gradient = torch.sparse_coo_tensor(ids, rows, gradient.shape, check_invariants=False).coalesce()
+        return cls(gradient.indices()[0], gradient.values())
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of `dtype` are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def add_up(parts: Sequence[RowGradient]) -> RowGradient:
+    """Their sum in float32, added in the order of the parts: equal parts give equal bits. One part is itself.
+
+    Waits for the device where there are several parts, as only the data tell how many rows the sum has.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    ids, places = torch.unique(torch.cat([part.ids for part in parts]), return_inverse=True)
+    width, dtype = parts[0].rows.shape[1], wide_dtype(parts[0].rows.dtype)
+    rows = torch.zeros((ids.shape[0], width), dtype=dtype, device=ids.device)
+    for part, place in zip(parts, places.split([part.ids.shape[0] for part in parts]), strict=True):
+        rows.index_add_(0, place, part.rows.to(dtype))  # a part has each row once, so no two additions meet
+    return RowGradient(ids, rows)
+
+
+def several_processes(group: dist.ProcessGroup | None) -> bool:
+    """True where training is distributed over more than one process of `group` (None: of all)."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def mean_over_processes(
+    gradients: Sequence[RowGradient | None], parameters: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> list[RowGradient | None]:
+    """Mean over the processes of each parameter's gradient, the same bits on every process.
+
+    Every process calls this with the same parameters in the same order. A process whose batch had no row of a parameter
+    passes None and takes part all the same; only where all pass None the result is None. Rows travel in float32,
+    padded to the longest gradient of a process, and are added in the order of the ranks.
+
+    Raises:
+        HFEError: on all processes, where a parameter has a sparse gradient on one and a dense one on another.
+    """
+    processes = dist.get_world_size(group)
+    counts = [
+        (_NONE if parameter.grad is None else _DENSE) if gradient is None else gradient.ids.shape[0]
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+    by_process = _gather(torch.tensor(counts), processes, group).tolist()
+    found: list[RowGradient | None] = []
+    for gradient, parameter, held in zip(gradients, parameters, zip(*by_process, strict=True), strict=True):
+        longest = max(held)
+        if longest < 0:
+            found.append(None)
+            continue
+        if _DENSE in held:
+            raise HFEError(
+                f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient on rank "
+                f"{held.index(longest)} and a dense one on rank {held.index(_DENSE)}",
+                "run the same model with the same configuration on all processes",
+            )
+        dtype = wide_dtype(parameter.dtype)
+        ids = torch.zeros(longest, dtype=torch.int64, device=parameter.device)
+        rows = torch.zeros((longest, parameter.shape[1]), dtype=dtype, device=parameter.device)
+        if gradient is not None:
+            ids[: gradient.ids.shape[0]] = gradient.ids
+            rows[: gradient.ids.shape[0]] = gradient.rows
+        all_ids, all_rows = _gather(ids, processes, group), _gather(rows, processes, group)
+        parts = [RowGradient(all_ids[r, : held[r]], all_rows[r, : held[r]]) for r in range(processes) if held[r] >= 0]
+        total = add_up(parts)
+        found.append(RowGradient(total.ids, total.rows.div_(processes)))  # of what was received here
+    return found
+
+
+def _gather(mine: Tensor, processes: int, group: dist.ProcessGroup | None) -> Tensor:
+    """`mine` of every process [processes, ...], on the device of `mine`."""
+    device = _device_of_communication(mine.device, group)
+    mine_there = mine.to(device).contiguous()
+    everybodys = torch.empty((processes, *mine.shape), dtype=mine.dtype, device=device)
+    if mine.numel() > 0:
+        dist.all_gather_into_tensor(everybodys, mine_there, group=group)
+    return everybodys.to(mine.device)
+
+
+def _device_of_communication(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor must be for `group` to send it: `device` itself where it can, else the GPU or the CPU."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    backend = backends.get(device.type)
+    # gloo gathers tensors of the CPU only, nccl those of a GPU only, whatever the configuration lists them for.
+    if backend is not None and backend != ("gloo" if device.type == "cuda" else "nccl"):
+        return device
+    if device.type == "cuda":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,315 @@
+"""AdamW that updates, of a large table, the rows of a batch only."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.row_adamw.api import row_adamw
+from hf_efficient.training.row_gradients import RowGradient, add_up, mean_over_processes, several_processes, wide_dtype
+
+# The entry of a parameter's state that tells a table from a parameter with dense gradients.
+_OF_ROWS = "log_decays"
+# Elements of a table that `flush` works on at a time: bounds the memory of a conversion.
+_FLUSH_ELEMENTS = 1 << 24
+
+
+class RowSparseAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` that takes sparse gradients, such as those of STEM tables with `stem_sparse_grad`.
+
+    Parameters with dense gradients get `torch.optim.AdamW` itself. Of a matrix with sparse gradients (`nn.Embedding`
+    with ``sparse=True``) only the rows that occur are touched, each an AdamW of its own over the steps t = 1, 2, … in
+    which it occurs, with its gradient g::
+
+        m = β1 m + (1 - β1) g        v = β2 v + (1 - β2) g²
+        p = D p - lr / (1 - β1^t) * m / (sqrt(v / (1 - β2^t)) + eps)        D = product of (1 - lr_k weight_decay)
+
+    over the steps k of the optimiser since the row last occurred, the present one included. Where every row occurs in
+    every step this is AdamW. Moments and t stand still while a row does not occur. The decay of the steps between is
+    made up for, exactly and for any course of the learning rate, when the row occurs again, or for all rows by
+    `flush()`: **call it before saving the model**, or set weight_decay to 0 for tables, which is what we recommend and
+    the source has done where it continues training. As in PyTorch, a step in which a parameter has no gradient at all
+    is no step for it.
+
+    A sparse gradient is taken from the parameter as soon as it is there, and `.grad` is None again: nothing that walks
+    over gradients ever meets it, such as `clip_grad_norm_`, which cannot handle it. It is kept here until `step()`,
+    added up in float32 over micro-batches, or until `zero_grad()`; `model.zero_grad()` knows nothing of it. So the
+    class goes into `transformers.Trainer(..., optimizers=(RowSparseAdamW(...), None))` and into Accelerate as it is.
+
+    Data-parallel training: `step()` averages the rows over the processes, in the order of the ranks, so that all
+    replicas stay the same bit for bit. `DistributedDataParallel` must leave the tables alone: their names belong in the
+    model's `_ddp_params_and_buffers_to_ignore` (STEM models see to that), and every process must start from the same
+    weights. Each process receives float32 rows of all, padded to the longest.
+
+    Memory: two float32 moments for each element of a table, allocated as zeros at its first sparse gradient, and 12
+    bytes a row. The state is saved and loaded in these types, whatever the type of the table. A table in half precision
+    is rounded to nearest at each step; small changes are lost there, so train tables in float32.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        max_row_norm: the norm that the sparse gradients of all parameters together are clipped to, after they have been
+            averaged over the processes; None: not clipped. The norm before clipping is then in `row_norm`.
+        process_group: processes to average over; None: the default group, if one is initialised; False: never.
+        options: further ones of `torch.optim.AdamW`; `amsgrad` and `maximize` are for dense gradients only.
+
+    Raises:
+        HFEError: from `step()`: a gradient scaler (float16 training) is used, which cannot see the collected gradients;
+            an option that is for dense gradients only; a parameter whose gradients are now sparse, now dense; or
+            capture in a CUDA graph.
+
+    Source: AdamW, arXiv:1711.05101; the separate clipping norm follows the released training code of STEM,
+        arXiv:2601.10639.
+    """
+
+    # Makes a gradient scaler hand its scale over, instead of looking for gradients that are not there.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_row_norm: float | None = None,
+        process_group: dist.ProcessGroup | Literal[False] | None = None,
+        **options: Any,
+    ) -> None:
+        if max_row_norm is not None and not max_row_norm > 0:
+            raise HFEError(f"max_row_norm={max_row_norm} must be positive", "pass None to leave rows unclipped")
+        self.max_row_norm = max_row_norm
+        self.process_group = process_group
+        self.row_norm: Tensor | None = None
+        self._watch_nothing()
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+
+    # Collecting gradients
+
+    def _watch_nothing(self) -> None:
+        self._collected: dict[Tensor, list[RowGradient]] = {}
+        self._hooks: dict[Tensor, Any] = {}
+        weakref.finalize(self, _remove_hooks, self._hooks).atexit = False
+
+    def _watch(self) -> None:
+        """Have sparse gradients of all parameters collected; of those that are frozen, once they no longer are."""
+        collect = _collector(weakref.ref(self))
+        for parameter in self._parameters():
+            if parameter.requires_grad and parameter not in self._hooks:
+                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(collect)
+
+    def _collect(self, parameter: Tensor) -> None:
+        if parameter.grad is None or not parameter.grad.is_sparse:
+            return
+        parts = self._collected.setdefault(parameter, [])
+        parts.append(RowGradient.of(parameter, parameter.grad))
+        parameter.grad = None
+        # Many micro-batches share rows. Adding up once the later ones hold as many rows as the sum so far bounds the
+        # memory by twice the sum, and waits for the device only then.
+        if sum(part.ids.shape[0] for part in parts[1:]) > parts[0].ids.shape[0]:
+            self._collected[parameter] = [add_up(parts)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._watch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch; collected gradients are forgotten."""
+        self._collected.clear()
+        super().zero_grad(set_to_none)
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for all parameters that have a gradient; `closure` as in PyTorch."""
+        self._refuse_loss_scaling()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for parameter in self._parameters():
+            self._collect(parameter)  # those that were assigned, or came before the parameter was watched
+            if parameter.grad is not None and _OF_ROWS in self.state.get(parameter, {}):
+                raise _changed_kind(parameter, "dense")
+        _without_step_hooks(torch.optim.AdamW.step)(self)
+        self._step_rows()
+        self._watch()
+        return loss
+
+    def _step_rows(self) -> None:
+        parameters = list(self._parameters())
+        gradients = [add_up(self._collected[p]) if p in self._collected else None for p in parameters]
+        self._collected.clear()
+        group = self.process_group
+        if group is not False and several_processes(group):
+            gradients = mean_over_processes(gradients, parameters, group)
+        scale = self._clip([gradient for gradient in gradients if gradient is not None])
+        options = (group for group in self.param_groups for _ in group["params"])
+        for parameter, gradient, chosen in zip(parameters, gradients, options, strict=True):
+            if gradient is not None:
+                self._step_table(parameter, gradient, chosen, scale)
+
+    def _clip(self, gradients: list[RowGradient]) -> Tensor | None:
+        """The factor that brings all rows together to `max_row_norm`; computed where they are, without waiting."""
+        if self.max_row_norm is None or not gradients:
+            return None
+        norms = [torch.linalg.vector_norm(g.rows, dtype=wide_dtype(g.rows.dtype)).float() for g in gradients]
+        self.row_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return (self.max_row_norm / (self.row_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+
+    def _step_table(
+        self, parameter: Tensor, gradient: RowGradient, options: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if options[name]:
+                raise HFEError(
+                    f"{name}=True, and a parameter of shape {tuple(parameter.shape)} has a sparse gradient",
+                    f"put it into a parameter group with {name}=False",
+                )
+        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise HFEError(
+                "a step with sparse gradients was to be captured in a CUDA graph, which would repeat one learning rate",
+                "leave optimizer.step() out of the captured part",
+            )
+        state = self._state_of_rows(parameter)
+        # On the CPU, where it can be read without waiting, unless it is of PyTorch's capturable kind.
+        lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
+        beta1, beta2 = options["betas"]
+        if lr * weight_decay >= 1:
+            raise HFEError(f"lr={lr} times weight_decay={weight_decay} is 1 or more", "lower either of them")
+        state["log_decay"] += math.log1p(-lr * weight_decay)
+        row_adamw(
+            parameter,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            state[_OF_ROWS],
+            gradient.ids,
+            gradient.rows,
+            lr=lr,
+            betas=(float(beta1), float(beta2)),
+            eps=options["eps"],
+            log_decay=state["log_decay"].item(),
+            scale=None if scale is None else scale.to(parameter.device),
+        )
+
+    def _state_of_rows(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if state and _OF_ROWS not in state:
+            raise _changed_kind(parameter, "sparse")
+        if not state:
+            rows, device = parameter.shape[0], parameter.device
+            moments = wide_dtype(parameter.dtype)
+            state["step"] = torch.zeros(rows, dtype=torch.int32, device=device)
+            state["exp_avg"] = torch.zeros(parameter.shape, dtype=moments, device=device)
+            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=moments, device=device)
+            # Sum of log(1 - lr weight_decay): over all steps, and up to the last step of each row. In double precision
+            # the two can be subtracted after any number of steps.
+            state["log_decay"] = torch.zeros((), dtype=torch.float64)
+            state[_OF_ROWS] = torch.zeros(rows, dtype=torch.float64, device=device)
+        return state
+
+    def _refuse_loss_scaling(self) -> None:
+        given = [self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__]
+        if given:
+            raise HFEError(
+                "a gradient scaler was used with RowSparseAdamW, which it cannot see the sparse gradients of",
+                "train in bfloat16 or float32, which need no loss scaling",
+            )
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Apply the weight decay that rows still have to make up for; before the model is saved or evaluated.
+
+        Nothing changes in how training goes on, up to rounding. Without weight decay there is nothing to do.
+        """
+        for parameter in self._parameters():
+            state = self.state.get(parameter, {})
+            if _OF_ROWS not in state or state["log_decay"].item() == 0.0:
+                continue
+            factors = (state["log_decay"].item() - state[_OF_ROWS]).exp().to(state["exp_avg"].dtype)
+            rows = max(1, _FLUSH_ELEMENTS // parameter.shape[1])
+            for part, factor in zip(parameter.split(rows), factors.split(rows), strict=True):
+                part.mul_(factor[:, None])
+            state["log_decay"].zero_()
+            state[_OF_ROWS].zero_()
+
+    # Saving and loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in PyTorch, but that the state of tables keeps its types; collected gradients are forgotten."""
+        of_rows = {key: state for key, state in state_dict["state"].items() if _OF_ROWS in state}
+        dense = {key: state for key, state in state_dict["state"].items() if key not in of_rows}
+        super().load_state_dict({**state_dict, "state": dense})
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for key, parameter in zip(keys, self._parameters(), strict=True):
+            if key in of_rows:
+                self.state[parameter] = _placed(of_rows[key], parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"max_row_norm": self.max_row_norm, "process_group": self.process_group, "row_norm": self.row_norm}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_hooks" not in self.__dict__:  # a copy, not an optimiser that loads a state
+            self._watch_nothing()
+        self._collected.clear()
+        self._watch()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+
+def _collector(optimizer: weakref.ref[RowSparseAdamW]) -> Callable[[Tensor], None]:
+    """A hook of parameters that does not keep the optimiser alive."""
+
+    def collect(parameter: Tensor) -> None:
+        alive = optimizer()
+        if alive is not None:
+            alive._collect(parameter)
+
+    return collect
+
+
+def _remove_hooks(hooks: dict[Tensor, Any]) -> None:
+    for hook in hooks.values():
+        hook.remove()
+
+
+def _without_step_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` of a class as it was written. PyTorch wraps it in calls of the step hooks, as it does our own."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
+
+
+def _changed_kind(parameter: Tensor, kind: str) -> HFEError:
+    return HFEError(
+        f"a parameter of shape {tuple(parameter.shape)} has a {kind} gradient and had others before",
+        "keep stem_sparse_grad (nn.Embedding's sparse) as it is during training, and in a resumed one",
+    )
+
+
+def _placed(state: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """A saved state of rows, on the device of its parameter.
+
+    Raises:
+        HFEError: it is that of a matrix of another shape.
+    """
+    if state["exp_avg"].shape != parameter.shape:
+        raise HFEError(
+            f"the saved state is that of a table of shape {tuple(state['exp_avg'].shape)}, and the parameter has shape "
+            f"{tuple(parameter.shape)}",
+            "resume with the model that the state was saved with",
+        )
+    return {name: value.to("cpu" if name == "log_decay" else parameter.device) for name, value in state.items()}
