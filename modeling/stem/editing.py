@@ -130,9 +130,9 @@ class StemEditing:
         ids = check_tokens(self.base_model, list(rows))
         before = read_rows(weights, ids)
         targets = replacement_rows(self.base_model, weights, rows)
-        after = {  # exact where scale is 1
-            layer: torch.lerp(old.double(), targets[layer].double(), scale).to(old.dtype)
-            for layer, old in before.items()
+        after = {
+            layer: (row if scale == 1 else torch.lerp(before[layer].double(), row.double(), scale)).to(row.dtype)
+            for layer, row in targets.items()
         }
         edit = StemEdit(self.base_model, ids, before, after, len(next(iter(weights.values()))))
         edit.apply()
@@ -150,6 +150,8 @@ class StemEditing:
         """
         weights = table_weights(self.base_model, layers)
         tokens = check_tokens(self.base_model, [ids] if isinstance(ids, int) else list(ids))
+        if len(set(tokens)) != len(tokens):
+            raise HFEError(f"tokens {tokens} must be different", "add the vectors for one token up")
         before = read_rows(weights, tokens)
         added = matrix_for_layers("deltas", deltas, weights, len(tokens))
         after = {layer: (old.double() + added[layer].double()).to(old.dtype) for layer, old in before.items()}

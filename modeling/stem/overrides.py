@@ -137,8 +137,8 @@ class OverriddenRows(TokenRows):
         self.ids, self.merged, self.distinct = ids, self._inner.merged, self._inner.distinct
         self._layer_of = layer_of
 
-        own, self._tokens = self._inner.slots.split((ids.numel(), wanted.numel()))
-        self._tokens = self._tokens.view(wanted.shape)  # slots whose mean replaces [R, G]
+        self._wanted = wanted  # tokens whose rows replace others, in the mean [R, G]
+        own, self._picked = self._inner.slots.split((ids.numel(), wanted.numel()))  # their slots, and those of the ids
         counts = torch.tensor([len(r.tokens) for r in replacements], device=ids.device)
         self._counts = counts[:, None]
         self._counted = torch.arange(most, device=ids.device) < self._counts
@@ -157,13 +157,14 @@ class OverriddenRows(TokenRows):
         """Rows of `table` [u + P, F]: those of the distinct ids, then one for each place."""
         differentiable = torch.is_grad_enabled() and table.weight.requires_grad
         rows = table(self.distinct) if differentiable and not table.sparse else self._inner.rows(table)
-        return torch.cat((rows, self._replaced(rows, self._layer_of[id(table)])))
+        picked = rows[self._picked].view(*self._wanted.shape, -1)
+        return torch.cat((rows, self._replaced(picked, rows[self._own], table)))
 
     def look_up(self, table: nn.Module) -> Tensor:
-        """Rows [B, S, F], by calling the table's module, which may be wrapped."""
-        rows = table(self.distinct)
-        rows = torch.cat((rows, self._replaced(rows, self._layer_of[id(table)])))
-        return nn.functional.embedding(self.slots, rows)
+        """Rows [B, S, F], by calling the table's module, around which anything may stand."""
+        rows = table(self.ids)
+        places = (self._rows, self._columns)
+        return rows.index_put(places, self._replaced(table(self._wanted), rows[places], table))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> OverriddenRows:
         """The same on another device, for those who spread a model's layers over several."""
@@ -178,12 +179,11 @@ class OverriddenRows(TokenRows):
         moved._acting = {layer: acting.to(device) for layer, acting in self._acting.items()}
         return moved
 
-    def _replaced(self, rows: Tensor, layer: int) -> Tensor:
-        """Rows of the places in one layer [P, F], from those of the distinct ids [u, F]."""
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        picked = rows[self._tokens]
+    def _replaced(self, picked: Tensor, own: Tensor, table: nn.Module) -> Tensor:
+        """What the places look up in one table [P, F], from the rows that replace [R, G, F] and their own [P, F]."""
+        wide = torch.float64 if picked.dtype == torch.float64 else torch.float32
         mean = torch.where(self._counted[..., None], picked, 0).sum(1, dtype=wide) / self._counts
         # A single row is copied, not computed, so that every bit is the table's.
-        replacing = torch.where(self._counts == 1, picked[:, 0], mean.to(rows.dtype))
-        acting = self._acting[layer]
-        return torch.where((acting >= 0)[:, None], replacing[acting.clamp(min=0)], rows[self._own])
+        replacing = torch.where(self._counts == 1, picked[:, 0], mean.to(picked.dtype))
+        acting = self._acting[self._layer_of[id(table)]]
+        return torch.where((acting >= 0)[:, None], replacing[acting.clamp(min=0)], own)

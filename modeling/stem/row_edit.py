@@ -36,6 +36,11 @@ class StemEdit:
         self._model = model
         self.ids, self.before, self.after, self.table_rows = ids, before, after, table_rows
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose tables it changes."""
+        return list(self.before)
+
     def revert(self) -> None:
         """Put the old rows back, bit for bit.
 
@@ -50,7 +55,7 @@ class StemEdit:
         self._exchange(self.before, self.after, "apply an edit to the rows that it was made from")
 
     def _exchange(self, expected: dict[int, Tensor], wanted: dict[int, Tensor], remedy: str) -> None:
-        weights = table_weights(self._model, list(expected))
+        weights = table_weights(self._model, self.layers)
         for layer, found in self._current(weights, remedy).items():
             different = (_bits(found) != _bits(expected[layer])).any(1)
             if different.any():
@@ -61,6 +66,8 @@ class StemEdit:
                 )
         index = torch.tensor(self.ids)
         for layer, weight in weights.items():
+            if weight.is_pinned():  # the device may still be reading for an earlier call
+                torch.cuda.synchronize()
             rows = wanted[layer].to(weight.device)
             weight.detach().index_copy_(0, index.to(weight.device), rows)
         self._model.refresh_rows(index)
@@ -79,10 +86,10 @@ class StemEdit:
     def save(self, path: str | Path) -> None:
         """Write the edit to a safetensors file: the rows before and after, with all their bits."""
         tensors = {"ids": torch.tensor(self.ids)}
-        for layer in self.before:
+        for layer in self.layers:
             tensors[f"layers.{layer}.before"] = self.before[layer]
             tensors[f"layers.{layer}.after"] = self.after[layer]
-        metadata = {"format": _FORMAT, "layers": json.dumps(list(self.before)), "table_rows": str(self.table_rows)}
+        metadata = {"format": _FORMAT, "layers": json.dumps(self.layers), "table_rows": str(self.table_rows)}
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -132,8 +139,10 @@ def table_weights(model: Any, layers: Iterable[int] | None) -> dict[int, nn.Para
 
 
 def check_tokens(model: Any, tokens: Sequence[int]) -> list[int]:
-    """The tokens, if they are different ones of the vocabulary where they are keys of an edit."""
+    """The tokens; an error where there is none, or one outside the vocabulary."""
     rows = model.vocabulary_rows()
+    if not tokens:
+        raise HFEError("no token is named", "name one or more token ids")
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < rows:
             raise TokenIdError(f"token {token!r} is outside 0..{rows - 1}", "name a token id of this model")
@@ -149,7 +158,7 @@ def read_rows(weights: Mapping[int, Tensor], ids: Sequence[int]) -> dict[int, Te
 def replacement_rows(
     model: Any, weights: Mapping[int, Tensor], rows: Mapping[int, int | Sequence[int] | Tensor]
 ) -> dict[int, Tensor]:
-    """For each layer the rows [n, F] that the values of `rows` name."""
+    """For each layer the rows [n, F] that the values of `rows` name, in the dtype of its table."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in weights}
     for token, value in rows.items():
         if isinstance(value, Tensor):
@@ -157,11 +166,9 @@ def replacement_rows(
             one = {layer: row[0] for layer, row in given.items()}
         else:
             targets = check_tokens(model, [value] if isinstance(value, int) else list(value))
-            if not targets:
-                raise HFEError(f"token {token} has no target", "name a token, several, or give a row")
             one = {layer: _mean(looked_up) for layer, looked_up in read_rows(weights, targets).items()}
         for layer, row in one.items():
-            found[layer].append(row)
+            found[layer].append(row.to(weights[layer].dtype))
     return {layer: torch.stack(several) for layer, several in found.items()}
 
 
@@ -174,7 +181,7 @@ def matrix_for_layers(name: str, given: Tensor, weights: Mapping[int, Tensor], n
     if tuple(given.shape) not in shapes or not given.is_floating_point():
         raise HFEError(
             f"{name} is {given.dtype} of shape {list(given.shape)}; wanted are floats of one of the shapes "
-            f"{sorted(map(list, shapes))}",
+            f"{sorted(map(list, shapes), key=len)}",
             "correct it",
         )
     if given.shape == (count, width) and n == 1:
