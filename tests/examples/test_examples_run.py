@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
@@ -9,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "\n\n".join(f"Paragraph {i}: the quick brown fox jumps over the lazy dog, and again." for i in range(80))
@@ -47,3 +54,60 @@ def test_convert_then_train_the_tables(tiny_llama: Path, text: Path, tmp_path: P
     from hf_efficient import verify
 
     assert verify(str(trained)).ok
+
+
+def test_stem_from_scratch_compares_at_equal_flops_and_measures_every_level(text: Path, tmp_path: Path) -> None:
+    run_example(
+        *("stem_from_scratch.py", "--text", text, "--level", "char", "byte", "bpe", "--vocabulary", 300),
+        *(
+            "--hidden",
+            32,
+            "--intermediate",
+            64,
+            "--layers",
+            3,
+            "--context",
+            32,
+            "--steps",
+            6,
+            "--batch",
+            8,
+            "--seeds",
+            2,
+        ),
+        *("--device", "cpu", "--output", tmp_path),
+    )
+    result = json.loads((tmp_path / "stem_from_scratch.json").read_text())
+    assert (tmp_path / "stem_from_scratch.png").read_bytes().startswith(b"\x89PNG")
+    assert list(result["levels"]) == ["char", "byte", "bpe"]
+    for level in result["levels"].values():
+        dense, same_shape, same_flops = (model["flops_per_token"] for model in level["models"].values())
+        assert same_shape < dense and abs(same_flops / dense - 1) < 0.01
+        for model in level["models"].values():
+            assert [run["seed"] for run in model["runs"]] == [0, 1]
+            for run in model["runs"]:
+                untrained = run["nll_per_byte"][0] * level["bytes_per_token"]
+                assert untrained == pytest.approx(math.log(level["rows"]), rel=0.02)
+                assert run["end"] < run["nll_per_byte"][0] - 0.05
+                assert run["best"] == min(run["nll_per_byte"]) and run["end"] == run["nll_per_byte"][-1]
+        rows = list(level["distinct_rows"].values())
+        assert rows == sorted(rows)
+        assert all(used <= min(int(context), level["rows"]) for context, used in level["distinct_rows"].items())
+    # English letters are one byte each: as characters and as bytes it is the same text.
+    char, byte = (result["levels"][name]["distinct_rows"] for name in ("char", "byte"))
+    assert char == byte
+
+
+@torch.no_grad()
+def test_stem_from_scratch_counts_the_flops_that_run() -> None:
+    spec = importlib.util.spec_from_file_location("stem_from_scratch", ROOT / "examples" / "stem_from_scratch.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    shape = {"hidden": 32, "intermediate": 64, "layers": 3, "stem_layers": "half", "context": 16}
+    for config in example.configurations(40, argparse.Namespace(**shape)).values():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with FlopCounterMode(display=False) as counter:
+            model(torch.arange(16)[None], use_cache=False)
+        # Eager attention multiplies all 16 columns, the causal ones are (16 + 1) / 2 on average.
+        above_the_diagonal = 4 * 3 * 32 * (16 - 17 / 2)
+        assert counter.get_total_flops() / 16 - above_the_diagonal == example.size(config, 16)["flops_per_token"]
