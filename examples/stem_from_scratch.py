@@ -62,15 +62,8 @@ def configurations(vocabulary: int, options: argparse.Namespace) -> dict[str, Pr
     layers, width = options.layers, options.intermediate
     stem_layers = stem_layer_preset(layers, options.stem_layers)
     wider = 8 * round(3 * layers * width / (3 * layers - len(stem_layers)) / 8)
-    common = {
-        "vocab_size": vocabulary,
-        "hidden_size": options.hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(options.hidden // 64, 1),
-        "max_position_embeddings": options.context,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    common = {"vocab_size": vocabulary, "hidden_size": options.hidden, "num_hidden_layers": layers}
+    common |= {"num_attention_heads": max(options.hidden // 64, 1), "max_position_embeddings": options.context}
     return {
         DENSE: AutoConfig.for_model("hfe_decoder", intermediate_size=width, **common),
         SAME_SHAPE: AutoConfig.for_model("hfe_stem", intermediate_size=width, stem_layers=stem_layers, **common),
@@ -183,15 +176,9 @@ def compare(level: str, texts: tuple[str, str], options: argparse.Namespace) -> 
             run = {"nll_per_byte": per_byte.tolist(), "best": per_byte[best].item(), "end": per_byte[-1].item()}
             models[name]["runs"].append({**run, "nll_by_context": by_context, "seed": seed, "seconds": seconds})
             print(f"  seed {seed}, {name}: best {run['best']:.4f}, end {run['end']:.4f}, {seconds:.1f} s", flush=True)
-    return {
-        "rows": len(bytes_of),
-        "bytes_per_token": bytes_per_token,
-        "tokens": len(ids),
-        "evaluated_tokens": windows[:, 1:].numel(),
-        "evaluated_at": evaluated_at,
-        "distinct_rows": distinct_rows(held_out),
-        "models": models,
-    }
+    counts = {"rows": len(bytes_of), "bytes_per_token": bytes_per_token, "tokens": len(ids)}
+    counts |= {"evaluated_tokens": windows[:, 1:].numel(), "evaluated_at": evaluated_at}
+    return {**counts, "distinct_rows": distinct_rows(held_out), "models": models}
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
