@@ -99,7 +99,7 @@ def gather_figures(part: str, table: Tensor, count: int, device: torch.device, c
     sets = id_sets(count, rows, device)[: max(2, ROTATION_BYTES // (count * row_bytes))]
     outs = [torch.empty(count, width, dtype=table.dtype, device=device) for _ in sets]
     expected = table[sets[0].to(table.device)].to(device)
-    on_host = table.device != device
+    on_host = table.device.type != device.type
     moved = count * row_bytes * (1 if on_host else 2)
     if on_host:
         # What the bus carries at best, for as many bytes in one piece.
