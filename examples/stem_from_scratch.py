@@ -109,9 +109,8 @@ def train(config: PreTrainedConfig, ids: Tensor, order: Tensor, held_out: Tensor
     def step() -> None:
         optimizer.zero_grad()
         token_nll(model, ids[starts[:, None] + torch.arange(held_out.shape[1], device=ids.device)]).mean().backward()
-        for (
-            group
-        ) in groups:  # as in the paper's code, tables have a norm of their own to clip; they decay like the rest
+        # As in the paper's code, tables have a norm of their own to clip; they decay like the rest.
+        for group in groups:
             nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
 
