@@ -37,6 +37,7 @@ class ConversionOptions:
     evaluate: bool
     base_model: str | None
     license: str | None
+    tokenizer: str | Path | None
 
     def __post_init__(self) -> None:
         _check_patches(self.patches)
@@ -44,6 +45,9 @@ class ConversionOptions:
         _ = self.torch_dtype, self.max_shard_bytes
         if self.calibration_tokens < 1:
             raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1", "the default is 18432")
+        named = self.tokenizer
+        if named is not None and not Path(named).expanduser().is_dir() and not is_repo_id(str(named)):
+            raise UsageError(f"tokenizer={str(named)!r} is neither a folder nor a Hub id", "name one of the two")
         if self.base_model is not None and not is_repo_id(self.base_model):
             raise UsageError(f"base_model={self.base_model!r} is not a Hub id", "write it as org/name")
 
@@ -69,7 +73,7 @@ class ConversionOptions:
         return count
 
     def to_dict(self) -> dict[str, Any]:
-        """All that decides the result, as plain values. A calibration file is known by its name, not by its place."""
+        """All that decides the result, as plain values. Files are known by their names, not by their place."""
         values = {
             name: getattr(self, name)
             for name in ("seed", "calibration_tokens", "evaluate", "base_model", "license", "max_shard_bytes")
@@ -77,6 +81,7 @@ class ConversionOptions:
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["device"] = str(self.device)
         values["calibration"] = None if self.calibration is None else _name_of(self.calibration)
+        values["tokenizer"] = None if self.tokenizer is None else _name_of(self.tokenizer)
         values["patches"] = {patch.name: patch_fields(patch) for patch in self.patches}
         return values
 
@@ -86,9 +91,9 @@ def patch_fields(patch: Any) -> dict[str, Any]:
     return asdict(patch)
 
 
-def _name_of(calibration: str | Path) -> str:
-    path = Path(calibration)
-    return path.name if path.exists() else str(calibration)
+def _name_of(location: str | Path) -> str:
+    path = Path(location).expanduser()
+    return path.resolve().name if path.exists() else str(location)
 
 
 def _check_patches(patches: Sequence[Patch]) -> None:

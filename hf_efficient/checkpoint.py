@@ -57,6 +57,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     base_model: str | None = None,
     license: str | None = None,
+    tokenizer: str | Path | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     evaluate: bool = True,
@@ -71,7 +72,8 @@ def convert(
     Until then the work lies in `OUTPUT.hfe-partial` beside it, from which `resume=True` continues.
 
     Args:
-        source: Hub id, local folder, or local `.gguf` file.
+        source: Hub id, local folder, or local `.gguf` file; the folder may also be a training step of the STEM authors'
+            code, which is based on Meta Lingua.
         output: folder to make.
         patches: what to change, e.g. `[Stem(layers=[1, 4])]`. One patch on a stock model gives that patch's own
             architecture; none or several give the decoder that takes any combination.
@@ -81,6 +83,7 @@ def convert(
         seed: of everything random.
         max_shard_size: largest weight file.
         base_model, license: for the model card; by default what the source says of itself.
+        tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
             the documentation that comes with Python.
         calibration_tokens: tokens to calibrate on, at most.
@@ -107,10 +110,13 @@ def convert(
         evaluate=evaluate,
         base_model=base_model,
         license=license,
+        tokenizer=tokenizer,
     )
     if not dry_run:
         check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
-    opened = open_source(str(source), revision=revision, token=token)
+    opened = open_source(
+        str(source), revision=revision, token=token, tokenizer=None if tokenizer is None else str(tokenizer)
+    )
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
     if any(patch.measures_choice for patch in options.patches):
         shares["choosing"] = _MEASURED_CHOICE_SECONDS
@@ -225,8 +231,12 @@ class _Conversion:
 
     @property
     def architecture(self) -> Architecture:
-        """A single patch on a stock model has an architecture of its own; the decoder takes every other combination."""
-        single = self.patches[0].name if len(self.patches) == 1 and not self.source.patched else None
+        """A single patch on a stock model has an architecture of its own; the decoder takes every other combination.
+
+        A model that others trained with a patch is one on a stock model too.
+        """
+        patches = [*self.source.config.active_patches, *(patch.name for patch in self.patches)]
+        single = patches[0] if len(patches) == 1 and not self.source.patched else None
         return next(architecture for architecture in ARCHITECTURES if architecture.patch == single)
 
     def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def evaluate_logits(
     text: str,
     model: LogitSource,
     reference: LogitSource | None = None,
+    *,
     counts: Tensor | None = None,
 ) -> EvaluationReport:
     """Measure `model` on token ids [B, S], S at least 2, and compare it with `reference` where one is given.

@@ -31,7 +31,7 @@ _SHARED_FIELDS = (
 )
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that old checkpoints stored beside the weights; every model computes them itself.
-_HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
+_HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids", "freqs_cis")
 
 
 @dataclass(frozen=True)

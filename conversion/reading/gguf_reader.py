@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from hf_efficient.conversion.reading.families import source_config
 from hf_efficient.conversion.reading.gguf_file import GGUFFile
+from hf_efficient.conversion.reading.rotary_order import split_halves
 from hf_efficient.errors import HFEError
 
 _TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -89,15 +90,6 @@ def stock_name(name: str) -> str:
     if in_layer and in_layer[2] in _IN_LAYER:
         return f"model.layers.{in_layer[1]}.{_IN_LAYER[in_layer[2]]}{dot}{suffix}"
     return name
-
-
-def split_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's channel order: of each head, (0, 1, 2, 3, …) pairs become the two halves (0, 2, …, 1, 3, …).
-
-    llama.cpp turns neighbouring channels of the first dimension, transformers turns channel i with i + head_dim / 2.
-    """
-    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:

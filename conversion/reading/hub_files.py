@@ -59,6 +59,11 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
     return folder
 
 
+def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
+    """Fetch a repository's small files, the tokenizer's among them; returns the snapshot's folder."""
+    return _snapshot(repo_id, _SMALL_FILES, None, token)
+
+
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
     at = f" at revision {revision}" if revision else ""
     try:

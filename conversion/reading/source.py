@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,14 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from hf_efficient.conversion.reading.families import decoder_config, source_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
-from hf_efficient.conversion.reading.hub_files import card_metadata, download_checkpoint, is_repo_id, repo_of_snapshot
+from hf_efficient.conversion.reading.hub_files import (
+    card_metadata,
+    download_checkpoint,
+    download_tokenizer,
+    is_repo_id,
+    repo_of_snapshot,
+)
+from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -47,7 +54,7 @@ class TensorReader(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source: Hub id, local folder or GGUF file.
+    """A resolved source: Hub id, local folder, GGUF file, or a folder that Lingua's training code wrote.
 
     Attributes:
         location: what the user gave.
@@ -56,6 +63,7 @@ class Source:
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of our decoder.
         gguf_file: name of the GGUF file in `files`; None for a folder.
+        tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
         special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
         weight_files: the files that hold the weights.
         base_model, license, revision: for the model card; None when the source does not say. Never a local path.
@@ -68,6 +76,7 @@ class Source:
     config: EfficientDecoderConfig
     weight_files: list[Path] = field(default_factory=list)
     gguf_file: str | None = None
+    tokenizer_files: Path | None = None
     special_tokens: dict[str, int] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
@@ -91,12 +100,14 @@ class Source:
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for path in self.weight_files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        for path in sorted(self.tokenizer_files.glob("tokenizer*")) if self.tokenizer_files else []:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         for name in self.reader.names():
             digest.update(f"{name} {list(self.reader.shape(name))} {self.reader.dtype(name)}\n".encode())
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
-        """The source's tokenizer; of a GGUF file with the special tokens that its metadata names.
+        """The tokenizer that the user named, or the source's; of a GGUF file with the tokens that its metadata names.
 
         Raises:
             HFEError: the source has none that transformers can load.
@@ -107,16 +118,17 @@ class Source:
         except Exception as error:
             cause = " ".join(str(error).split())[:200]
             raise HFEError(
-                f"{self.name} has no tokenizer that can be loaded ({cause})",
-                "put the tokenizer's files beside the weights",
+                f"{self.name if self.tokenizer_files is None else self.tokenizer_files.name} has no tokenizer that can "
+                f"be loaded ({cause})",
+                "put the tokenizer's files beside the weights, or name a folder or Hub id that has them as tokenizer",
             ) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
         # Kept, since transformers takes seconds to read one from a GGUF file.
         # False, not None: a checkpoint's own code is never run, nor is the user asked whether it may.
-        if self.gguf_file is None:
-            return AutoTokenizer.from_pretrained(self.files, trust_remote_code=False)
+        if self.gguf_file is None or self.tokenizer_files is not None:
+            return AutoTokenizer.from_pretrained(self.tokenizer_files or self.files, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(self.files, gguf_file=self.gguf_file, trust_remote_code=False)
         # Some versions of transformers read the end and padding tokens of a GGUF file wrongly.
         for role, token_id in self.special_tokens.items():
@@ -125,19 +137,30 @@ class Source:
         return tokenizer
 
 
-def open_source(location: str, *, revision: str | None = None, token: str | None = None) -> Source:
+def open_source(
+    location: str, *, revision: str | None = None, token: str | None = None, tokenizer: str | None = None
+) -> Source:
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
 
     Args:
         location: the source. Something that exists locally is never looked up on the Hub.
         revision, token: of the Hub repository.
+        tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
 
     Raises:
         HFEError: the source is absent, damaged, or not a checkpoint that a conversion takes.
     """
+    source = _open(location, revision, token)
+    if tokenizer is not None:
+        path = Path(tokenizer).expanduser()
+        source = replace(source, tokenizer_files=path if path.is_dir() else download_tokenizer(tokenizer, token=token))
+    return _with_special_tokens(source) if isinstance(source.reader, LinguaReader) else source
+
+
+def _open(location: str, revision: str | None, token: str | None) -> Source:
     path = Path(location).expanduser()
     if path.is_dir():
-        return _open_folder(location, path)
+        return _open_lingua(location, path) if is_lingua(path) else _open_folder(location, path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise HFEError(
@@ -216,6 +239,43 @@ def _open_gguf(location: str, path: Path) -> Source:
         base_model=repo[1] if repo else None,
         license=reader.file.metadata.get("general.license"),
     )
+
+
+def _open_lingua(location: str, folder: Path) -> Source:
+    if not (folder / PARAMS_NAME).is_file():
+        raise HFEError(
+            f"{folder.name} has no {PARAMS_NAME}, which says what model its weights are",
+            f"copy {PARAMS_NAME} from the folder of the training step",
+        )
+    reader = LinguaReader(folder, read_json(folder / PARAMS_NAME))
+    return Source(
+        location=location,
+        files=folder,
+        reader=reader,
+        stock_config=reader.config,
+        config=_lingua_config(reader),
+        weight_files=reader.paths,
+    )
+
+
+def _lingua_config(reader: LinguaReader) -> EfficientDecoderConfig:
+    config = decoder_config(reader.config)
+    config.stem_layers = reader.stem_layers
+    return decoder_config(config)  # once more, for its rules
+
+
+def _with_special_tokens(source: Source) -> Source:
+    """A checkpoint of Lingua with the special tokens of its tokenizer; where none can be loaded, it keeps none."""
+    try:
+        tokenizer = source.tokenizer()
+    except HFEError:
+        if source.tokenizer_files is not None:
+            raise
+        return source
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(source.stock_config, role, getattr(tokenizer, role))
+        setattr(source.config, role, getattr(tokenizer, role))
+    return source
 
 
 def file_inside(folder: Path, name: Any, origin: str) -> Path:

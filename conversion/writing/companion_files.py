@@ -27,9 +27,11 @@ def write_companions(source: Source, folder: Path) -> list[str]:
     Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over.
     """
     with disk_errors(folder):
-        if source.gguf_file is not None:
+        if source.gguf_file is not None and source.tokenizer_files is None:
             source.tokenizer().save_pretrained(folder)
-        warnings = [] if source.gguf_file is not None else _copy_tokenizer(source.files, folder)
+            warnings = []
+        else:
+            warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder)
         if source.gguf_file is None:
             _copy(source.files, folder, _LICENCES)
     if source.gguf_file is None and (source.files / _GENERATION_CONFIG).is_file():

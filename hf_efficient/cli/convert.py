@@ -13,7 +13,9 @@ from hf_efficient.errors import UsageError
 
 @with_patch_options
 def command(
-    source: Annotated[str, typer.Argument(help="Hub id, local folder, or a local .gguf file.")],
+    source: Annotated[
+        str, typer.Argument(help="Hub id, local folder (Lingua's training steps too), or a local .gguf file.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
     patch: Annotated[
         list[str] | None,
@@ -27,6 +29,9 @@ def command(
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 5GB or 500MB.")] = "5GB",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a tokenizer, for a source that has none of its own.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: text that Python ships."),
@@ -67,6 +72,7 @@ def command(
         max_shard_size=max_shard_size,
         base_model=base_model,
         license=license,
+        tokenizer=tokenizer,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         evaluate=evaluate,

@@ -74,7 +74,7 @@ def test_figures_by_calibration_count_add_up_to_the_whole(tiny_source, text):
     one, two = tiny_source(), tiny_source()
     counts = torch.randint(50, (97,))
     counts[:10] = 0
-    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts)
+    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
     assert list(report.by_count) == ["0", "1-3", "4-31", "32+"]
     assert sum(bucket["share_of_tokens"] for bucket in report.by_count.values()) == pytest.approx(1)
     for figure in ("nll", "reference_nll", "delta_nll", "kl", "top1_agreement"):
@@ -88,7 +88,7 @@ def test_a_position_belongs_to_the_bucket_of_the_token_that_is_read_there(tiny_s
     text[:, -1] = 96
     counts = torch.full((97,), 40)
     counts[96], counts[text[2, 5]] = 0, 3
-    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts)
+    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
     assert set(report.by_count) == {"1-3", "32+"}
     with torch.no_grad():
         p, q = (model.stock(text).logits[:, :-1].double().log_softmax(-1) for model in (two, one))
