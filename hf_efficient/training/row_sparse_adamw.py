@@ -96,19 +96,32 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     def _watch_nothing(self) -> None:
         self._collected: dict[Tensor, list[RowGradient]] = {}
-        self._hooks: dict[Tensor, Any] = {}
+        self._coalesced: dict[Tensor, int] = {}
+        self._hooks: dict[Tensor, tuple[Any, ...]] = {}
         weakref.finalize(self, _remove_hooks, self._hooks).atexit = False
 
     def _watch(self) -> None:
         """Have sparse gradients of all parameters collected; of those that are frozen, once they no longer are."""
-        collect = _collector(weakref.ref(self))
+        this = weakref.ref(self)
         for parameter in self._parameters():
             if parameter.requires_grad and parameter not in self._hooks:
-                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(collect)
+                self._hooks[parameter] = (
+                    parameter.register_hook(_caller(this, RowSparseAdamW._note, weakref.ref(parameter))),
+                    parameter.register_post_accumulate_grad_hook(_caller(this, RowSparseAdamW._collect)),
+                )
+
+    def _note(self, gradient: Tensor, owner: weakref.ref[Tensor]) -> None:
+        """Before a gradient is accumulated, which forgets that it is coalesced: remember the memory of its indices."""
+        parameter = owner()
+        if parameter is not None and gradient.is_sparse and gradient.is_coalesced():
+            self._coalesced[parameter] = gradient.indices().data_ptr()
 
     def _collect(self, parameter: Tensor) -> None:
+        known = self._coalesced.pop(parameter, 0)
         if parameter.grad is None or not parameter.grad.is_sparse:
             return
+        if parameter.grad._indices().data_ptr() == known:
+            parameter.grad._coalesced_(True)  # nothing was there before: it is what came
         parts = self._collected.setdefault(parameter, [])
         parts.append(RowGradient.of(parameter, parameter.grad))
         parameter.grad = None
@@ -270,19 +283,21 @@ class RowSparseAdamW(torch.optim.AdamW):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
 
-def _collector(optimizer: weakref.ref[RowSparseAdamW]) -> Callable[[Tensor], None]:
-    """A hook of parameters that does not keep the optimiser alive."""
+def _caller(
+    optimizer: weakref.ref[RowSparseAdamW], method: Callable[..., None], *more: Any
+) -> Callable[[Tensor], None]:
+    """A hook of parameters that calls a method of the optimiser, and does not keep it alive."""
 
-    def collect(parameter: Tensor) -> None:
+    def call(tensor: Tensor) -> None:
         alive = optimizer()
         if alive is not None:
-            alive._collect(parameter)
+            method(alive, tensor, *more)
 
-    return collect
+    return call
 
 
-def _remove_hooks(hooks: dict[Tensor, Any]) -> None:
-    for hook in hooks.values():
+def _remove_hooks(hooks: dict[Tensor, tuple[Any, ...]]) -> None:
+    for hook in chain.from_iterable(hooks.values()):
         hook.remove()
 
 

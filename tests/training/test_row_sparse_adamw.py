@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_efficient import HFEError, RowSparseAdamW
+from hf_efficient.modeling.stem.token_rows import TokenRows
+from hf_efficient.training.row_gradients import RowGradient
 
 ROWS, WIDTH = 9, 5
 
@@ -416,3 +418,23 @@ def test_other_bad_input_is_refused() -> None:
     vector.grad = torch.sparse_coo_tensor([[1]], [1.0], (4,), check_invariants=True)
     with pytest.raises(HFEError, match=r"shape \(4,\).*whole rows"):
         RowSparseAdamW([vector]).step()
+
+
+def test_a_gradient_that_comes_coalesced_is_not_added_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch forgets it in accumulating; sorting and adding would cost more than the update."""
+    seen = []
+    of = RowGradient.of
+    monkeypatch.setattr(RowGradient, "of", lambda p, g: seen.append(g.is_coalesced()) or of(p, g))
+    embedding = nn.Embedding(20, 4, sparse=True)
+    optimizer = RowSparseAdamW(embedding.parameters())
+    expected = embedding.weight.detach().clone()
+    reference = RowSparseAdamW([expected.requires_grad_()])
+    for ids in (torch.tensor([[3, 5], [5, 5]]), torch.tensor([[0, 19], [5, 1]])):
+        tokens = TokenRows(ids)
+        tokens.rows(embedding)[tokens.slots].square().sum().backward()
+        rows = expected.detach()[ids.flatten()] * 2
+        expected.grad = torch.sparse_coo_tensor(ids.flatten()[None], rows, (20, 4), check_invariants=False)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(embedding.weight, expected)
+    assert seen == [True, False, True, False]
