@@ -163,7 +163,7 @@ class Stem:
             else:
                 if self.sequential and converted is None:
                     converted = fit.fork()
-                sums = observed_push(run, index, layer, fit, converted)
+                sums = observed_push(self.init, run, index, layer, fit, converted)
                 table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 rows = table.at(run.vocabulary, run.embeddings)
                 errors = TableError(layer.mlp, rows, sums.count)
@@ -214,7 +214,7 @@ class Stem:
         regression = self._regression(run, stream)
 
         def fit(index: int, layer: DecoderLayer) -> FittedTable:
-            sums = observed_push(run, index, layer, stream)
+            sums = observed_push(self.init, run, index, layer, stream)
             return fit_table(self.init, self.shrinkage, layer, run, sums, regression)
 
         return fit

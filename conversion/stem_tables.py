@@ -8,6 +8,7 @@ counts for), channel by channel:
 |---|---|---|
 | `gated_mean` | ``(sum g^2 u + k s p) / (sum g^2 + k s)``, s the mean of g^2 over all tokens | ``g * u`` |
 | `mean` | ``(sum u + k p) / (n + k)`` | ``u`` |
+| `output_ls` | by least squares from `gated_mean`: see `stem_output_fit` | the feed-forward's output |
 | `ridge` | ``p`` of `gated_mean` | |
 | `embed` | ``W_up norm(e) (+ b)``; needs no text | worse than no feed-forward at all |
 
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 from hf_efficient.conversion.measuring.layerwise import EMBEDDING, LayerwisePass, Stream
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of, occurrences
 from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.conversion.stem_output_fit import OutputFit
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
-INITIALISERS = ("gated_mean", "mean", "ridge", "embed")
+INITIALISERS = ("gated_mean", "mean", "output_ls", "ridge", "embed")
 # Rows of the vocabulary handled at once where a whole table is computed.
 CHUNK_ROWS = 4096
 # A channel that a token's occurrences hardly opened says next to nothing about u: it must not weigh like the others in
@@ -93,9 +95,12 @@ class TokenSums:
         weight: ``sum g'^2`` [R, F], g' the gate that the table will meet.
         weighted_up: ``sum g' (g u)`` [R, F].
         up_energy, gated_energy: ``sum |u|^2`` and ``sum |g * u|^2`` over all tokens.
+        outputs: takes the occurrences one by one, where the fit of the feed-forward's output is asked for.
     """
 
-    def __init__(self, slots: Tensor, rows: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, slots: Tensor, rows: int, hidden_size: int, intermediate_size: int, outputs: OutputFit | None = None
+    ) -> None:
         device = slots.device
         self.count, self._first_only = occurrences(slots, rows)
         self.inputs = torch.zeros(rows, hidden_size, device=device)
@@ -103,6 +108,7 @@ class TokenSums:
         self.weighted_up = torch.zeros(rows, intermediate_size, device=device)
         self.up_energy = 0.0
         self.gated_energy = 0.0
+        self.outputs = outputs
 
     def add(self, slots: Tensor, x: Tensor, gate: Tensor, up: Tensor, met_gate: Tensor | None = None) -> None:
         """Add tokens: slots [B, S], x [B, S, D], gate and up [B, S, F]; `met_gate` is g' where it is not g."""
@@ -116,6 +122,8 @@ class TokenSums:
         self.weighted_up.index_add_(0, slots, met_gate * gated_up)
         self.up_energy += float(up.square().sum())
         self.gated_energy += float(gated_up.square().sum())
+        if self.outputs is not None:
+            self.outputs.add(slots, met_gate, gated_up)
 
     def mean_up(self, up_proj: nn.Linear) -> Tensor:
         """Mean of u for each token [R, F], zero for an absent one; u is linear in x, so it needs no sum of its own."""
@@ -133,9 +141,14 @@ class TokenSums:
 
 
 def observed_push(
-    run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream, converted: Stream | None = None
+    init: str,
+    run: LayerwisePass,
+    index: int,
+    layer: DecoderLayer,
+    stream: Stream,
+    converted: Stream | None = None,
 ) -> TokenSums:
-    """Move the stream through the stock layer and sum what its feed-forward sees.
+    """Move the stream through the stock layer and sum what its feed-forward sees, for the initialiser `init`.
 
     `converted` is the same text after the converted layers below, and stays there: it gives the gates that tables meet.
     """
@@ -144,7 +157,9 @@ def observed_push(
         with observe_feed_forward(layer.mlp, lambda _slots, _x, gate, _up: met.append(gate)):
             run.push(index, layer, converted.fork())
     gates = iter(met)
-    sums = TokenSums(stream.slots, len(run.vocabulary), run.config.hidden_size, run.config.intermediate_size)
+    rows = len(run.vocabulary)
+    outputs = OutputFit(layer.mlp.down_proj, stream.slots.numel(), rows) if init == "output_ls" else None
+    sums = TokenSums(stream.slots, rows, run.config.hidden_size, run.config.intermediate_size, outputs)
     with observe_feed_forward(layer.mlp, lambda slots, x, gate, up: sums.add(slots, x, gate, up, next(gates, None))):
         run.push(index, layer, stream)
     return sums
@@ -269,6 +284,11 @@ def fit_table(
     total = weight[seen] + prior_weight
     # Without shrinkage a gate that was exactly zero leaves nothing to divide by.
     rows = torch.where(total > 0, (weighted_up[seen] + prior_weight * prior_rows) / total, prior_rows)
+    if sums.outputs is not None:
+        every_prior = prior(run.embeddings)
+        start = every_prior.clone()
+        start[seen] = rows
+        rows = sums.outputs.rows(start, every_prior, weight, prior_weight)[seen]
     return FittedTable(run.vocabulary[seen.cpu()], rows, prior)
 
 

@@ -8,6 +8,7 @@ import torch
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.conversion.stem_tables import observe_feed_forward
+from hf_efficient.errors import HFEError
 
 FITTED = ["gated_mean", "mean"]
 
@@ -42,7 +43,7 @@ def feed_forward(source, ids, layer):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("init", FITTED)
+@pytest.mark.parametrize("init", [*FITTED, "output_ls"])
 def test_a_text_of_distinct_tokens_is_converted_exactly(source, distinct_text, init, sequential):
     patch = Stem(layers=[0, 1, 3], init=init, shrinkage=0.0, sequential=sequential)
     patched = source.convert(patch, source.calibration(distinct_text))
@@ -219,3 +220,66 @@ def test_in_sequence_a_layer_meets_the_gates_of_the_converted_layers_below(tiny_
         own = ids == token
         expected = (met * gate * up)[own].sum(0) / met.square()[own].sum(0)
         torch.testing.assert_close(table(sequential, 2)[token], expected, rtol=1e-3, atol=1e-3)
+
+
+def output_error(source, ids, gate, up, rows, layer):
+    """Squared distance of what the feed-forward gives out with a table from what the source's gives, in fp64."""
+    off = gate.double() * (up.double() - rows.double()[ids])
+    return float((off @ source.reader.tensors[f"model.layers.{layer}.mlp.down_proj.weight"].double().T).square().sum())
+
+
+def test_the_output_fit_is_closest_in_what_the_feed_forward_gives_out(source, text, monkeypatch):
+    """Once it has converged: no other initialiser and no change of its own rows comes closer."""
+    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit.STEPS", 300)
+    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._TOLERANCE", 1e-5)
+    layer = 1
+    ids, gate, up = feed_forward(source, text, layer)
+    errors = {}
+    for init in ("output_ls", *FITTED):
+        patched = source.convert(Stem(layers=[layer], init=init, shrinkage=0.0), source.calibration(text))
+        errors[init] = output_error(source, ids, gate, up, table(patched, layer), layer)
+        if init == "output_ls":
+            best = table(patched, layer)
+    assert errors["output_ls"] < 0.95 * min(errors[init] for init in FITTED)
+    for step in (1e-2, 1.0):
+        for _ in range(5):
+            moved = best.clone()
+            moved[ids.unique()] += step * torch.randn(len(ids.unique()), best.shape[1])
+            assert output_error(source, ids, gate, up, moved, layer) > errors["output_ls"]
+
+
+def test_the_output_fit_solves_its_normal_equations(tiny_source, text, monkeypatch):
+    """Shrinkage included, against a direct solution in fp64 for every token."""
+    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit.STEPS", 300)
+    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._TOLERANCE", 1e-5)
+    source, layer, shrinkage = tiny_source(), 2, 3.0
+    patched = source.convert(Stem(layers=[layer], init="output_ls", shrinkage=shrinkage), source.calibration(text))
+    prior = expected_prior(source, text, layer, "gated_mean", shrinkage)
+    ids, gate, up = (part.double() if part.is_floating_point() else part for part in feed_forward(source, text, layer))
+    down = source.reader.tensors[f"model.layers.{layer}.mlp.down_proj.weight"].double()
+    metric = down.T @ down
+    pull = shrinkage * gate.square().mean(0) * metric.diagonal()
+    for token in ids.unique():
+        g, a = gate[ids == token], (gate * up)[ids == token]
+        matrix = metric * (g.T @ g) + pull.diag()
+        expected = torch.linalg.solve(matrix, (g * (a @ metric)).sum(0) + pull * prior[token])
+        torch.testing.assert_close(table(patched, layer)[token].double(), expected, rtol=2e-3, atol=2e-3)
+    absent = ~torch.isin(torch.arange(97), text)
+    torch.testing.assert_close(table(patched, layer)[absent], prior[absent].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_output_fit_is_the_gated_mean_where_channels_do_not_mix(tiny_source, text):
+    """With a projection whose columns are orthogonal, every channel is a problem of its own."""
+    source = tiny_source(hidden_size=48)
+    down = source.reader.tensors["model.layers.1.mlp.down_proj.weight"]
+    down.copy_(torch.diag(torch.rand(48) + 0.5)[torch.randperm(48)])
+    calibration = source.calibration(text)
+    one, two = (source.convert(Stem(layers=[1], init=init), calibration) for init in ("output_ls", "gated_mean"))
+    torch.testing.assert_close(table(one, 1), table(two, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_fit_says_what_memory_it_would_take(tiny_source, text, monkeypatch):
+    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._MOST_BYTES", 1 << 10)
+    source = tiny_source()
+    with pytest.raises(HFEError, match=r"keeps the gates of 192 tokens of 48 channels.*fewer tokens"):
+        source.convert(Stem(layers=[1], init="output_ls"), source.calibration(text))
