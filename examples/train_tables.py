@@ -3,7 +3,9 @@
     python examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt --steps 200
     accelerate launch examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt
 
-Only rows of tokens that occur in the text get a gradient; AdamW without weight decay leaves the others as they are.
+Only rows of tokens that occur in a batch have a gradient. It is kept as those rows, and the optimiser touches no others,
+so a step costs what its tokens cost, whatever the size of the vocabulary. `--no-sparse` trains with gradients of whole
+tables.
 """
 
 from __future__ import annotations
@@ -27,22 +29,27 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=True, help="gradients of rows only")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     accelerator = Accelerator()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.checkpoint, dtype=torch.float32, stem_sparse_grad=arguments.sparse
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("stem_embed" in name)
     tables = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(tables, lr=arguments.learning_rate, weight_decay=0.0)
+    optimizer = hf_efficient.RowSparseAdamW(tables, lr=arguments.learning_rate, weight_decay=0.0)
 
     with open(arguments.text, encoding="utf-8") as file:
         ids = tokenizer(file.read(), return_tensors="pt").input_ids[0]
     sequences = ids[: len(ids) // arguments.sequence_length * arguments.sequence_length]
     batches = DataLoader(sequences.view(-1, arguments.sequence_length), arguments.batch_size, shuffle=True)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    optimizer, batches = accelerator.prepare(optimizer, batches)
+    # The optimiser averages sparse gradients over the processes itself; dense ones need DistributedDataParallel.
+    model = model.to(accelerator.device) if arguments.sparse else accelerator.prepare(model)
 
     model.train()
     step = 0

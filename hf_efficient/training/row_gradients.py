@@ -120,11 +120,11 @@ def mean_over_processes(
 def _gather(mine: Tensor, processes: int, group: dist.ProcessGroup | None) -> Tensor:
     """`mine` of every process [processes, ...], on the device of `mine`."""
     device = _device_of_communication(mine.device, group)
-    mine_there = mine.to(device).contiguous()
-    everybodys = torch.empty((processes, *mine.shape), dtype=mine.dtype, device=device)
+    # One after the other along the first dimension, the form that every backend takes.
+    everybodys = torch.empty((processes * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device)
     if mine.numel() > 0:
-        dist.all_gather_into_tensor(everybodys, mine_there, group=group)
-    return everybodys.to(mine.device)
+        dist.all_gather_into_tensor(everybodys, mine.to(device).contiguous(), group=group)
+    return everybodys.to(mine.device).view(processes, *mine.shape)
 
 
 def _device_of_communication(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:

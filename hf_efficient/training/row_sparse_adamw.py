@@ -47,7 +47,8 @@ class RowSparseAdamW(torch.optim.AdamW):
     Data-parallel training: `step()` averages the rows over the processes, in the order of the ranks, so that all
     replicas stay the same bit for bit. `DistributedDataParallel` must leave the tables alone: their names belong in the
     model's `_ddp_params_and_buffers_to_ignore` (STEM models see to that), and every process must start from the same
-    weights. Each process receives float32 rows of all, padded to the longest.
+    weights. Each process receives float32 rows of all, padded to the longest. Where nothing but tables is trained there
+    is nothing left for `DistributedDataParallel`, which then refuses the model: use the model without it.
 
     Memory: two float32 moments for each element of a table, allocated as zeros at its first sparse gradient, and 12
     bytes a row. The state is saved and loaded in these types, whatever the type of the table. A table in half precision

@@ -181,6 +181,36 @@ def test_equal_ids_of_one_batch_in_half_precision_are_added_in_float32() -> None
     assert optimizer.state[table]["exp_avg"][1].tolist() == [4097.0, 4097.0]
 
 
+class _RowsOfTable(torch.autograd.Function):
+    """Looks up distinct, sorted rows, and gives the table a gradient that is known to be coalesced."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.ids, ctx.shape = ids, table.shape
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx, rows: Tensor) -> tuple[Tensor, None]:
+        return torch.sparse_coo_tensor(ctx.ids[None], rows, ctx.shape, is_coalesced=True, check_invariants=True), None
+
+
+def test_a_coalesced_gradient_is_taken_as_it_is() -> None:
+    """Accumulating it forgets that it is coalesced: sorted again, it would be copied, and a GPU waited for."""
+    table = nn.Parameter(torch.randn(9, 4))
+    optimizer = RowSparseAdamW([table])
+    ids, rows = torch.tensor([2, 5, 7]), torch.randn(3, 4)
+    for count in (1, 2):
+        _RowsOfTable.apply(table, ids).backward(rows)
+        assert len(optimizer._collected[table]) == count
+        assert optimizer._collected[table][-1].rows.data_ptr() == rows.data_ptr()
+    # One that is not coalesced, right after: what is remembered of the one before does not count for it.
+    F.embedding(torch.tensor([7, 2, 7]), table, sparse=True).sum().backward()
+    optimizer.step()
+    assert optimizer.state[table]["step"].tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
+    expected = 0.1 * (2 * rows + torch.tensor([[1.0], [0.0], [2.0]]))
+    torch.testing.assert_close(optimizer.state[table]["exp_avg"][ids], expected)
+
+
 def test_rows_are_clipped_together_and_apart_from_dense_gradients() -> None:
     model, free = Tables(), Tables()
     optimizer = RowSparseAdamW(model.parameters(), lr=0.1, betas=(0.0, 0.0), max_row_norm=0.01)
