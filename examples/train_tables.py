@@ -3,9 +3,9 @@
     python examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt --steps 200
     accelerate launch examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt
 
-Only rows of tokens that occur in a batch have a gradient. It is kept as those rows, and the optimiser touches no others,
-so a step costs what its tokens cost, whatever the size of the vocabulary. `--no-sparse` trains with gradients of whole
-tables.
+Only rows of tokens that occur in a batch have a gradient. It is kept as those rows, and the optimiser touches no
+others, so a step costs what its tokens cost, whatever the size of the vocabulary. `--no-sparse` trains with gradients
+of whole tables.
 """
 
 from __future__ import annotations
