@@ -34,7 +34,12 @@ _PUBLIC = {
     "inspect": "hf_efficient.inspection",
     "push": "hf_efficient.hub.push",
     "row_adamw": "hf_efficient.kernels.row_adamw.api",
+    "stem_ablate": "hf_efficient.stem_analysis",
+    "stem_angular_spread": "hf_efficient.stem_analysis",
+    "stem_compare_dense": "hf_efficient.stem_analysis",
+    "stem_edit_plan": "hf_efficient.modeling.stem.edit_plan",
     "stem_gate": "hf_efficient.kernels.stem_gate.api",
+    "stem_row_report": "hf_efficient.stem_analysis",
     "verify": "hf_efficient.hub.verify",
 }
 

@@ -1,0 +1,478 @@
+"""What STEM tables hold: how their rows lie to each other, to the dense model's up-projection, and what they are worth.
+
+Cosines of rows are only as telling as the baseline: rows drawn at random, as those of an untrained table are, have
+cosines of standard deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread comes
+with it, and can be restricted to tokens that some text holds often enough for their rows to be trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.measuring.evaluation import Estimate, model_logits, nll_by_position
+from hf_efficient.conversion.measuring.text import load_text, pack
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.modeling.stem.row_edit import table_weights
+
+ANALYSIS_TOKENS = 4_096
+# Pairs whose cosines are computed at a time.
+_PAIRS = 8_192
+
+
+@dataclass(frozen=True)
+class AngularSpread:
+    """Cosines between rows of one table, and what random rows of that width would give.
+
+    Attributes:
+        layer: of the table.
+        n_rows, zero_rows: rows that were compared; rows of zeros, which have no direction and were dropped.
+        n_pairs: pairs of different rows that were drawn.
+        mean, std, p50_abs, p95_abs: of the cosines; the percentiles are of their magnitude.
+        tau, frac_abs_below: share of the cosines whose magnitude is below tau.
+        participation_ratio: ``(sum of eigenvalues)^2 / sum of squared eigenvalues`` of the rows' covariance: as many
+            directions as it has if all were alike.
+        baseline_std, baseline_p95_abs: of cosines of isotropic rows, ``1 / sqrt(F)`` and 1.96 times that.
+        baseline_participation: of as many isotropic rows, ``n F / (n + F)``.
+        cosines: the sample itself [n_pairs].
+    """
+
+    layer: int
+    n_rows: int
+    zero_rows: int
+    n_pairs: int
+    mean: float
+    std: float
+    p50_abs: float
+    p95_abs: float
+    tau: float
+    frac_abs_below: float
+    participation_ratio: float
+    baseline_std: float
+    baseline_p95_abs: float
+    baseline_participation: float
+    cosines: Tensor = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the sample."""
+        return {name: value for name, value in vars(self).items() if name != "cosines"}
+
+
+def stem_angular_spread(
+    model: nn.Module,
+    layer: int,
+    *,
+    ids: Tensor | Sequence[int] | None = None,
+    counts: Tensor | Sequence[int] | None = None,
+    min_count: int = 1,
+    n_pairs: int = 200_000,
+    center: bool = False,
+    tau: float = 0.05,
+    seed: int = 0,
+) -> AngularSpread:
+    """How the rows of one table are spread over directions, beside what random rows would give.
+
+    Args:
+        model: a loaded STEM model.
+        layer: one of its STEM layers.
+        ids: tokens to look at; None for all.
+        counts: instead of `ids`, how often each token occurs in some text [vocab_size]; those with `min_count` or more
+            are looked at.
+        n_pairs: pairs of different rows to draw, with replacement; where there are no more pairs than that, all.
+        center: subtract the mean row first.
+        tau: bound for `frac_abs_below`.
+        seed: of the drawing.
+
+    Raises:
+        HFEError: fewer than two rows that are not zero; a layer without table.
+
+    Source: the pairwise cosines of STEM, arXiv:2601.10639, figure 6; baseline and participation ratio are our own.
+
+    Example:
+        >>> spread = stem_angular_spread(model, layer=4)
+        >>> print(spread.std, "random rows:", spread.baseline_std)
+    """
+    table = _table(model, layer)
+    rows = table[_chosen_ids(ids, counts, min_count, len(table)).to(table.device)].float()
+    if center:
+        rows = rows - rows.mean(0)
+    norms = rows.norm(dim=1)
+    rows = rows[norms > 0]
+    zero_rows, (n, width) = int((norms == 0).sum()), rows.shape
+    if n < 2:
+        raise HFEError(f"{n} rows of layer {layer} are not zero, two are needed", "name more tokens")
+    directions = nn.functional.normalize(rows, dim=1)
+    first, second = _pairs(n, n_pairs, seed)
+    cosines = torch.cat(
+        [(directions[a] * directions[b]).sum(1) for a, b in zip(first.split(_PAIRS), second.split(_PAIRS), strict=True)]
+    ).cpu()
+    magnitude = cosines.abs()
+    baseline = 1 / math.sqrt(width)
+    return AngularSpread(
+        layer=layer,
+        n_rows=n,
+        zero_rows=zero_rows,
+        n_pairs=len(cosines),
+        mean=float(cosines.double().mean()),
+        std=float(cosines.double().std()),
+        p50_abs=_percentile(magnitude, 0.5),
+        p95_abs=_percentile(magnitude, 0.95),
+        tau=tau,
+        frac_abs_below=float((magnitude < tau).double().mean()),
+        participation_ratio=_participation(rows),
+        baseline_std=baseline,
+        baseline_p95_abs=1.96 * baseline,
+        baseline_participation=n * width / (n + width),
+        cosines=cosines,
+    )
+
+
+def plot_angular_spread(spreads: Sequence[AngularSpread], path: str | Path, title: str = "") -> None:
+    """Draw the cosines of each table as a histogram over the density that isotropic rows have; writes a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(spreads), 5)
+    lines = -(-len(spreads) // columns)
+    size = (2.6 * columns + 0.6, 2.3 * lines + 0.5)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    reach = max(float(s.cosines.abs().quantile(0.995)) for s in spreads) if spreads else 1.0
+    grid = torch.linspace(-reach, reach, 401)
+    for axis in axes.flat[len(spreads) :]:
+        axis.set_axis_off()
+    for axis, spread in zip(axes.flat, spreads, strict=False):
+        axis.hist(spread.cosines.clamp(-reach, reach).numpy(), 61, (-reach, reach), density=True, color="tab:blue")
+        # Cosines of random directions in F dimensions are normal to within 1/F.
+        density = (-0.5 * (grid / spread.baseline_std) ** 2).exp() / (spread.baseline_std * math.sqrt(2 * math.pi))
+        axis.plot(grid.numpy(), density.numpy(), color="black", linewidth=1, label="random rows")
+        axis.set_title(
+            f"layer {spread.layer}: std {spread.std:.3f} (random {spread.baseline_std:.3f})\n"
+            f"mean {spread.mean:+.3f}, directions {spread.participation_ratio:.0f} "
+            f"(random {spread.baseline_participation:.0f})",
+            fontsize=7,
+        )
+        axis.set_yticks([])
+        axis.tick_params(labelsize=7)
+    axes[0, 0].legend(fontsize=7, loc="upper right")
+    figure.suptitle(title or "cosines between rows of a table", fontsize=9)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One row of one table.
+
+    Attributes:
+        token, text: the token's id, and its text where a tokenizer was given.
+        layer: of the table.
+        norm, norm_percentile: of the row; share of the table's rows that are shorter, in percent.
+        neighbours: rows nearest by cosine: (id, text, cosine).
+        channels: channels that weigh most in the output: (channel j, ``U_j``, ``|U_j| * |W_down[:, j]|``).
+    """
+
+    token: int
+    text: str | None
+    layer: int
+    norm: float
+    norm_percentile: float
+    neighbours: list[tuple[int, str | None, float]]
+    channels: list[tuple[int, float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def stem_row_report(model: nn.Module, token: int | str, layer: int, k: int = 10, *, tokenizer: Any = None) -> RowReport:
+    """Nearest rows, norm, and strongest channels of a token's row.
+
+    Args:
+        model: a loaded STEM model.
+        token: its id; or, with `tokenizer`, a text that is one token.
+        layer: a STEM layer.
+        k: rows and channels to name.
+        tokenizer: turns ids into text.
+
+    Raises:
+        HFEError: a text of several tokens, an id outside the vocabulary, a layer without table.
+    """
+    table = _table(model, layer)
+    if isinstance(token, str):
+        if tokenizer is None:
+            raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
+        ids = tokenizer(token, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise HFEError(f"{token!r} is {len(ids)} tokens {ids}", "name one token, for example with its space before")
+        token = ids[0]
+    if not 0 <= token < len(table):
+        raise HFEError(f"token {token} is outside 0..{len(table) - 1}", "name a token id of this model")
+
+    def text(i: int) -> str | None:
+        return None if tokenizer is None else tokenizer.decode([i])
+
+    rows = table.float()
+    norms = rows.norm(dim=1)
+    cosines = nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(rows[token], dim=0)
+    cosines[token] = -math.inf
+    nearest = cosines.topk(min(k, len(rows) - 1))
+    down = model.base_model.layers[layer].mlp.down_proj.weight.detach().float()
+    strength = rows[token].abs() * down.norm(dim=0)
+    strongest = strength.topk(min(k, len(strength)))
+    return RowReport(
+        token=token,
+        text=text(token),
+        layer=layer,
+        norm=float(norms[token]),
+        norm_percentile=100 * float((norms < norms[token]).double().mean()),
+        neighbours=[(i, text(i), c) for i, c in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)],
+        channels=[
+            (j, float(rows[token, j]), s)
+            for j, s in zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class DenseComparison:
+    """One layer's rows beside the up-projection that they stand for, over the tokens of a text.
+
+    Attributes:
+        layer: of the table.
+        tokens: occurrences compared; the first of each sequence, where decoders park attention, is left out.
+        up_cosine: mean cosine of ``U[t]`` and ``u = W_up x``.
+        gated_cosine: mean cosine of ``g * U[t]`` and ``g * u``, with the dense model's gate ``g``.
+        norm_ratio: mean of ``|U[t]| / |u|``.
+    """
+
+    layer: int
+    tokens: int
+    up_cosine: float
+    gated_cosine: float
+    norm_ratio: float
+
+
+@torch.no_grad()
+def stem_compare_dense(
+    model: nn.Module, dense: nn.Module, text: str | Path | Tensor | None = None, *, tokenizer: Any = None
+) -> list[DenseComparison]:
+    """Compare each STEM layer's rows with what the up-projection of the dense source gives, token by token.
+
+    Args:
+        model: a loaded STEM model.
+        dense: the model that it was converted from, loaded by transformers.
+        text: as for `stem_ablate`.
+        tokenizer: turns text into ids.
+
+    Raises:
+        HFEError: `dense` has other shapes, or no gated feed-forward in a layer.
+    """
+    ids = _token_ids(model, text, tokenizer)
+    layers = {layer: _table(model, layer) for layer in model.config.stem_layers}
+    inner = dense.base_model.layers
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for layer, table in layers.items():
+        mlp = inner[layer].mlp if layer < len(inner) else None
+        if getattr(mlp, "up_proj", None) is None or mlp.up_proj.out_features != table.shape[1]:
+            raise HFEError(
+                f"layer {layer} of the dense model has no up-projection of width {table.shape[1]}",
+                "compare with the model that was converted",
+            )
+        handles.append(mlp.register_forward_pre_hook(lambda _, args, layer=layer: seen.__setitem__(layer, args[0])))
+    sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in layers}
+    try:
+        for sequence in ids:
+            dense(input_ids=sequence[None].to(next(dense.parameters()).device), use_cache=False)
+            for layer, table in layers.items():
+                mlp, x = inner[layer].mlp, seen.pop(layer)[0, 1:]
+                u, g = mlp.up_proj(x).float(), mlp.act_fn(mlp.gate_proj(x)).float()
+                rows = table[sequence[1:].to(table.device)].to(u)
+                parts = (
+                    nn.functional.cosine_similarity(rows, u, dim=1),
+                    nn.functional.cosine_similarity(g * rows, g * u, dim=1),
+                    rows.norm(dim=1) / u.norm(dim=1),
+                )
+                sums[layer] += torch.stack([part.double().sum() for part in parts]).cpu()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    return [DenseComparison(layer, tokens, *(sums[layer] / tokens).tolist()) for layer in layers]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What the loss rises by when the rows of these layers give way to one row.
+
+    Attributes:
+        layers: whose rows were taken away.
+        mode: ``zero`` or ``mean``.
+        nll: loss of the whole model, nats per token.
+        delta_nll: the rise, with its confidence interval over sequences.
+        by_role: the rise by what the token is whose row was taken away: role -> (mean rise at its position, tokens).
+    """
+
+    layers: list[int]
+    mode: str
+    nll: float
+    delta_nll: Estimate
+    by_role: dict[str, tuple[float, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def stem_ablate(
+    model: nn.Module,
+    text: str | Path | Tensor | None = None,
+    layers: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    mode: str = "zero",
+    *,
+    tokenizer: Any = None,
+) -> list[Ablation]:
+    """What the tables are worth: the rise of the loss without them, layer by layer and by the token's role.
+
+    Args:
+        model: a loaded STEM model; its weights stay as they are.
+        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the documentation that comes with Python (the
+            part that conversions hold out); or token ids [B, S].
+        layers: layers to ablate one by one, or groups of layers; None for every STEM layer, then all together.
+        mode: ``zero``: rows of zeros, which delete the feed-forward; ``mean``: the mean row of the text's tokens.
+        tokenizer: turns text into ids, and ids into the text that tells roles: ``first`` (of a sequence), ``word``,
+            ``rest`` (of a word), ``number``, ``other``. Without it there is only ``all``.
+
+    Raises:
+        HFEError: another mode, a layer without table, text without tokenizer.
+    """
+    if mode not in ("zero", "mean"):
+        raise HFEError(f"mode={mode!r} is unknown", "choose 'zero' or 'mean'")
+    stem_layers = list(model.config.stem_layers)
+    chosen: list[Any] = [*stem_layers, stem_layers] if layers is None else list(layers)
+    groups = [[entry] if isinstance(entry, int) else list(entry) for entry in chosen]
+    for group in groups:
+        table_weights(model.base_model, group)
+    ids = _token_ids(model, text, tokenizer)
+    logits = model_logits(model)
+    plain = nll_by_position(logits(ids), ids)
+    roles = _roles(ids, tokenizer)
+    found = []
+    for group in groups:
+        with _without_rows(model, group, mode, ids):
+            rise = nll_by_position(logits(ids), ids) - plain
+        by_role = {
+            role: (float(rise[mask].double().mean()), int(mask.sum())) for role, mask in roles.items() if mask.any()
+        }
+        estimate = Estimate.of(rise.double().mean(1))
+        found.append(Ablation(group, mode, float((plain + rise).double().mean()), estimate, by_role))
+    return found
+
+
+@contextmanager
+def _without_rows(model: nn.Module, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
+    """Let the tables of `layers` give one row for every token; hooks do it, for which the fused kernel steps aside."""
+
+    def give(row: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
+            return torch.zeros_like(rows) if row is None else row.to(rows).expand_as(rows)
+
+        return hook
+
+    handles = []
+    try:
+        for layer in layers:
+            table = _table(model, layer)
+            row = None if mode == "zero" else table[ids.flatten().to(table.device)].mean(0, dtype=torch.float32)
+            handles.append(model.base_model.layers[layer].mlp.stem_embed.register_forward_hook(give(row)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _table(model: Any, layer: int) -> Tensor:
+    return table_weights(model.base_model, [layer])[layer].detach()
+
+
+def _token_ids(model: Any, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:
+    """Ids [B, S] to measure on."""
+    if isinstance(text, Tensor):
+        if text.ndim != 2 or text.shape[1] < 2:
+            raise HFEError(f"token ids of shape {list(text.shape)} are not [B, S] with S of 2 or more", "reshape them")
+        return text.cpu()
+    if tokenizer is None:
+        raise UsageError("text needs a tokenizer", "pass tokenizer=, or token ids [B, S] in place of the text")
+    _, held_out = load_text(None if text is None else str(text))
+    return pack(tokenizer, held_out, ANALYSIS_TOKENS, model.config.vocab_size)
+
+
+def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
+    if ids is not None and counts is not None:
+        raise HFEError("ids and counts are both given", "give one of them")
+    if counts is not None:
+        counts = torch.as_tensor(counts)
+        if counts.shape != (rows,):
+            raise HFEError(f"counts has shape {list(counts.shape)}, the table {rows} rows", "count every token id")
+        return (counts >= min_count).nonzero().flatten()
+    if ids is None:
+        return torch.arange(rows)
+    chosen = torch.as_tensor(ids).flatten()
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < rows:
+        raise HFEError(f"ids reach from {int(chosen.min())} to {int(chosen.max())}, the table has {rows} rows", "")
+    return chosen.unique()
+
+
+def _pairs(n: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of different rows: all pairs of n where there are no more than `most`, else `most` drawn at random."""
+    if n * (n - 1) // 2 <= most:
+        first, second = torch.triu_indices(n, n, offset=1)
+        return first, second
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(n, (most,), generator=generator)
+    return first, (first + torch.randint(1, n, (most,), generator=generator)) % n
+
+
+def _percentile(values: Tensor, share: float) -> float:
+    return float(values.kthvalue(max(round(share * len(values)), 1)).values)
+
+
+def _participation(rows: Tensor) -> float:
+    """``trace(C)^2 / trace(C^2)`` for the covariance C of rows [n, F], from the smaller of the two Gram matrices."""
+    centred = rows - rows.mean(0)
+    gram = centred @ centred.T if len(rows) < rows.shape[1] else centred.T @ centred
+    gram = gram.double()
+    return float(gram.trace() ** 2 / gram.square().sum())
+
+
+def _roles(ids: Tensor, tokenizer: Any) -> dict[str, Tensor]:
+    """Masks [B, S - 1] of the positions whose token has a role; its next token's loss is what is counted."""
+    inputs = ids[:, :-1]
+    if tokenizer is None:
+        return {"all": torch.ones_like(inputs, dtype=torch.bool)}
+    # Byte-level and sentence-piece vocabularies mark the space before a word, word-piece ones the lack of one.
+    vocabulary = tokenizer.get_vocab()
+    marks_spaces = "Ġ" in vocabulary or "▁" in vocabulary
+    kinds = {i: _role(tokenizer, i, marks_spaces) for i in inputs.unique().tolist()}
+    names = ["first", "word", "rest", "number", "other"]
+    coded = torch.tensor([[names.index(kinds[i]) for i in row] for row in inputs.tolist()])
+    coded[:, 0] = 0
+    return {name: coded == code for code, name in enumerate(names)}
+
+
+def _role(tokenizer: Any, token: int, marks_spaces: bool) -> str:
+    piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token]).strip()
+    if text.isalpha() or text.removeprefix("##").isalpha():
+        begins = piece[:1] in ("Ġ", "▁") if marks_spaces else piece[:2] != "##"
+        return "word" if begins else "rest"
+    return "number" if text.isdigit() else "other"
