@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_efficient.conversion.measuring.evaluation import Estimate, model_logits, nll_by_position
 from hf_efficient.conversion.measuring.text import load_text, pack
@@ -66,7 +67,7 @@ class AngularSpread:
 
 
 def stem_angular_spread(
-    model: nn.Module,
+    model: PreTrainedModel,
     layer: int,
     *,
     ids: Tensor | Sequence[int] | None = None,
@@ -193,7 +194,9 @@ class RowReport:
         return asdict(self)
 
 
-def stem_row_report(model: nn.Module, token: int | str, layer: int, k: int = 10, *, tokenizer: Any = None) -> RowReport:
+def stem_row_report(
+    model: PreTrainedModel, token: int | str, layer: int, k: int = 10, *, tokenizer: Any = None
+) -> RowReport:
     """Nearest rows, norm, and strongest channels of a token's row.
 
     Args:
@@ -207,36 +210,28 @@ def stem_row_report(model: nn.Module, token: int | str, layer: int, k: int = 10,
         HFEError: a text of several tokens, an id outside the vocabulary, a layer without table.
     """
     table = _table(model, layer)
-    if isinstance(token, str):
-        if tokenizer is None:
-            raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
-        ids = tokenizer(token, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise HFEError(f"{token!r} is {len(ids)} tokens {ids}", "name one token, for example with its space before")
-        token = ids[0]
-    if not 0 <= token < len(table):
-        raise HFEError(f"token {token} is outside 0..{len(table) - 1}", "name a token id of this model")
+    token_id = _one_token(token, tokenizer, len(table))
 
     def text(i: int) -> str | None:
         return None if tokenizer is None else tokenizer.decode([i])
 
     rows = table.float()
     norms = rows.norm(dim=1)
-    cosines = nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(rows[token], dim=0)
-    cosines[token] = -math.inf
+    cosines = nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(rows[token_id], dim=0)
+    cosines[token_id] = -math.inf
     nearest = cosines.topk(min(k, len(rows) - 1))
     down = model.base_model.layers[layer].mlp.down_proj.weight.detach().float()
-    strength = rows[token].abs() * down.norm(dim=0)
+    strength = rows[token_id].abs() * down.norm(dim=0)
     strongest = strength.topk(min(k, len(strength)))
     return RowReport(
-        token=token,
-        text=text(token),
+        token=token_id,
+        text=text(token_id),
         layer=layer,
-        norm=float(norms[token]),
-        norm_percentile=100 * float((norms < norms[token]).double().mean()),
+        norm=float(norms[token_id]),
+        norm_percentile=100 * float((norms < norms[token_id]).double().mean()),
         neighbours=[(i, text(i), c) for i, c in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)],
         channels=[
-            (j, float(rows[token, j]), s)
+            (j, float(rows[token_id, j]), s)
             for j, s in zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
         ],
     )
@@ -263,7 +258,7 @@ class DenseComparison:
 
 @torch.no_grad()
 def stem_compare_dense(
-    model: nn.Module, dense: nn.Module, text: str | Path | Tensor | None = None, *, tokenizer: Any = None
+    model: PreTrainedModel, dense: PreTrainedModel, text: str | Path | Tensor | None = None, *, tokenizer: Any = None
 ) -> list[DenseComparison]:
     """Compare each STEM layer's rows with what the up-projection of the dense source gives, token by token.
 
@@ -282,7 +277,7 @@ def stem_compare_dense(
     seen: dict[int, Tensor] = {}
     handles = []
     for layer, table in layers.items():
-        mlp = inner[layer].mlp if layer < len(inner) else None
+        mlp: Any = inner[layer].mlp if layer < len(inner) else None
         if getattr(mlp, "up_proj", None) is None or mlp.up_proj.out_features != table.shape[1]:
             raise HFEError(
                 f"layer {layer} of the dense model has no up-projection of width {table.shape[1]}",
@@ -335,7 +330,7 @@ class Ablation:
 
 @torch.no_grad()
 def stem_ablate(
-    model: nn.Module,
+    model: PreTrainedModel,
     text: str | Path | Tensor | None = None,
     layers: Sequence[int] | Sequence[Sequence[int]] | None = None,
     mode: str = "zero",
@@ -380,7 +375,7 @@ def stem_ablate(
 
 
 @contextmanager
-def _without_rows(model: nn.Module, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
+def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
     """Let the tables of `layers` give one row for every token; hooks do it, for which the fused kernel steps aside."""
 
     def give(row: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -401,11 +396,11 @@ def _without_rows(model: nn.Module, layers: list[int], mode: str, ids: Tensor) -
             handle.remove()
 
 
-def _table(model: Any, layer: int) -> Tensor:
+def _table(model: PreTrainedModel, layer: int) -> Tensor:
     return table_weights(model.base_model, [layer])[layer].detach()
 
 
-def _token_ids(model: Any, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:
+def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:
     """Ids [B, S] to measure on."""
     if isinstance(text, Tensor):
         if text.ndim != 2 or text.shape[1] < 2:
@@ -415,6 +410,19 @@ def _token_ids(model: Any, text: str | Path | Tensor | None, tokenizer: Any) -> 
         raise UsageError("text needs a tokenizer", "pass tokenizer=, or token ids [B, S] in place of the text")
     _, held_out = load_text(None if text is None else str(text))
     return pack(tokenizer, held_out, ANALYSIS_TOKENS, model.config.vocab_size)
+
+
+def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
+    if isinstance(token, str):
+        if tokenizer is None:
+            raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
+        ids = tokenizer(token, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise HFEError(f"{token!r} is {len(ids)} tokens {ids}", "name one token, for example with its space before")
+        return ids[0]
+    if not 0 <= token < rows:
+        raise HFEError(f"token {token} is outside 0..{rows - 1}", "name a token id of this model")
+    return token
 
 
 def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:

@@ -164,7 +164,7 @@ class StemEditing:
         if self.base_model._overrides and inputs.get("expand_size", 1) > 1:
             ids = inputs["input_ids"]
             inputs["stem_prompt_rows"] = torch.arange(len(ids), device=ids.device)
-        return super()._expand_inputs_for_generation(**inputs)  # type: ignore[misc]
+        return super()._expand_inputs_for_generation(**inputs)
 
     def stem_load_edit(self, path: Any) -> StemEdit:
         """An edit that `StemEdit.save` wrote, for this model: `apply` does it, `revert` takes it back.

@@ -70,8 +70,8 @@ class StemMLP(nn.Module):
         if not self.efficient:
             gated = self.act_fn(gate) * self._stock_up(hidden_states)
         elif not self._can_fuse(token_ids):
-            table, fetched = self.stem_embed, isinstance(token_ids, TokenRows)
-            rows = token_ids.look_up(table) if fetched else table(token_ids)
+            table = self.stem_embed
+            rows = token_ids.look_up(table) if isinstance(token_ids, TokenRows) else table(token_ids)
             gated = self.act_fn(gate) * rows.to(gate.dtype)
         elif isinstance(token_ids, TokenRows):
             gated = stem_gate(gate, token_ids.rows(self.stem_embed), token_ids.slots)
