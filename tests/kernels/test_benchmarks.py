@@ -80,3 +80,20 @@ def test_ids_of_the_benchmark_follow_the_law_of_zipf(harness: ModuleType) -> Non
     ids = zipf_ids(16384, 128256, torch.Generator().manual_seed(0))
     assert abs(ids.unique().numel() - 6636) < 150
     assert ids.bincount().max() > 1000
+
+
+def test_the_benchmark_of_the_row_kernels_runs(harness: ModuleType, tmp_path: Path) -> None:
+    """On the CPU: every way that needs no GPU, the right results of those that are compared, and a picture."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra `bench`)")
+    benchmark = import_module("benchmarks.row_kernels")
+    size = ["--device", "cpu", "--rows", "80", "--width", "32"]
+    benchmark.main([*size, "--output", str(tmp_path), "--commit", "abc"])
+    lines = [json.loads(line) for line in (tmp_path / "row_kernels.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {(line["mode"], line["provider"]) for line in lines} == {
+        ("device", "eager"),
+        *(("adamw", name) for name in ("eager", "RowSparseAdamW.step", "torch SparseAdam.step")),
+        ("adamw", "torch AdamW.step, all rows"),
+    }
+    assert all(line["ms"] > 0 and line["commit"] == "abc" for line in lines)
+    assert [line["matches_reference"] for line in lines if line["provider"] == "eager"] == [True] * 4
+    assert (tmp_path / "row_kernels.png").read_bytes().startswith(b"\x89PNG")
