@@ -20,6 +20,8 @@ from hf_efficient.training.row_gradients import RowGradient, add_up, mean_over_p
 _OF_ROWS = "log_decays"
 # Elements of a table that `flush` works on at a time: bounds the memory of a conversion.
 _FLUSH_ELEMENTS = 1 << 24
+# Elements of the rows that a step on the CPU works on at a time.
+_CPU_ELEMENTS = 1 << 19
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -201,20 +203,23 @@ class RowSparseAdamW(torch.optim.AdamW):
         if lr * weight_decay >= 1:
             raise HFEError(f"lr={lr} times weight_decay={weight_decay} is 1 or more", "lower either of them")
         state["log_decay"] += math.log1p(-lr * weight_decay)
-        row_adamw(
-            parameter,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            state[_OF_ROWS],
-            gradient.ids,
-            gradient.rows,
-            lr=lr,
-            betas=(float(beta1), float(beta2)),
-            eps=options["eps"],
-            log_decay=state["log_decay"].item(),
-            scale=None if scale is None else scale.to(parameter.device),
-        )
+        # On the CPU the operation makes temporary tensors, which for all rows at once would pass through main memory.
+        count = gradient.ids.shape[0] if parameter.is_cuda else _CPU_ELEMENTS // parameter.shape[1]
+        for ids, rows in zip(gradient.ids.split(max(1, count)), gradient.rows.split(max(1, count)), strict=True):
+            row_adamw(
+                parameter,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                state["step"],
+                state[_OF_ROWS],
+                ids,
+                rows,
+                lr=lr,
+                betas=(float(beta1), float(beta2)),
+                eps=options["eps"],
+                log_decay=state["log_decay"].item(),
+                scale=None if scale is None else scale.to(parameter.device),
+            )
 
     def _state_of_rows(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

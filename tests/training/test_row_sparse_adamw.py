@@ -468,3 +468,19 @@ def test_a_gradient_that_comes_coalesced_is_not_added_up_again(monkeypatch: pyte
         reference.step()
         torch.testing.assert_close(embedding.weight, expected)
     assert seen == [True, False, True, False]
+
+
+def test_a_step_in_pieces_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU rows are worked on a few at a time."""
+    results = []
+    for elements in (1 << 19, 3 * WIDTH):
+        monkeypatch.setattr("hf_efficient.training.row_sparse_adamw._CPU_ELEMENTS", elements)
+        model = Tables()
+        optimizer = RowSparseAdamW(model.parameters(), lr=0.1, weight_decay=0.1, max_row_norm=0.5)
+        for ids in _batches(4, size=12):
+            model.loss(ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model)
+    for mine, his in zip(results[1].parameters(), results[0].parameters(), strict=True):
+        assert torch.equal(mine, his)
