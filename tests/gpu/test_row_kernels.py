@@ -171,3 +171,56 @@ def test_row_adamw_addresses_parameters_of_more_than_2_to_the_31_elements(device
     row_adamw(param, m, v, steps, log_decays, ids, grad, lr=0.5, betas=(0.9, 0.999), eps=0.0)
     assert param[ids].eq(-0.5).all()
     assert [int(each.count_nonzero()) for each in (param, m, v)] == [2 * width] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_sparse_adamw_steps_without_waiting_and_as_on_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    """With one coalesced gradient a step, as a STEM model gives it: clipping, decay and the state of rows included."""
+    from hf_efficient import RowSparseAdamW
+
+    start = torch.randn(50, 300).to(dtype)
+    tables = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.to(device))]
+    optimizers = [RowSparseAdamW([table], lr=0.01, weight_decay=0.1, max_row_norm=2.0) for table in tables]
+    for step in range(8):
+        ids = torch.randperm(50)[: 5 + step].sort().values
+        rows = torch.randn(len(ids), 300).to(dtype)
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            table.grad = torch.sparse_coo_tensor(
+                ids[None].to(table.device),
+                rows.to(table.device),
+                table.shape,
+                is_coalesced=True,
+                check_invariants=False,
+            )
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        # bfloat16 may fall on the other side of a rounding.
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(tables[1].cpu(), tables[0], rtol=bound, atol=bound)
+    for optimizer in optimizers:
+        optimizer.flush()
+    torch.testing.assert_close(tables[1].cpu(), tables[0], rtol=bound, atol=bound)
+    mine, his = optimizers[1].state[tables[1]], optimizers[0].state[tables[0]]
+    assert torch.equal(mine["step"].cpu(), his["step"])
+    torch.testing.assert_close(mine["exp_avg"].cpu(), his["exp_avg"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_row_sparse_adamw_adds_up_parts_with_the_same_bits_at_every_run(device: torch.device) -> None:
+    from hf_efficient.training.row_gradients import RowGradient, add_up
+
+    parts = [
+        RowGradient(torch.randperm(4000, device=device)[:3000].sort().values, torch.randn(3000, 256, device=device))
+        for _ in range(5)
+    ]
+    first = add_up(parts)
+    dense = torch.zeros(4000, 256, device=device)
+    for part in parts:
+        dense[part.ids] += part.rows
+    assert torch.equal(first.rows, dense[first.ids])
+    assert all(torch.equal(add_up(parts).rows, first.rows) for _ in range(5))
