@@ -111,3 +111,25 @@ def test_stem_from_scratch_counts_the_flops_that_run() -> None:
         # Eager attention multiplies all 16 columns, the causal ones are (16 + 1) / 2 on average.
         above_the_diagonal = 4 * 3 * 32 * (16 - 17 / 2)
         assert counter.get_total_flops() / 16 - above_the_diagonal == example.size(config, 16)["flops_per_token"]
+
+
+def test_edit_facts_changes_the_answers_that_it_edits_and_no_others(tmp_path: Path) -> None:
+    """Hardly trained, so that answers only lean; what is exact must be exact all the same."""
+    shown = run_example(
+        *("edit_facts.py", "--output", tmp_path, "--device", "cpu", "--steps", 60, "--singles", 16, "--doubles", 10),
+        *("--batch-size", 64, "--learning-rate", 3e-4, "--table-rate", 5e-2),
+    )
+    report = json.loads((tmp_path / "edit_facts.json").read_text())
+    assert (tmp_path / "edit_facts.png").read_bytes().startswith(b"\x89PNG")
+    before, after = report["override"]["before"], report["override"]["after"]
+    assert before["p_source"] > 1.5 * before["p_target"]
+    assert after["p_target"] > before["p_target"] and after["p_source"] < before["p_source"]
+    assert report["layers"]["[3]"]["p_source"] == pytest.approx(before["p_source"], rel=1e-5), "nobody reads it later"
+    assert len(report["modes"]) == 10
+    exact = {name: value for name, value in report["persistent"].items() if isinstance(value, bool)}
+    assert len(exact) == 2 and all(exact.values()), exact
+    assert "capital, tokens 1 -> 2 average" in shown
+    from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM
+
+    model = StemForCausalLM.from_pretrained(tmp_path)
+    assert model.config.stem_layers == [1, 2, 3]
