@@ -280,6 +280,17 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
     assert again.evaluation is not None and again.evaluation["nll"] == report.evaluation["nll"]
 
 
+def test_the_rounds_of_a_greedy_choice_are_reported(talking_stock: Path, tmp_path: Path) -> None:
+    patch = Stem(layers="greedy", max_layers=2)
+    report = convert(talking_stock, tmp_path / "out", [patch], calibration=tmp_path / "text.txt", progress=False)
+    stored = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    rounds = stored["patches"][0]["measured"]["greedy_rounds"]
+    assert stored["patches"][0]["choices"]["stem_layers"] == sorted(r["layer"] for r in rounds)
+    assert all(r["candidates"][str(r["layer"])] == r["delta_nll"] for r in rounds)
+    (line,) = (line for line in report.table().splitlines() if line.startswith("added, Δ nll of all "))
+    assert line.endswith(", ".join(f"{r['layer']} {r['delta_nll']:+.3f}" for r in rounds))
+
+
 def test_unpatched_measures_as_the_source(talking_stock: Path, tmp_path: Path) -> None:
     report = convert(talking_stock, tmp_path / "out", calibration=tmp_path / "text.txt", progress=False)
     assert report.evaluation is not None
