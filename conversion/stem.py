@@ -183,6 +183,7 @@ class Stem:
                 return
 
     def report(self) -> dict[str, Any]:
+        rounds = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
         return {
             "init": self.init,
             "shrinkage": self.shrinkage,
@@ -190,19 +191,9 @@ class Stem:
             "sequential": self.sequential,
             "single_layer_delta_nll": self._costs,
             "greedy_rounds": [asdict(r) for r in self._rounds],
-            "summary": self._summary(),
+            "summary": {"added, Δ nll of all": rounds} if rounds else {},
             "layers": self._layer_reports,
         }
-
-    def _summary(self) -> dict[str, str]:
-        """What the report's table says of the choice."""
-        if self._rounds:
-            steps = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
-            return {"added, Δ nll of all": steps}
-        if self._costs:
-            costs = sorted(self._costs.items(), key=lambda item: item[1])
-            return {"each alone, Δ nll": ", ".join(f"{i} {cost:+.3f}" for i, cost in costs)}
-        return {}
 
     def _regression(self, run: LayerwisePass, stream: Stream) -> EmbeddingRegression:
         count, _ = occurrences(stream.slots, len(run.vocabulary))
