@@ -59,7 +59,7 @@ class StemTable(nn.Embedding):
         return super().forward(input.to(self.resident_weight.device)).to(input.device)
 
     @property
-    def resident_weight(self) -> nn.Parameter:
+    def resident_weight(self) -> Tensor:
         """The weight; an error where it is still to be mapped from a file."""
         if self.weight is None:
             raise HFEError(

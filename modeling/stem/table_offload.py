@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ DECODE_TOKENS = 64
 _REGISTER_FLAGS = 1 | 2
 
 
-def pin_in_place(weight: nn.Parameter) -> bool:
+def pin_in_place(weight: Tensor) -> bool:
     """Make the memory of a CPU tensor readable by CUDA devices where it lies; False when the system refuses.
 
     `Tensor.pin_memory` would copy the table, into an allocation rounded up to a power of two.
@@ -67,7 +67,7 @@ class TableFetcher:
     """
 
     def __init__(
-        self, tables: list[nn.Embedding], device: torch.device, ahead: int, cache_rows: int, pin: bool
+        self, tables: Sequence[nn.Embedding], device: torch.device, ahead: int, cache_rows: int, pin: bool
     ) -> None:
         self.weights = [table.weight for table in tables]
         self.place = {id(weight): place for place, weight in enumerate(self.weights)}
@@ -79,14 +79,15 @@ class TableFetcher:
         self.cache: RowCache | None = None
         if cache_rows:
             self.cache = RowCache([weight.detach() for weight in self.weights], cache_rows, device)
-        self._worker = None if self.direct else ThreadPoolExecutor(1, thread_name_prefix="stem-rows")
+        self.worker = None if self.direct else ThreadPoolExecutor(1, thread_name_prefix="stem-rows")
         self._signature = self._addresses()
+        self._versions = self._count_changes()
         self.rows_requested = self.rows_cached = 0
 
     def _addresses(self) -> list[tuple]:
         return [(weight.data_ptr(), weight.shape, weight.dtype) for weight in self.weights]
 
-    def serves(self, tables: list[nn.Embedding], device: torch.device) -> bool:
+    def serves(self, tables: Sequence[nn.Embedding], device: torch.device) -> bool:
         """True while these tables are where they were when the fetcher was made."""
         same = len(tables) == len(self.weights) and all(
             t.weight is w for t, w in zip(tables, self.weights, strict=True)
@@ -102,12 +103,19 @@ class TableFetcher:
             "rows_cached": self.rows_cached,
         }
 
+    def _count_changes(self) -> list[int]:
+        """How often each table was changed in place, as far as PyTorch knows."""
+        return [0 if weight.is_inference() else weight._version for weight in self.weights]
+
     def begin(self, ids: Tensor) -> ArrivingRows:
         """Request the rows of a call for token ids [B, S] on the device."""
+        if self.cache is not None and self._versions != self._count_changes():  # an optimiser's step, say
+            self.drop(self.cache.policy.held[self.cache.policy.held >= 0])
         return ArrivingRows(ids, self)
 
     def drop(self, ids: Tensor) -> None:
         """Take rows that were changed in the tables out of the cache."""
+        self._versions = self._count_changes()
         if self.cache is not None:
             self.cache.policy.drop(ids.cpu())
             ids = ids.to(self.device)
@@ -118,13 +126,16 @@ class TableFetcher:
 
     def gather(self, place: int, ids: Tensor, out: Tensor) -> None:
         """On the current stream, from pinned memory or the cache."""
-        cache = self.cache
-        held = {} if cache is None else {"cache": cache.rows[place], "cache_slots": cache.slot_of}
-        gather_rows(self.weights[place].detach(), ids, out=out, **held)
+        weight, cache = self.weights[place].detach(), self.cache
+        if cache is None:
+            gather_rows(weight, ids, out=out)
+        else:
+            gather_rows(weight, ids, cache=cache.rows[place], cache_slots=cache.slot_of, out=out)
 
-    def stage(self, place: int, ids: Tensor, out: Tensor, arrived: torch.cuda.Event) -> Future:
+    def stage(
+        self, place: int, ids: Tensor, out: Tensor, arrived: torch.cuda.Event, worker: ThreadPoolExecutor
+    ) -> Future:
         """In the worker: rows of ids [u], on the host, by way of a pinned buffer."""
-        assert self._worker is not None
 
         def work() -> None:
             # Modes are a thread's own; a tensor of the caller's inference mode may be written in that mode only.
@@ -135,7 +146,7 @@ class TableFetcher:
                 out.copy_(buffer, non_blocking=True)
                 arrived.record()
 
-        return self._worker.submit(work)
+        return worker.submit(work)
 
 
 class ArrivingRows(TokenRows):
@@ -147,7 +158,7 @@ class ArrivingRows(TokenRows):
         super().__init__(ids, merge=not capturing and (training or ids.numel() > DECODE_TOKENS))
         self._fetcher = fetcher
         self._arriving: dict[int, tuple[Tensor, torch.cuda.Event, Future | None]] = {}
-        self._ids_on_host = None if fetcher.direct else self.distinct.cpu()
+        self._ids_on_host = None if fetcher.worker is None else self.distinct.cpu()
         self._admission: Admission | None = None
         self._commit: Callable[[], None]
         self._requested = 0
@@ -185,8 +196,8 @@ class ArrivingRows(TokenRows):
         rows.record_stream(fetcher.stream)
         arrived, staged = torch.cuda.Event(), None
         self._follow()  # the memory of `rows` may be in use until here
-        if self._ids_on_host is not None:
-            staged = fetcher.stage(place, self._ids_on_host, rows, arrived)
+        if fetcher.worker is not None and self._ids_on_host is not None:
+            staged = fetcher.stage(place, self._ids_on_host, rows, arrived, fetcher.worker)
         else:
             with torch.cuda.stream(fetcher.stream):
                 fetcher.gather(place, self.distinct, rows)

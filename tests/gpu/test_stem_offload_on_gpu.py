@@ -206,7 +206,9 @@ def test_tables_that_cannot_be_pinned_are_staged(folder, monkeypatch) -> None:
     assert not offloaded.model.row_fetches()["direct"]
 
 
-def test_rows_changed_in_place_are_not_taken_from_the_cache(folder) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_changed_in_place_are_not_taken_from_the_cache(folder, told) -> None:
+    """An optimiser tells nobody; whoever does keeps the other rows."""
     offloaded = _load(folder, torch.float32, stem_offload="cpu", stem_cache_rows=VOCABULARY)
     resident = _load(folder, torch.float32)
     ids = _ids(2, 100)
@@ -215,8 +217,10 @@ def test_rows_changed_in_place_are_not_taken_from_the_cache(folder) -> None:
         for model in (offloaded, resident):
             for table in _tables(model):
                 table.weight[ids[0, :5].to(table.weight.device)] += 1.0
-            model.refresh_rows(ids[0, :5])
+            if told:
+                model.refresh_rows(ids[0, :5])
         assert torch.equal(offloaded(ids).logits, resident(ids).logits)
+        assert torch.equal(offloaded(ids[:, :9]).logits, resident(ids[:, :9]).logits)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
