@@ -301,7 +301,7 @@ def plot(report: dict[str, Any], singles: dict[str, dict[str, Tensor]], path: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("edit_facts"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--singles", type=int, default=240, help="entities of one token")
     parser.add_argument("--doubles", type=int, default=60, help="entities of two tokens")
     parser.add_argument("--batch-size", type=int, default=128)

@@ -109,11 +109,8 @@ def stem_angular_spread(
     zero_rows, (n, width) = int((norms == 0).sum()), rows.shape
     if n < 2:
         raise HFEError(f"{n} rows of layer {layer} are not zero, two are needed", "name more tokens")
-    directions = nn.functional.normalize(rows, dim=1)
     first, second = _pairs(n, n_pairs, seed)
-    cosines = torch.cat(
-        [(directions[a] * directions[b]).sum(1) for a, b in zip(first.split(_PAIRS), second.split(_PAIRS), strict=True)]
-    ).cpu()
+    cosines = _cosines(nn.functional.normalize(rows, dim=1), first, second).cpu()
     magnitude = cosines.abs()
     baseline = 1 / math.sqrt(width)
     return AngularSpread(
@@ -151,7 +148,7 @@ def plot_angular_spread(spreads: Sequence[AngularSpread], path: str | Path, titl
     for axis in axes.flat[len(spreads) :]:
         axis.set_axis_off()
     for axis, spread in zip(axes.flat, spreads, strict=False):
-        axis.hist(spread.cosines.clamp(-reach, reach).numpy(), 61, (-reach, reach), density=True, color="tab:blue")
+        axis.hist(spread.cosines.numpy(), 61, (-reach, reach), density=True, color="tab:blue")
         # Cosines of random directions in F dimensions are normal to within 1/F.
         density = (-0.5 * (grid / spread.baseline_std) ** 2).exp() / (spread.baseline_std * math.sqrt(2 * math.pi))
         axis.plot(grid.numpy(), density.numpy(), color="black", linewidth=1, label="random rows")
@@ -449,6 +446,15 @@ def _pairs(n: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(n, (most,), generator=generator)
     return first, (first + torch.randint(1, n, (most,), generator=generator)) % n
+
+
+def _cosines(directions: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Products of unit rows [n, F] for pairs of places; all with all where that is less work."""
+    n = len(directions)
+    if n * n <= 4 * len(first):
+        return (directions @ directions.T)[first, second]
+    pairs = zip(first.split(_PAIRS), second.split(_PAIRS), strict=True)
+    return torch.cat([(directions[a] * directions[b]).sum(1) for a, b in pairs])
 
 
 def _percentile(values: Tensor, share: float) -> float:

@@ -124,6 +124,7 @@ def test_a_spread_that_cannot_be_is_refused(model: StemForCausalLM, arguments: d
 
 
 def test_the_picture_is_written(model: StemForCausalLM, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     plot_angular_spread([stem_angular_spread(model, layer) for layer in (1, 2)], tmp_path / "spread.png")
     assert (tmp_path / "spread.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -235,8 +235,10 @@ def test_override_of_all_layers_is_the_target_prompt(
     ids, wanted = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, f"the capital of {other} is"))
     expected, before = logits(stem, wanted), logits(stem, ids)
     assert not torch.equal(before, expected)
-    with stem.stem_override(stem_edit_plan(tokenizer, prompt, source, other)):
-        assert torch.equal(logits(stem, ids), expected)
+    plan = stem_edit_plan(tokenizer, prompt, source, other)
+    for model in (stem, stem.model):  # with and without a head
+        with model.stem_override(plan):
+            assert torch.equal(logits(stem, ids), expected)
     assert torch.equal(logits(stem, ids), before)
 
 
