@@ -10,15 +10,18 @@ from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.stem import Stem
 
 EVERY_THIRD = list(range(1, 30, 3))
+# What `layers="greedy"` chooses on the web text. Named, since the choice takes longer than the conversion.
+GREEDY = [3, 6, 7, 9, 10, 21, 23, 24, 25, 26]
 
 
-def delta_nll(gguf: Path, output: Path, calibration: Path | None) -> float:
+def delta_nll(gguf: Path, output: Path, calibration: Path | None, layers: list[int]) -> float:
     """Rise of the loss when ten of thirty layers become STEM layers; bfloat16 tables, to halve the disk it takes."""
-    report = convert(
-        gguf, output, [Stem(layers=EVERY_THIRD)], calibration=calibration, dtype="bfloat16", progress=False
-    )
+    report = convert(gguf, output, [Stem(layers=layers)], calibration=calibration, dtype="bfloat16", progress=False)
     assert report.calibration["calibration_tokens"] == 18_432
     assert report.evaluation["tokens"] >= 4_000
+    # What a token's row is worth grows with how often the calibration text holds the token.
+    buckets = report.evaluation["by_count"]
+    assert buckets["0"]["kl"] > buckets["32+"]["kl"]
     return report.evaluation["delta_nll"]["mean"]
 
 
@@ -26,11 +29,11 @@ def delta_nll(gguf: Path, output: Path, calibration: Path | None) -> float:
 @pytest.mark.slow
 def test_calibrated_on_the_text_that_python_ships(smollm_gguf: Path, tmp_path: Path) -> None:
     """0.67 on Python 3.11's documentation; another version's documentation is another text."""
-    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", None) <= 0.8
+    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", None, EVERY_THIRD) <= 0.8
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_calibrated_on_web_text(smollm_gguf: Path, tmp_path: Path, shared_data: Path) -> None:
-    """0.81 measured."""
-    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", shared_data / "c4_en_valid_1k.jsonl") <= 0.9
+    """0.61 measured; with every third layer 0.81."""
+    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", shared_data / "c4_en_valid_1k.jsonl", GREEDY) <= 0.7
