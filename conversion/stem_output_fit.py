@@ -23,7 +23,7 @@ from hf_efficient.errors import HFEError
 # Occurrences handled at once.
 _CHUNK = 4096
 # Steps of conjugate gradients, at most, and the share of its first residual at which a token's row is good enough.
-STEPS = 16
+STEPS = 8
 _TOLERANCE = 1e-3
 # A direction whose curvature is so small a share of the preconditioner's is free.
 _FLAT = 1e-5
