@@ -20,8 +20,8 @@ class LaunchConfig:
 # One program for each tile, all of them at once.
 _DECODE = LaunchConfig(block_bytes=2048, num_warps=4, programs=0)
 _DEVICE = LaunchConfig(block_bytes=4096, num_warps=4, programs=0)
-# Reads of host memory take microseconds each, so many must be under way: 16 programs of 16 KiB carry as much of a bus of
-# 50 GB/s as more of them do (measured), and leave the other multiprocessors to the model.
+# Reads of host memory take microseconds each, so many must be under way: 16 programs of 16 KiB carry as much of a bus
+# of 50 GB/s as more of them do (measured), and leave the other multiprocessors to the model.
 _HOST = LaunchConfig(block_bytes=16384, num_warps=8, programs=16)
 
 
