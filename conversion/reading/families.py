@@ -132,7 +132,15 @@ def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
     """The same model as a configuration of our decoder, which gives the same logits from the same tensors."""
     if isinstance(stock, DecoderConfig):
         fields = stock.to_dict()
-        for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+        # The last says where a loaded model keeps tensors, which makes it no other model.
+        for name in (
+            "model_type",
+            "architectures",
+            "auto_map",
+            "transformers_version",
+            "_name_or_path",
+            "stem_offload",
+        ):
             fields.pop(name, None)
         return EfficientDecoderConfig(**fields)
     fields = {name: getattr(stock, name) for name in _SHARED_FIELDS}

@@ -47,7 +47,10 @@ def _expected_shapes(
     The classes are the installed package's own, never the checkpoint's.
     """
     # A configuration may name a repository of kernels as its implementation of attention: that must not be fetched.
-    plain = {name: value for name, value in fields.items() if not name.endswith("_implementation")}
+    # Nor does it matter where a loaded model would keep its tables.
+    plain = {
+        name: value for name, value in fields.items() if not name.endswith("_implementation") and name != "stem_offload"
+    }
     config: PreTrainedConfig = architecture.config_class.from_dict(plain, attn_implementation="eager")
     by_name = {cls.__name__: cls for cls in architecture.auto_classes.values()}
     named = [by_name[name] for name in fields.get("architectures") or [] if name in by_name]

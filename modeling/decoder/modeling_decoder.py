@@ -104,6 +104,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
+    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # again: keyword arguments of `from_pretrained` set its fields one by one, unchecked together
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint that the configuration does not describe is an error, not a warning."""

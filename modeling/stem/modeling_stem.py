@@ -163,7 +163,9 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Sparse gradients are summed over the processes by `RowSparseAdamW`; torch's own way takes no NCCL."""
-        return [f"{name}.weight" for name, m in self.named_modules() if isinstance(m, StemTable) and m.sparse]
+        names = [f"{name}.weight" for name, m in self.named_modules() if isinstance(m, StemTable) and m.sparse]
+        # PEFT's models hand this attribute through, and hold this model under a name of their own.
+        return [*names, *(f"base_model.model.{name}" for name in names)]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a model whose tables are mapped from a checkpoint cannot replace that checkpoint."""

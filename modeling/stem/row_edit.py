@@ -128,7 +128,13 @@ def table_weights(model: Any, layers: Iterable[int] | None) -> dict[int, nn.Para
         raise HFEError(f"layers={chosen} must be different ones of the STEM layers {stem_layers}", "correct layers")
     weights = {}
     for layer in chosen:
-        table = next(m for m in model.layers[layer].mlp.stem_embed.modules() if isinstance(m, nn.Embedding))
+        table, *copies = (m for m in model.layers[layer].mlp.stem_embed.modules() if isinstance(m, nn.Embedding))
+        if copies:
+            raise HFEError(
+                f"the table of layer {layer} stands beside {len(copies)} of an adapter (modules_to_save), which acts "
+                "in its place",
+                "merge the adapter (merge_and_unload) before editing",
+            )
         if type(table.weight) is not nn.Parameter or table.weight.is_meta:
             raise HFEError(
                 f"the table of layer {layer} is not an ordinary tensor: quantised, distributed, parametrised or absent",
@@ -144,7 +150,7 @@ def check_tokens(model: Any, tokens: Sequence[int]) -> list[int]:
     if not tokens:
         raise HFEError("no token is named", "name one or more token ids")
     for token in tokens:
-        if not isinstance(token, int) or not 0 <= token < rows:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rows:
             raise TokenIdError(f"token {token!r} is outside 0..{rows - 1}", "name a token id of this model")
     return list(tokens)
 
@@ -165,7 +171,7 @@ def replacement_rows(
             given = matrix_for_layers(f"the row for token {token}", value, weights, 1)
             one = {layer: row[0] for layer, row in given.items()}
         else:
-            targets = check_tokens(model, [value] if isinstance(value, int) else list(value))
+            targets = check_tokens(model, list(value) if isinstance(value, Sequence) else [value])
             one = {layer: _mean(looked_up) for layer, looked_up in read_rows(weights, targets).items()}
         for layer, row in one.items():
             found[layer].append(row.to(weights[layer].dtype))

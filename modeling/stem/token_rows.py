@@ -5,8 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from hf_efficient.errors import HFEError
+from hf_efficient.logging import warn_once
+
+
+def _check_taken(table: Tensor) -> None:
+    """Say so, in the backward pass, where no optimiser has asked for the sparse gradient of a table that now comes.
+
+    What goes wrong later says nothing of tables: `clip_grad_norm_` and AdamW fail over sparse tensors, an optimiser
+    that was given a table which a cast or a resize has replaced since trains nothing, and data-parallel replicas drift
+    apart, since `DistributedDataParallel` leaves the tables to the optimiser.
+    """
+    if torch.compiler.is_compiling() or table._post_accumulate_grad_hooks or table._backward_hooks:
+        return
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes > 1:
+        raise HFEError(
+            f"nobody averages the sparse gradients of the STEM tables over the {processes} processes",
+            "train the tables with hf_efficient.RowSparseAdamW, which does, or load without stem_sparse_grad",
+        )
+    warn_once(
+        "the STEM tables have sparse gradients, and no optimiser takes them: AdamW and clip_grad_norm_ cannot; give "
+        "the tables to hf_efficient.RowSparseAdamW, once the model has its final dtype and vocabulary, or load it "
+        "without stem_sparse_grad"
+    )
 
 
 class _RowsOfTable(torch.autograd.Function):
@@ -18,16 +44,18 @@ class _RowsOfTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shape, ctx.device = table.shape, table.device
+        ctx.table = table  # not saved as the others are: the optimiser may change it before a second backward pass
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        ids, values = ids[None].to(ctx.device), drows.to(ctx.device)
+        table = ctx.table
+        _check_taken(table)
+        ids, values = ids[None].to(table.device), drows.to(table.device)
         # Sorted and distinct by construction, so nothing needs checking.
-        gradient = torch.sparse_coo_tensor(ids, values, ctx.shape, check_invariants=False, is_coalesced=True)
+        gradient = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False, is_coalesced=True)
         return None, gradient, None
 
 

@@ -22,6 +22,7 @@ from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, export
 from hf_efficient.hub.findings import VerificationReport
 from hf_efficient.hub.verify import verify
 from hf_efficient.hub.weights import INDEX, SINGLE_FILE
+from hf_efficient.inspection import inspect
 
 Change = Callable[[Path], None]
 
@@ -277,6 +278,13 @@ def test_sharded_weights_are_confirmed(checkpoint: Path) -> None:
     report = verify(checkpoint)
     assert report.ok, report.table()
     assert report.tensors == 30
+
+
+def test_where_a_loaded_model_keeps_its_tables_is_no_matter_of_the_checkpoint(checkpoint: Path) -> None:
+    resident = inspect(str(checkpoint)).to_dict()
+    edit_json(checkpoint / CONFIG, stem_offload="disk")
+    assert verify(checkpoint).ok, verify(checkpoint).table()
+    assert inspect(str(checkpoint)).to_dict() == resident
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:

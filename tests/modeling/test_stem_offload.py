@@ -130,9 +130,11 @@ def test_a_device_map_of_several_devices_is_refused(folder) -> None:
 
 
 @pytest.mark.parametrize("field", [{"stem_offload": "gpu"}, {"stem_cache_rows": -1}, {"stem_prefetch_layers": -1}])
-def test_placement_fields_are_checked(field) -> None:
+def test_placement_fields_are_checked(field, folder) -> None:
     with pytest.raises(Exception, match=next(iter(field))):
         StemConfig(**field)
+    with pytest.raises(Exception, match=next(iter(field))):
+        StemForCausalLM.from_pretrained(folder, **field)
 
 
 # Which rows are cached

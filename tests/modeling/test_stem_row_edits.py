@@ -185,6 +185,8 @@ def test_copies_of_changed_rows_are_forgotten(stem: PreTrainedModel, monkeypatch
         (lambda m: m.stem_edit_rows({S: -1}), r"token -1 is outside"),
         (lambda m: m.stem_edit_rows({S: [T, 200]}), r"token 200 is outside"),
         (lambda m: m.stem_edit_rows({"Spain": T}), "token 'Spain' is outside"),
+        (lambda m: m.stem_edit_rows({True: T}), "token True is outside"),
+        (lambda m: m.stem_edit_rows({S: None}), "token None is outside"),
         (lambda m: m.stem_edit_rows({}), "no token is named"),
         (lambda m: m.stem_edit_rows({S: []}), "no token is named"),
         (lambda m: m.stem_edit_rows({S: torch.zeros(47)}), r"row for token 11 is torch.float32 of shape \[47\]"),
@@ -231,6 +233,17 @@ def test_the_table_under_an_adapter_is_edited(tiny_model: Callable) -> None:
     assert torch.equal(table[S], before[T])
     edit.revert()
     assert torch.equal(table, before)
+
+
+def test_a_table_that_an_adapter_replaces_is_not_edited_in_vain(tiny_model: Callable) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["stem_embed"]))
+    with pytest.raises(HFEError, match="the table of layer 1 stands beside 1 of an adapter"):
+        adapted.stem_edit_rows({S: T})
+    merged = adapted.merge_and_unload()
+    merged.stem_edit_rows({S: T})
+    assert torch.equal(tables(merged)[1][S], tables(merged)[1][T])
 
 
 @pytest.mark.parametrize("placement", ["cpu", "disk"])

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import HFEError, RowSparseAdamW
+from hf_efficient.logging import warn_once
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
 from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM
 
@@ -192,3 +194,45 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             optimizer.zero_grad()
     for mine, his in zip(models[1].parameters(), models[0].parameters(), strict=True):
         assert torch.equal(mine, his)
+
+
+def _backward(model: StemForCausalLM) -> None:
+    batch = {name: value[None] for name, value in sequences(1)[0].items()}
+    model(**batch, use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize("forgotten", ["optimiser", "cast of tables on the host"])
+def test_sparse_gradients_that_no_optimiser_takes_are_told(forgotten: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    model = tiny_stem()
+    if forgotten == "optimiser":
+        optimizer = torch.optim.AdamW(model.parameters())
+    else:
+        model = StemForCausalLM(StemConfig(**{**model.config.to_diff_dict(), "stem_offload": "cpu"}))
+        optimizer = _optimizer(model)
+        _backward(model)
+        assert not caplog.records
+        model.to(torch.bfloat16)  # replaces the tables that the optimiser knows
+    _backward(model)
+    optimizer.zero_grad()
+    assert [record.message for record in caplog.records if "RowSparseAdamW" in record.message]
+
+
+def test_several_processes_without_the_optimiser_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DistributedDataParallel` leaves the tables alone: the replicas would drift apart without a word."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    model = tiny_stem()
+    with pytest.raises(HFEError, match="nobody averages the sparse gradients of the STEM tables over the 2 processes"):
+        _backward(model)
+    optimizer = _optimizer(model)
+    _backward(model)
+    optimizer.zero_grad()
+
+
+def test_data_parallel_training_leaves_tables_alone_under_an_adapter_too() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["stem_embed"])
+    adapted = peft.get_peft_model(tiny_stem(), config)
+    named = {name for name, _ in adapted.named_parameters() if "stem_embed" in name}
+    assert len(named) == 4 and named <= set(adapted._ddp_params_and_buffers_to_ignore)
