@@ -38,13 +38,13 @@ demo: $(VENV)/.base
 	@$(BIN)/hf-efficient demo
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The oldest supported transformers, in an environment of its own.
 test-compat:
 	@$(MAKE) --no-print-directory VENV=.venv-compat .venv-compat/.test
 	@.venv-compat/bin/python -m pip install --quiet $(PIP_ARGS) "transformers==5.17.*"
-	OMP_NUM_THREADS=1 .venv-compat/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 .venv-compat/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
