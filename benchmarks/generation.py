@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from benchmarks.harness import RESULTS, describe_machine
+from benchmarks.harness import RESULTS, describe_machine, time_in_turns
 from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -150,16 +150,7 @@ def decode_steps(
 
 def time_steps(step: Step, steps: int, rounds: int = 5) -> float:
     """Milliseconds of a step: median over rounds, after one round that does not count."""
-    samples = []
-    for _ in range(rounds + 1):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        for _ in range(steps):
-            step()
-        after.record()
-        after.synchronize()
-        samples.append(before.elapsed_time(after) / steps)
-    return statistics.median(samples[1:])
+    return statistics.median(time_in_turns({"step": step}, rounds, steps)["step"])
 
 
 # Parts: each yields the cells it is made of, as (what identifies the cell, providers, how to measure one)

@@ -158,6 +158,27 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
     return Timing.of(samples)
 
 
+def time_in_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds of each call as called from Python, one figure a round: `repeats` calls queued one behind another.
+
+    A round goes through all of them, so that the machine's moods meet all alike; the first `warm_up` do not count.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name, call in calls.items():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            for _ in range(repeats):
+                call()
+            after.record()
+            after.synchronize()
+            if turn >= warm_up:
+                samples[name].append(before.elapsed_time(after) / repeats)
+    return samples
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a large copy on the device, bytes read and written counted: the ceiling that others are held against."""
     size = 2**30 if device.type == "cuda" else 2**26

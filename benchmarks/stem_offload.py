@@ -24,23 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, describe_machine
+from benchmarks.generation import SHAPE as LLAMA_1B
+from benchmarks.generation import fill
+from benchmarks.harness import RESULTS, describe_machine, time_in_turns
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 from hf_efficient.modeling.stem.row_cache import FrequencyPolicy
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 65536,
-    "tie_word_embeddings": True,
-}
+SHAPE: dict[str, Any] = {**LLAMA_1B, "vocab_size": 128256}
 CONTEXT, STEPS, ROUNDS = 2048, 32, 9
 BATCHES = (1, 8, 32)
 PROMPT = 16384
@@ -85,22 +77,6 @@ def _model(device: torch.device, **options: Any) -> StemForCausalLM:
         return StemForCausalLM(StemConfig(**SHAPE, **options)).to(torch.bfloat16).eval()
 
 
-def _alternate(calls: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, in rounds that go through all of them, so that the machine's moods meet all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            for _ in range(repeats):
-                call()
-            after.record()
-            after.synchronize()
-            if turn:
-                samples[name].append(before.elapsed_time(after) / repeats)
-    return samples
-
-
 def _lines(part: str, cell: dict[str, Any], samples: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
     base = statistics.median(samples["resident"])
     for name, values in samples.items():
@@ -119,7 +95,7 @@ def decode(models: dict[str, StemForCausalLM], device: torch.device) -> Iterator
             if step_signature(model) is not None or name != "host, through a buffer":
                 _warm_cache(model, device)
                 calls[name] = _step(model, batch, tokens, device)
-        yield from _lines("decode", {"batch": batch, "context": CONTEXT}, _alternate(calls, ROUNDS, STEPS))
+        yield from _lines("decode", {"batch": batch, "context": CONTEXT}, time_in_turns(calls, ROUNDS, STEPS))
 
 
 def _warm_cache(model: StemForCausalLM, device: torch.device) -> None:
@@ -130,9 +106,7 @@ def _warm_cache(model: StemForCausalLM, device: torch.device) -> None:
 
 def _step(model: StemForCausalLM, batch: int, tokens: Tensor, device: torch.device) -> Callable[[], Any]:
     cache = DecodeCache(model.config, batch, CONTEXT + 8 * STEPS * ROUNDS, torch.bfloat16, device)
-    shape = (batch, SHAPE["num_key_value_heads"], CONTEXT, SHAPE["head_dim"])
-    for layer in range(SHAPE["num_hidden_layers"]):
-        cache.update(*(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2)), layer)
+    fill(cache, model.config, batch, CONTEXT, device)
     step = DecodeStep(cache, set(model.config.layer_types), padded=False)
     step.begin(CONTEXT, torch.full((batch,), CONTEXT, device=device), None)
     signature = step_signature(model)
@@ -163,7 +137,7 @@ def prefill(models: dict[str, StemForCausalLM], device: torch.device) -> Iterato
 
         calls[name] = call
     cell = {"batch": 1, "context": PROMPT, "distinct": int(prompts[0].unique().numel())}
-    yield from _lines("prefill", cell, _alternate(calls, 5, 2))
+    yield from _lines("prefill", cell, time_in_turns(calls, 5, 2))
 
 
 def memory(models: dict[str, StemForCausalLM], device: torch.device) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import RESULTS, describe_machine
+from benchmarks.harness import RESULTS, describe_machine, time_in_turns
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.kernels.stem_gate.api import stem_gate
 from hf_efficient.modeling.decoder.modeling_decoder import GatedMLP
@@ -44,16 +44,7 @@ def _config(**options: Any) -> StemConfig:
 
 def _time(call: Callable[[], Any]) -> tuple[float, float]:
     """Median milliseconds of a call, queued behind others, and the spread between rounds."""
-    samples = []
-    for _ in range(ROUNDS + 2):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        for _ in range(REPEATS):
-            call()
-        after.record()
-        after.synchronize()
-        samples.append(before.elapsed_time(after) / REPEATS)
-    samples = samples[2:]
+    samples = time_in_turns({"call": call}, ROUNDS, REPEATS, warm_up=2)["call"]
     return statistics.median(samples), max(samples) - min(samples)
 
 
