@@ -30,6 +30,8 @@ class StemEditing:
     # Of the model that this is mixed into.
     config: Any
     base_model: Any
+    layers: Any
+    begin_lookup: Any
 
     stem_edit_plan = staticmethod(stem_edit_plan)
 
@@ -94,14 +96,14 @@ class StemEditing:
         """What the layers of this call look up; see `DecoderModel.begin_call`."""
         prompt_rows = kwargs.pop("stem_prompt_rows", None)
         if not self._overrides or token_ids is None:
-            return self.begin_lookup(token_ids)  # type: ignore[attr-defined]
+            return self.begin_lookup(token_ids)
         replacements = replacements_of_call(
             self._overrides, token_ids, prompt_rows, attention_mask, position_ids, past_key_values
         )
         if not replacements:
-            return self.begin_lookup(token_ids)  # type: ignore[attr-defined]
-        layer_of = {id(self.layers[i].mlp.stem_embed): i for i in self.config.stem_layers}  # type: ignore[attr-defined]
-        return OverriddenRows(token_ids, replacements, self.begin_lookup, layer_of)  # type: ignore[attr-defined]
+            return self.begin_lookup(token_ids)
+        layer_of = {id(self.layers[i].mlp.stem_embed): i for i in self.config.stem_layers}
+        return OverriddenRows(token_ids, replacements, self.begin_lookup, layer_of)
 
     def stem_edit_rows(
         self,

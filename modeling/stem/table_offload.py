@@ -62,7 +62,7 @@ class TableFetcher:
         tables: in the order in which layers look them up.
         device: a CUDA device.
         ahead: how many tables' rows may be on their way at once; 0 for all.
-        cache_rows: rows of each table to keep on the device; 0 for none.
+        cache_rows: rows of each table to keep on the device, where it reads the tables by itself; 0 for none.
         pin: pin the tables; otherwise, or where that fails, rows are staged.
     """
 
@@ -77,7 +77,7 @@ class TableFetcher:
         reads_host = pin and select_backend("gather_rows", None, device) == "triton"
         self.direct = reads_host and all(pin_in_place(weight) for weight in self.weights)
         self.cache: RowCache | None = None
-        if cache_rows:
+        if cache_rows and self.direct:  # staged rows do not come through it
             self.cache = RowCache([weight.detach() for weight in self.weights], cache_rows, device)
         self.worker = None if self.direct else ThreadPoolExecutor(1, thread_name_prefix="stem-rows")
         self._signature = self._addresses()
