@@ -434,7 +434,10 @@ def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
         return torch.arange(rows)
     chosen = torch.as_tensor(ids).flatten()
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < rows:
-        raise HFEError(f"ids reach from {int(chosen.min())} to {int(chosen.max())}, the table has {rows} rows", "")
+        raise HFEError(
+            f"ids reach from {int(chosen.min())} to {int(chosen.max())}, the table has {rows} rows",
+            "name token ids of this model",
+        )
     return chosen.unique()
 
 
