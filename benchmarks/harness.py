@@ -23,7 +23,15 @@ from typing import Any
 import torch
 import transformers
 
-from hf_efficient.kernels.contract import Arguments, Cost, KernelRecord, deviations, upstream_gradient
+from hf_efficient.kernels.contract import (
+    Arguments,
+    Cost,
+    KernelRecord,
+    deviations,
+    named_outputs,
+    present,
+    upstream_gradient,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODES = ("forward", "backward", "decode")
@@ -201,11 +209,12 @@ def _backward_calls(
     function: Callable[..., torch.Tensor], rotation: list[Arguments], differentiable: tuple[str, ...]
 ) -> Iterator[Callable[[], Any]]:
     for arguments in rotation:
-        leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
-        out = function(**{**arguments, **leaves})
-        upstream = upstream_gradient(out)
-        yield lambda out=out, leaves=leaves, upstream=upstream: torch.autograd.grad(
-            out, list(leaves.values()), upstream, retain_graph=True
+        leaves = {name: arguments[name].detach().requires_grad_() for name in present(arguments, differentiable)}
+        outputs = named_outputs(function(**{**arguments, **leaves})).values()
+        outputs = [out for out in outputs if out.requires_grad]
+        upstream = [upstream_gradient(out) for out in outputs]
+        yield lambda outputs=outputs, leaves=leaves, upstream=upstream: torch.autograd.grad(
+            outputs, list(leaves.values()), upstream, retain_graph=True
         )
 
 

@@ -37,6 +37,10 @@ class BadInput:
     words: tuple[str, ...]
 
 
+# Elements of the largest upstream gradient that is.
+_DRAWN_ON_THE_CPU = 1 << 20
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """Largest relative error, ‖x - r‖ / ‖r‖ with r in float64, of the outputs and of each gradient."""
@@ -99,9 +103,11 @@ class KernelRecord:
         forward_cost, backward_cost: byte and operation model of a call with these arguments; inference-only operations
             leave the second out.
         peers: other ways to get the same result, by name: what a user would write without us.
-        differentiable: names of the arguments that get a gradient; empty for inference-only operations, which refuse
-            tensors that want one.
+        differentiable: names of the arguments that get a gradient, where a call has them; empty for inference-only
+            operations, which refuse tensors that want one.
         mutates: names of the arguments that a call changes in place; what they hold afterwards is a result too.
+        after_rounding: results, by name, that are computed from something rounded to the dtype of the first argument,
+            so that they are no more exact than that, whatever their own dtype.
         interpreted: dtypes that Triton's interpreter computes rightly: not bfloat16, which it truncates where a GPU
             rounds, and has altogether wrong in `tl.dot`.
     """
@@ -119,6 +125,7 @@ class KernelRecord:
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()
+    after_rounding: tuple[str, ...] = ()
     interpreted: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 
 
@@ -164,6 +171,11 @@ def named_outputs(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"out": result} if isinstance(result, Tensor) else {f"out{i}": each for i, each in enumerate(result)}
 
 
+def present(arguments: Arguments, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the names that a call gives a tensor."""
+    return tuple(name for name in names if isinstance(arguments.get(name), Tensor))
+
+
 def run(
     function: Callable[..., Any],
     arguments: Arguments,
@@ -176,6 +188,7 @@ def run(
     Arguments that the function changes are handed over as copies. The gradients that flow into the outputs are drawn
     from a fixed seed, rounded to the outputs' dtypes.
     """
+    differentiable = present(arguments, differentiable)
     arguments = {
         name: value.detach().requires_grad_()
         if name in differentiable
@@ -187,9 +200,9 @@ def run(
     outputs = named_outputs(function(**arguments))
     results = {name: out.detach() for name, out in outputs.items()}
     if differentiable:
-        upstream = [upstream_gradient(out) for out in outputs.values()]
+        dependent = [out for out in outputs.values() if out.requires_grad]
         leaves = [arguments[name] for name in differentiable]
-        gradients = torch.autograd.grad(list(outputs.values()), leaves, upstream)
+        gradients = torch.autograd.grad(dependent, leaves, [upstream_gradient(out) for out in dependent])
         results.update(zip(differentiable, gradients, strict=True))
     results.update((name, arguments[name]) for name in mutates if arguments.get(name) is not None)
     return results
@@ -197,10 +210,12 @@ def run(
 
 def upstream_gradient(out: Tensor) -> Tensor:
     """A fixed random gradient for `out`: the same values for every dtype, up to rounding."""
-    generator = torch.Generator(out.device).manual_seed(0)
+    # A small one is drawn on the CPU: the same for every device, since it decides how far sums of few numbers cancel.
+    device = torch.device("cpu") if out.numel() <= _DRAWN_ON_THE_CPU else out.device
+    generator = torch.Generator(device).manual_seed(0)
     # Drawn in bfloat16, which every other dtype holds exactly, so that all see the same numbers.
-    values = torch.empty(out.shape, dtype=torch.bfloat16, device=out.device).normal_(generator=generator)
-    return values.to(out.dtype)
+    values = torch.empty(out.shape, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+    return values.to(out.device, out.dtype)
 
 
 def in_float64(arguments: Arguments) -> Arguments:
@@ -231,7 +246,8 @@ def deviations(
     for name, actual in run(function, arguments, differentiable, record.mutates).items():
         bound = 0.0  # integers are right or wrong
         if actual.is_floating_point():
-            tolerance = record.tolerances[actual.dtype]
+            first = next(iter(arguments.values())) if name in record.after_rounding else actual
+            tolerance = record.tolerances[first.dtype]
             bound = tolerance.gradient if name in differentiable else tolerance.forward
         found.append(Deviation(name, relative_error(actual, expected[name]), bound))
     return found

@@ -17,6 +17,7 @@ from hf_efficient.kernels.contract import (
     deviations,
     map_tensors,
     named_outputs,
+    present,
     run,
     upstream_gradient,
 )
@@ -45,6 +46,15 @@ def _triton(record: KernelRecord):
 
 def _typical(record: KernelRecord, device: torch.device, dtype: torch.dtype) -> dict:
     return record.samples(device, dtype)[0].arguments
+
+
+def _wanting_gradients(record: KernelRecord, arguments: dict) -> dict:
+    names = present(arguments, record.differentiable)
+    return {name: value.detach().requires_grad_() if name in names else value for name, value in arguments.items()}
+
+
+def _first_output(record: KernelRecord, arguments: dict) -> Tensor:
+    return next(iter(named_outputs(_triton(record)(**arguments)).values()))
 
 
 by_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
@@ -94,7 +104,7 @@ def test_two_runs_agree_bit_for_bit(record: KernelRecord, label: str, device: to
 def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord, device: torch.device) -> None:
     arguments = _typical(record, device, torch.float32)
     together = run(_triton(record), arguments, record.differentiable)
-    for name in record.differentiable:
+    for name in present(arguments, record.differentiable):
         alone = run(_triton(record), arguments, (name,))
         torch.testing.assert_close(alone[name], together[name], rtol=1e-6, atol=1e-7)
 
@@ -102,12 +112,9 @@ def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord
 @by_differentiable
 def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, device: torch.device) -> None:
     """`out.sum()` sends back one number expanded over the output, a transposition sends back strided columns."""
-    arguments = {
-        name: value.detach().requires_grad_() if name in record.differentiable else value
-        for name, value in _typical(record, device, torch.float32).items()
-    }
-    leaves = [arguments[name] for name in record.differentiable]
-    out = _triton(record)(**arguments)
+    arguments = _wanting_gradients(record, _typical(record, device, torch.float32))
+    leaves = [arguments[name] for name in present(arguments, record.differentiable)]
+    out = _first_output(record, arguments)
     for upstream in (out.new_ones(1).expand(out.shape), upstream_gradient(out).mT.contiguous().mT):
         strided = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
         plain = torch.autograd.grad(out, leaves, upstream.contiguous(), retain_graph=True)
@@ -116,15 +123,13 @@ def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, devi
 
 @by_differentiable
 def test_numerical_derivatives(record: KernelRecord, device: torch.device) -> None:
-    arguments = {
-        name: value.detach().requires_grad_() if name in record.differentiable else value
-        for name, value in _typical(record, device, torch.float64).items()
-    }
+    arguments = _wanting_gradients(record, _typical(record, device, torch.float64))
+    names = present(arguments, record.differentiable)
 
-    def function(*values: Tensor) -> Tensor:
-        return _triton(record)(**{**arguments, **dict(zip(record.differentiable, values, strict=True))})
+    def function(*values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return _triton(record)(**{**arguments, **dict(zip(names, values, strict=True))})
 
-    assert torch.autograd.gradcheck(function, tuple(arguments[name] for name in record.differentiable), fast_mode=True)
+    assert torch.autograd.gradcheck(function, tuple(arguments[name] for name in names), fast_mode=True)
 
 
 @by_sample
@@ -179,7 +184,7 @@ def test_a_second_derivative_is_refused_with_a_reason(record: KernelRecord, devi
     name = record.differentiable[0]
     arguments = _typical(record, device, torch.float32)
     arguments = {**arguments, name: arguments[name].detach().requires_grad_()}
-    out = _triton(record)(**arguments)
+    out = _first_output(record, arguments)
     (grad,) = torch.autograd.grad(out.square().sum(), arguments[name], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.square().sum().backward()
@@ -199,11 +204,8 @@ def test_a_tensor_that_wants_a_gradient_is_refused(record: KernelRecord, device:
 @by_record
 def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device: torch.device) -> None:
     """With other values in the same places, as in the next step of a decoding loop."""
-    arguments = {
-        name: value.detach().clone().requires_grad_() if name in record.differentiable else value
-        for name, value in _typical(record, device, torch.bfloat16).items()
-    }
-    leaves = [arguments[name] for name in record.differentiable]
+    arguments = _wanting_gradients(record, map_tensors(torch.clone, _typical(record, device, torch.bfloat16)))
+    leaves = [arguments[name] for name in present(arguments, record.differentiable)]
     # What a call changes starts each time from the same contents, which `arguments` keeps.
     changed = {name: map_tensors(torch.clone, arguments.get(name)) for name in record.mutates}
 
@@ -211,9 +213,10 @@ def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device:
 
     def forward_and_backward() -> list[Tensor]:
         outputs = list(named_outputs(_triton(record)(**{**arguments, **changed})).values())
+        dependent = [out for out in outputs if out.requires_grad]
         if not upstream:
-            upstream.extend(upstream_gradient(out) for out in outputs)
-        return [*outputs, *(torch.autograd.grad(outputs, leaves, upstream) if leaves else ())]
+            upstream.extend(upstream_gradient(out) for out in dependent)
+        return [*outputs, *(torch.autograd.grad(dependent, leaves, upstream) if leaves else ())]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,431 @@
+"""Triton kernels of bhyt_norm and the functions that launch them.
+
+No checks of arguments and no autograd: `api.py` and `op.py` see to those.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hf_efficient.environment import triton_interpreted
+from hf_efficient.kernels.bhyt_norm.configs import FINISH_COLUMNS, backward_config, forward_config
+from hf_efficient.kernels.bhyt_norm.reference import LEAST_SHARE, compute_dtype
+from hf_efficient.kernels.overlap import overlap_options
+
+try:
+    import triton
+    import triton.language as tl
+
+    from hf_efficient.kernels.overlap import prefetch
+
+    HAVE_TRITON = True
+except ImportError:
+    HAVE_TRITON = False
+
+
+if HAVE_TRITON:
+    _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+    @triton.jit
+    def _tanh_approx(u):
+        """One instruction, relative error 2^-11 at most."""
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def _reciprocal_approx(x):
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _tanh(u, APPROXIMATE: tl.constexpr):
+        """Right to the last digits unless approximate; (1 - e) / (1 + e) would lose those of a small u."""
+        if APPROXIMATE:
+            return _tanh_approx(u)
+        else:
+            e = tl.exp(-2.0 * tl.abs(u))
+            large = (1.0 - e) / (1.0 + e)
+            q = u * u
+            series = q * (-1382.0 / 155925.0 + q * (21844.0 / 6081075.0 - q * (929569.0 / 638512875.0)))
+            series = q * (-1.0 / 3.0 + q * (2.0 / 15.0 + q * (-17.0 / 315.0 + q * (62.0 / 2835.0 + series))))
+            return tl.where(tl.abs(u) < 0.25, u + u * series, tl.where(u < 0.0, -large, large))
+
+    @triton.jit
+    def _tanh_slope(u, APPROXIMATE: tl.constexpr):
+        """Derivative of tanh as 4 e / (1 + e)^2; 1 - tanh^2 would lose that of a large u."""
+        e = tl.exp(-2.0 * tl.abs(u))
+        if APPROXIMATE:
+            r = _reciprocal_approx(1.0 + e)
+            return 4.0 * e * r * r
+        else:
+            return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+    @triton.jit
+    def _mean_square(v, affine, branch, first_bound, KAPPA: tl.constexpr, LEAST: tl.constexpr, WIDE: tl.constexpr):
+        """What is made of given mean squares; its derivatives by them and by the intercept; 1 where slope matters."""
+        one = tl.full(v.shape, 1.0, WIDE)
+        if affine is None and branch is None:
+            return v, one, one, one
+        else:
+            slope, intercept, term = one, one, one
+            if affine is not None:
+                slope, intercept = tl.load(affine).to(WIDE) * one, tl.load(affine + 1).to(WIDE) * one
+            if branch is not None:
+                ratio = tl.load(first_bound).to(WIDE) / KAPPA
+                term = (tl.load(branch).to(WIDE) * ratio * ratio + tl.load(branch + 1).to(WIDE)) * one
+            estimate = slope * v + intercept * term
+            least = tl.full(v.shape, LEAST, WIDE)
+            # Not a number goes on as it is.
+            free = tl.where(estimate < least * v, 0.0 * one, one)
+            return (
+                tl.where(free == 1.0, estimate, least * v),
+                tl.where(free == 1.0, slope, least),
+                free * term,
+                free,
+            )
+
+    @triton.jit(do_not_specialize=["rows"])
+    def forward_kernel(
+        normed,
+        summed,
+        variance,
+        x,
+        residual,
+        weight,
+        bound,
+        affine,
+        branch,
+        first_bound,
+        out_scale,
+        rows,
+        width,
+        x_stride,
+        residual_stride,
+        scale_stride,
+        EPS: tl.constexpr,
+        KAPPA: tl.constexpr,
+        EXACT: tl.constexpr,
+        LEAST: tl.constexpr,
+        WIDE: tl.constexpr,
+        APPROXIMATE: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+        row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        inside = column < width
+        mask = (row < rows)[:, None] & inside[None, :]
+        if OVERLAP:
+            # The weight is on its way before the kernel that makes x has finished.
+            prefetch(weight + tl.where(inside, column, 0))
+            tl.extra.cuda.gdc_wait()
+        s = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+        if residual is not None:
+            addend = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
+            # Rounded as it is kept, so that the mean square is that of what the next reader sees.
+            s = (s.to(WIDE) + addend.to(WIDE)).to(summed.dtype.element_ty)
+            tl.store(summed + row[:, None] * width + column[None, :], s, mask=mask)
+        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        if out_scale is not None:
+            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
+        s = s.to(WIDE)
+        if EXACT:
+            mean_square = tl.sum(s * s, axis=1) / width
+            tl.store(variance + row, mean_square, mask=row < rows)
+        else:
+            v = tl.load(variance + row, mask=row < rows, other=1.0).to(WIDE)
+            mean_square, _, _, _ = _mean_square(v, affine, branch, first_bound, KAPPA, LEAST, WIDE)
+        scale = tl.load(bound).to(WIDE) / KAPPA / tl.sqrt(mean_square + EPS)
+        out = w[None, :] * _tanh(scale[:, None] * s, APPROXIMATE)
+        tl.store(normed + row[:, None] * width + column[None, :], out.to(normed.dtype.element_ty), mask=mask)
+
+    @triton.jit(do_not_specialize=["rows", "turns"])
+    def backward_kernel(
+        dx,
+        dvariance,
+        partial,
+        dnormed,
+        dsummed,
+        dv,
+        summed,
+        variance,
+        weight,
+        bound,
+        affine,
+        branch,
+        first_bound,
+        out_scale,
+        rows,
+        turns,
+        width,
+        partial_stride,
+        dnormed_stride,
+        dsummed_stride,
+        summed_stride,
+        scale_stride,
+        EPS: tl.constexpr,
+        KAPPA: tl.constexpr,
+        EXACT: tl.constexpr,
+        LEAST: tl.constexpr,
+        WIDE: tl.constexpr,
+        APPROXIMATE: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        # A program takes rows that lie a whole round of programs apart, so that neighbours read neighbouring memory.
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        column = tl.arange(0, BLOCK_WIDTH)
+        inside = column < width
+        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        if out_scale is not None:
+            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
+        lam = tl.load(bound).to(WIDE)
+        weight_sum = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+        bound_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
+        slope_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
+        intercept_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
+        # Staged: the rows of the next turns are on their way while this one is computed.
+        for turn in tl.range(0, turns, num_stages=STAGES):
+            row = (turn * programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            in_rows = row < rows
+            mask = in_rows[:, None] & inside[None, :]
+            s = tl.load(summed + row[:, None] * summed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
+            g = tl.load(dnormed + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
+            v = tl.load(variance + row, mask=in_rows, other=1.0).to(WIDE)
+            mean_square, slope, term, free = _mean_square(v, affine, branch, first_bound, KAPPA, LEAST, WIDE)
+            r = 1.0 / (KAPPA * tl.sqrt(mean_square + EPS))
+            u = (lam * r)[:, None] * s
+            weight_sum += tl.sum(g * _tanh(u, APPROXIMATE), axis=0)
+            q = g * w[None, :] * _tanh_slope(u, APPROXIMATE)
+            along = tl.sum(q * s, axis=1)
+            bound_sum += r * along
+            dmean_square = -0.5 * lam * r * along / (mean_square + EPS)
+            d = (lam * r)[:, None] * q
+            if EXACT:
+                if dv is not None:
+                    dmean_square += tl.load(dv + row, mask=in_rows, other=0.0).to(WIDE)
+                d += (2.0 * dmean_square / width)[:, None] * s
+            else:
+                tl.store(dvariance + row, slope * dmean_square, mask=in_rows)
+                slope_sum += tl.where(in_rows, free * dmean_square * v, 0.0)
+                intercept_sum += tl.where(in_rows, term * dmean_square, 0.0)
+            if dsummed is not None:
+                at = row[:, None] * dsummed_stride + column[None, :]
+                d += tl.load(dsummed + at, mask=mask, other=0.0).to(WIDE)
+            tl.store(dx + row[:, None] * width + column[None, :], d.to(dx.dtype.element_ty), mask=mask)
+        partial += program.to(tl.int64) * partial_stride
+        tl.store(partial + column, weight_sum, mask=inside)
+        tl.store(partial + width, tl.sum(bound_sum, axis=0))
+        tl.store(partial + width + 1, tl.sum(slope_sum, axis=0))
+        tl.store(partial + width + 2, tl.sum(intercept_sum, axis=0))
+
+    @triton.jit(do_not_specialize=["programs"])
+    def finish_kernel(
+        dweight,
+        dbound,
+        daffine,
+        partial,
+        out_scale,
+        programs,
+        width,
+        partial_stride,
+        scale_stride,
+        WIDE: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_WIDTH: tl.constexpr,
+    ):
+        """Partial sums of all programs, added in a fixed order."""
+        column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        inside = column < width + 3
+        total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+        for start in range(0, programs, BLOCK_ROWS):
+            program = start + tl.arange(0, BLOCK_ROWS)
+            at = program[:, None].to(tl.int64) * partial_stride + column[None, :]
+            total += tl.sum(
+                tl.load(partial + at, mask=(program < programs)[:, None] & inside[None, :], other=0.0), axis=0
+            )
+        bound_part = tl.sum(tl.where(column == width, total, 0.0), axis=0)
+        if daffine is not None:
+            own = (column > width) & (column < width + 3)
+            tl.store(daffine + (column - width - 1), total.to(daffine.dtype.element_ty), mask=own)
+        if width // BLOCK_WIDTH == tl.program_id(0):
+            tl.store(dbound, bound_part.to(dbound.dtype.element_ty))
+        if out_scale is not None:
+            scale = tl.load(out_scale + column * scale_stride, mask=column < width, other=0.0)
+            total = total * scale.to(WIDE)
+        tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < width)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """`x`, or a copy of it when its last dimension is strided: the kernels read rows as runs of memory."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _may_approximate(x: Tensor, wide: torch.dtype) -> bool:
+    """True where the device has an instruction for tanh and the result is rounded more coarsely than it."""
+    on_nvidia = x.device.type == "cuda" and torch.version.hip is None and not triton_interpreted()
+    return on_nvidia and wide == torch.float32 and x.dtype.itemsize == 2
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # The interpreter gets two, so that programs take several turns there too.
+    return 2 if triton_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bound: Tensor,
+    variance: Tensor | None,
+    affine: Tensor | None,
+    branch: Tensor | None,
+    first_bound: Tensor | None,
+    out_scale: Tensor | None,
+    eps: float,
+    kappa: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised rows, sum (empty without a residual) and mean squares (empty where given) for x [rows, D]."""
+    rows, width = x.shape
+    wide = compute_dtype(x, weight, bound, residual, variance)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = x.new_empty(0) if residual is None else residual.new_empty(rows, width)
+    found = x.new_empty(rows if variance is None else 0, dtype=wide)
+    if rows == 0:
+        return normed, summed, found
+    x = _rows_contiguous(x)
+    residual = None if residual is None else _rows_contiguous(residual)
+    config = forward_config(rows, width, whole_row=variance is None)
+    grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(width, config.block_width))
+    forward_kernel[grid](
+        normed,
+        None if residual is None else summed,
+        found if variance is None else variance.contiguous(),
+        x,
+        residual,
+        weight.contiguous(),
+        bound,
+        _contiguous(affine),
+        _contiguous(branch),
+        first_bound,
+        _contiguous(out_scale),
+        rows,
+        width,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        0 if out_scale is None else int(out_scale.numel() > 1),
+        EPS=eps,
+        KAPPA=kappa,
+        EXACT=variance is None,
+        LEAST=LEAST_SHARE,
+        WIDE=_TRITON_DTYPE[wide],
+        APPROXIMATE=_may_approximate(x, wide),
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_WIDTH=config.block_width,
+        num_warps=config.num_warps,
+        **overlap_options(x.device, rows),
+    )
+    return normed, summed, found
+
+
+def launch_backward(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    dv: Tensor | None,
+    summed: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    bound: Tensor,
+    affine: Tensor | None,
+    branch: Tensor | None,
+    first_bound: Tensor | None,
+    out_scale: Tensor | None,
+    eps: float,
+    kappa: float,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum [rows, D], of weight [D] and bound [1], of a given variance [rows] and affine [2].
+
+    The last two are empty where they do not apply. The same bits at every run on one device.
+    """
+    rows, width = summed.shape
+    wide = compute_dtype(summed, weight, bound, variance, dnormed)
+    dx = torch.empty_like(summed, memory_format=torch.contiguous_format)
+    dvariance = variance.new_empty(0 if exact else rows)
+    if rows == 0:
+        daffine = variance.new_empty(0) if affine is None else torch.zeros_like(affine)
+        return dx, torch.zeros_like(weight), torch.zeros_like(bound), dvariance, daffine
+    dweight, dbound = torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(bound)
+    daffine = variance.new_empty(0) if affine is None else affine.new_empty(2)
+    dnormed, summed = _rows_contiguous(dnormed), _rows_contiguous(summed)
+    dsummed = None if dsummed is None else _rows_contiguous(dsummed)
+    out_scale = _contiguous(out_scale)
+    scale_stride = 0 if out_scale is None else int(out_scale.numel() > 1)
+    config = backward_config(rows, width)
+    blocks = triton.cdiv(rows, config.block_rows)
+    programs = min(blocks, config.programs * _multiprocessors(summed.device))
+    # Of each program: the weight's gradient, the bound's, and those of slope and intercept.
+    partial_stride = 4 * triton.cdiv(width + 3, 4)
+    partial = summed.new_empty((programs, partial_stride), dtype=wide)
+    backward_kernel[(programs,)](
+        dx,
+        dvariance,
+        partial,
+        dnormed,
+        dsummed,
+        _contiguous(dv),
+        summed,
+        variance.contiguous(),
+        weight.contiguous(),
+        bound,
+        _contiguous(affine),
+        _contiguous(branch),
+        first_bound,
+        out_scale,
+        rows,
+        triton.cdiv(blocks, programs),
+        width,
+        partial_stride,
+        dnormed.stride(0),
+        0 if dsummed is None else dsummed.stride(0),
+        summed.stride(0),
+        scale_stride,
+        EPS=eps,
+        KAPPA=kappa,
+        EXACT=exact,
+        LEAST=LEAST_SHARE,
+        WIDE=_TRITON_DTYPE[wide],
+        APPROXIMATE=_may_approximate(dnormed, wide),
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_WIDTH=config.block_width,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    finish_kernel[(triton.cdiv(width + 3, FINISH_COLUMNS),)](
+        dweight,
+        dbound,
+        None if affine is None else daffine,
+        partial,
+        out_scale,
+        programs,
+        width,
+        partial_stride,
+        scale_stride,
+        WIDE=_TRITON_DTYPE[wide],
+        BLOCK_ROWS=64,
+        BLOCK_WIDTH=FINISH_COLUMNS,
+        num_warps=4,
+    )
+    return dx, dweight, dbound, dvariance, daffine
