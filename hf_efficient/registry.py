@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM, BhytModel
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
@@ -54,6 +55,7 @@ def _causal_lm(
 ARCHITECTURES: tuple[Architecture, ...] = (
     _causal_lm(None, EfficientDecoderConfig, EfficientDecoderModel, EfficientDecoderForCausalLM),
     _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem:Stem"),
+    _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM),
 )
 
 _AUTO_MODELS = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}

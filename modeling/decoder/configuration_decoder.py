@@ -25,6 +25,7 @@ class DecoderConfig(PreTrainedConfig):
     | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default sliding where a window is set |
     | `sliding_window` | number of positions a sliding layer sees, the current one included |
     | `rope_parameters` | transformers' rotary dictionary (`rope_type`, `rope_theta`, …) |
+    | `carry_residual` | a layer hands its last addition on, to be done with the next norm; the same results, faster |
     | `source_model_type` | stock family that the weights come from; None when trained from scratch |
     | `hfe_format` | version of the checkpoint layout |
 
@@ -74,6 +75,7 @@ class DecoderConfig(PreTrainedConfig):
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    carry_residual: bool = False
     source_model_type: str | None = None
     hfe_format: int = 1
 

@@ -35,6 +35,7 @@ from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
 
 # Tensors of a stock family without which the attention computes something else.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
+_PASSIVE_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.fsdp.")
 
 
 class GatedMLP(nn.Module):
@@ -71,23 +72,43 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        pending: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         token_ids: Tensor | None = None,
+        carry_residual: bool = False,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The residual stream after this layer.
+
+        With `carry_residual` what the feed-forward adds to it is handed on beside it, `pending` for the next layer,
+        whose norm adds it on the way. By position, like the stream: checkpointing may look for gradients only there.
+        """
+        arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
+        normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *arriving)
         mixed, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **kwargs,
         )
-        normed, hidden_states = add_and_norm(self.post_attention_layernorm, mixed, hidden_states)
+        normed, hidden_states, _ = add_and_norm(self.post_attention_layernorm, mixed, hidden_states, statistic)
+        if carry_residual:
+            return hidden_states, self.mlp(normed, token_ids)
         if may_fuse(normed) and is_unhooked(self.mlp):  # a hook must see the feed-forward's own output
             return self.mlp(normed, token_ids, residual=hidden_states)
         return hidden_states + self.mlp(normed, token_ids)
+
+    def is_watched(self) -> bool:
+        """True when a hook or wrapper wants the layer's own output: any but those that look on only when asked to."""
+        if is_unhooked(self):
+            return False
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        origins = [getattr(hook, "__module__", "") for each in hooks for hook in each.values()]
+        # Those that record outputs stay once they were asked to; those that shard weights take any output.
+        return not origins or "forward" in self.__dict__ or not all(o.startswith(_PASSIVE_HOOKS) for o in origins)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -151,7 +172,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(self.build_layer(i) for i in range(config.num_hidden_layers))
-        self.norm = self.build_norm(config.hidden_size)
+        self.norm = self.build_norm("final")
         self.rotary_emb = DecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -159,11 +180,12 @@ class DecoderModel(DecoderPreTrainedModel):
     # Factories
 
     def build_layer(self, layer_idx: int) -> nn.Module:
-        norms = (self.build_norm(self.config.hidden_size) for _ in range(2))
+        norms = (self.build_norm(site, layer_idx) for site in ("input", "post"))
         return DecoderLayer(self.build_mixer(layer_idx), self.build_mlp(layer_idx), *norms)
 
-    def build_norm(self, width: int) -> nn.Module:
-        return DecoderRMSNorm(width, self.config.rms_norm_eps)
+    def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
+        """The norm before a layer's mixer (`input`), before its feed-forward (`post`), or after the last (`final`)."""
+        return DecoderRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 
     def build_mixer(self, layer_idx: int) -> nn.Module:
         return DecoderAttention(self.config, layer_idx)
@@ -260,18 +282,30 @@ class DecoderModel(DecoderPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         # Early exit in assisted generation lowers `num_hidden_layers` for a while.
         layers = self.layers[: self.config.num_hidden_layers]
+        carry = self._may_carry(layers, kwargs)
+        pending: Tensor | None = None
         for kind, layer in zip(self.config.layer_types, layers, strict=False):
-            hidden_states = layer(
+            handed_on = layer(
                 hidden_states,
+                pending,
                 attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 token_ids=looked_up,
+                carry_residual=carry,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states, pending = handed_on if carry else (handed_on, None)
+        arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
+        normed, _, _ = add_and_norm(self.norm, *arriving)
+        return BaseModelOutputWithPast(last_hidden_state=normed, past_key_values=past_key_values)
+
+    def _may_carry(self, layers: nn.ModuleList, kwargs: dict[str, Any]) -> bool:
+        """True when nobody asks for the stream between two layers, so that it may lack what is still to be added."""
+        recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        return self.config.carry_residual and not recorded and not any(layer.is_watched() for layer in layers)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):

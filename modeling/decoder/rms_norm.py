@@ -22,13 +22,18 @@ class DecoderRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if may_fuse_norm(self, hidden_states):
             return add_rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        # Rounded to the input dtype before the weight is applied, as the stock families do.
-        return self.weight * x.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `DecoderRMSNorm` computes, in plain PyTorch."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    # Rounded to the input dtype before the weight is applied, as the stock families do.
+    return weight * wide.to(x.dtype)
 
 
 def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
@@ -36,9 +41,19 @@ def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
     return is_bare(norm, (DecoderRMSNorm,)) and may_fuse(x) and has_plain_weight(norm, x)
 
 
-def add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """``norm(residual + x)``, and that sum; one kernel where `norm` is this module's own class."""
+def add_and_norm(
+    norm: Any, x: Tensor, residual: Tensor | None = None, statistic: Any = None
+) -> tuple[Tensor, Tensor, Any]:
+    """``norm(x + residual)``, that sum, and what the norm tells the layer's next one.
+
+    A norm with the attribute `adds_residual` does all three itself, as ``norm(x, residual, statistic)``, with the
+    `statistic` of the norm before it. `DecoderRMSNorm` tells nothing, and adds in one kernel where nobody can tell.
+    """
+    if getattr(norm, "adds_residual", False):
+        return norm(x, residual, statistic)
+    if residual is None:
+        return norm(x), x, None
     if may_fuse_norm(norm, x):
-        return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+        return (*add_rms_norm(x, norm.weight, norm.variance_epsilon, residual), None)
     summed = residual + x
-    return norm(summed), summed
+    return norm(summed), summed, None

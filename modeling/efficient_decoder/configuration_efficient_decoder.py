@@ -2,11 +2,12 @@
 
 from huggingface_hub.dataclasses import strict
 
+from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
 
 
 @strict
-class EfficientDecoderConfig(StemConfig):
+class EfficientDecoderConfig(StemConfig, BhytConfig):
     """Every patch's fields; a patch whose fields are left alone is absent."""
 
     model_type = "hfe_decoder"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from transformers.generation import GenerationMixin
 
+from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM, BhytModel, BhytPreTrainedModel
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM, StemModel, StemPreTrainedModel
 
 
-class EfficientDecoderPreTrainedModel(StemPreTrainedModel):
+class EfficientDecoderPreTrainedModel(StemPreTrainedModel, BhytPreTrainedModel):
     config: EfficientDecoderConfig
     config_class = EfficientDecoderConfig  # transformers reads annotations unevaluated, so it is named here too
 
 
-class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel):
+class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel, BhytModel):
     """`DecoderModel` with every patch that the configuration asks for."""
 
 
-class EfficientDecoderForCausalLM(EfficientDecoderPreTrainedModel, StemForCausalLM, GenerationMixin):
+class EfficientDecoderForCausalLM(EfficientDecoderPreTrainedModel, StemForCausalLM, BhytForCausalLM, GenerationMixin):
     """`EfficientDecoderModel` and a language-model head."""
 
     model_class = EfficientDecoderModel

@@ -56,6 +56,13 @@ STOCK_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     "hfe_decoder": {"qk_norm": True, "head_dim": 12},
     "hfe_stem": {"stem_layers": [0, 2]},
+    "hfe_bhyt": {
+        "bhyt_layers": [0, 2],
+        "bhyt_exact_layers": [2],
+        "bhyt_seq_len": 16,
+        "bhyt_final": "bhyt",
+        "bhyt_output_scale": True,
+    },
 }
 
 

@@ -1,0 +1,140 @@
+"""One site of BHyT: ``weight * tanh(lambda / kappa * x / sqrt(mean square + eps))`` where a decoder has a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
+from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
+from hf_efficient.modeling.decoder.rms_norm import rms_norm
+
+# What a site tells the next one of its layer: its mean square [...] and its lambda [1].
+Statistic = tuple[Tensor, Tensor]
+
+
+class BhytNorm(nn.Module):
+    """A BHyT site, with the residual addition before it.
+
+    | tensor | shape | where | meaning |
+    |---|---|---|---|
+    | `weight` | [hidden_size] | everywhere | gamma |
+    | `lam` | [1] | everywhere | lambda |
+    | `out_scale` | [hidden_size] | `bhyt_output_scale` | constant factor beside gamma, float32 |
+    | `affine` | [2] | `affine` and learnable `approx` sites | slope and intercept of the estimate, float32 |
+    | `branch` | [2] | `approx` sites | what the attention is expected to add (`branch_variance.py`), float32 |
+
+    With `efficient` set to False the stock RMSNorm runs, with the same `weight`.
+
+    Args:
+        config: the model's.
+        site: ``input`` or ``post`` of a layer, or ``final``.
+        layer_idx: the layer; None for the final norm.
+
+    Source: arXiv:2601.09719.
+    """
+
+    # Called by the decoder as ``norm(x, residual, statistic)``.
+    adds_residual = True
+    branch: Tensor | None
+    out_scale: Tensor | None
+    affine: nn.Parameter | None
+
+    def __init__(self, config: BhytConfig, site: str, layer_idx: int | None = None) -> None:
+        super().__init__()
+        self.efficient = True
+        self.site = site
+        self.layer_idx = layer_idx
+        self.estimate = config.bhyt_estimate(layer_idx) if site == "post" else "exact"
+        self.kappa = float(config.bhyt_kappa)
+        self.eps = float(config.bhyt_eps)
+        self.stock_eps = float(config.rms_norm_eps)
+        self.first_lambda = config.bhyt_lambda(site, layer_idx)
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.lam = nn.Parameter(torch.full((1,), self.first_lambda), requires_grad=config.bhyt_learnable_lambda)
+        learnable = self.estimate == "approx" and config.bhyt_learnable_estimate
+        affine = None
+        if learnable or self.estimate == "affine":
+            affine = nn.Parameter(torch.empty(2, dtype=torch.float32), requires_grad=learnable)
+        self.register_parameter("affine", affine)
+        shapes = {
+            "branch": (2,) if self.estimate == "approx" else None,
+            "out_scale": (config.hidden_size,) if config.bhyt_output_scale else None,
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The paper's initial values; `branch` is not a number until it is computed from the weights."""
+        init.ones_(self.weight)
+        init.constant_(self.lam, self.first_lambda)
+        if self.affine is not None:  # at first the estimate as it is; a fitted line starts as the first site's value
+            init.copy_(self.affine, self.affine.new_tensor([1.0, float(self.estimate == "approx")]))
+        if self.out_scale is not None:
+            init.ones_(self.out_scale)
+        if self.branch is not None:
+            init.constant_(self.branch, float("nan"))
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, statistic: Statistic | None = None
+    ) -> tuple[Tensor, Tensor, Statistic | None]:
+        """The bounded ``x + residual``, that sum, and what the next site of the layer may have to know.
+
+        Args:
+            x: [..., hidden_size].
+            residual: [..., hidden_size] in the dtype of `x` or a wider one, or None.
+            statistic: of the site before; sites whose mean square is an estimate need it.
+
+        Raises:
+            HFEError: an estimated site is called without `statistic`.
+        """
+        if not self.efficient:
+            summed = x if residual is None else residual + x
+            return rms_norm(summed, self.weight, self.stock_eps), summed, None
+        variance = first_lam = None
+        if self.estimate != "exact":
+            if statistic is None:
+                raise HFEError(
+                    f"the {self.estimate} site of layer {self.layer_idx} was not told the first one's mean square",
+                    "switch `efficient` of both norms of a layer together; a replacement of its first norm must return "
+                    "a statistic too",
+                )
+            variance, first_lam = statistic
+        normed, summed, found = bhyt_norm(
+            x,
+            self.weight,
+            self.lam,
+            self.eps,
+            kappa=self.kappa,
+            residual=residual,
+            variance=variance,
+            affine=self.affine,
+            branch=self.branch,
+            first_bound=None if self.branch is None else first_lam,
+            out_scale=self.out_scale,
+        )
+        return normed, summed, (found, self.lam.detach())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As in PyTorch, but ``.to(torch.bfloat16)`` leaves what is stored in float32 as exact as it is."""
+        exact = {
+            name: tensor.data
+            for name in ("affine", "branch", "out_scale")
+            if (tensor := getattr(self, name)) is not None
+        }
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            tensor = getattr(self, name)
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = before.to(tensor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.site}, {self.estimate}, kappa={self.kappa}, eps={self.eps}"

@@ -1,0 +1,43 @@
+"""What the attention is expected to add to the variance of the stream, from the weights of v_proj and o_proj."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def branch_variance(
+    value_weight: Tensor,
+    output_weight: Tensor,
+    value_bias: Tensor | None,
+    *,
+    head_dim: int,
+    seq_len: int,
+) -> Tensor:
+    """``c = ||W_O repeat(W_V)||_F^2 / (T d)`` and ``||W_O repeat(b_V)||^2 / d``, float32 [2].
+
+    The expected mean square of ``W_O attention(W_V x)`` is c times the variance of x, where the attention is uniform
+    over T independent positions; a bias of v_proj goes through it undiminished.
+
+    Args:
+        value_weight: [Hkv * head_dim, d].
+        output_weight: [d, Hq * head_dim]; each head of the values serves Hq / Hkv of these, one after the other.
+        value_bias: [Hkv * head_dim], or None.
+        head_dim: width of a head.
+        seq_len: T.
+
+    Source: arXiv:2601.09719, Assumption 3.3; the bias is ours.
+    """
+    with torch.autocast(value_weight.device.type, enabled=False):
+        values, outputs = value_weight.float(), output_weight.float()
+        inner, width = values.shape
+        heads = inner // head_dim
+        # A sum over heads that see the same values: adding up their slices of W_O first saves repeating W_V.
+        folded = outputs.view(outputs.shape[0], heads, -1, head_dim).sum(2).reshape(-1, inner)
+        if 2 * inner < width:  # ||A B||^2 = <A'A, BB'>, with two small products for the large one
+            square = (folded.T @ folded * (values @ values.T)).sum().clamp(min=0)
+        else:
+            square = (folded @ values).square().sum()
+        constant = square.new_zeros(()) if value_bias is None else (folded @ value_bias.float()).square().sum()
+        return torch.stack((square / (seq_len * width), constant / width))
