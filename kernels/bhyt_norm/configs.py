@@ -9,7 +9,11 @@ MAX_WIDTH = 16384
 # Elements of a tile of several narrow rows.
 _TILE = 1024
 # Columns of a program that needs no sum over the row.
-_COLUMNS = 2048
+_COLUMNS = 4096
+# Bytes of rows that a program of the backward pass has on their way while it computes: what any device's shared memory
+# holds. And those of all programs of a multiprocessor: enough to hide the memory's latency.
+_AHEAD_BYTES = 96 * 1024
+_MULTIPROCESSOR_BYTES = 72 * 1024
 # Columns that a program of the last kernel sums up over all partial sums.
 FINISH_COLUMNS = 32
 
@@ -53,9 +57,15 @@ def forward_config(rows: int, width: int, whole_row: bool) -> LaunchConfig:
     return LaunchConfig(block_rows, block_width, _warps(block_rows * block_width, 512))
 
 
-def backward_config(rows: int, width: int) -> BackwardConfig:
-    """For the backward kernel: a program walks over rows and keeps the sums of the weight's gradient in registers."""
+def backward_config(rows: int, width: int, row_bytes: int) -> BackwardConfig:
+    """For the backward kernel: a program walks over rows and keeps the sums of the weight's gradient in registers.
+
+    Args:
+        row_bytes: bytes that a row has in all the tensors read.
+    """
     block_width = max(32, _next_power_of_2(width))
     block_rows = _block_rows(rows, block_width)
-    warps = _warps(block_rows * block_width, 512)
-    return BackwardConfig(block_rows, block_width, warps, programs=max(1, 16 // warps), num_stages=2)
+    turn_bytes = block_rows * row_bytes * block_width // width
+    ahead = min(3, _AHEAD_BYTES // turn_bytes)
+    programs = 4 if ahead == 0 else max(1, min(8, _MULTIPROCESSOR_BYTES // (ahead * turn_bytes)))
+    return BackwardConfig(block_rows, block_width, _warps(block_rows * block_width, 512), programs, ahead + 1)

@@ -31,8 +31,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
     def draw(*shape: int, bound: float = 2.0, residual: bool = True, given: bool = False) -> Arguments:
         arguments: Arguments = {
-            "x": drawn(*shape),
-            # Of one sign, or the gradients of weight and bound would be sums that cancel.
+            # Mostly of one sign, or the gradients of weight and bound would be sums that cancel.
+            "x": drawn(*shape) + 0.75,
             "weight": drawn(shape[-1]).abs() + 0.5,
             "bound": torch.full((1,), bound, dtype=dtype, device=device),
             "eps": 1e-5,
@@ -53,7 +53,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "a given mean square, no residual": draw(7, 37, given=True, residual=False),
         "an estimated mean square": {**draw(7, 37, given=True), "affine": numbers(1.25, 0.25)},
         "no residual": draw(7, 37, residual=False),
-        "an estimate that falls too low": {**draw(7, 37, given=True), "affine": numbers(0.5, -0.5)},
+        "an estimate that falls too low": {**draw(7, 37, given=True), "affine": numbers(0.5, -0.25)},
         "a small bound with its scale": {**draw(5, 64, bound=2.0**-6), "out_scale": numbers(640.0)},
         "far into saturation": draw(5, 64, bound=40.0),
         "a negative bound": draw(5, 64, bound=-2.0),
@@ -188,7 +188,8 @@ def compilations(capability: int) -> Iterator[Compilation]:
         absent = () if full else _LEFT_OUT
         absent += _OF_ESTIMATES if exact or not full else ("dv",)
         label = f"{dtype} {'exact' if exact else 'estimated'} {width} wide"
-        forward, backward = forward_config(4096, width, exact), backward_config(4096, width)
+        row_bytes = 3 * width * {"fp32": 4, "fp64": 8}.get(dtype, 2)
+        forward, backward = forward_config(4096, width, exact), backward_config(4096, width, row_bytes)
         launch = {"BLOCK_ROWS": forward.block_rows, "BLOCK_WIDTH": forward.block_width, "num_warps": forward.num_warps}
         overlaps = (False, True) if capability >= 90 and width == 4096 and dtype == "bf16" else (False,)
         for overlap in overlaps:

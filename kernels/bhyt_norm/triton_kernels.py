@@ -373,7 +373,8 @@ def launch_backward(
     dsummed = None if dsummed is None else _rows_contiguous(dsummed)
     out_scale = _contiguous(out_scale)
     scale_stride = 0 if out_scale is None else int(out_scale.numel() > 1)
-    config = backward_config(rows, width)
+    read = (dnormed, summed, *(() if dsummed is None else (dsummed,)))
+    config = backward_config(rows, width, sum(width * tensor.element_size() for tensor in read))
     blocks = triton.cdiv(rows, config.block_rows)
     programs = min(blocks, config.programs * _multiprocessors(summed.device))
     # Of each program: the weight's gradient, the bound's, and those of slope and intercept.

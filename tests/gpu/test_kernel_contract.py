@@ -142,7 +142,10 @@ def test_operators_obey_pytorch(record: KernelRecord, label: str, device: torch.
 @by_record
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: torch.device) -> None:
-    """Results and gradients are those of the uncompiled call, at several shapes."""
+    """Results and gradients are those of the uncompiled call, at several shapes.
+
+    To rounding: where a result is an argument handed through, a compiler adds its gradient outside of the operator.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(
         _triton(record), fullgraph=True, dynamic=dynamic, backend="inductor" if device.type == "cuda" else "aot_eager"
@@ -151,7 +154,7 @@ def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: to
         arguments = sample.arguments
         expected = run(_triton(record), arguments, record.differentiable, record.mutates)
         actual = run(compiled, arguments, record.differentiable, record.mutates)
-        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @by_record

@@ -125,7 +125,8 @@ def test_edits_of_tables_on_the_host_are_those_of_tables_on_the_device(
         edit.revert()
         return [*found, _generate(model, inputs, captured)]
 
-    for expected, found in zip(tokens(resident), tokens(offloaded), strict=True):
-        assert torch.equal(found, expected)
+    stages = ("before", "overridden", "after", "edited", "injected", "reverted")
+    for stage, expected, found in zip(stages, tokens(resident), tokens(offloaded), strict=True):
+        assert torch.equal(found, expected), stage
     with torch.no_grad():
         assert torch.equal(offloaded(**inputs).logits, resident(**inputs).logits)

@@ -98,10 +98,22 @@ def test_the_mean_square_passes_its_gradient_on() -> None:
 def test_every_width_has_configurations() -> None:
     for width in (1, 31, 64, 576, 4096, MAX_WIDTH):
         for rows in (1, 64, 100_000):
-            for config in (forward_config(rows, width, True), backward_config(rows, width)):
-                assert config.block_width >= width
-                assert config.num_warps & (config.num_warps - 1) == 0
-            assert forward_config(rows, width, False).block_width <= 2048
+            for element in (2, 4, 8):
+                row_bytes = 3 * element * width
+                backward = backward_config(rows, width, row_bytes)
+                for config in (forward_config(rows, width, True), backward):
+                    assert config.block_width >= width
+                    assert config.num_warps & (config.num_warps - 1) == 0
+                # The rows on their way fit the shared memory of every device.
+                tile = backward.block_rows * row_bytes * backward.block_width // width
+                assert (backward.num_stages - 1) * tile <= 96 * 1024
+            assert forward_config(rows, width, False).block_width <= 4096
+
+
+def test_the_widths_of_common_models_read_ahead() -> None:
+    for width, stages, programs in ((2048, 4, 2), (4096, 4, 1), (8192, 3, 1)):
+        config = backward_config(16384, width, 6 * width)
+        assert (config.num_stages, config.programs, config.num_warps) == (stages, programs, width // 512)
 
 
 def test_the_byte_model_is_the_one_that_the_notes_state() -> None:
