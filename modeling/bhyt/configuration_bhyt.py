@@ -18,10 +18,11 @@ class BhytConfig(DecoderConfig):
     | field | meaning |
     |---|---|
     | `bhyt_layers` | layers whose two norms are BHyT, sorted and unique; by default all. The others keep RMSNorm |
-    | `bhyt_second_site` | the mean square of a layer's second site: `exact`: of the row itself; `approx`: of the first |
-    | | site, plus what the attention is expected to add (the paper's); `affine`: a line fitted to the first site's |
+    | `bhyt_second_site` | mean square of a layer's second site: `exact`; `approx`, the first site's plus what the |
+    | | attention is expected to add (the paper's choice); `affine`, a line fitted to the first site's |
     | `bhyt_exact_layers` | layers whose second site is exact, whatever `bhyt_second_site` says |
-    | `bhyt_lambda_input`, `bhyt_lambda_post` | initial lambda of the first and second sites: a number, or a list by layer |
+    | `bhyt_lambda_input` | initial lambda of the first sites: one number, or one for each of the model's layers |
+    | `bhyt_lambda_post` | the same of the second sites |
     | `bhyt_lambda_final` | initial lambda of a BHyT final norm |
     | `bhyt_learnable_lambda` | lambdas are trained |
     | `bhyt_kappa` | coverage constant of Chebyshev's inequality |

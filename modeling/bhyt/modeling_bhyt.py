@@ -5,24 +5,33 @@ arXiv:2601.09719.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 from hf_efficient.errors import HFEError
+from hf_efficient.logging import get_logger
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.bhyt.branch_variance import branch_variance
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
+from hf_efficient.modeling.bhyt.effective_weight import effective_weight, fingerprint
+from hf_efficient.modeling.decoder.modeling_decoder import (
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+)
 
 
 class BhytPreTrainedModel(DecoderPreTrainedModel):
     config: BhytConfig
     config_class = BhytConfig  # transformers reads annotations unevaluated, so it is named here too
     _keep_in_fp32_modules_strict = {r"norm\.affine$", r"norm\.branch$", r"norm\.out_scale$"}
-    # Computed anew from the weights.
+    # It is computed from the weights.
     _keys_to_ignore_on_load_missing = [r"norm\.branch$"]
 
     @torch.no_grad()
@@ -32,17 +41,6 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def post_init(self) -> None:
-        super().post_init()
-        self.refresh_branch_variance()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.refresh_branch_variance()
-        return loaded
-
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         super().check_loaded(missing_keys, unexpected_keys)
         bounds = sorted(key for key in missing_keys if key.endswith(".lam"))
@@ -51,28 +49,46 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
                 f"the checkpoint lacks {len(bounds)} lambdas, {bounds[0]} first, so it is not a BHyT checkpoint",
                 "convert the stock model with `hf-efficient convert SOURCE OUTPUT --patch bhyt` and load OUTPUT",
             )
+        for name, module in self.named_modules():
+            if isinstance(module, BhytNorm) and not module.lam.is_meta:
+                _check_values(name, module)
 
-    @torch.no_grad()
-    def refresh_branch_variance(self) -> None:
-        """Compute the `branch` of every approximate site from the weights as they are."""
-        model = self.base_model
-        for layer in getattr(model, "layers", ()):
-            norm = layer.post_attention_layernorm
-            if isinstance(norm, BhytNorm) and norm.branch is not None and not norm.branch.is_meta:
-                attention = layer.self_attn
-                norm.branch.copy_(
-                    branch_variance(
-                        attention.v_proj.weight,
-                        attention.o_proj.weight,
-                        attention.v_proj.bias,
-                        head_dim=self.config.head_dim,
-                        seq_len=self.config.bhyt_seq_len,
-                    )
-                )
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; the branch variances that are saved are those of the weights that are saved."""
+        if state_dict is None:
+            self.refresh_branch_variance()
+        else:
+            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+            state_dict = self.base_model._with_branch_variance(state_dict, prefix)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def refresh_branch_variance(self) -> list[int]:
+        """Compute what the approximate sites expect of the attention from its weights as they are, adapters included.
+
+        This happens by itself where a model is made, loaded, saved or switched to evaluation, and before a call in
+        evaluation mode when weights or adapters changed. In training `BranchVarianceCallback` or
+        `keep_branch_variance` calls it now and then. With sharded weights all processes must call it.
+
+        Returns:
+            The layers whose weights cannot be read here, so that they keep what is stored.
+
+        Raises:
+            HFEError: such a layer has nothing stored.
+        """
+        return self.base_model._refresh(strict=True)
 
 
 class BhytModel(BhytPreTrainedModel, DecoderModel):
     """Decoder whose layers `config.bhyt_layers` have BHyT in place of their norms."""
+
+    # Of the weights that the branch variances were last computed from.
+    _seen: Hashable = None
 
     def __init__(self, config: BhytConfig) -> None:
         # Not a rule of the configuration, which transformers also makes from defaults alone.
@@ -87,6 +103,108 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
     def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
         bounded = self.config.bhyt_final == "bhyt" if layer_idx is None else layer_idx in self.config.bhyt_layers
         return BhytNorm(self.config, site, layer_idx) if bounded else super().build_norm(site, layer_idx)
+
+    def post_init(self) -> None:
+        super().post_init()
+        self._refresh(strict=False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not mode:
+            self._refresh(strict=True)
+        return self
+
+    def begin_call(
+        self,
+        token_ids: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not self.training and not torch.compiler.is_compiling() and self._fingerprint() != self._seen:
+            self._refresh(strict=True)
+        return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
+
+    def _approximate_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
+        for index, layer in enumerate(self.layers):
+            # An adapter's wrapper passes the attribute through.
+            if getattr(layer.post_attention_layernorm, "estimate", None) == "approx":
+                yield index, layer
+
+    def _fingerprint(self) -> Hashable:
+        """Changes with the weights that branch variances depend on; None without such, and where they are sharded."""
+        found = []
+        for _, layer in self._approximate_layers():
+            modules = layer.self_attn._modules
+            found += [fingerprint(modules["v_proj"]), fingerprint(modules["o_proj"])]
+        return None if None in found else tuple(found) or None
+
+    @torch.no_grad()
+    def _refresh(self, strict: bool) -> list[int]:
+        """See `refresh_branch_variance`; unless `strict`, a layer may have nothing stored."""
+        unread = []
+        for index, layer in self._approximate_layers():
+            sites = [m for m in layer.post_attention_layernorm.modules() if isinstance(m, BhytNorm)]
+            stored = [site.branch for site in sites if site.branch is not None]
+            if any(branch.is_meta for branch in stored):
+                continue
+            projections = layer.self_attn.v_proj, layer.self_attn.o_proj
+            read = [effective_weight(module, stored[0].to(self.dtype)) for module in projections]
+            if None in read:
+                unread.append(index)
+                if strict and any(bool(branch.isnan().any()) for branch in stored):
+                    raise HFEError(
+                        f"layer {index} has no branch variance, and the weights to compute it from cannot be read here",
+                        "load the model once whole (no offloading, and FSDP2 in place of FSDP1 or ZeRO-3) and save it, "
+                        "or set bhyt_second_site='exact'",
+                    )
+                continue
+            (value_weight, value_bias), (output_weight, _) = read
+            found = self._branch_variance(value_weight, output_weight, value_bias)
+            for branch in stored:
+                # Not written in vain, for a backward pass may be waiting that was promised what it saw.
+                if not torch.equal(branch, found.to(branch.device)):
+                    with torch.inference_mode(branch.is_inference()):
+                        branch.copy_(found)
+        self._seen = self._fingerprint()
+        return unread
+
+    def _branch_variance(self, value_weight: Tensor, output_weight: Tensor, value_bias: Tensor | None) -> Tensor:
+        head_dim, seq_len = self.config.head_dim, self.config.bhyt_seq_len
+        return branch_variance(value_weight, output_weight, value_bias, head_dim=head_dim, seq_len=seq_len)
+
+    def _with_branch_variance(self, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """`state_dict` with the branch variances of its own weights, where it has them whole."""
+        config = self.config
+        kv_width, width = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
+        shapes = {"v_proj.weight": (kv_width, config.hidden_size), "o_proj.weight": (config.hidden_size, width)}
+        found = {}
+        for index, _ in self._approximate_layers():
+            layer = f"{prefix}layers.{index}"
+            given = {name: state_dict.get(f"{layer}.self_attn.{name}") for name in (*shapes, "v_proj.bias")}
+            tensors = [given[name] for name in shapes]
+            if all(
+                type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.shape == shape
+                for tensor, shape in zip(tensors, shapes.values(), strict=True)
+            ):
+                found[f"{layer}.post_attention_layernorm.branch"] = self._branch_variance(
+                    *tensors, given["v_proj.bias"]
+                )
+        return state_dict | found
+
+
+def _check_values(name: str, norm: BhytNorm) -> None:
+    """Raise `HFEError` where a loaded site holds what is no number; tell of one that passes nothing on."""
+    for leaf in ("lam", "affine", "out_scale"):
+        tensor = getattr(norm, leaf)
+        if tensor is not None and not tensor.isfinite().all():
+            raise HFEError(
+                f"{name}.{leaf} of the checkpoint holds NaN or infinity",
+                "take a checkpoint from before training failed",
+            )
+    if not norm.lam.any():
+        get_logger().warning("%s.lam is 0, so this site passes nothing on", name)
 
 
 class BhytForCausalLM(BhytPreTrainedModel, DecoderForCausalLM, GenerationMixin):

@@ -1,0 +1,108 @@
+"""The matrix that a linear module applies: with adapters, gathered where it is sharded, dequantised.
+
+Adapters are known by their attributes (PEFT's), so that nothing has to be installed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [out, in] and bias [out] that calling `module` in evaluation mode comes to.
+
+    A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of an unknown
+    kind is called, on the unit vectors in the dtype and on the device of `like`.
+
+    Returns:
+        None where they cannot be read: they have no data here, or this process has a shard of unknown layout.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    if type(module) is nn.Linear and (type(module.weight) in (nn.Parameter, Tensor) or _is_sharded(module.weight)):
+        weight, bias = _whole(module.weight), _whole(module.bias)
+        if weight.is_floating_point():
+            return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
+    adapters = _low_rank_adapters(module)
+    if adapters is None:
+        return _by_calling(module, like)
+    base = effective_weight(module.base_layer, like)
+    if base is None:
+        return None
+    weight, bias = base
+    for name, sign in adapters:
+        down, up = module.lora_A[name], module.lora_B[name]
+        factors = _whole(up.weight), _whole(down.weight)
+        if factors[0].shape[0] != weight.shape[0] or factors[1].shape[1] != weight.shape[1]:
+            return None
+        scale = sign * module.scaling[name]
+        weight = weight.float() + scale * (factors[0].float() @ factors[1].float())
+        if up.bias is not None:
+            change = scale * _whole(up.bias).float()
+            bias = change if bias is None else bias.float() + change
+    return weight, bias
+
+
+def fingerprint(module: Any) -> Hashable:
+    """Changes whenever `effective_weight` may; quick. None where weights are distributed, which only a refresh reads.
+
+    What is written through `Tensor.data` without a trace, as some optimisers do, is not seen.
+    """
+    if type(module) is nn.Linear:
+        tensors: Any = module._parameters.values()
+        state: Hashable = None
+    else:
+        tensors = module.parameters()
+        adapters = (getattr(module, name, None) for name in ("active_adapters", "merged_adapters", "disable_adapters"))
+        state = (id(module), str(list(adapters)), str(getattr(module, "scaling", None)))
+    found = []
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if _is_sharded(tensor):
+            return None
+        # Made in inference mode, a tensor has no version.
+        found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+    return (*found, state)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Any) -> Any:
+    """`tensor`, gathered from all processes where it is sharded."""
+    return tensor.full_tensor() if tensor is not None and _is_sharded(tensor) else tensor
+
+
+def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
+    """Low-rank adapters to add to a PEFT module's base weight (1) or take off it (-1); None where it has others."""
+    factors = getattr(module, "lora_A", None)
+    if not isinstance(factors, nn.ModuleDict) or not isinstance(getattr(module, "base_layer", None), nn.Module):
+        return None
+    merged = set(module.merged_adapters)
+    wanted = set() if module.disable_adapters else merged or set(module.active_adapters) & set(factors)
+    changes = [(name, 1) for name in sorted(wanted - merged)] + [(name, -1) for name in sorted(merged - wanted)]
+    plain = all(
+        isinstance(factors[name], nn.Linear) and name not in getattr(module, "lora_variant", ()) for name, _ in changes
+    )
+    return changes if plain else None
+
+
+def _by_calling(module: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of an affine module, from its values at zero and at the unit vectors."""
+    parts = [(part, part.training) for part in module.modules()]  # type: ignore[attr-defined]
+    for part, _ in parts:
+        part.training = False  # no dropout; `eval` would have consequences of its own
+    try:
+        points = torch.eye(module.in_features, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        bias = module(torch.zeros_like(points[:1]))[0].float()
+        return (module(points).float() - bias).T, bias
+    finally:
+        for part, training in parts:
+            part.training = training
