@@ -97,3 +97,14 @@ def test_the_benchmark_of_the_row_kernels_runs(harness: ModuleType, tmp_path: Pa
     assert all(line["ms"] > 0 and line["commit"] == "abc" for line in lines)
     assert [line["matches_reference"] for line in lines if line["provider"] == "eager"] == [True] * 4
     assert (tmp_path / "row_kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_of_the_bounded_norm_runs(harness: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra `bench`)")
+    size = ["--device", "cpu", "--shapes", "4x32"]
+    import_module("benchmarks.bhyt_norm").main([*size, "--output", str(tmp_path), "--commit", "abc"])
+    lines = [json.loads(line) for line in (tmp_path / "bhyt_norm.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {(line["mode"], line["provider"]) for line in lines}
+    assert {"BHyT, exact", "BHyT, estimated", "RMSNorm, stock"} <= {provider for _, provider in found}
+    assert all(line["ms"] > 0 and line["floor_bytes"] % (8 * 4 * 32) == 0 for line in lines)
+    assert (tmp_path / "bhyt_norm.png").read_bytes().startswith(b"\x89PNG")
