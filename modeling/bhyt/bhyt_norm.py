@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from hf_efficient.errors import HFEError
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
+from hf_efficient.kernels.bhyt_norm.reference import estimate
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.decoder.rms_norm import rms_norm
 
@@ -121,6 +122,14 @@ class BhytNorm(nn.Module):
             out_scale=self.out_scale,
         )
         return normed, summed, (found, self.lam.detach())
+
+    def tanh_scale(self, told: Statistic | None, found: Statistic) -> Tensor:
+        """What a row [...] is multiplied by under the tanh, from the statistics that went into a call and came out."""
+        variance = found[0]
+        if self.estimate != "exact" and told is not None:
+            first_lam = None if self.branch is None else told[1]
+            variance = estimate(variance, self.kappa, self.affine, self.branch, first_lam)
+        return self.lam.to(variance.dtype) / self.kappa * torch.rsqrt(variance + self.eps)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in PyTorch, but ``.to(torch.bfloat16)`` leaves what is stored in float32 as exact as it is."""

@@ -5,7 +5,7 @@ Adapters are known by their attributes (PEFT's), so that nothing has to be insta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -48,26 +48,32 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
 
 
 def fingerprint(module: Any) -> Hashable:
-    """Changes whenever `effective_weight` may; quick. None where weights are distributed, which only a refresh reads.
+    """Changes whenever `effective_weight` may; quick. None where weights are sharded, which only a refresh reads.
 
     What is written through `Tensor.data` without a trace, as some optimisers do, is not seen.
     """
-    if type(module) is nn.Linear:
-        tensors: Any = module._parameters.values()
-        state: Hashable = None
-    else:
-        tensors = module.parameters()
-        adapters = (getattr(module, name, None) for name in ("active_adapters", "merged_adapters", "disable_adapters"))
-        state = (id(module), str(list(adapters)), str(getattr(module, "scaling", None)))
-    found = []
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if _is_sharded(tensor):
+    found: list[Any] = []
+    if type(module) is not nn.Linear:
+        adapters = (getattr(module, name, ()) for name in ("active_adapters", "merged_adapters"))
+        scaling = getattr(module, "scaling", None)
+        found += [id(module), *map(tuple, adapters), getattr(module, "disable_adapters", None)]
+        found.append(tuple(scaling.values()) if isinstance(scaling, dict) else None)
+    for tensor in _parameters(module):
+        if type(tensor) is not nn.Parameter and _is_sharded(tensor):
             return None
         # Made in inference mode, a tensor has no version.
-        found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
-    return (*found, state)
+        found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    return tuple(found)
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """As `nn.Module.parameters`, in a fraction of its time."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield parameter
+    for child in module._modules.values():
+        if child is not None and (child._modules or child._parameters):
+            yield from _parameters(child)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

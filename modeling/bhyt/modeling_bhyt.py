@@ -21,7 +21,6 @@ from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.bhyt.effective_weight import effective_weight, fingerprint
 from hf_efficient.modeling.decoder.modeling_decoder import (
     DecoderForCausalLM,
-    DecoderLayer,
     DecoderModel,
     DecoderPreTrainedModel,
 )
@@ -126,30 +125,32 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
             self._refresh(strict=True)
         return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
-    def _approximate_layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        for index, layer in enumerate(self.layers):
+    def _approximate_layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and parts of each layer whose second site is approximate. Before every call, so by the shortest way."""
+        for index, layer in enumerate(self._modules["layers"]._modules.values()):
+            parts = layer._modules
             # An adapter's wrapper passes the attribute through.
-            if getattr(layer.post_attention_layernorm, "estimate", None) == "approx":
-                yield index, layer
+            if getattr(parts["post_attention_layernorm"], "estimate", None) == "approx":
+                yield index, parts
 
     def _fingerprint(self) -> Hashable:
         """Changes with the weights that branch variances depend on; None without such, and where they are sharded."""
         found = []
-        for _, layer in self._approximate_layers():
-            modules = layer.self_attn._modules
-            found += [fingerprint(modules["v_proj"]), fingerprint(modules["o_proj"])]
+        for _, parts in self._approximate_layers():
+            attention = parts["self_attn"]._modules
+            found += [fingerprint(attention["v_proj"]), fingerprint(attention["o_proj"])]
         return None if None in found else tuple(found) or None
 
     @torch.no_grad()
     def _refresh(self, strict: bool) -> list[int]:
         """See `refresh_branch_variance`; unless `strict`, a layer may have nothing stored."""
         unread = []
-        for index, layer in self._approximate_layers():
-            sites = [m for m in layer.post_attention_layernorm.modules() if isinstance(m, BhytNorm)]
+        for index, parts in self._approximate_layers():
+            sites = [m for m in parts["post_attention_layernorm"].modules() if isinstance(m, BhytNorm)]
             stored = [site.branch for site in sites if site.branch is not None]
             if any(branch.is_meta for branch in stored):
                 continue
-            projections = layer.self_attn.v_proj, layer.self_attn.o_proj
+            projections = parts["self_attn"].v_proj, parts["self_attn"].o_proj
             read = [effective_weight(module, stored[0].to(self.dtype)) for module in projections]
             if None in read:
                 unread.append(index)

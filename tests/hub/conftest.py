@@ -33,8 +33,8 @@ SMALL = {
     **{"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
 }
-# Fields without which an architecture's patch would be absent.
-PATCHED = {"hfe_decoder": {"stem_layers": [1]}}
+# Fields without which an architecture's patch would be absent or incomplete.
+PATCHED = {"hfe_decoder": {"stem_layers": [1], "bhyt_final": "bhyt"}, "hfe_bhyt": {"bhyt_seq_len": 16}}
 MODEL_TYPES = [architecture.model_type for architecture in ARCHITECTURES]
 
 
