@@ -38,6 +38,7 @@ class ConversionOptions:
     base_model: str | None
     license: str | None
     tokenizer: str | Path | None
+    gamma_folded: bool
 
     def __post_init__(self) -> None:
         _check_patches(self.patches)
@@ -76,7 +77,15 @@ class ConversionOptions:
         """All that decides the result, as plain values. Files are known by their names, not by their place."""
         values = {
             name: getattr(self, name)
-            for name in ("seed", "calibration_tokens", "evaluate", "base_model", "license", "max_shard_bytes")
+            for name in (
+                "seed",
+                "calibration_tokens",
+                "evaluate",
+                "base_model",
+                "license",
+                "max_shard_bytes",
+                "gamma_folded",
+            )
         }
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["device"] = str(self.device)

@@ -44,9 +44,12 @@ class Patch(Protocol):
     """
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool]
     # What a reader of the model card must know before using a converted checkpoint.
     card_note: ClassVar[str]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True when the patch measures the source model on text."""
 
     @property
     def measures_choice(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_efficient.conversion.patch import NewTensor, Patch
-from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, skeleton
+from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, skeleton, stays_float32
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
@@ -107,7 +107,8 @@ def plan_conversion(
     Args:
         choices: configuration fields that the patches chose.
         config_class: class of the result's configuration.
-        dtype: of every tensor; None keeps each tensor's own, and gives new ones the dtype of most source elements.
+        dtype: of every tensor but those that stay float32; None keeps each tensor's own, and gives new ones the dtype
+            of most source elements.
         left_out: what `check_source` returned.
 
     Raises:
@@ -125,9 +126,10 @@ def plan_conversion(
     expected = expected_tensors(config)
     copied = [name for name in expected if name not in added]
     _check_accounts(reader, expected, copied, added, dropped, left_out)
+    dtypes = {name: torch.float32 if stays_float32(name) else dtype or reader.dtype(name) for name in copied}
     # Wider elements first: see `split_into_shards`.
-    copied.sort(key=lambda name: -(dtype or reader.dtype(name)).itemsize)
-    stored = [StoredTensor(name, expected[name], dtype or reader.dtype(name)) for name in copied]
+    copied.sort(key=lambda name: -dtypes[name].itemsize)
+    stored = [StoredTensor(name, expected[name], dtypes[name]) for name in copied]
     stored += [StoredTensor(n, t.shape, t.dtype) for tensors in computed.values() for n, t in tensors.items()]
     in_source = [StoredTensor(n, reader.shape(n), reader.dtype(n)) for n in reader.names() if n not in left_out]
     return ConversionPlan(

@@ -27,8 +27,8 @@ class ConversionReport:
         source: `name`, `model_type`, `base_model`, `revision`, `license`, and `fingerprint`, the SHA-256 of the
             configuration, tensor headers and file sizes.
         model_type: of the result.
-        patches: for each patch its `name`, `options`, `choices` and what it `measured`; `summary` in the last holds
-            texts by label, which the table shows.
+        patches: for each patch its `name`, `options`, `choices`, whether it was `calibrated` and what it `measured`;
+            `summary` in the last holds texts by label, which the table shows.
         tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
         before, after: size of source and result; `ModelSize` has the formulas.
         dtype: of new tensors, and of most others.
@@ -103,7 +103,7 @@ class ConversionReport:
 
     def _measured(self) -> list[tuple[str, str]]:
         rows = []
-        if self.calibration and self.patches:
+        if self.calibration and any(patch.get("calibrated", True) for patch in self.patches):
             text, count = self.calibration["calibration_text"], self.calibration["calibration_tokens"]
             rows.append(("calibrated on", f"{text}, {count:,} tokens"))
         if self.evaluation:

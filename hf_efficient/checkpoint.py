@@ -58,6 +58,7 @@ def convert(
     base_model: str | None = None,
     license: str | None = None,
     tokenizer: str | Path | None = None,
+    gamma_folded: bool = False,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     evaluate: bool = True,
@@ -73,7 +74,7 @@ def convert(
 
     Args:
         source: Hub id, local folder, or local `.gguf` file; the folder may also be a training step of the STEM authors'
-            code, which is based on Meta Lingua.
+            code, which is based on Meta Lingua, or a checkpoint of the BHyT authors' code.
         output: folder to make.
         patches: what to change, e.g. `[Stem(layers=[1, 4])]`. One patch on a stock model gives that patch's own
             architecture; none or several give the decoder that takes any combination.
@@ -84,6 +85,8 @@ def convert(
         max_shard_size: largest weight file.
         base_model, license: for the model card; by default what the source says of itself.
         tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
+        gamma_folded: the source was written by the BHyT authors' code while `norm_fold` was applied, of which it leaves
+            no sign: the projections hold the gammas of the norms before them, which therefore become 1.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
             the documentation that comes with Python.
         calibration_tokens: tokens to calibrate on, at most.
@@ -111,11 +114,16 @@ def convert(
         base_model=base_model,
         license=license,
         tokenizer=tokenizer,
+        gamma_folded=gamma_folded,
     )
     if not dry_run:
         check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
     opened = open_source(
-        str(source), revision=revision, token=token, tokenizer=None if tokenizer is None else str(tokenizer)
+        str(source),
+        revision=revision,
+        token=token,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        gamma_folded=gamma_folded,
     )
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
     if any(patch.measures_choice for patch in options.patches):
@@ -149,6 +157,8 @@ class _Conversion:
         self.workspace: Workspace | None = None
         self._found: dict[str, Any] = {}
         self.warnings: list[str] = []
+        for warning in source.warnings:
+            self.warn(warning)
         self.choices: dict[str, dict[str, Any]] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -304,6 +314,7 @@ class _Conversion:
         return {
             "name": patch.name,
             "options": patch_fields(patch),
+            "calibrated": patch.needs_calibration,
             "choices": choice["fields"],
             "measured": {**final, **kept},
         }

@@ -55,7 +55,7 @@ def _causal_lm(
 ARCHITECTURES: tuple[Architecture, ...] = (
     _causal_lm(None, EfficientDecoderConfig, EfficientDecoderModel, EfficientDecoderForCausalLM),
     _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem:Stem"),
-    _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM),
+    _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM, "hf_efficient.conversion.bhyt:Bhyt"),
 )
 
 _AUTO_MODELS = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.rms_norm import add_and_norm
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderModel
 from hf_efficient.modeling.stem.modeling_stem import StemTable
@@ -140,7 +141,7 @@ class LayerwisePass:
         head = self.reader.read(name).to(self.device, torch.float32)
         for stream in streams:
             yield (
-                nn.functional.linear(self.model.norm(piece), head)
+                nn.functional.linear(add_and_norm(self.model.norm, piece)[0], head)
                 for sequence in stream.hidden
                 for piece in sequence.split(LOGIT_POSITIONS)
             )
@@ -157,7 +158,8 @@ class LayerwisePass:
         return self._shapes[shape]
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
-        for name, _ in list(module.named_parameters()):
+        parameters = {name for name, _ in module.named_parameters()}
+        for name in module.state_dict():
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             if isinstance(owner, StemTable):
@@ -165,7 +167,10 @@ class LayerwisePass:
             else:
                 tensor = self.reader.read(prefix + name)
             tensor = tensor.to(self.device, torch.float32)
-            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            if name in parameters:
+                owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            else:
+                owner.register_buffer(leaf, tensor)
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int) -> None:

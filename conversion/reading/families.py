@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,11 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
+
+
+def stays_float32(name: str) -> bool:
+    """True for a tensor that a checkpoint of our decoder stores in float32, whatever the dtype of the others."""
+    return any(re.search(pattern, name) for pattern in EfficientDecoderForCausalLM._keep_in_fp32_modules_strict or ())
 
 
 def check_tensors(

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from hf_efficient.conversion.reading.bhyt_release import (
+    GAMMA_FOLDED,
+    BhytReleaseReader,
+    is_bhyt_release,
+    release_config,
+)
 from hf_efficient.conversion.reading.families import decoder_config, source_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.reading.hub_files import (
@@ -67,6 +73,7 @@ class Source:
         special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
         weight_files: the files that hold the weights.
         base_model, license, revision: for the model card; None when the source does not say. Never a local path.
+        warnings: what the user should know of how it was read.
     """
 
     location: str
@@ -81,6 +88,7 @@ class Source:
     base_model: str | None = None
     license: str | None = None
     revision: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -138,7 +146,12 @@ class Source:
 
 
 def open_source(
-    location: str, *, revision: str | None = None, token: str | None = None, tokenizer: str | None = None
+    location: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    tokenizer: str | None = None,
+    gamma_folded: bool = False,
 ) -> Source:
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
 
@@ -146,21 +159,29 @@ def open_source(
         location: the source. Something that exists locally is never looked up on the Hub.
         revision, token: of the Hub repository.
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
+        gamma_folded: the projections hold the gammas of the norms before them: see `BhytReleaseReader`.
 
     Raises:
         HFEError: the source is absent, damaged, or not a checkpoint that a conversion takes.
     """
-    source = _open(location, revision, token)
+    source = _open(location, revision, token, gamma_folded)
     if tokenizer is not None:
         path = Path(tokenizer).expanduser()
         source = replace(source, tokenizer_files=path if path.is_dir() else download_tokenizer(tokenizer, token=token))
     return _with_special_tokens(source) if isinstance(source.reader, LinguaReader) else source
 
 
-def _open(location: str, revision: str | None, token: str | None) -> Source:
+def _open(location: str, revision: str | None, token: str | None, gamma_folded: bool) -> Source:
     path = Path(location).expanduser()
+    if path.is_dir() and not is_lingua(path):
+        return _open_folder(location, path, gamma_folded)
+    if gamma_folded and path.exists():
+        raise HFEError(
+            f"gamma_folded speaks of a folder that the BHyT authors' code wrote, and {path.name} is none",
+            "leave it out",
+        )
     if path.is_dir():
-        return _open_lingua(location, path) if is_lingua(path) else _open_folder(location, path)
+        return _open_lingua(location, path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise HFEError(
@@ -169,7 +190,7 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
         return _open_gguf(location, path)
     if path.suffix == ".gguf" or not is_repo_id(location):
         raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
-    return _open_folder(location, download_checkpoint(location, revision=revision, token=token))
+    return _open_folder(location, download_checkpoint(location, revision=revision, token=token), gamma_folded)
 
 
 def open_folder_reader(folder: Path) -> SafetensorsReader:
@@ -199,27 +220,37 @@ def weight_files(folder: Path) -> list[Path]:
     raise HFEError(f"{name} holds neither {_SINGLE_NAME} nor {INDEX_NAME}", "name the folder of a whole checkpoint")
 
 
-def _open_folder(location: str, folder: Path) -> Source:
+def _open_folder(location: str, folder: Path, gamma_folded: bool) -> Source:
     if not (folder / "config.json").is_file():
         weight_files(folder)  # an adapter or a folder of another kind has a better message
         raise HFEError(
             f"{repo_of_snapshot(folder)[0] or folder.name} has no config.json", "name the folder of a whole checkpoint"
         )
-    stock_config = source_config(read_json(folder / "config.json"))
+    fields = read_json(folder / "config.json")
+    stock_config = source_config(fields)
     repo, revision = repo_of_snapshot(folder)
     card = card_metadata(folder)
     files = weight_files(folder)
+    reader: TensorReader = SafetensorsReader(files)
+    config, warnings = decoder_config(stock_config), []
+    folded = gamma_folded or bool(fields.get(GAMMA_FOLDED))
+    if is_bhyt_release(fields):
+        config = release_config(fields, config)
+    if is_bhyt_release(fields) or folded:
+        reader = BhytReleaseReader(reader, fields, config, gamma_folded=folded)
+        warnings = reader.warnings()
     return Source(
         location=location,
         files=folder,
-        reader=SafetensorsReader(files),
+        reader=reader,
         stock_config=stock_config,
-        config=decoder_config(stock_config),
+        config=config,
         weight_files=files,
         # A patched checkpoint goes back to the stock model that it was made from.
         base_model=card.get("base_model") if isinstance(stock_config, DecoderConfig) else repo,
         license=card.get("license"),
         revision=revision,
+        warnings=warnings,
     )
 
 

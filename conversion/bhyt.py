@@ -1,0 +1,277 @@
+"""Stock checkpoint -> BHyT: a bounded hyperbolic tangent takes the place of RMSNorm.
+
+With z the normalised row and a = lambda / kappa, a converted site gives ``weight * out_scale * tanh(a z)``. The weight
+is the source's, bit for bit, so dropping `lam` and `out_scale` gives the source back.
+
+- Lossless: a so small that tanh is its argument to below the rounding of bfloat16, ``out_scale = 1 / a``. Since
+  ``|z| <= sqrt(D)``, the relative error of an output is at most ``(a sqrt(D))^2 / 3`` for every input there is.
+- Bounded: a as given, and a gain for each channel, fitted to text, in `out_scale`.
+
+`bhyt_fits` has the formulas of what is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.bhyt_fits import GainFit, MeanSquareLine, after_attention, mean_square, replaced
+from hf_efficient.conversion.measuring.calibration import Calibration
+from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from hf_efficient.errors import UsageError
+from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+_SECOND_SITES = ("exact", "affine")
+_FINAL_NORMS = ("rms", "bhyt")
+# tanh(u) and u differ by u^2 / 3 of themselves: at this u by half a unit in the last place of bfloat16.
+_LARGEST_ARGUMENT = 0.0765
+_LARGEST_A = 2.0**-10
+# In the first layers the attention adds most to the stream, and what it adds follows no line.
+_EXACT_BY_DEFAULT = (0, 1)
+
+
+@dataclass
+class Bhyt:
+    """Options of the BHyT patch.
+
+    Raises:
+        UsageError: an option is malformed here, or does not suit the model in `check`.
+    """
+
+    name: ClassVar[str] = "bhyt"
+    measures_choice: ClassVar[bool] = False
+    card_note: ClassVar[str] = (
+        "BHyT (arXiv:2601.09719) puts a bound on what RMSNorm gives: `gamma * tanh(lambda / kappa * x / rms(x))`. "
+        "Converted without `--bhyt-bound`, lambda is so small that the model is its source to within rounding, and "
+        "nothing is bounded either. **Converted with it the model is bounded, and the conversion lossy**: expect a "
+        "clear loss of quality until the model has been recovered by training."
+    )
+
+    second_site: str = field(
+        default="exact",
+        metadata={
+            "help": "mean square of a layer's second norm: exact; affine: a line fitted to that of the first, which "
+            "saves a sum over the row (needs text)"
+        },
+    )
+    exact_layers: str | list[int] | None = field(
+        default=None,
+        metadata={"help": "with affine: layers whose second norm stays exact, such as 0,1,5, or none (default: 0,1)"},
+    )
+    bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "lambda: bounds a norm at |x / rms| = kappa / lambda, with gains fitted to text; lossy (default: "
+            "none, which is lossless)"
+        },
+    )
+    kappa: float = field(default=10.0, metadata={"help": "what lambda is divided by"})
+    final: str = field(default="rms", metadata={"help": "the final norm: rms keeps it, bhyt converts it too"})
+
+    def __post_init__(self) -> None:
+        for name, words in (("second_site", _SECOND_SITES), ("final", _FINAL_NORMS)):
+            if getattr(self, name) not in words:
+                raise UsageError(f"bhyt {name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
+        for name in ("bound", "kappa"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UsageError(
+                    f"bhyt {name}={value} must be a positive number", "the paper's lambda is 1, its kappa 10"
+                )
+        if self.exact_layers is not None:
+            self.exact_layers = _parse_layers(self.exact_layers)
+            if self.second_site == "exact":
+                raise UsageError(
+                    f"bhyt exact_layers={self.exact_layers} goes with second_site=affine; every layer is exact already",
+                    "leave it out",
+                )
+        self._summary: dict[str, str] = {}
+        self._sites: dict[str, dict[str, Any]] = {}
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.bound is not None or self.second_site == "affine"
+
+    def check(self, config: DecoderConfig) -> None:
+        if "bhyt" in config.active_patches:
+            raise UsageError(
+                f"the source is a BHyT checkpoint already ({config.model_type}, source {config.source_model_type})",
+                "convert its stock source again, with the options you want",
+            )
+        outside = [i for i in self.exact_layers or [] if int(i) >= config.num_hidden_layers]
+        if outside:
+            raise UsageError(
+                f"bhyt exact_layers {outside} do not exist", f"the model has layers 0 to {config.num_hidden_layers - 1}"
+            )
+
+    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        count = config.num_hidden_layers
+        exact = _EXACT_BY_DEFAULT if self.exact_layers is None else self.exact_layers
+        bound = self._lambda(config)
+        if self.bound is None:
+            u = bound / self.kappa * math.sqrt(config.hidden_size)
+            self._summary["bhyt"] = f"lossless: a norm's outputs are within {u * u / 3:.1e} of the source's"
+        return {
+            "bhyt_layers": list(range(count)),
+            "bhyt_second_site": self.second_site,
+            "bhyt_exact_layers": [int(i) for i in exact if int(i) < count] if self.second_site == "affine" else [],
+            "bhyt_lambda_input": bound,
+            "bhyt_lambda_post": bound,
+            "bhyt_lambda_final": bound,
+            "bhyt_kappa": self.kappa,
+            # RMSNorm's own: another eps would be another norm where the stream is small.
+            "bhyt_eps": config.rms_norm_eps,
+            "bhyt_final": self.final,
+            "bhyt_output_scale": True,
+        }
+
+    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        width = (config.hidden_size,)
+        origin = "1 / a" if self.bound is None else "gains fitted to text"
+        added = {}
+        for prefix, index in _sites(config):
+            added[f"{prefix}.out_scale"] = NewTensor(width, torch.float32, origin)
+            if prefix.endswith("post_attention_layernorm") and config.bhyt_estimate(index) == "affine":
+                added[f"{prefix}.affine"] = NewTensor((2,), torch.float32, "line fitted to text")
+        # Last, since they may be narrower than what is before them.
+        added |= {f"{prefix}.lam": NewTensor((1,), dtype, "lambda") for prefix, _ in _sites(config)}
+        return TensorChanges(added)
+
+    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        # As the checkpoint stores it: the gains must go with that.
+        lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
+        if self.needs_calibration:
+            yield from self._fitted(config, calibration, lam)
+        else:
+            for prefix, _ in _sites(config):
+                yield f"{prefix}.out_scale", self._plain_gain(config, lam)
+        for prefix, _ in _sites(config):
+            yield f"{prefix}.lam", lam
+
+    def report(self) -> dict[str, Any]:
+        return {"sites": self._sites, "summary": self._summary}
+
+    def _lambda(self, config: DecoderConfig) -> float:
+        if self.bound is not None:
+            return self.bound
+        # A power of two, so that a weight keeps all its digits when it is multiplied by 1 / a.
+        largest = min(_LARGEST_A, _LARGEST_ARGUMENT / math.sqrt(config.hidden_size))
+        return self.kappa * 2.0 ** math.floor(math.log2(largest))
+
+    def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
+        return torch.full((config.hidden_size,), self.kappa / lam.item(), dtype=torch.float32)
+
+    def _fitted(
+        self, config: DecoderConfig, calibration: Calibration | None, lam: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`out_scale` and `affine` of every site, in the order of the layers.
+
+        Two streams of the same text pass through the layers, through the source's norms and through the converted ones
+        fitted so far. A gain draws what a converted norm makes of its own stream to what the source's made of its own,
+        so each layer makes good for some of what those below it have lost.
+        """
+        if calibration is None:
+            raise UsageError("BHyT gains and lines are fitted to text, and no calibration was prepared")
+        run = calibration.start(calibration.fit)
+        (source,) = run.streams
+        converted = source.fork()
+        for index, layer in run.layers():
+            prefix, stock = f"model.layers.{index}", (layer.input_layernorm, layer.post_attention_layernorm)
+            gain = self._gain(f"{prefix}.input_layernorm", config, lam, source.hidden, converted.hidden)
+            yield f"{prefix}.input_layernorm.out_scale", gain
+            parts = {"input_layernorm": _norm(config, "input", index, stock[0].weight, lam, gain)}
+            with replaced(layer, **parts):
+                ahead = after_attention(run, index, layer, converted)
+            site = f"{prefix}.post_attention_layernorm"
+            gain = self._gain(site, config, lam, after_attention(run, index, layer, source), ahead)
+            yield f"{site}.out_scale", gain
+            line = None
+            if config.bhyt_estimate(index) == "affine":
+                line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(ahead))
+                self._sites[site] |= line.report
+                yield f"{site}.affine", line.tensor
+            parts["post_attention_layernorm"] = _norm(config, "post", index, stock[1].weight, lam, gain, line)
+            with replaced(layer, **parts):
+                run.push(index, layer, converted)
+            run.push(index, layer, source)
+            calibration.progress("calibrate", index + 1, config.num_hidden_layers)
+        if config.bhyt_final == "bhyt":
+            yield "model.norm.out_scale", self._gain("model.norm", config, lam, source.hidden, converted.hidden)
+        self._summarise()
+
+    def _gain(self, site: str, config: DecoderConfig, lam: Tensor, source: Tensor, converted: Tensor) -> Tensor:
+        """`out_scale` of a site [D] for these streams before it [B, S, D]."""
+        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
+        self._sites[site] = fit.report
+        if self.bound is not None:
+            return fit.gain
+        self._sites[site]["gain_times_a"] = [1.0]
+        return self._plain_gain(config, lam)
+
+    def _summarise(self) -> None:
+        errors = {site: found["relative_error"] for site, found in self._sites.items()}
+        worst = max(errors, key=lambda site: errors[site])
+        saturated = [found["saturated"] for found in self._sites.values()]
+        if self.bound is not None:
+            self._summary["bhyt, error of a norm"] = (
+                f"median {sorted(errors.values())[len(errors) // 2]:.1%}, most {errors[worst]:.1%} in {worst}"
+            )
+            self._summary["bhyt, |tanh| above 0.9"] = (
+                f"{sum(saturated) / len(saturated):.2%} of all, at most {max(saturated):.2%} of a norm's"
+            )
+        lines = {site: found for site, found in self._sites.items() if "slope" in found}
+        if lines:
+            worst = max(lines, key=lambda site: lines[site]["scale_error_p99"])
+            self._summary["bhyt, error of the lines"] = (
+                f"at most {lines[worst]['scale_error_p99']:.1%} of the scale in 99 tokens of 100, in {worst}"
+            )
+        falling = [site for site, found in lines.items() if found["through_origin"]]
+        if falling:
+            self._summary["bhyt, lines from zero"] = f"the best line falls in {', '.join(falling)}"
+
+
+def _norm(
+    config: DecoderConfig,
+    site: str,
+    index: int,
+    weight: Tensor,
+    lam: Tensor,
+    gain: Tensor,
+    line: MeanSquareLine | None = None,
+) -> nn.Module:
+    """A site as the converted model has it, in fp32."""
+    norm = BhytNorm(config, site, index).to(weight.device).requires_grad_(False)
+    norm.load_state_dict({"weight": weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})})
+    return norm
+
+
+def _sites(config: DecoderConfig) -> list[tuple[str, int]]:
+    """Names of the norms that are converted, each with its layer; the final norm, last, has the number of layers."""
+    sites = [
+        (f"model.layers.{index}.{leaf}", index)
+        for index in config.bhyt_layers
+        for leaf in ("input_layernorm", "post_attention_layernorm")
+    ]
+    return [*sites, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else sites
+
+
+def _parse_layers(layers: str | list[int]) -> list[int]:
+    if isinstance(layers, str) and layers.strip() == "none":
+        return []
+    try:
+        parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
+    except ValueError:
+        parsed = [-1]
+    integers = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in parsed)
+    if not integers or len(set(parsed)) < len(parsed):
+        raise UsageError(
+            f"bhyt exact_layers={layers!r} must be none, or different whole numbers from 0 on, separated by commas",
+            "for example 0,1",
+        )
+    return sorted(parsed)

@@ -1,0 +1,144 @@
+"""What a conversion to BHyT fits to text: the gains of a bounded site, and the line of an estimated mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+
+# A gain stays within this factor of 1 / a: tanh never exceeds its argument, and more would amplify noise.
+_MOST_GAIN = 4.0
+# Mean square of tanh below which a channel says nothing about its gain.
+_SILENT = 1e-12
+# Where |tanh| exceeds this, a channel counts as saturated.
+_SATURATED = 0.9
+
+
+def mean_square(hidden: Tensor) -> Tensor:
+    """``mean(x^2)`` over the last dimension, in float64."""
+    return torch.stack([row.double().square().mean(-1) for row in hidden])
+
+
+class GainFit:
+    """Gain of each channel of one site, by least squares over the tokens of a text.
+
+    With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token, channel j
+    has the gain ``<z_j, t_j> / <t_j, t_j>``, between 1/a and 4/a. The first position of a sequence does not count: a
+    decoder parks its attention there, on a row that is like no other and would outweigh hundreds of them.
+
+    Args:
+        a: lambda / kappa.
+        eps: of the norm.
+        source, converted: the residual stream before the norm [B, S, D], S at least 2.
+    """
+
+    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor) -> None:
+        width = source.shape[-1]
+        self._a = a
+        sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
+        largest, saturated = source.new_zeros(()), source.new_zeros((), dtype=torch.int64)
+        for original, own in zip(source[:, 1:], converted[:, 1:], strict=True):  # a sequence at a time
+            z = _normalised(original.double(), eps)
+            own_z = _normalised(own.double(), eps)
+            t = torch.tanh(a * own_z)
+            sums += torch.stack(((z * t).sum(0), t.square().sum(0), z.square().sum(0)))
+            largest = torch.maximum(largest, own_z.abs().max().to(largest.dtype))
+            saturated += (t.abs() > _SATURATED).sum()
+        product, energy, target = sums
+        tokens = source[:, 1:].numel() // width
+        gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MOST_GAIN / a)
+        gain = torch.where(energy < _SILENT * tokens, 1 / a, gain)
+        left = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
+        self.gain = gain.float()
+        self.report = {
+            "relative_error": float(left.clamp_min(0).sqrt()),
+            "max_over_rms": float(largest),
+            "saturated": float(saturated) / (tokens * width),
+            "gain_times_a": [float(a * quantile) for quantile in (gain.min(), gain.median(), gain.max())],
+        }
+
+
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True)
+class MeanSquareLine:
+    """``slope * v + intercept`` for the mean square v' of a layer's second site, v that of its first.
+
+    Attributes:
+        through_origin: the best line falls, which no estimate may, so this one is the best that starts at zero.
+        errors: median and 99 % quantile over tokens of ``|sqrt(estimate / v') - 1|``.
+    """
+
+    slope: float
+    intercept: float
+    through_origin: bool
+    errors: tuple[float, float]
+
+    @classmethod
+    def fit(cls, first: Tensor, second: Tensor) -> MeanSquareLine:
+        """The line that minimises ``sum ((slope v + intercept - v') / v')^2`` over tokens.
+
+        Relative, since mean squares differ by a factor of a million from token to token, and the norm divides by them.
+
+        Args:
+            first, second: v and v' of each token [B, S], S at least 2; the first position does not count.
+        """
+        v, target = first[:, 1:].flatten().double(), second[:, 1:].flatten().double()
+        design = torch.stack((v / target, 1 / target))
+        slope, intercept = torch.linalg.lstsq(design.T, torch.ones_like(v)[:, None]).solution.flatten().tolist()
+        through_origin = not slope > 0
+        if through_origin:
+            slope, intercept = float(design[0].sum() / design[0].square().sum()), 0.0
+        scale = ((slope * v + intercept).clamp_min(0) / target).sqrt()
+        median, worst = (scale - 1).abs().quantile(torch.tensor([0.5, 0.99], dtype=v.dtype)).tolist()
+        return cls(slope, intercept, through_origin, (median, worst))
+
+    @property
+    def tensor(self) -> Tensor:
+        """Slope and intercept [2], float32."""
+        return torch.tensor([self.slope, self.intercept], dtype=torch.float32)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return {
+            "slope": self.slope,
+            "intercept": self.intercept,
+            "through_origin": self.through_origin,
+            "scale_error_median": self.errors[0],
+            "scale_error_p99": self.errors[1],
+        }
+
+
+@contextmanager
+def replaced(layer: DecoderLayer, **parts: nn.Module) -> Iterator[None]:
+    """While open, the layer has other parts."""
+    own = {name: getattr(layer, name) for name in parts}
+    try:
+        for name, part in parts.items():
+            setattr(layer, name, part)
+        yield
+    finally:
+        for name, part in own.items():
+            setattr(layer, name, part)
+
+
+class _NoFeedForward(nn.Module):
+    def forward(self, hidden_states: Tensor, *_: Any, residual: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(hidden_states) if residual is None else residual
+
+
+def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+    """The residual stream between the layer's attention and its feed-forward [B, S, D]; `stream` stays before both."""
+    ahead = stream.fork()
+    with replaced(layer, mlp=_NoFeedForward()):
+        run.push(index, layer, ahead)
+    return ahead.hidden
