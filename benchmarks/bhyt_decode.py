@@ -39,6 +39,7 @@ from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, s
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 FILLED, CAPACITY = 512, 1024
+SHOWN = f"1B Llama, batch 1, {FILLED} of {CAPACITY} columns filled"
 ROUNDS, REPLAYS = 12, 32
 STOCK, LIMIT, OUR_LIMIT = "stock", "stock's decoder, no norms", "ours, no norms"
 STOCK_PART, OUR_PART = "transformers' decoder", "our decoder"
@@ -58,11 +59,17 @@ STOCK_VARIANTS: dict[str, tuple[str | None, str, str]] = {
 }
 
 
+def fill_and_draw(model: Any, cache: Any) -> Tensor:
+    """Fill the columns of `cache`, and draw a token [1, 1]; the same for all models."""
+    torch.manual_seed(0)
+    fill(cache, model.config, 1, FILLED, model.device)
+    return torch.randint(3, model.config.vocab_size, (1, 1), device=model.device)
+
+
 def stock_step(model: LlamaForCausalLM) -> tuple[Step, Step]:
     """A step of transformers' on a static cache, and what sets it back to the first position."""
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
-    fill(cache, model.config, 1, FILLED, model.device)
-    ids = torch.randint(3, model.config.vocab_size, (1, 1), device=model.device)
+    ids = fill_and_draw(model, cache)
     position = torch.full((1, 1), FILLED, device=model.device)
 
     def step() -> Tensor:
@@ -83,9 +90,9 @@ def our_step(model: Any) -> tuple[Step, Step]:
     """The step that `generate` of our decoder replays, and what sets it back to the first position."""
     device = model.device
     cache = DecodeCache(model.config, 1, CAPACITY, torch.bfloat16, device)
-    fill(cache, model.config, 1, FILLED, device)
+    ids = fill_and_draw(model, cache)
     step = DecodeStep(cache, set(model.config.layer_types), padded=False)
-    step.tokens.random_(3, model.config.vocab_size)
+    step.tokens.copy_(ids)
 
     def set_back() -> None:
         cache.lengths.fill_(FILLED)
@@ -160,17 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="a tiny model, to see that the benchmark runs")
     options.add_argument("--output", type=Path, default=RESULTS, help="folder of bhyt_decode.jsonl and bhyt_decode.png")
+    options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
     options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     device = torch.device(arguments.device)
     shape = TINY if arguments.tiny else SHAPE
     environment = describe_machine(device, arguments.commit)
-    environment |= {"shape": "tiny" if arguments.tiny else f"1B, batch 1, {FILLED} of {CAPACITY} columns"}
+    environment |= {"shape": "tiny" if arguments.tiny else SHOWN}
     path = arguments.output / "bhyt_decode.jsonl"
-    steps = steps_of(llama(shape, device).eval(), shape, arguments.only)
-    lines = write(path, [{**line, **environment} for line in measure(steps, device)])
-    title = f"A decoding step of a 1B Llama, batch 1, {FILLED} columns, bfloat16, CUDA graph (black: no norms)"
-    draw(lines, {STOCK_PART: LIMIT, OUR_PART: OUR_LIMIT}, title, path.with_suffix(".png"))
+    if not arguments.draw:
+        steps = steps_of(llama(shape, device).eval(), shape, arguments.only)
+        write(path, [{**line, **environment} for line in measure(steps, device)])
+    limits = {STOCK_PART: LIMIT, OUR_PART: OUR_LIMIT}
+    draw(path, limits, f"A decoding step of a {SHOWN}, bfloat16, CUDA graph (black: no norms)")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from benchmarks.llama_norms import (
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
+PARTS = ("eager", "compiled")
 BATCH = 4, 2048
+SHOWN = "1B Llama, batch 4 x 2048"
 ROUNDS, REPEATS = 10, 2
 STOCK, LIMIT = "stock", "stock's decoder, no norms"
 # Compiling one takes half a minute.
@@ -133,26 +135,26 @@ def measure(part: str, names: Sequence[str], arguments: argparse.Namespace) -> l
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--parts", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--only", nargs="+", help="only providers whose name holds one of these texts")
     options.add_argument("--seconds", type=float, default=150, help="compile nothing more after so many")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="a tiny model, to see that the benchmark runs")
     options.add_argument("--output", type=Path, default=RESULTS, help="folder for bhyt_train.jsonl and bhyt_train.png")
+    options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
     options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     arguments.began = time.perf_counter()
     environment = describe_machine(torch.device(arguments.device), arguments.commit)
-    environment |= {"shape": "tiny" if arguments.tiny else "1B, batch 4 x 2048"}
-    path, lines = arguments.output / "bhyt_train.jsonl", []
-    for part in arguments.parts:
+    environment |= {"shape": "tiny" if arguments.tiny else SHOWN}
+    path = arguments.output / "bhyt_train.jsonl"
+    for part in () if arguments.draw else arguments.parts:
         names = COMPILED if part == "compiled" else tuple(providers(TINY, 32))
         wanted = [name for name in names if arguments.only is None or any(text in name for text in arguments.only)]
-        lines = write(path, [{**line, **environment} for line in measure(part, wanted, arguments)])
+        write(path, [{**line, **environment} for line in measure(part, wanted, arguments)])
         gc.collect()
         torch.cuda.empty_cache()
-    title = "A training step of a 1B Llama, batch 4 × 2048, bfloat16, fused AdamW (black: no norms)"
-    draw(lines, dict.fromkeys(arguments.parts, LIMIT), title, path.with_suffix(".png"))
+    draw(path, dict.fromkeys(PARTS, LIMIT), f"A training step of a {SHOWN}, bfloat16, fused AdamW (black: no norms)")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hf_efficient.kernels.add_rms_norm.api import add_rms_norm
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM
 
-SHAPE: dict[str, Any] = {**LLAMA, "vocab_size": 128256}
+SHAPE = LLAMA
 # To see on a CPU that a benchmark runs.
 TINY: dict[str, Any] = {
     **SHAPE,
@@ -220,23 +220,30 @@ def median_of(samples: dict[str, list[float]], name: str) -> float | None:
     return statistics.median(samples[name]) if name in samples else None
 
 
-def write(path: Path, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put `lines` into a results file in the place of older ones of the same parts and providers; all its lines."""
-    old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Put `lines` into a results file, in the place of older ones of the same parts and providers."""
+    old = _read(path) if path.exists() else []
     new = {(line["part"], line["provider"]) for line in lines}
     merged = [line for line in old if (line["part"], line["provider"]) not in new] + list(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in merged), encoding="utf-8")
-    return merged
 
 
-def draw(lines: list[dict[str, Any]], limits: dict[str, str], title: str, path: Path) -> None:
-    """Bars of each part, with the limit of each part as a line."""
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw(path: Path, limits: dict[str, str], title: str) -> None:
+    """Bars of each part of a results file, with the limit of each as a line, in a PNG beside it."""
+    if find_spec("matplotlib") is None:
+        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    lines = _read(path)
     parts = list(dict.fromkeys(line["part"] for line in lines))
     sizes = [sum(line["part"] == part for line in lines) for part in parts]
     size = (11, 0.8 + sum(0.8 + 0.32 * n for n in sizes))
@@ -263,5 +270,5 @@ def draw(lines: list[dict[str, Any]], limits: dict[str, str], title: str, path: 
     figure.suptitle(
         f"{title}\n{first['device']}, torch {first['torch']}, transformers {first['transformers']}", fontsize=10
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
     pyplot.close(figure)

@@ -133,3 +133,43 @@ def test_edit_facts_changes_the_answers_that_it_edits_and_no_others(tmp_path: Pa
 
     model = StemForCausalLM.from_pretrained(tmp_path)
     assert model.config.stem_layers == [1, 2, 3]
+
+
+def test_the_depth_study_finds_what_scale_does_and_what_tanh_does(text: Path, tmp_path: Path) -> None:
+    shown = run_example(
+        *(
+            "bhyt_depth_study.py",
+            "--text",
+            text,
+            "--quick",
+            "--layers",
+            8,
+            "--context",
+            32,
+            "--steps",
+            12,
+            "--seeds",
+            2,
+        ),
+        *("--evaluated-bytes", 600, "--device", "cpu", "--output", tmp_path),
+    )
+    assert (tmp_path / "bhyt_depth_study.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "bhyt_depth_study.json").read_text())
+    variants = result["depths"]["8"]
+    untrained = {name: found["untrained"]["variance"] for name, found in variants.items()}
+    control, bounded = untrained["RMSNorm × 0.1"], untrained["BHyT (1, 1)"]
+    assert untrained["RMSNorm"][-1] > 4 * untrained["RMSNorm"][0]
+    assert control[-1] < 1.1 * control[0]
+    assert bounded == pytest.approx(control, rel=0.02), "untrained, BHyT is its scale"
+    for name, found in variants.items():
+        assert [run["seed"] for run in found["runs"]] == [0, 1]
+        for run in found["runs"]:
+            assert run["nll_per_byte"][-1] < run["nll_per_byte"][0] - 0.05
+            assert run["evaluated_at"][-1] == 12 and len(run["trained"]["variance"]) == 8
+            assert ("estimate_error" in run["trained"]) == ("largest_lambda" in run) == name.startswith("BHyT")
+    estimates = [variants[name]["untrained"]["estimate_error"] for name in ("BHyT (1, 1)", "BHyT (3, 3)")]
+    assert max(estimates[0]) < 0.005 and max(estimates[1]) < 0.02
+    spike = {name: found["channel"] for name, found in result["spike"].items()}
+    assert spike["RMSNorm"] > 15 and spike["RMSNorm × 0.1"] > 1.5
+    assert all(value < 1 for name, value in spike.items() if "BHyT" in name or "DyT" in name)
+    assert "One channel times 1000" in shown
