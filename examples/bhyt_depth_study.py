@@ -30,6 +30,7 @@ from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
+from hf_efficient.training.saturation import SaturationMonitor, bhyt_depth_bound
 
 BYTES = 256  # the vocabulary: bytes of UTF-8
 # The untrained decoder that is looked at: small enough for a CPU at 64 layers, and no step of training between.
@@ -189,7 +190,8 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
     """Train on the windows of text [n] that begin at order [steps, B].
 
     Returns:
-        Nats a byte on held_out [N, S + 1] by evaluation, and `growth` on its first windows at the end.
+        Nats a byte on held_out [N, S + 1] by evaluation, and `growth` on its first windows at the end; for BHyT also
+        the share of saturated elements there, and the largest ``lambda / kappa * sqrt(L)``.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     plain = [parameter for parameter in model.parameters() if parameter.ndim < 2]  # gains and bounds do not decay
@@ -221,13 +223,13 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
             rate.fill_(options.learning_rate * warm_up * (0.1 + 0.9 * cosine))
             starts.copy_(order[i])
             run()
-    bounds = [parameter.max().item() for name, parameter in model.named_parameters() if name.endswith("norm.lam")]
-    return {
-        "evaluated_at": sorted(evaluated_at),
-        "nll_per_byte": torch.stack(nll).tolist(),
-        "trained": growth(model, held_out[: options.batch, :-1]),
-        **({"largest_lambda": max(bounds)} if bounds else {}),
-    }
+    found: dict[str, Any] = {"evaluated_at": sorted(evaluated_at), "nll_per_byte": torch.stack(nll).tolist()}
+    seen = held_out[: options.batch, :-1]
+    if isinstance(model, BhytForCausalLM):
+        with SaturationMonitor(model) as monitor:
+            token_logits(model, seen)
+        found |= {"saturation": monitor.read(), "depth_bound": bhyt_depth_bound(model)}
+    return {**found, "trained": growth(model, seen)}
 
 
 def study(layers: int, text: Tensor, held_out: Tensor, options: argparse.Namespace) -> dict[str, Any]:
@@ -272,15 +274,17 @@ def show(depths: dict[str, Any], spikes: dict[str, Any]) -> None:
     for depth, variants in depths.items():
         layers = int(depth)
         print(f"\n{depth} layers: variance over channels after layer 1, {layers // 2} and {depth}")
-        print(f"{'':<20}{'untrained':>27}{'trained':>27}{'L2 norm':>10}{'nats a byte':>13}{'λ/κ·√L':>9}")
+        heads = f"{'':<20}{'untrained':>27}{'trained':>27}{'L2 norm':>10}{'nats a byte':>13}"
+        print(f"{heads}{'λ/κ·√L':>9}{'|tanh| > 0.9':>14}")
         for name, found in variants.items():
             curves = found["untrained"]["variance"], trained_curve(found, "variance")
             cells = "".join(f"{curve[i]:>9.3g}" for curve in curves for i in (0, layers // 2 - 1, layers - 1))
             loss = mean([run["nll_per_byte"][-1] for run in found["runs"]])
             line = f"{name:<20}{cells}{trained_curve(found, 'norm')[-1]:>10.1f}{loss:>13.4f}"
-            if "largest_lambda" in found["runs"][0]:
-                largest = max(run["largest_lambda"] for run in found["runs"])
-                line += f"{largest / 10 * math.sqrt(layers):>9.2f}"
+            if "depth_bound" in found["runs"][0]:
+                line += f"{max(run['depth_bound'] for run in found['runs']):>9.2f}"
+                saturated = (run["saturation"]["bhyt/saturation/mean"] for run in found["runs"])
+                line += f"{mean(list(saturated)):>14.2%}"
             print(line)
     print(
         "\nThe second site's estimate of the root mean square: mean and largest relative error over layers and tokens"

@@ -166,7 +166,7 @@ def test_the_depth_study_finds_what_scale_does_and_what_tanh_does(text: Path, tm
         for run in found["runs"]:
             assert run["nll_per_byte"][-1] < run["nll_per_byte"][0] - 0.05
             assert run["evaluated_at"][-1] == 12 and len(run["trained"]["variance"]) == 8
-            assert ("estimate_error" in run["trained"]) == ("largest_lambda" in run) == name.startswith("BHyT")
+            assert ("estimate_error" in run["trained"]) == ("depth_bound" in run) == name.startswith("BHyT")
     estimates = [variants[name]["untrained"]["estimate_error"] for name in ("BHyT (1, 1)", "BHyT (3, 3)")]
     assert max(estimates[0]) < 0.005 and max(estimates[1]) < 0.02
     spike = {name: found["channel"] for name, found in result["spike"].items()}
