@@ -57,12 +57,11 @@ class BhytNorm(nn.Module):
         self.stock_eps = float(config.rms_norm_eps)
         self.first_lambda = config.bhyt_lambda(site, layer_idx)
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.lam = nn.Parameter(torch.full((1,), self.first_lambda), requires_grad=config.bhyt_learnable_lambda)
-        learnable = self.estimate == "approx" and config.bhyt_learnable_estimate
-        affine = None
-        if learnable or self.estimate == "affine":
-            affine = nn.Parameter(torch.empty(2, dtype=torch.float32), requires_grad=learnable)
-        self.register_parameter("affine", affine)
+        self.lam = nn.Parameter(torch.empty(1))
+        self.learnable_lambda = config.bhyt_learnable_lambda
+        self.learnable_estimate = self.estimate == "approx" and config.bhyt_learnable_estimate
+        has_line = self.learnable_estimate or self.estimate == "affine"
+        self.register_parameter("affine", nn.Parameter(torch.empty(2, dtype=torch.float32)) if has_line else None)
         shapes = {
             "branch": (2,) if self.estimate == "approx" else None,
             "out_scale": (config.hidden_size,) if config.bhyt_output_scale else None,
@@ -70,6 +69,7 @@ class BhytNorm(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
+        self.freeze_constants()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -82,6 +82,12 @@ class BhytNorm(nn.Module):
             init.ones_(self.out_scale)
         if self.branch is not None:
             init.constant_(self.branch, float("nan"))
+
+    def freeze_constants(self) -> None:
+        """Hold constant what the configuration says; again after loading, which makes parameters anew."""
+        self.lam.requires_grad_(self.learnable_lambda)
+        if self.affine is not None:
+            self.affine.requires_grad_(self.learnable_estimate)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistic: Statistic | None = None

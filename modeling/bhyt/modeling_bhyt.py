@@ -40,6 +40,15 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, BhytNorm):
+                module.freeze_constants()
+        return loaded
+
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         super().check_loaded(missing_keys, unexpected_keys)
         bounds = sorted(key for key in missing_keys if key.endswith(".lam"))
