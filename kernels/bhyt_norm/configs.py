@@ -8,8 +8,10 @@ from dataclasses import dataclass
 MAX_WIDTH = 16384
 # Elements of a tile of several narrow rows.
 _TILE = 1024
-# Columns of a program that needs no sum over the row.
+# Columns of a program that needs no sum over the row; with few rows more programs, to occupy the device.
 _COLUMNS = 4096
+_COLUMNS_OF_FEW = 512
+_FEW_ROWS = 64
 # Bytes of rows that a program of the backward pass has on their way while it computes: what any device's shared memory
 # holds. And those of all programs of a multiprocessor: enough to hide the memory's latency.
 _AHEAD_BYTES = 96 * 1024
@@ -52,7 +54,7 @@ def forward_config(rows: int, width: int, whole_row: bool) -> LaunchConfig:
     """For the forward kernel, which sees whole rows where it takes their mean square itself."""
     block_width = max(32, _next_power_of_2(width))
     if not whole_row:
-        block_width = min(block_width, _COLUMNS)
+        block_width = min(block_width, _COLUMNS_OF_FEW if rows <= _FEW_ROWS else _COLUMNS)
     block_rows = _block_rows(rows, block_width)
     return LaunchConfig(block_rows, block_width, _warps(block_rows * block_width, 512))
 

@@ -171,6 +171,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             "LEAST": LEAST_SHARE,
             "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
             "APPROXIMATE": dtype in ("bf16", "fp16"),
+            "ESTIMATED": "affine" in types,
             "OVERLAP": False,
             **launch,
         }
@@ -189,7 +190,8 @@ def compilations(capability: int) -> Iterator[Compilation]:
         absent += _OF_ESTIMATES if exact or not full else ("dv",)
         label = f"{dtype} {'exact' if exact else 'estimated'} {width} wide"
         row_bytes = 3 * width * {"fp32": 4, "fp64": 8}.get(dtype, 2)
-        forward, backward = forward_config(4096, width, exact), backward_config(4096, width, row_bytes)
+        rows = 4096 if full or exact else 1
+        forward, backward = forward_config(rows, width, exact), backward_config(rows, width, row_bytes)
         launch = {"BLOCK_ROWS": forward.block_rows, "BLOCK_WIDTH": forward.block_width, "num_warps": forward.num_warps}
         overlaps = (False, True) if capability >= 90 and width == 4096 and dtype == "bf16" else (False,)
         for overlap in overlaps:

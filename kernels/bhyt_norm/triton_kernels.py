@@ -64,28 +64,26 @@ if HAVE_TRITON:
             return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
     @triton.jit
-    def _mean_square(v, affine, branch, first_bound, KAPPA: tl.constexpr, LEAST: tl.constexpr, WIDE: tl.constexpr):
-        """What is made of given mean squares; its derivatives by them and by the intercept; 1 where slope matters."""
-        one = tl.full(v.shape, 1.0, WIDE)
-        if affine is None and branch is None:
-            return v, one, one, one
-        else:
-            slope, intercept, term = one, one, one
-            if affine is not None:
-                slope, intercept = tl.load(affine).to(WIDE) * one, tl.load(affine + 1).to(WIDE) * one
-            if branch is not None:
-                ratio = tl.load(first_bound).to(WIDE) / KAPPA
-                term = (tl.load(branch).to(WIDE) * ratio * ratio + tl.load(branch + 1).to(WIDE)) * one
+    def _line(affine, branch, first_bound, KAPPA: tl.constexpr, WIDE: tl.constexpr):
+        """Slope and intercept of the estimate, and what the intercept is a multiple of."""
+        slope, intercept, term = tl.full([], 1.0, WIDE), tl.full([], 1.0, WIDE), tl.full([], 1.0, WIDE)
+        if affine is not None:
+            slope, intercept = tl.load(affine).to(WIDE), tl.load(affine + 1).to(WIDE)
+        if branch is not None:
+            ratio = tl.load(first_bound).to(WIDE) / KAPPA
+            term = tl.load(branch).to(WIDE) * ratio * ratio + tl.load(branch + 1).to(WIDE)
+        return slope, intercept, term
+
+    @triton.jit
+    def _mean_square(v, slope, intercept, term, ESTIMATED: tl.constexpr, LEAST: tl.constexpr):
+        """What is made of given mean squares; its derivative by them; and where it follows slope and intercept."""
+        if ESTIMATED:
             estimate = slope * v + intercept * term
-            least = tl.full(v.shape, LEAST, WIDE)
             # Not a number goes on as it is.
-            free = tl.where(estimate < least * v, 0.0 * one, one)
-            return (
-                tl.where(free == 1.0, estimate, least * v),
-                tl.where(free == 1.0, slope, least),
-                free * term,
-                free,
-            )
+            held = estimate < LEAST * v
+            return tl.where(held, LEAST * v, estimate), tl.where(held, LEAST, slope), tl.where(held, 0.0, 1.0)
+        else:
+            return v, v * 0.0 + 1.0, v * 0.0 + 1.0
 
     @triton.jit(do_not_specialize=["rows"])
     def forward_kernel(
@@ -108,6 +106,7 @@ if HAVE_TRITON:
         EPS: tl.constexpr,
         KAPPA: tl.constexpr,
         EXACT: tl.constexpr,
+        ESTIMATED: tl.constexpr,
         LEAST: tl.constexpr,
         WIDE: tl.constexpr,
         APPROXIMATE: tl.constexpr,
@@ -125,23 +124,27 @@ if HAVE_TRITON:
             # The weight is on its way before the kernel that makes x has finished.
             prefetch(weight + tl.where(inside, column, 0))
             tl.extra.cuda.gdc_wait()
+        # All that does not wait for the sum of the row comes first: with few rows, each load after it is a wait.
+        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        if out_scale is not None:
+            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
+        lam = tl.load(bound).to(WIDE)
+        if not EXACT:
+            v = tl.load(variance + row, mask=row < rows, other=1.0).to(WIDE)
+            slope, intercept, term = _line(affine, branch, first_bound, KAPPA, WIDE)
         s = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
         if residual is not None:
             addend = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
             # Rounded as it is kept, so that the mean square is that of what the next reader sees.
             s = (s.to(WIDE) + addend.to(WIDE)).to(summed.dtype.element_ty)
             tl.store(summed + row[:, None] * width + column[None, :], s, mask=mask)
-        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
-        if out_scale is not None:
-            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
         s = s.to(WIDE)
         if EXACT:
             mean_square = tl.sum(s * s, axis=1) / width
             tl.store(variance + row, mean_square, mask=row < rows)
         else:
-            v = tl.load(variance + row, mask=row < rows, other=1.0).to(WIDE)
-            mean_square, _, _, _ = _mean_square(v, affine, branch, first_bound, KAPPA, LEAST, WIDE)
-        scale = tl.load(bound).to(WIDE) / KAPPA / tl.sqrt(mean_square + EPS)
+            mean_square, _, _ = _mean_square(v, slope, intercept, term, ESTIMATED, LEAST)
+        scale = lam / KAPPA / tl.sqrt(mean_square + EPS)
         out = w[None, :] * _tanh(scale[:, None] * s, APPROXIMATE)
         tl.store(normed + row[:, None] * width + column[None, :], out.to(normed.dtype.element_ty), mask=mask)
 
@@ -172,6 +175,7 @@ if HAVE_TRITON:
         EPS: tl.constexpr,
         KAPPA: tl.constexpr,
         EXACT: tl.constexpr,
+        ESTIMATED: tl.constexpr,
         LEAST: tl.constexpr,
         WIDE: tl.constexpr,
         APPROXIMATE: tl.constexpr,
@@ -187,6 +191,7 @@ if HAVE_TRITON:
         if out_scale is not None:
             w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
         lam = tl.load(bound).to(WIDE)
+        slope, intercept, term = _line(affine, branch, first_bound, KAPPA, WIDE)
         weight_sum = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
         bound_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
         slope_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
@@ -199,7 +204,7 @@ if HAVE_TRITON:
             s = tl.load(summed + row[:, None] * summed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
             g = tl.load(dnormed + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
             v = tl.load(variance + row, mask=in_rows, other=1.0).to(WIDE)
-            mean_square, slope, term, free = _mean_square(v, affine, branch, first_bound, KAPPA, LEAST, WIDE)
+            mean_square, by_given, free = _mean_square(v, slope, intercept, term, ESTIMATED, LEAST)
             r = 1.0 / (KAPPA * tl.sqrt(mean_square + EPS))
             u = (lam * r)[:, None] * s
             weight_sum += tl.sum(g * _tanh(u, APPROXIMATE), axis=0)
@@ -213,9 +218,9 @@ if HAVE_TRITON:
                     dmean_square += tl.load(dv + row, mask=in_rows, other=0.0).to(WIDE)
                 d += (2.0 * dmean_square / width)[:, None] * s
             else:
-                tl.store(dvariance + row, slope * dmean_square, mask=in_rows)
+                tl.store(dvariance + row, by_given * dmean_square, mask=in_rows)
                 slope_sum += tl.where(in_rows, free * dmean_square * v, 0.0)
-                intercept_sum += tl.where(in_rows, term * dmean_square, 0.0)
+                intercept_sum += tl.where(in_rows, free * dmean_square * term, 0.0)
             if dsummed is not None:
                 at = row[:, None] * dsummed_stride + column[None, :]
                 d += tl.load(dsummed + at, mask=mask, other=0.0).to(WIDE)
@@ -329,6 +334,7 @@ def launch_forward(
         EPS=eps,
         KAPPA=kappa,
         EXACT=variance is None,
+        ESTIMATED=affine is not None or branch is not None,
         LEAST=LEAST_SHARE,
         WIDE=_TRITON_DTYPE[wide],
         APPROXIMATE=_may_approximate(x, wide),
@@ -406,6 +412,7 @@ def launch_backward(
         EPS=eps,
         KAPPA=kappa,
         EXACT=exact,
+        ESTIMATED=affine is not None or branch is not None,
         LEAST=LEAST_SHARE,
         WIDE=_TRITON_DTYPE[wide],
         APPROXIMATE=_may_approximate(dnormed, wide),
