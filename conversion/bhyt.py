@@ -29,11 +29,14 @@ from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 _SECOND_SITES = ("exact", "affine")
 _FINAL_NORMS = ("rms", "bhyt")
+_LEAVES = ("input_layernorm", "post_attention_layernorm")
 # tanh(u) and u differ by u^2 / 3 of themselves: at this u by half a unit in the last place of bfloat16.
 _LARGEST_ARGUMENT = 0.0765
 _LARGEST_A = 2.0**-10
-# In the first layers the attention adds most to the stream, and what it adds follows no line.
-_EXACT_BY_DEFAULT = (0, 1)
+# In the first layers the attention adds most to the stream, and what it adds follows no line. Further up single layers
+# do the same, and one of them costs more than all others together; there a line misses the scale by more than this.
+_ALWAYS_EXACT = (0, 1)
+_LARGEST_MISS = 0.05
 
 
 @dataclass
@@ -45,7 +48,6 @@ class Bhyt:
     """
 
     name: ClassVar[str] = "bhyt"
-    measures_choice: ClassVar[bool] = False
     card_note: ClassVar[str] = (
         "BHyT (arXiv:2601.09719) puts a bound on what RMSNorm gives: `gamma * tanh(lambda / kappa * x / rms(x))`. "
         "Converted without `--bhyt-bound`, lambda is so small that the model is its source to within rounding, and "
@@ -60,9 +62,12 @@ class Bhyt:
             "saves a sum over the row (needs text)"
         },
     )
-    exact_layers: str | list[int] | None = field(
-        default=None,
-        metadata={"help": "with affine: layers whose second norm stays exact, such as 0,1,5, or none (default: 0,1)"},
+    exact_layers: str | list[int] = field(
+        default="auto",
+        metadata={
+            "help": "with affine: layers whose second norm stays exact, such as 0,1,5, or none; auto: 0, 1 and those "
+            f"where a line misses the scale by more than {_LARGEST_MISS:.0%}"
+        },
     )
     bound: float | None = field(
         default=None,
@@ -84,13 +89,14 @@ class Bhyt:
                 raise UsageError(
                     f"bhyt {name}={value} must be a positive number", "the paper's lambda is 1, its kappa 10"
                 )
-        if self.exact_layers is not None:
+        if self.exact_layers != "auto":
             self.exact_layers = _parse_layers(self.exact_layers)
             if self.second_site == "exact":
                 raise UsageError(
                     f"bhyt exact_layers={self.exact_layers} goes with second_site=affine; every layer is exact already",
                     "leave it out",
                 )
+        self._misses: dict[int, float] = {}
         self._summary: dict[str, str] = {}
         self._sites: dict[str, dict[str, Any]] = {}
 
@@ -98,29 +104,36 @@ class Bhyt:
     def needs_calibration(self) -> bool:
         return self.bound is not None or self.second_site == "affine"
 
+    @property
+    def measures_choice(self) -> bool:
+        return self.second_site == "affine" and self.exact_layers == "auto"
+
     def check(self, config: DecoderConfig) -> None:
         if "bhyt" in config.active_patches:
             raise UsageError(
                 f"the source is a BHyT checkpoint already ({config.model_type}, source {config.source_model_type})",
                 "convert its stock source again, with the options you want",
             )
-        outside = [i for i in self.exact_layers or [] if int(i) >= config.num_hidden_layers]
+        named = self.exact_layers if isinstance(self.exact_layers, list) else []
+        outside = [index for index in named if index >= config.num_hidden_layers]
         if outside:
             raise UsageError(
                 f"bhyt exact_layers {outside} do not exist", f"the model has layers 0 to {config.num_hidden_layers - 1}"
             )
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        count = config.num_hidden_layers
-        exact = _EXACT_BY_DEFAULT if self.exact_layers is None else self.exact_layers
         bound = self._lambda(config)
+        exact = list(self.exact_layers) if self.second_site == "affine" else []
+        if self.measures_choice:
+            self._misses = _line_misses(_present(calibration))
+            exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
         if self.bound is None:
             u = bound / self.kappa * math.sqrt(config.hidden_size)
             self._summary["bhyt"] = f"lossless: a norm's outputs are within {u * u / 3:.1e} of the source's"
         return {
-            "bhyt_layers": list(range(count)),
+            "bhyt_layers": list(range(config.num_hidden_layers)),
             "bhyt_second_site": self.second_site,
-            "bhyt_exact_layers": [int(i) for i in exact if int(i) < count] if self.second_site == "affine" else [],
+            "bhyt_exact_layers": exact,
             "bhyt_lambda_input": bound,
             "bhyt_lambda_post": bound,
             "bhyt_lambda_final": bound,
@@ -137,7 +150,7 @@ class Bhyt:
         added = {}
         for prefix, index in _sites(config):
             added[f"{prefix}.out_scale"] = NewTensor(width, torch.float32, origin)
-            if prefix.endswith("post_attention_layernorm") and config.bhyt_estimate(index) == "affine":
+            if prefix.endswith(_LEAVES[1]) and config.bhyt_estimate(index) == "affine":
                 added[f"{prefix}.affine"] = NewTensor((2,), torch.float32, "line fitted to text")
         # Last, since they may be narrower than what is before them.
         added |= {f"{prefix}.lam": NewTensor((1,), dtype, "lambda") for prefix, _ in _sites(config)}
@@ -147,15 +160,15 @@ class Bhyt:
         # As the checkpoint stores it: the gains must go with that.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
-            yield from self._fitted(config, calibration, lam)
+            yield from self._fitted(config, _present(calibration), lam)
         else:
             for prefix, _ in _sites(config):
-                yield f"{prefix}.out_scale", self._plain_gain(config, lam)
+                yield f"{prefix}.out_scale", torch.full((config.hidden_size,), self.kappa / lam.item())
         for prefix, _ in _sites(config):
             yield f"{prefix}.lam", lam
 
     def report(self) -> dict[str, Any]:
-        return {"sites": self._sites, "summary": self._summary}
+        return {"sites": self._sites, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:
         if self.bound is not None:
@@ -164,39 +177,32 @@ class Bhyt:
         largest = min(_LARGEST_A, _LARGEST_ARGUMENT / math.sqrt(config.hidden_size))
         return self.kappa * 2.0 ** math.floor(math.log2(largest))
 
-    def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
-        return torch.full((config.hidden_size,), self.kappa / lam.item(), dtype=torch.float32)
-
-    def _fitted(
-        self, config: DecoderConfig, calibration: Calibration | None, lam: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _fitted(self, config: DecoderConfig, calibration: Calibration, lam: Tensor) -> Iterator[tuple[str, Tensor]]:
         """`out_scale` and `affine` of every site, in the order of the layers.
 
         Two streams of the same text pass through the layers, through the source's norms and through the converted ones
         fitted so far. A gain draws what a converted norm makes of its own stream to what the source's made of its own,
         so each layer makes good for some of what those below it have lost.
         """
-        if calibration is None:
-            raise UsageError("BHyT gains and lines are fitted to text, and no calibration was prepared")
         run = calibration.start(calibration.fit)
         (source,) = run.streams
         converted = source.fork()
         for index, layer in run.layers():
-            prefix, stock = f"model.layers.{index}", (layer.input_layernorm, layer.post_attention_layernorm)
-            gain = self._gain(f"{prefix}.input_layernorm", config, lam, source.hidden, converted.hidden)
-            yield f"{prefix}.input_layernorm.out_scale", gain
-            parts = {"input_layernorm": _norm(config, "input", index, stock[0].weight, lam, gain)}
+            stock = {"input": layer.input_layernorm, "post": layer.post_attention_layernorm}
+            first, second = (f"model.layers.{index}.{leaf}" for leaf in _LEAVES)
+            gain = self._gain(first, config, lam, source.hidden, converted.hidden)
+            yield f"{first}.out_scale", gain
+            parts = {_LEAVES[0]: _norm(config, "input", index, stock["input"], lam, gain)}
             with replaced(layer, **parts):
                 ahead = after_attention(run, index, layer, converted)
-            site = f"{prefix}.post_attention_layernorm"
-            gain = self._gain(site, config, lam, after_attention(run, index, layer, source), ahead)
-            yield f"{site}.out_scale", gain
+            gain = self._gain(second, config, lam, after_attention(run, index, layer, source), ahead)
+            yield f"{second}.out_scale", gain
             line = None
             if config.bhyt_estimate(index) == "affine":
                 line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(ahead))
-                self._sites[site] |= line.report
-                yield f"{site}.affine", line.tensor
-            parts["post_attention_layernorm"] = _norm(config, "post", index, stock[1].weight, lam, gain, line)
+                self._sites[second] |= line.report
+                yield f"{second}.affine", line.tensor
+            parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
             with replaced(layer, **parts):
                 run.push(index, layer, converted)
             run.push(index, layer, source)
@@ -207,57 +213,68 @@ class Bhyt:
 
     def _gain(self, site: str, config: DecoderConfig, lam: Tensor, source: Tensor, converted: Tensor) -> Tensor:
         """`out_scale` of a site [D] for these streams before it [B, S, D]."""
-        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
+        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted, fitted=self.bound is not None)
         self._sites[site] = fit.report
-        if self.bound is not None:
-            return fit.gain
-        self._sites[site]["gain_times_a"] = [1.0]
-        return self._plain_gain(config, lam)
+        return fit.gain
 
     def _summarise(self) -> None:
-        errors = {site: found["relative_error"] for site, found in self._sites.items()}
-        worst = max(errors, key=lambda site: errors[site])
-        saturated = [found["saturated"] for found in self._sites.values()]
+        """The few figures of the sites that the report's table shows."""
+        sites = self._sites
         if self.bound is not None:
-            self._summary["bhyt, error of a norm"] = (
-                f"median {sorted(errors.values())[len(errors) // 2]:.1%}, most {errors[worst]:.1%} in {worst}"
-            )
-            self._summary["bhyt, |tanh| above 0.9"] = (
-                f"{sum(saturated) / len(saturated):.2%} of all, at most {max(saturated):.2%} of a norm's"
-            )
-        lines = {site: found for site, found in self._sites.items() if "slope" in found}
+            errors = sorted((found["relative_error"], site) for site, found in sites.items())
+            shares = [found["saturated"] for found in sites.values()]
+            self._summary |= {
+                "bhyt, error of a norm": f"median {errors[len(errors) // 2][0]:.1%}, most {errors[-1][0]:.1%} in "
+                f"{errors[-1][1]}",
+                "bhyt, |tanh| above 0.9": f"{sum(shares) / len(shares):.2%} of all, {max(shares):.2%} of one norm's",
+                "bhyt, largest |x| / rms": f"{max(found['max_over_rms'] for found in sites.values()):.1f}",
+            }
+        lines = sorted((found["miss"], site) for site, found in sites.items() if "slope" in found)
         if lines:
-            worst = max(lines, key=lambda site: lines[site]["scale_error_p99"])
-            self._summary["bhyt, error of the lines"] = (
-                f"at most {lines[worst]['scale_error_p99']:.1%} of the scale in 99 tokens of 100, in {worst}"
-            )
-        falling = [site for site, found in lines.items() if found["through_origin"]]
+            self._summary["bhyt, miss of a line"] = f"at most {lines[-1][0]:.1%} of the scale, in {lines[-1][1]}"
+        falling = [site for _, site in lines if sites[site]["through_origin"]]
         if falling:
             self._summary["bhyt, lines from zero"] = f"the best line falls in {', '.join(falling)}"
+
+
+def _present(calibration: Calibration | None) -> Calibration:
+    if calibration is None:
+        raise UsageError("BHyT gains and lines are fitted to text, and no calibration was prepared")
+    return calibration
+
+
+def _line_misses(calibration: Calibration) -> dict[int, float]:
+    """For each layer of the source, by how much of the scale a line misses on a little text, root mean square."""
+    run = calibration.start(calibration.probe)
+    (stream,) = run.streams
+    misses = {}
+    for index, layer in run.layers():
+        ahead = after_attention(run, index, layer, stream)
+        misses[index] = MeanSquareLine.fit(mean_square(stream.hidden), mean_square(ahead)).miss
+        run.push(index, layer, stream)
+        calibration.progress("choose layers", index + 1, calibration.config.num_hidden_layers)
+    return misses
 
 
 def _norm(
     config: DecoderConfig,
     site: str,
     index: int,
-    weight: Tensor,
+    stock: nn.Module,
     lam: Tensor,
     gain: Tensor,
     line: MeanSquareLine | None = None,
 ) -> nn.Module:
     """A site as the converted model has it, in fp32."""
-    norm = BhytNorm(config, site, index).to(weight.device).requires_grad_(False)
-    norm.load_state_dict({"weight": weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})})
+    tensors = {"weight": stock.weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})}
+    norm = BhytNorm(config, site, index).to(stock.weight.device).requires_grad_(False)
+    norm.load_state_dict(tensors)
     return norm
 
 
 def _sites(config: DecoderConfig) -> list[tuple[str, int]]:
     """Names of the norms that are converted, each with its layer; the final norm, last, has the number of layers."""
-    sites = [
-        (f"model.layers.{index}.{leaf}", index)
-        for index in config.bhyt_layers
-        for leaf in ("input_layernorm", "post_attention_layernorm")
-    ]
+    sites = [(f"model.layers.{index}.{leaf}", index) for index in config.bhyt_layers for leaf in _LEAVES]
     return [*sites, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else sites
 
 

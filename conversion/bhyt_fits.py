@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -37,9 +37,15 @@ class GainFit:
         a: lambda / kappa.
         eps: of the norm.
         source, converted: the residual stream before the norm [B, S, D], S at least 2.
+        fitted: False for the plain gain 1/a, only to measure what it leaves.
+
+    Attributes:
+        gain: [D], float32.
+        report: `relative_error` of the normalised rows, the largest |x| / rms, the share of channels with |tanh| above
+            0.9, and the least, the median and the largest gain as multiples of 1/a.
     """
 
-    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor) -> None:
+    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor, *, fitted: bool = True) -> None:
         width = source.shape[-1]
         self._a = a
         sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
@@ -54,7 +60,7 @@ class GainFit:
         product, energy, target = sums
         tokens = source[:, 1:].numel() // width
         gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MOST_GAIN / a)
-        gain = torch.where(energy < _SILENT * tokens, 1 / a, gain)
+        gain = torch.where((energy < _SILENT * tokens) | (not fitted), 1 / a, gain)
         left = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
         self.gain = gain.float()
         self.report = {
@@ -75,13 +81,13 @@ class MeanSquareLine:
 
     Attributes:
         through_origin: the best line falls, which no estimate may, so this one is the best that starts at zero.
-        errors: median and 99 % quantile over tokens of ``|sqrt(estimate / v') - 1|``.
+        miss: root mean square over tokens of ``sqrt(estimate / v') - 1``, the relative error of the norm's scale.
     """
 
     slope: float
     intercept: float
     through_origin: bool
-    errors: tuple[float, float]
+    miss: float
 
     @classmethod
     def fit(cls, first: Tensor, second: Tensor) -> MeanSquareLine:
@@ -99,8 +105,7 @@ class MeanSquareLine:
         if through_origin:
             slope, intercept = float(design[0].sum() / design[0].square().sum()), 0.0
         scale = ((slope * v + intercept).clamp_min(0) / target).sqrt()
-        median, worst = (scale - 1).abs().quantile(torch.tensor([0.5, 0.99], dtype=v.dtype)).tolist()
-        return cls(slope, intercept, through_origin, (median, worst))
+        return cls(slope, intercept, through_origin, float((scale - 1).square().mean().sqrt()))
 
     @property
     def tensor(self) -> Tensor:
@@ -109,13 +114,7 @@ class MeanSquareLine:
 
     @property
     def report(self) -> dict[str, Any]:
-        return {
-            "slope": self.slope,
-            "intercept": self.intercept,
-            "through_origin": self.through_origin,
-            "scale_error_median": self.errors[0],
-            "scale_error_p99": self.errors[1],
-        }
+        return asdict(self)
 
 
 @contextmanager

@@ -116,9 +116,9 @@ def test_eps_of_a_converted_checkpoint_is_that_of_the_source(
     assert distance(model, stock, ids) > 1e-2
 
 
-def test_stem_composes_with_bhyt_in_every_order(tiny_llama: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_stem_composes_with_bhyt_in_every_order(tiny_llama: Path, text: Path, ids: Tensor, tmp_path: Path) -> None:
     """At once, BHyT on a STEM checkpoint, or STEM on a BHyT checkpoint: the logits of STEM alone, the same tokens."""
-    options: dict[str, Any] = {**QUIET, "calibration_tokens": 2048}
+    options: dict[str, Any] = {**QUIET, "calibration": text, "calibration_tokens": 2048}
     convert(tiny_llama, tmp_path / "stem", [Stem(layers=[1, 2])], **options)
     convert(tiny_llama, tmp_path / "bhyt", [Bhyt()], **options)
     made = {
