@@ -118,7 +118,8 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    # The graph reads tensors that only the step holds on to.
+    return lambda: (graph.replay(), step)
 
 
 def decode_steps(

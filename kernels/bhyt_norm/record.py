@@ -190,15 +190,15 @@ def compilations(capability: int) -> Iterator[Compilation]:
         absent += _OF_ESTIMATES if exact or not full else ("dv",)
         label = f"{dtype} {'exact' if exact else 'estimated'} {width} wide"
         row_bytes = 3 * width * {"fp32": 4, "fp64": 8}.get(dtype, 2)
-        rows = 4096 if full or exact else 1
-        forward, backward = forward_config(rows, width, exact), backward_config(rows, width, row_bytes)
-        launch = {"BLOCK_ROWS": forward.block_rows, "BLOCK_WIDTH": forward.block_width, "num_warps": forward.num_warps}
+        # Launches overlap with one row.
         overlaps = (False, True) if capability >= 90 and width == 4096 and dtype == "bf16" else (False,)
         for overlap in overlaps:
             early = " overlapping" if overlap else ""
-            yield compilation(
-                forward_kernel, f"forward {label}{early}", dtype, absent, {**launch, "EXACT": exact, "OVERLAP": overlap}
-            )
+            forward = forward_config(1 if overlap else 4096, width, exact)
+            launch = {"BLOCK_ROWS": forward.block_rows, "BLOCK_WIDTH": forward.block_width, "EXACT": exact}
+            launch |= {"num_warps": forward.num_warps, "OVERLAP": overlap}
+            yield compilation(forward_kernel, f"forward {label}{early}", dtype, absent, launch)
+        backward = backward_config(4096, width, row_bytes)
         launch = {"BLOCK_ROWS": backward.block_rows, "BLOCK_WIDTH": backward.block_width}
         launch |= {"STAGES": backward.num_stages, "num_warps": backward.num_warps, "EXACT": exact}
         # Without a residual the forward pass writes no sum, but the backward pass still reads the input.
