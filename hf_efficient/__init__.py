@@ -22,16 +22,22 @@ register_architectures()
 
 # Public name -> the module that defines it. Resolved on first use, so that importing the package stays cheap.
 _PUBLIC = {
+    "Bhyt": "hf_efficient.conversion.bhyt",
+    "BranchVarianceCallback": "hf_efficient.training.branch_variance",
     "ConversionReport": "hf_efficient.conversion.report",
     "HFEError": "hf_efficient.errors",
     "RowSparseAdamW": "hf_efficient.training.row_sparse_adamw",
+    "SaturationCallback": "hf_efficient.training.saturation",
+    "SaturationMonitor": "hf_efficient.training.saturation",
     "Stem": "hf_efficient.conversion.stem",
     "UsageError": "hf_efficient.errors",
+    "bhyt_depth_bound": "hf_efficient.training.saturation",
     "convert": "hf_efficient.checkpoint",
     "evaluate": "hf_efficient.evaluation",
     "export": "hf_efficient.hub.export",
     "gather_rows": "hf_efficient.kernels.gather_rows.api",
     "inspect": "hf_efficient.inspection",
+    "keep_branch_variance": "hf_efficient.training.branch_variance",
     "push": "hf_efficient.hub.push",
     "row_adamw": "hf_efficient.kernels.row_adamw.api",
     "stem_ablate": "hf_efficient.stem_analysis",
