@@ -56,7 +56,9 @@ def forward_config(rows: int, width: int, whole_row: bool) -> LaunchConfig:
     if not whole_row:
         block_width = min(block_width, _COLUMNS_OF_FEW if rows <= _FEW_ROWS else _COLUMNS)
     block_rows = _block_rows(rows, block_width)
-    return LaunchConfig(block_rows, block_width, _warps(block_rows * block_width, 512))
+    # With few rows nothing hides a program's own time, so that more threads share its work.
+    each = 256 if rows <= _FEW_ROWS else 512
+    return LaunchConfig(block_rows, block_width, _warps(block_rows * block_width, each))
 
 
 def backward_config(rows: int, width: int, row_bytes: int) -> BackwardConfig:
