@@ -127,7 +127,7 @@ class Bhyt:
         if self.measures_choice:
             self._misses = _line_misses(_present(calibration))
             exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
-        if self.bound is None:
+        if not self.needs_calibration:
             u = bound / self.kappa * math.sqrt(config.hidden_size)
             self._summary["bhyt"] = f"lossless: a norm's outputs are within {u * u / 3:.1e} of the source's"
         return {
@@ -163,7 +163,7 @@ class Bhyt:
             yield from self._fitted(config, _present(calibration), lam)
         else:
             for prefix, _ in _sites(config):
-                yield f"{prefix}.out_scale", torch.full((config.hidden_size,), self.kappa / lam.item())
+                yield f"{prefix}.out_scale", self._plain_gain(config, lam)
         for prefix, _ in _sites(config):
             yield f"{prefix}.lam", lam
 
@@ -180,42 +180,50 @@ class Bhyt:
     def _fitted(self, config: DecoderConfig, calibration: Calibration, lam: Tensor) -> Iterator[tuple[str, Tensor]]:
         """`out_scale` and `affine` of every site, in the order of the layers.
 
-        Two streams of the same text pass through the layers, through the source's norms and through the converted ones
-        fitted so far. A gain draws what a converted norm makes of its own stream to what the source's made of its own,
-        so each layer makes good for some of what those below it have lost.
+        The text passes through the layers with the converted norms fitted so far and, where they are bounded, once more
+        with the source's. A gain draws what a converted norm makes of its own stream to what the source's made of its
+        own, so each layer makes good for some of what those below it have lost.
         """
         run = calibration.start(calibration.fit)
-        (source,) = run.streams
-        converted = source.fork()
+        (converted,) = run.streams
+        source = None if self.bound is None else converted.fork()
         for index, layer in run.layers():
             stock = {"input": layer.input_layernorm, "post": layer.post_attention_layernorm}
             first, second = (f"model.layers.{index}.{leaf}" for leaf in _LEAVES)
-            gain = self._gain(first, config, lam, source.hidden, converted.hidden)
+            gain = self._gain(first, config, lam, converted.hidden, source and source.hidden)
             yield f"{first}.out_scale", gain
             parts = {_LEAVES[0]: _norm(config, "input", index, stock["input"], lam, gain)}
             with replaced(layer, **parts):
                 ahead = after_attention(run, index, layer, converted)
-            gain = self._gain(second, config, lam, after_attention(run, index, layer, source), ahead)
+            target = source and after_attention(run, index, layer, source)
+            gain = self._gain(second, config, lam, ahead, target)
             yield f"{second}.out_scale", gain
             line = None
             if config.bhyt_estimate(index) == "affine":
                 line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(ahead))
-                self._sites[second] |= line.report
+                self._sites[second] = {**self._sites.get(second, {}), **line.report}
                 yield f"{second}.affine", line.tensor
             parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
             with replaced(layer, **parts):
                 run.push(index, layer, converted)
-            run.push(index, layer, source)
+            if source:
+                run.push(index, layer, source)
             calibration.progress("calibrate", index + 1, config.num_hidden_layers)
         if config.bhyt_final == "bhyt":
-            yield "model.norm.out_scale", self._gain("model.norm", config, lam, source.hidden, converted.hidden)
+            gain = self._gain("model.norm", config, lam, converted.hidden, source and source.hidden)
+            yield "model.norm.out_scale", gain
         self._summarise()
 
-    def _gain(self, site: str, config: DecoderConfig, lam: Tensor, source: Tensor, converted: Tensor) -> Tensor:
-        """`out_scale` of a site [D] for these streams before it [B, S, D]."""
-        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted, fitted=self.bound is not None)
+    def _gain(self, site: str, config: DecoderConfig, lam: Tensor, converted: Tensor, source: Tensor | None) -> Tensor:
+        """`out_scale` of a site [D] for these streams before it [B, S, D]; without that of the source 1 / a."""
+        if source is None:
+            return self._plain_gain(config, lam)
+        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
         self._sites[site] = fit.report
         return fit.gain
+
+    def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
+        return torch.full((config.hidden_size,), self.kappa / lam.item())
 
     def _summarise(self) -> None:
         """The few figures of the sites that the report's table shows."""
@@ -232,9 +240,8 @@ class Bhyt:
         lines = sorted((found["miss"], site) for site, found in sites.items() if "slope" in found)
         if lines:
             self._summary["bhyt, miss of a line"] = f"at most {lines[-1][0]:.1%} of the scale, in {lines[-1][1]}"
-        falling = [site for _, site in lines if sites[site]["through_origin"]]
-        if falling:
-            self._summary["bhyt, lines from zero"] = f"the best line falls in {', '.join(falling)}"
+            from_zero = sum(sites[site]["through_origin"] for _, site in lines)
+            self._summary["bhyt, lines from zero"] = f"{from_zero} of {len(lines)}, whose best line would not do"
 
 
 def _present(calibration: Calibration | None) -> Calibration:

@@ -37,7 +37,6 @@ class GainFit:
         a: lambda / kappa.
         eps: of the norm.
         source, converted: the residual stream before the norm [B, S, D], S at least 2.
-        fitted: False for the plain gain 1/a, only to measure what it leaves.
 
     Attributes:
         gain: [D], float32.
@@ -45,7 +44,7 @@ class GainFit:
             0.9, and the least, the median and the largest gain as multiples of 1/a.
     """
 
-    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor, *, fitted: bool = True) -> None:
+    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor) -> None:
         width = source.shape[-1]
         self._a = a
         sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
@@ -60,7 +59,7 @@ class GainFit:
         product, energy, target = sums
         tokens = source[:, 1:].numel() // width
         gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MOST_GAIN / a)
-        gain = torch.where((energy < _SILENT * tokens) | (not fitted), 1 / a, gain)
+        gain = torch.where(energy < _SILENT * tokens, 1 / a, gain)
         left = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
         self.gain = gain.float()
         self.report = {
@@ -80,7 +79,8 @@ class MeanSquareLine:
     """``slope * v + intercept`` for the mean square v' of a layer's second site, v that of its first.
 
     Attributes:
-        through_origin: the best line falls, which no estimate may, so this one is the best that starts at zero.
+        through_origin: the best line falls, or begins below zero, which leaves a row that is smaller than those of the
+            text nothing to be divided by. So this one is the best of those that begin at zero.
         miss: root mean square over tokens of ``sqrt(estimate / v') - 1``, the relative error of the norm's scale.
     """
 
@@ -101,7 +101,7 @@ class MeanSquareLine:
         v, target = first[:, 1:].flatten().double(), second[:, 1:].flatten().double()
         design = torch.stack((v / target, 1 / target))
         slope, intercept = torch.linalg.lstsq(design.T, torch.ones_like(v)[:, None]).solution.flatten().tolist()
-        through_origin = not slope > 0
+        through_origin = not (slope > 0 and intercept >= 0)
         if through_origin:
             slope, intercept = float(design[0].sum() / design[0].square().sum()), 0.0
         scale = ((slope * v + intercept).clamp_min(0) / target).sqrt()
