@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_efficient.conversion.bhyt_fits import GainFit, MeanSquareLine, after_attention, mean_square, replaced
 from hf_efficient.conversion.measuring.calibration import Calibration
@@ -26,6 +26,7 @@ from hf_efficient.conversion.patch import NewTensor, TensorChanges
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
 
 _SECOND_SITES = ("exact", "affine")
 _FINAL_NORMS = ("rms", "bhyt")
@@ -136,11 +137,11 @@ class Bhyt:
             "bhyt_exact_layers": exact,
             "bhyt_lambda_input": bound,
             "bhyt_lambda_post": bound,
-            "bhyt_lambda_final": bound,
             "bhyt_kappa": self.kappa,
             # RMSNorm's own: another eps would be another norm where the stream is small.
             "bhyt_eps": config.rms_norm_eps,
             "bhyt_final": self.final,
+            **({"bhyt_lambda_final": bound} if self.final == "bhyt" else {}),
             "bhyt_output_scale": True,
         }
 
@@ -190,12 +191,12 @@ class Bhyt:
         for index, layer in run.layers():
             stock = {"input": layer.input_layernorm, "post": layer.post_attention_layernorm}
             first, second = (f"model.layers.{index}.{leaf}" for leaf in _LEAVES)
-            gain = self._gain(first, config, lam, converted.hidden, source and source.hidden)
+            gain = self._gain(first, config, lam, converted.hidden, None if source is None else source.hidden)
             yield f"{first}.out_scale", gain
             parts = {_LEAVES[0]: _norm(config, "input", index, stock["input"], lam, gain)}
             with replaced(layer, **parts):
                 ahead = after_attention(run, index, layer, converted)
-            target = source and after_attention(run, index, layer, source)
+            target = None if source is None else after_attention(run, index, layer, source)
             gain = self._gain(second, config, lam, ahead, target)
             yield f"{second}.out_scale", gain
             line = None
@@ -206,11 +207,11 @@ class Bhyt:
             parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
             with replaced(layer, **parts):
                 run.push(index, layer, converted)
-            if source:
+            if source is not None:
                 run.push(index, layer, source)
             calibration.progress("calibrate", index + 1, config.num_hidden_layers)
         if config.bhyt_final == "bhyt":
-            gain = self._gain("model.norm", config, lam, converted.hidden, source and source.hidden)
+            gain = self._gain("model.norm", config, lam, converted.hidden, None if source is None else source.hidden)
             yield "model.norm.out_scale", gain
         self._summarise()
 
@@ -267,11 +268,11 @@ def _norm(
     config: DecoderConfig,
     site: str,
     index: int,
-    stock: nn.Module,
+    stock: DecoderRMSNorm,
     lam: Tensor,
     gain: Tensor,
     line: MeanSquareLine | None = None,
-) -> nn.Module:
+) -> BhytNorm:
     """A site as the converted model has it, in fp32."""
     tensors = {"weight": stock.weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})}
     norm = BhytNorm(config, site, index).to(stock.weight.device).requires_grad_(False)

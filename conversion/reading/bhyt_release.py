@@ -204,15 +204,11 @@ class BhytReleaseReader:
             raise HFEError("gammas of norm_type bhytstar are never folded: norm_fold passes over it", "leave it out")
         self._stored = stored
         self._config: Any = config  # typed with None, which no field of a configuration is once it is built
+        layers = config.bhyt_layers or []
         leaves = self._slope, self._intercept = _METHODS[_method(fields)]
         # Every layer has them; where its second site is exact they do nothing.
-        scalars = {
-            f"model.layers.{index}.{leaf}": index
-            for index in self._config.bhyt_layers
-            for leaf in leaves
-            if leaf is not None
-        }
-        estimated = [index for index in self._config.bhyt_layers if config.bhyt_estimate(index) == "approx"]
+        scalars = {f"model.layers.{index}.{leaf}": index for index in layers for leaf in leaves if leaf is not None}
+        estimated = [index for index in layers if config.bhyt_estimate(index) == "approx"]
         absent = [name for name, index in scalars.items() if index in estimated and name not in stored.names()]
         if absent:
             raise HFEError(
