@@ -103,23 +103,29 @@ VARIANTS: dict[str, Build] = {
 
 
 def build(
-    name: str, layers: int, shape: dict[str, int], context: int, seed: int, deviation: float | None = None
+    name: str, layers: int, shape: dict[str, int], context: int, seed: int, device: str = "cpu"
 ) -> DecoderForCausalLM:
-    """A fresh model in float32. All variants get the same weights: N(0, 1 / width) and, in the embedding, N(0, 1).
-
-    Args:
-        deviation: of all weights, the embedding's too, in place of these.
-    """
-    sizes = {"vocab_size": BYTES, "num_hidden_layers": layers, "max_position_embeddings": context, **shape}
-    model = VARIANTS[name](sizes)
-    generator = torch.Generator().manual_seed(seed)
+    """A fresh model in float32. All variants get the same weights: N(0, 1 / width) and, in the embedding, N(0, 1)."""
+    with torch.device(device):
+        sizes = {"vocab_size": BYTES, "num_hidden_layers": layers, "max_position_embeddings": context, **shape}
+        model = VARIANTS[name](sizes)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that all devices get the same
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                fresh = 1.0 if "embed_tokens" in parameter_name else shape["hidden_size"] ** -0.5
-                parameter.normal_(std=deviation or fresh, generator=generator)
+                deviation = 1.0 if "embed_tokens" in parameter_name else shape["hidden_size"] ** -0.5
+                parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))
     refresh(model)
     return model
+
+
+@torch.no_grad()
+def shrink(model: DecoderForCausalLM, deviation: float) -> None:
+    """Give all weights of a fresh model this deviation, the embedding's too."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(deviation / parameter.std())
+    refresh(model)
 
 
 def refresh(model: DecoderForCausalLM) -> None:
@@ -234,22 +240,22 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
 
 def study(layers: int, text: Tensor, held_out: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Every variant at one depth: the part of the JSON that is of this depth."""
-    device = torch.device(options.device)
+    device = options.device
     batch, length = UNTRAINED_TOKENS
     random_ids = torch.randint(BYTES, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     shape = {"hidden_size": options.hidden, "intermediate_size": options.intermediate}
     shape["num_attention_heads"] = options.heads
     found: dict[str, Any] = {}
     for name in VARIANTS:
-        found[name] = {"runs": []}
-        for key, deviation in (("untrained", None), ("untrained, stock deviation", STOCK_DEVIATION)):
-            model = build(name, layers, UNTRAINED, length, 0, deviation).to(device)
-            found[name][key] = growth(model, random_ids)
+        model = build(name, layers, UNTRAINED, length, 0, device)
+        found[name] = {"runs": [], "untrained": growth(model, random_ids)}
+        shrink(model, STOCK_DEVIATION)
+        found[name]["untrained, stock deviation"] = growth(model, random_ids)
         for seed in range(options.seeds):
             generator = torch.Generator().manual_seed(seed)
             order = torch.randint(len(text) - options.context, (options.steps, options.batch), generator=generator)
             began = time.perf_counter()
-            model = build(name, layers, shape, options.context, seed).to(device)
+            model = build(name, layers, shape, options.context, seed, device)
             run = {"seed": seed, **train(model, text, order.to(device), held_out, options)}
             run["seconds"] = time.perf_counter() - began
             found[name]["runs"].append(run)
