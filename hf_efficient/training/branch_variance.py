@@ -91,7 +91,7 @@ def _refresh(model: nn.Module) -> None:
         if not isinstance(module, BhytModel):
             continue
         for index in module.refresh_branch_variance():
-            attention = module.layers[index].self_attn
+            attention: Any = module.layers[index].self_attn
             if any(p.requires_grad for part in (attention.v_proj, attention.o_proj) for p in part.parameters()):
                 raise HFEError(
                     f"v_proj and o_proj of layer {index} are trained, and their weights cannot be read on this process",

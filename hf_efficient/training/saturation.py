@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
+from hf_efficient.modeling.bhyt.effective_weight import whole
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytModel
 
 _PREFIX = "bhyt/saturation"
@@ -74,7 +75,7 @@ class SaturationMonitor:
         if torch.compiler.is_compiling() or statistic is None:  # a stock norm saturates nothing
             return
         scale = site.tanh_scale(arguments[2] if len(arguments) > 2 else None, statistic)
-        # A row at a time has one bound, which is compared in the dtype of the row.
+        # One bound a row, rather than an argument of tanh for every element.
         hits = (stream.abs() > (self._limit / scale.abs())[..., None]).sum()
         label = site_label(site)
         self._hits[label] = self._hits[label].add_(hits) if label in self._hits else hits
@@ -146,6 +147,5 @@ def bhyt_depth_bound(model: nn.Module) -> float:
         if isinstance(part, BhytModel):
             for site in part.layers.modules():
                 if isinstance(site, BhytNorm):
-                    lam = site.lam.full_tensor() if hasattr(site.lam, "full_tensor") else site.lam
-                    bounds.append(abs(float(lam)) / site.kappa * math.sqrt(len(part.layers)))
+                    bounds.append(abs(float(whole(site.lam))) / site.kappa * math.sqrt(len(part.layers)))
     return max(bounds)

@@ -23,8 +23,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return None
-    if type(module) is nn.Linear and (type(module.weight) in (nn.Parameter, Tensor) or _is_sharded(module.weight)):
-        weight, bias = _whole(module.weight), _whole(module.bias)
+    if type(module) is nn.Linear and (type(module.weight) in (nn.Parameter, Tensor) or is_sharded(module.weight)):
+        weight, bias = whole(module.weight), whole(module.bias)
         if weight.is_floating_point():
             return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
     adapters = _low_rank_adapters(module)
@@ -36,13 +36,13 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
     weight, bias = base
     for name, sign in adapters:
         down, up = module.lora_A[name], module.lora_B[name]
-        factors = _whole(up.weight), _whole(down.weight)
+        factors = whole(up.weight), whole(down.weight)
         if factors[0].shape[0] != weight.shape[0] or factors[1].shape[1] != weight.shape[1]:
             return None
         scale = sign * module.scaling[name]
         weight = weight.float() + scale * (factors[0].float() @ factors[1].float())
         if up.bias is not None:
-            change = scale * _whole(up.bias).float()
+            change = scale * whole(up.bias).float()
             bias = change if bias is None else bias.float() + change
     return weight, bias
 
@@ -59,7 +59,7 @@ def fingerprint(module: Any) -> Hashable:
         found += [id(module), *map(tuple, adapters), getattr(module, "disable_adapters", None)]
         found.append(tuple(scaling.values()) if isinstance(scaling, dict) else None)
     for tensor in _parameters(module):
-        if type(tensor) is not nn.Parameter and _is_sharded(tensor):
+        if type(tensor) is not nn.Parameter and is_sharded(tensor):
             return None
         # Made in inference mode, a tensor has no version.
         found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
@@ -76,14 +76,14 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
             yield from _parameters(child)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor, of which this process holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
-def _whole(tensor: Any) -> Any:
+def whole(tensor: Any) -> Any:
     """`tensor`, gathered from all processes where it is sharded."""
-    return tensor.full_tensor() if tensor is not None and _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if tensor is not None and is_sharded(tensor) else tensor
 
 
 def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:

@@ -18,7 +18,7 @@ from hf_efficient.logging import get_logger
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.bhyt.branch_variance import branch_variance
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
-from hf_efficient.modeling.bhyt.effective_weight import effective_weight, fingerprint
+from hf_efficient.modeling.bhyt.effective_weight import effective_weight, fingerprint, whole
 from hf_efficient.modeling.decoder.modeling_decoder import (
     DecoderForCausalLM,
     DecoderModel,
@@ -130,7 +130,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        if not self.training and not torch.compiler.is_compiling() and self._fingerprint() != self._seen:
+        if not self.training and not torch.compiler.is_compiling() and self._fingerprint() not in (None, self._seen):
             self._refresh(strict=True)
         return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
@@ -186,34 +186,32 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
 
     def _with_branch_variance(self, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """`state_dict` with the branch variances of its own weights, where it has them whole."""
-        config = self.config
+        config, found = self.config, {}
         kv_width, width = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
-        shapes = {"v_proj.weight": (kv_width, config.hidden_size), "o_proj.weight": (config.hidden_size, width)}
-        found = {}
+        shapes = (kv_width, config.hidden_size), (config.hidden_size, width)
         for index, _ in self._approximate_layers():
             layer = f"{prefix}layers.{index}"
-            given = {name: state_dict.get(f"{layer}.self_attn.{name}") for name in (*shapes, "v_proj.bias")}
-            tensors = [given[name] for name in shapes]
+            names = ("v_proj.weight", "o_proj.weight", "v_proj.bias")
+            values, outputs, bias = (state_dict.get(f"{layer}.self_attn.{name}") for name in names)
             if all(
                 type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.shape == shape
-                for tensor, shape in zip(tensors, shapes.values(), strict=True)
+                for tensor, shape in zip((values, outputs), shapes, strict=True)
             ):
-                found[f"{layer}.post_attention_layernorm.branch"] = self._branch_variance(
-                    *tensors, given["v_proj.bias"]
-                )
+                branch = self._branch_variance(values, outputs, bias)
+                found[f"{layer}.post_attention_layernorm.branch"] = branch
         return state_dict | found
 
 
 def _check_values(name: str, norm: BhytNorm) -> None:
     """Raise `HFEError` where a loaded site holds what is no number; tell of one that passes nothing on."""
     for leaf in ("lam", "affine", "out_scale"):
-        tensor = getattr(norm, leaf)
+        tensor = whole(getattr(norm, leaf))
         if tensor is not None and not tensor.isfinite().all():
             raise HFEError(
                 f"{name}.{leaf} of the checkpoint holds NaN or infinity",
                 "take a checkpoint from before training failed",
             )
-    if not norm.lam.any():
+    if not whole(norm.lam).any():
         get_logger().warning("%s.lam is 0, so this site passes nothing on", name)
 
 

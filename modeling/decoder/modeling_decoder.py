@@ -302,7 +302,7 @@ class DecoderModel(DecoderPreTrainedModel):
         normed, _, _ = add_and_norm(self.norm, *arriving)
         return BaseModelOutputWithPast(last_hidden_state=normed, past_key_values=past_key_values)
 
-    def _may_carry(self, layers: nn.ModuleList, kwargs: dict[str, Any]) -> bool:
+    def _may_carry(self, layers: Any, kwargs: dict[str, Any]) -> bool:
         """True when nobody asks for the stream between two layers, so that it may lack what is still to be added."""
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         return self.config.carry_residual and not recorded and not any(layer.is_watched() for layer in layers)

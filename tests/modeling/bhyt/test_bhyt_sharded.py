@@ -133,7 +133,7 @@ dist.destroy_process_group()
 def test_two_processes_have_what_one_has(
     name: str, script: str, bhyt_model: Callable, tmp_path: Path, repository_root: Path
 ) -> None:
-    model = bhyt_model(bhyt_final="bhyt", attention_bias=True, tie_word_embeddings=name == "fsdp")
+    model = bhyt_model(bhyt_final="bhyt", attention_bias=True, vocab_size=62, tie_word_embeddings=name == "fsdp")
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "rank.py"
     path.write_text(START + script, encoding="utf-8")
