@@ -50,11 +50,10 @@ class GainFit:
         sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
         largest, saturated = source.new_zeros(()), source.new_zeros((), dtype=torch.int64)
         for original, own in zip(source[:, 1:], converted[:, 1:], strict=True):  # a sequence at a time
-            z = _normalised(original.double(), eps)
-            own_z = _normalised(own.double(), eps)
+            z, own_z = _normalised(original, eps), _normalised(own, eps)
             t = torch.tanh(a * own_z)
-            sums += torch.stack(((z * t).sum(0), t.square().sum(0), z.square().sum(0)))
-            largest = torch.maximum(largest, own_z.abs().max().to(largest.dtype))
+            sums += torch.stack([x.sum(0, dtype=sums.dtype) for x in (z * t, t.square(), z.square())])
+            largest = torch.maximum(largest, own_z.abs().max())
             saturated += (t.abs() > _SATURATED).sum()
         product, energy, target = sums
         tokens = source[:, 1:].numel() // width
