@@ -86,9 +86,10 @@ class Bhyt:
                 raise UsageError(f"bhyt {name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
         for name in ("bound", "kappa"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            number = isinstance(value, int | float) and value > 0 and math.isfinite(value)
+            if not number and (name, value) != ("bound", None):
                 raise UsageError(
-                    f"bhyt {name}={value} must be a positive number", "the paper's lambda is 1, its kappa 10"
+                    f"bhyt {name}={value!r} must be a positive number", "the paper's lambda is 1, its kappa 10"
                 )
         if self.exact_layers != "auto":
             self.exact_layers = _parse_layers(self.exact_layers)
@@ -124,7 +125,7 @@ class Bhyt:
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
         bound = self._lambda(config)
-        exact = list(self.exact_layers) if self.second_site == "affine" else []
+        exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
             self._misses = _line_misses(_present(calibration))
             exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]

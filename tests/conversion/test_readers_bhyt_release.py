@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.bhyt import Bhyt
+from hf_efficient.conversion.measuring.evaluation import checkpoint_logits
+from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.errors import HFEError, UsageError
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 61, 32, 4, 2, 8, 48, 4
@@ -182,6 +184,16 @@ def test_imported_checkpoints_give_the_logits_of_the_formulas(name: str, tmp_pat
     reference, ids = Reference(**CHECKPOINTS[name]), torch.randint(VOCABULARY, (2, 9))
     expected = reference(ids)
     found = imported(reference.save(tmp_path / "release"), ids)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["baseline", "residual_aware"])
+def test_a_release_can_be_measured_without_being_imported(method: str, tmp_path: Path) -> None:
+    """Layer by layer, as `evaluate` and the fits of other patches do."""
+    reference, ids = Reference(var_approx_method=method, last_layer_lam=1.5), torch.randint(VOCABULARY, (2, 9))
+    source = open_source(str(reference.save(tmp_path / "release")))
+    found = torch.cat(list(checkpoint_logits(source.config, source.reader)(ids))).double()
+    expected = reference(ids).flatten(0, 1)
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 

@@ -17,6 +17,7 @@ from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.bhyt import Bhyt
 from hf_efficient.conversion.bhyt_fits import GainFit, MeanSquareLine, after_attention, mean_square
 from hf_efficient.conversion.measuring.calibration import prepare_calibration
+from hf_efficient.conversion.measuring.evaluation import checkpoint_logits
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.reading.source import open_source
 
@@ -175,6 +176,15 @@ def test_each_gain_draws_the_converted_stream_to_the_source(bounded: Path, tiny_
     last = "model.norm"
     for other in (before[last], before[last]), (after[last], after[last]):
         assert (GainFit(0.5, eps, *other).gain / tensors[f"{last}.out_scale"] - 1).abs().max() > 0.01
+
+
+def test_a_pass_layer_by_layer_gives_the_logits_of_the_whole_model(bounded: Path, fit_ids: Tensor) -> None:
+    """Lines, scales and a bounded final norm are read too where a BHyT checkpoint is itself a source."""
+    source = open_source(str(bounded))
+    model = AutoModelForCausalLM.from_pretrained(bounded).eval()
+    with torch.no_grad():
+        found = torch.cat(list(checkpoint_logits(source.config, source.reader)(fit_ids)))
+        torch.testing.assert_close(found, model(fit_ids).logits.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_each_line_is_fitted_to_the_converted_stream(bounded: Path, fit_ids: Tensor) -> None:
