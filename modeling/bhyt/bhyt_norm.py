@@ -85,9 +85,15 @@ class BhytNorm(nn.Module):
 
     def freeze_constants(self) -> None:
         """Hold constant what the configuration says; again after loading, which makes parameters anew."""
-        self.lam.requires_grad_(self.learnable_lambda)
-        if self.affine is not None:
-            self.affine.requires_grad_(self.learnable_estimate)
+        if not self.learnable_lambda:
+            self.lam.requires_grad_(False)
+        if self.affine is not None and not self.learnable_estimate:
+            self.affine.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.freeze_constants()  # an adapter that trains whole modules means these too
+        return self
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistic: Statistic | None = None

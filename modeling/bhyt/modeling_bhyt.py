@@ -80,8 +80,9 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         """Compute what the approximate sites expect of the attention from its weights as they are, adapters included.
 
         This happens by itself where a model is made, loaded, saved or switched to evaluation, and before a call in
-        evaluation mode when weights or adapters changed. In training `BranchVarianceCallback` or
-        `keep_branch_variance` calls it now and then. With sharded weights all processes must call it.
+        evaluation mode when weights or adapters changed (a compiled call, or one with sharded weights, does not look).
+        In training `BranchVarianceCallback` or `keep_branch_variance` calls it now and then. With sharded weights all
+        processes must call it, and what calls it.
 
         Returns:
             The layers whose weights cannot be read here, so that they keep what is stored.

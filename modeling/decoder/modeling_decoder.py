@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -103,12 +104,11 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def is_watched(self) -> bool:
         """True when a hook or wrapper wants the layer's own output: any but those that look on only when asked to."""
-        if is_unhooked(self):
-            return False
+        # Those that record outputs stay once they were asked to; those that shard weights take any output.
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         origins = [getattr(hook, "__module__", "") for each in hooks for hook in each.values()]
-        # Those that record outputs stay once they were asked to; those that shard weights take any output.
-        return not origins or "forward" in self.__dict__ or not all(o.startswith(_PASSIVE_HOOKS) for o in origins)
+        foreign = [origin for origin in origins if not origin.startswith(_PASSIVE_HOOKS)]
+        return bool(foreign) or "forward" in self.__dict__ or _has_any_global_hook()
 
 
 class DecoderPreTrainedModel(PreTrainedModel):

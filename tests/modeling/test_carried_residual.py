@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
@@ -119,6 +119,10 @@ def test_a_hook_or_wrapper_sees_the_whole_stream(
     assert not any(carried) and torch.equal(seen[0], expected)
     handle.remove()
     handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    carrying(input_ids=ids)
+    assert not any(carried)
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     carrying(input_ids=ids)
     assert not any(carried)
     handle.remove()

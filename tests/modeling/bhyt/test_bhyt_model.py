@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -232,6 +233,16 @@ class TestTraining:
             assert not any(p.requires_grad for p in fixed.values())
             _, gradients = loss_and_gradients(each, some_ids())
             assert gradients.keys() == dict(each.named_parameters()).keys() - fixed.keys()
+
+    def test_an_adapter_that_trains_whole_norms_leaves_constants_alone(
+        self, bhyt_model: Callable, some_ids: Callable
+    ) -> None:
+        model = bhyt_model(bhyt_learnable_lambda=False, bhyt_second_site="affine")
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=norms)).train()
+        _, gradients = loss_and_gradients(model, some_ids())
+        trained = {name.rpartition(".")[2] for name in gradients if "layernorm" in name}
+        assert trained == {"weight"} and len([name for name in gradients if "layernorm" in name]) == 6
 
 
 class TestBadInput:
