@@ -40,6 +40,10 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.base_model._follow_weights(strict=False)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
@@ -113,10 +117,6 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         bounded = self.config.bhyt_final == "bhyt" if layer_idx is None else layer_idx in self.config.bhyt_layers
         return BhytNorm(self.config, site, layer_idx) if bounded else super().build_norm(site, layer_idx)
 
-    def post_init(self) -> None:
-        super().post_init()
-        self._refresh(strict=False)
-
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         if not mode:
@@ -131,8 +131,8 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        if not self.training and not torch.compiler.is_compiling() and self._fingerprint() not in (None, self._seen):
-            self._refresh(strict=True)
+        if not self.training and not torch.compiler.is_compiling():
+            self._follow_weights(strict=True)
         return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
     def _approximate_layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -150,6 +150,11 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
             attention = parts["self_attn"]._modules
             found += [fingerprint(attention["v_proj"]), fingerprint(attention["o_proj"])]
         return None if None in found else tuple(found) or None
+
+    def _follow_weights(self, strict: bool) -> None:
+        """Refresh where the weights changed since the last time, as far as a quick look tells."""
+        if self._fingerprint() not in (None, self._seen):
+            self._refresh(strict)
 
     @torch.no_grad()
     def _refresh(self, strict: bool) -> list[int]:

@@ -107,6 +107,12 @@ class TestMoments:
         config = bhyt_model(attention_bias=bias).config
         model = BhytForCausalLM(config)
         assert_equal(stored(model), right(model))
+        for module in model.modules():
+            module._is_hf_initialized = False
+        before = stored(model)
+        model.init_weights()
+        assert not torch.equal(stored(model), before)
+        assert_equal(stored(model), right(model))
 
     @pytest.mark.parametrize("kept", ["old", "none"])
     def test_loading_a_checkpoint_with_old_values_or_none(
