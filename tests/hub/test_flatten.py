@@ -65,11 +65,16 @@ def test_every_architecture_can_be_exported(architecture: Architecture) -> None:
         assert not [module for module in imported if module.startswith("hf_efficient")], name
 
 
-def test_a_patch_carries_no_foreign_patch(repository_root: Path) -> None:
+@pytest.mark.parametrize("patch", ["stem", "bhyt"])
+def test_a_patch_carries_no_foreign_patch(patch: str) -> None:
     """Only the decoder that takes any combination may drag in every architecture."""
-    stem = next(a for a in ARCHITECTURES if a.model_type == "hfe_stem")
-    entries = {name for name in render_code(stem).code.files if name.startswith("modeling_")}
-    assert entries == {"modeling_stem.py", "modeling_decoder.py"}
+    architecture = next(a for a in ARCHITECTURES if a.patch == patch)
+    files = set(render_code(architecture).code.files)
+    entries = {name for name in files if name.startswith("modeling_")}
+    assert entries == {f"modeling_{patch}.py", "modeling_decoder.py"}
+    foreign = {"stem", "bhyt"} - {patch}
+    assert not [name for name in files if any(f"_{other}" in name for other in foreign)]
+    assert [name for name in files if name.startswith(f"hfe_kernels_{patch}")]
 
 
 def test_only_import_lines_and_the_namespace_change(probe: Probe) -> None:
