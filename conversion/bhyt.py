@@ -243,7 +243,10 @@ class Bhyt:
         if lines:
             self._summary["bhyt, miss of a line"] = f"at most {lines[-1][0]:.1%} of the scale, in {lines[-1][1]}"
             from_zero = sum(sites[site]["through_origin"] for _, site in lines)
-            self._summary["bhyt, lines from zero"] = f"{from_zero} of {len(lines)}, whose best line would not do"
+            if from_zero:
+                self._summary["bhyt, lines from zero"] = (
+                    f"{from_zero} of {len(lines)}: the best line falls, or begins below zero"
+                )
 
 
 def _present(calibration: Calibration | None) -> Calibration:

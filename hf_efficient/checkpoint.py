@@ -41,6 +41,8 @@ _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy",
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
 _MEASURED_CHOICE_SECONDS = 80
+# A model that grows by more than this is worth a warning.
+_GROWTH = 1.01
 _PLANNING = ("reading text", "choosing")
 
 
@@ -210,7 +212,7 @@ class _Conversion:
             max_shard_bytes=self.options.max_shard_bytes,
             left_out=self.left_out,
         )
-        if plan.after.bytes > plan.before.bytes:
+        if plan.after.bytes > _GROWTH * plan.before.bytes:
             self.warn(f"the model grows from {format_bytes(plan.before.bytes)} to {format_bytes(plan.after.bytes)}")
         return plan
 
