@@ -41,9 +41,9 @@ _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy",
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
 _MEASURED_CHOICE_SECONDS = 80
-# A model that grows by more than this is worth a warning.
-_GROWTH = 1.01
 _PLANNING = ("reading text", "choosing")
+# A model that grows by a larger factor is worth a warning.
+_GROWTH = 1.01
 
 
 def convert(
