@@ -143,13 +143,14 @@ class BhytNorm(nn.Module):
             variance = estimate(variance, self.kappa, self.affine, self.branch, first_lam)
         return self.lam.to(variance.dtype) / self.kappa * torch.rsqrt(variance + self.eps)
 
+    def float32_tensors(self) -> dict[str, Tensor]:
+        """Those of its tensors that stay in float32 whatever the model's dtype, by name."""
+        tensors = {"affine": self.affine, "branch": self.branch, "out_scale": self.out_scale}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in PyTorch, but ``.to(torch.bfloat16)`` leaves what is stored in float32 as exact as it is."""
-        exact = {
-            name: tensor.data
-            for name in ("affine", "branch", "out_scale")
-            if (tensor := getattr(self, name)) is not None
-        }
+        exact = {name: tensor.data for name, tensor in self.float32_tensors().items()}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             tensor = getattr(self, name)

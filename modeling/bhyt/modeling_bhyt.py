@@ -29,7 +29,6 @@ from hf_efficient.modeling.decoder.modeling_decoder import (
 class BhytPreTrainedModel(DecoderPreTrainedModel):
     config: BhytConfig
     config_class = BhytConfig  # transformers reads annotations unevaluated, so it is named here too
-    _keep_in_fp32_modules_strict = {r"norm\.affine$", r"norm\.branch$", r"norm\.out_scale$"}
     # It is computed from the weights.
     _keys_to_ignore_on_load_missing = [r"norm\.branch$"]
 
@@ -39,6 +38,11 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    def post_init(self) -> None:
+        sites = [module for module in self.modules() if isinstance(module, BhytNorm)]
+        self._keep_in_fp32_modules_strict = {leaf for site in sites for leaf in site.float32_tensors()}
+        super().post_init()
 
     def init_weights(self) -> None:
         super().init_weights()
