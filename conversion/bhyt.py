@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.bhyt_fits import GainFit, MeanSquareLine, after_attention, mean_square, replaced
+from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
 from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import NewTensor, TensorChanges
 from hf_efficient.errors import UsageError
@@ -220,7 +220,7 @@ class Bhyt:
         """`out_scale` of a site [D] for these streams before it [B, S, D]; without that of the source 1 / a."""
         if source is None:
             return self._plain_gain(config, lam)
-        fit = GainFit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
+        fit = ChannelGains.fit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
         self._sites[site] = fit.report
         return fit.gain
 

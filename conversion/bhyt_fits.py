@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -26,27 +26,38 @@ def mean_square(hidden: Tensor) -> Tensor:
     return torch.stack([row.double().square().mean(-1) for row in hidden])
 
 
-class GainFit:
-    """Gain of each channel of one site, by least squares over the tokens of a text.
-
-    With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token, channel j
-    has the gain ``<z_j, t_j> / <t_j, t_j>``, between 1/a and 4/a. The first position of a sequence does not count: a
-    decoder parks its attention there, on a row that is like no other and would outweigh hundreds of them.
-
-    Args:
-        a: lambda / kappa.
-        eps: of the norm.
-        source, converted: the residual stream before the norm [B, S, D], S at least 2.
+@dataclass(frozen=True)
+class ChannelGains:
+    """Gain of each channel of one site.
 
     Attributes:
         gain: [D], float32.
-        report: `relative_error` of the normalised rows, the largest |x| / rms, the share of channels with |tanh| above
-            0.9, and the least, the median and the largest gain as multiples of 1/a.
+        relative_error: of the normalised rows, with these gains.
+        max_over_rms: the largest |x| / rms(x).
+        saturated: share of channels with |tanh| above 0.9.
+        gain_times_a: the least, the median and the largest gain as multiples of 1/a.
     """
 
-    def __init__(self, a: float, eps: float, source: Tensor, converted: Tensor) -> None:
+    gain: Tensor
+    relative_error: float
+    max_over_rms: float
+    saturated: float
+    gain_times_a: tuple[float, float, float]
+
+    @classmethod
+    def fit(cls, a: float, eps: float, source: Tensor, converted: Tensor) -> ChannelGains:
+        """Least squares over the tokens of a text.
+
+        With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token,
+        channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, between 1/a and 4/a. The first position of a sequence does
+        not count: a decoder parks its attention there, on a row that is like no other and would outweigh hundreds.
+
+        Args:
+            a: lambda / kappa.
+            eps: of the norm.
+            source, converted: the residual stream before the norm [B, S, D], S at least 2.
+        """
         width = source.shape[-1]
-        self._a = a
         sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
         largest, saturated = source.new_zeros(()), source.new_zeros((), dtype=torch.int64)
         for original, own in zip(source[:, 1:], converted[:, 1:], strict=True):  # a sequence at a time
@@ -60,13 +71,17 @@ class GainFit:
         gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MOST_GAIN / a)
         gain = torch.where(energy < _SILENT * tokens, 1 / a, gain)
         left = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
-        self.gain = gain.float()
-        self.report = {
-            "relative_error": float(left.clamp_min(0).sqrt()),
-            "max_over_rms": float(largest),
-            "saturated": float(saturated) / (tokens * width),
-            "gain_times_a": [float(a * quantile) for quantile in (gain.min(), gain.median(), gain.max())],
-        }
+        return cls(
+            gain=gain.float(),
+            relative_error=float(left.clamp_min(0).sqrt()),
+            max_over_rms=float(largest),
+            saturated=float(saturated) / (tokens * width),
+            gain_times_a=(float(a * gain.min()), float(a * gain.median()), float(a * gain.max())),
+        )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "gain"}
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

@@ -80,7 +80,7 @@ def release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> Eff
     own_fields = {
         "bhyt_layers": [index for index in range(count) if kinds[index] != "rms"],
         "bhyt_second_site": "approx" if estimated else "exact",
-        "bhyt_exact_layers": [index for index in range(count) if kinds[index] != "rms" and index not in estimated],
+        "bhyt_exact_layers": [i for i in range(count) if estimated and kinds[i] != "rms" and i not in estimated],
         "bhyt_lambda_input": _positive(fields, "input_layer_lam"),
         "bhyt_lambda_post": _positive(fields, "post_layer_lam"),
         "bhyt_learnable_lambda": bool(fields.get("learnable_lam", False)),
@@ -88,11 +88,10 @@ def release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> Eff
         "bhyt_eps": _EPS,
         "bhyt_learnable_estimate": bool(estimated) and method != "baseline",
     }
-    if norm_type in _ESTIMATED and (fields.get("last_layer_lam") or 0) > 0:
+    # Zero stands for RMSNorm.
+    if norm_type in _ESTIMATED and fields.get("last_layer_lam"):
         own_fields |= {"bhyt_final": "bhyt", "bhyt_lambda_final": _positive(fields, "last_layer_lam")}
-    if not estimated:
-        own_fields["bhyt_exact_layers"] = []
-    else:
+    if estimated:
         own_fields["bhyt_seq_len"] = _sequence_length(fields)
         if stock.attention_bias and method != "eta":
             raise HFEError(

@@ -303,6 +303,8 @@ def test_an_imported_checkpoint_is_a_source_for_other_patches_only(tmp_path: Pat
         ({"input_layer_lam": None}, "input_layer_lam=None, not a positive number"),
         ({"post_layer_lam": -1.0}, "post_layer_lam=-1.0"),
         ({"bhyt_kappa": 0}, "bhyt_kappa=0"),
+        ({"last_layer_lam": "None"}, "last_layer_lam='None'"),
+        ({"last_layer_lam": -0.5}, "last_layer_lam=-0.5"),
         ({"attention_bias": True}, "attention_bias beside an estimated second site"),
     ],
 )

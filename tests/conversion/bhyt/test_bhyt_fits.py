@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.bhyt_fits import GainFit, MeanSquareLine, after_attention, mean_square
+from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square
 from hf_efficient.conversion.measuring.calibration import prepare_calibration
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
@@ -40,7 +40,7 @@ def tokens(x: Tensor) -> Tensor:
 def test_gains_are_least_squares_of_the_sources_normalised_rows() -> None:
     source, own = 3 * torch.randn(4, 20, 16), 5 * torch.randn(4, 20, 16)
     own = own + 4 * source  # alike, as the streams of two models are
-    fit = GainFit(A, EPS, source, own)
+    fit = ChannelGains.fit(A, EPS, source, own)
     z, t = tokens(normalised(source)), tokens(torch.tanh(A * normalised(own)))
     for j in range(16):
         best = torch.linalg.lstsq(t[:, j, None], z[:, j, None]).solution.item()
@@ -53,7 +53,7 @@ def test_gains_of_its_own_stream_beat_the_plain_ones() -> None:
     x = torch.randn(4, 64, 32)
     x[:, 5] *= torch.linspace(1, 30, 32)
     z, t = tokens(normalised(x)), tokens(torch.tanh(1.0 * normalised(x)))
-    fit = GainFit(1.0, EPS, x, x)
+    fit = ChannelGains.fit(1.0, EPS, x, x)
     assert fit.report["relative_error"] < 0.8 * float((t - z).norm() / z.norm())
 
 
@@ -61,16 +61,16 @@ def test_gains_stay_between_one_and_four_times_the_plain_one() -> None:
     x = torch.randn(2, 50, 8)
     backwards = x.clone()
     backwards[..., 0] *= -1  # its best gain is negative
-    assert GainFit(A, EPS, x, backwards).gain[0].item() == pytest.approx(1 / A)
+    assert ChannelGains.fit(A, EPS, x, backwards).gain[0].item() == pytest.approx(1 / A)
     shrunk = x.clone()
     shrunk[..., 1] *= 0.01
-    assert GainFit(A, EPS, x, shrunk).gain[1].item() == pytest.approx(4 / A)
+    assert ChannelGains.fit(A, EPS, x, shrunk).gain[1].item() == pytest.approx(4 / A)
 
 
 def test_a_silent_channel_keeps_the_plain_gain() -> None:
     x = torch.randn(2, 50, 8)
     x[..., 3] = 0
-    fit = GainFit(A, EPS, x, x)
+    fit = ChannelGains.fit(A, EPS, x, x)
     assert fit.gain[3].item() == pytest.approx(1 / A)
     assert fit.gain.isfinite().all()
 
@@ -80,7 +80,7 @@ def test_first_positions_do_not_count() -> None:
     parked = x.clone()
     parked[:, 0] = 0
     parked[:, 0, 2] = 1e4
-    assert torch.equal(GainFit(A, EPS, x, x).gain, GainFit(A, EPS, parked, parked).gain)
+    assert torch.equal(ChannelGains.fit(A, EPS, x, x).gain, ChannelGains.fit(A, EPS, parked, parked).gain)
     v, target = mean_square(x), mean_square(2 * x + 1)
     assert MeanSquareLine.fit(v, target) == MeanSquareLine.fit(
         torch.cat((1e6 * v[:, :1], v[:, 1:]), 1), torch.cat((target[:, :1], target[:, 1:]), 1)
@@ -90,7 +90,7 @@ def test_first_positions_do_not_count() -> None:
 def test_outliers_and_saturation_are_counted() -> None:
     x = torch.randn(3, 30, 64)
     x[1, 7, 5] = 500.0
-    fit = GainFit(0.5, EPS, x, x)
+    fit = ChannelGains.fit(0.5, EPS, x, x)
     z = tokens(normalised(x))
     assert fit.report["max_over_rms"] == pytest.approx(z.abs().max().item(), rel=1e-6)
     assert 7.9 < fit.report["max_over_rms"] <= 8  # sqrt(64), which nothing exceeds
@@ -170,12 +170,12 @@ def test_each_gain_draws_the_converted_stream_to_the_source(bounded: Path, tiny_
     eps = stock.config.rms_norm_eps
     assert len(before) == 9
     for site in before:
-        expected = GainFit(0.5, eps, before[site], after[site]).gain
+        expected = ChannelGains.fit(0.5, eps, before[site], after[site]).gain
         torch.testing.assert_close(tensors[f"{site}.out_scale"], expected, rtol=1e-4, atol=0)
     # Not so for the streams of the source alone, nor for those of the converted model alone.
     last = "model.norm"
     for other in (before[last], before[last]), (after[last], after[last]):
-        assert (GainFit(0.5, eps, *other).gain / tensors[f"{last}.out_scale"] - 1).abs().max() > 0.01
+        assert (ChannelGains.fit(0.5, eps, *other).gain / tensors[f"{last}.out_scale"] - 1).abs().max() > 0.01
 
 
 def test_a_pass_layer_by_layer_gives_the_logits_of_the_whole_model(bounded: Path, fit_ids: Tensor) -> None:
