@@ -28,8 +28,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
         if weight.is_floating_point():
             return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
     adapters = _low_rank_adapters(module)
-    if adapters is None:
-        return _by_calling(module, like)
+    if adapters is None:  # its parts would not take a plain tensor where they are sharded
+        return None if any(map(is_sharded, module.parameters())) else _by_calling(module, like)
     base = effective_weight(module.base_layer, like)
     if base is None:
         return None
@@ -94,9 +94,8 @@ def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
     merged = set(module.merged_adapters)
     wanted = set() if module.disable_adapters else merged or set(module.active_adapters) & set(factors)
     changes = [(name, 1) for name in sorted(wanted - merged)] + [(name, -1) for name in sorted(merged - wanted)]
-    plain = all(
-        isinstance(factors[name], nn.Linear) and name not in getattr(module, "lora_variant", ()) for name, _ in changes
-    )
+    variants = getattr(module, "lora_variant", ())  # DoRA and others, which do more than add
+    plain = all(isinstance(factors[name], nn.Linear) and name not in variants for name, _ in changes)
     return changes if plain else None
 
 

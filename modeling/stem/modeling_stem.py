@@ -109,8 +109,9 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         super().post_init()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; tables that are not to live on the device never go there."""
+        source = pretrained_model_name_or_path  # named as in transformers, since callers may name it
         placement = cls._placement_asked_for(source, kwargs)
         if placement == "none":
             return super().from_pretrained(source, *args, **kwargs)

@@ -276,3 +276,12 @@ def test_weights_of_another_attention_are_refused(model_type: str, tiny_model: C
     tiny_model(model_type, attention_bias=True).save_pretrained(tmp_path)
     with pytest.raises(HFEError, match=r"no place for 9 tensors.*k_proj\.bias.*hf-efficient convert"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=False)
+
+
+def test_the_source_may_be_named_as_in_transformers(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    fresh = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(fresh.model.norm.weight, model.model.norm.weight)
