@@ -111,8 +111,8 @@ def bhyt_norm(
         if residual.dtype.itemsize < x.dtype.itemsize:
             check_dtype("bhyt_norm", "residual", residual, (x.dtype,))
     for name in ("affine", "branch"):
-        if optional[name] is not None:
-            check_shape("bhyt_norm", name, optional[name], (2,), "[2]")
+        if name in given:
+            check_shape("bhyt_norm", name, given[name], (2,), "[2]")
             if variance is None:
                 raise HFEError(
                     f"bhyt_norm: `{name}` came without `variance`", "pass the mean square that the estimate starts from"

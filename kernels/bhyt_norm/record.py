@@ -186,7 +186,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         ("fp32", True, 4096, True),
         ("fp64", True, 4096, True),
     ):
-        absent = () if full else _LEFT_OUT
+        absent: tuple[str, ...] = () if full else _LEFT_OUT
         absent += _OF_ESTIMATES if exact or not full else ("dv",)
         label = f"{dtype} {'exact' if exact else 'estimated'} {width} wide"
         row_bytes = 3 * width * {"fp32": 4, "fp64": 8}.get(dtype, 2)

@@ -22,7 +22,7 @@ def estimate(
     if affine is None and branch is None:
         return variance
     slope, intercept = (1.0, 1.0) if affine is None else affine.to(variance.dtype).unbind()
-    if branch is not None:
+    if branch is not None and first_bound is not None:
         share, constant = branch.to(variance.dtype).unbind()
         intercept = intercept * (share * (first_bound.to(variance.dtype)[0] / kappa) ** 2 + constant)
     return torch.maximum(slope * variance + intercept, LEAST_SHARE * variance)
