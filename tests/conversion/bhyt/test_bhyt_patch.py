@@ -81,6 +81,7 @@ def test_layers_whose_mean_square_follows_no_line_stay_exact(tiny_llama: Path, t
 
     stock = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
+        stock.model.layers[2].self_attn.o_proj.weight *= 0.01
         stock.model.layers[3].self_attn.o_proj.weight *= 100
     stock.save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "source")
@@ -89,11 +90,11 @@ def test_layers_whose_mean_square_follows_no_line_stay_exact(tiny_llama: Path, t
     measured = report.patches[0]["measured"]
     misses = {int(index): miss for index, miss in measured["line_misses"].items()}
     assert list(misses) == [0, 1, 2, 3]
-    assert misses[2] < 0.05 < misses[3]
+    assert misses[2] < 0.03 < misses[3]
     assert report.patches[0]["choices"]["bhyt_exact_layers"] == [0, 1, 3]
     ((site, line),) = measured["sites"].items()
     assert site == "model.layers.2.post_attention_layernorm"
-    assert line["miss"] < 0.05
+    assert line["miss"] < 0.03
     assert "bhyt, miss of a line" in report.table()
     named = Bhyt(second_site="affine", exact_layers="none")
     report = convert(tmp_path / "source", tmp_path / "named", [named], **options)
