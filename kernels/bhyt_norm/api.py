@@ -108,7 +108,7 @@ def bhyt_norm(
             raise HFEError(f"bhyt_norm: {name}={value} must be positive", f"the usual {name} is {_USUAL[name]}")
     if residual is not None:
         check_shape("bhyt_norm", "residual", residual, tuple(x.shape), "that of `x`")
-        if residual.dtype.itemsize < x.dtype.itemsize:
+        if residual.dtype != x.dtype and residual.dtype.itemsize <= x.dtype.itemsize:
             check_dtype("bhyt_norm", "residual", residual, (x.dtype,))
     for name in ("affine", "branch"):
         if name in given:

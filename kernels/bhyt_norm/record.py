@@ -113,6 +113,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("kappa that is no number", HFEError, "kappa=nan", "positive", kappa=float("nan")),
         bad("a residual of another shape", HFEError, "`residual`", "(1, 8)", "(2, 8)", residual=x[:1]),
         bad("a narrower residual", HFEError, "`residual`", "float16", "float32", residual=x.half()),
+        bad("a residual of the other half", HFEError, "`residual`", "float16", x=x.bfloat16(), residual=x.half()),
         bad("a mean square for each element", HFEError, "`variance`", "(2, 8)", "(2,)", variance=x),
         bad("a mean square in half precision", HFEError, "`variance`", "float16", "float32", variance=x[:, 0].half()),
         bad("an estimate from nothing", HFEError, "`affine`", "`variance`", affine=one.expand(2)),

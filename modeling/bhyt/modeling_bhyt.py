@@ -65,9 +65,31 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
                 f"the checkpoint lacks {len(bounds)} lambdas, {bounds[0]} first, so it is not a BHyT checkpoint",
                 "convert the stock model with `hf-efficient convert SOURCE OUTPUT --patch bhyt` and load OUTPUT",
             )
+        foreign = self._foreign_constants(missing_keys, unexpected_keys)
+        if foreign:
+            raise HFEError(
+                f"checkpoint and configuration disagree whether there are {len(foreign)} constants of BHyT sites, "
+                f"{foreign[0]} first",
+                "leave bhyt_output_scale, bhyt_second_site and bhyt_learnable_estimate as the checkpoint's config.json "
+                "has them",
+            )
         for name, module in self.named_modules():
             if isinstance(module, BhytNorm) and not module.lam.is_meta:
                 _check_values(name, module)
+
+    def _foreign_constants(self, missing_keys: set[str], unexpected_keys: set[str]) -> list[str]:
+        """Constants that one of checkpoint and model has and the other would have to have, to compute the same."""
+        prefix = f"{self.base_model_prefix}."
+        absent, surplus = ({key.removeprefix(prefix) for key in keys} for keys in (missing_keys, unexpected_keys))
+        foreign = []
+        for name, site in self.named_modules():
+            if isinstance(site, BhytNorm):
+                found = surplus if site.out_scale is None else absent
+                foreign += [key for key in [f"{name.removeprefix(prefix)}.out_scale"] if key in found]
+                # An estimate to be trained may begin at its initial values, and exact sites need none.
+                found = {"affine": absent, "approx": surplus, "exact": set()}[site.estimate]
+                foreign += [key for key in [f"{name.removeprefix(prefix)}.affine"] if key in found]
+        return foreign
 
     def save_pretrained(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
-from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM
+from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM, BhytModel
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
@@ -297,6 +298,35 @@ class TestBadInput:
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(HFEError, match=rf"model\.layers\.1\.input_layernorm\.{leaf} .* NaN or infinity"):
             BhytForCausalLM.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("saved", "opened", "first"),
+        [
+            ({"bhyt_output_scale": True}, {"bhyt_output_scale": False}, "layers.0.input_layernorm.out_scale"),
+            ({}, {"bhyt_output_scale": True}, "layers.0.input_layernorm.out_scale"),
+            ({}, {"bhyt_second_site": "affine"}, "layers.0.post_attention_layernorm.affine"),
+            (
+                {"bhyt_learnable_estimate": True},
+                {"bhyt_learnable_estimate": False},
+                "layers.0.post_attention_layernorm.affine",
+            ),
+        ],
+    )
+    def test_constants_that_checkpoint_or_configuration_lacks(
+        self, saved: dict[str, Any], opened: dict[str, Any], first: str, bhyt_model: Callable, tmp_path: Path
+    ) -> None:
+        bhyt_model(**saved).save_pretrained(tmp_path)
+        for model_class in (BhytForCausalLM, BhytModel):
+            with pytest.raises(HFEError, match=rf"disagree .* {re.escape(first)} first.*leave bhyt_output_scale"):
+                model_class.from_pretrained(tmp_path, **opened)
+
+    def test_a_trained_checkpoint_may_be_opened_with_exact_sites_or_fewer(
+        self, bhyt_model: Callable, some_ids: Callable, tmp_path: Path
+    ) -> None:
+        bhyt_model(bhyt_learnable_estimate=True, bhyt_output_scale=True).save_pretrained(tmp_path)
+        for opened in ({"bhyt_second_site": "exact", "bhyt_learnable_estimate": False}, {"bhyt_layers": [1]}):
+            model = BhytForCausalLM.from_pretrained(tmp_path, **opened)
+            assert model(some_ids()).logits.isfinite().all()
 
     def test_a_lambda_of_zero_is_told(
         self, bhyt_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
