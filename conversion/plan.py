@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_efficient.conversion.patch import NewTensor, Patch
-from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, skeleton, stays_float32
+from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, float32_tensors, skeleton
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
@@ -126,7 +126,8 @@ def plan_conversion(
     expected = expected_tensors(config)
     copied = [name for name in expected if name not in added]
     _check_accounts(reader, expected, copied, added, dropped, left_out)
-    dtypes = {name: torch.float32 if stays_float32(name) else dtype or reader.dtype(name) for name in copied}
+    exact = float32_tensors(config)
+    dtypes = {name: torch.float32 if name in exact else dtype or reader.dtype(name) for name in copied}
     # Wider elements first: see `split_into_shards`.
     copied.sort(key=lambda name: -dtypes[name].itemsize)
     stored = [StoredTensor(name, expected[name], dtypes[name]) for name in copied]

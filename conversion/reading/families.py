@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,9 +163,11 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def stays_float32(name: str) -> bool:
-    """True for a tensor that a checkpoint of our decoder stores in float32, whatever the dtype of the others."""
-    return any(re.search(pattern, name) for pattern in EfficientDecoderForCausalLM._keep_in_fp32_modules_strict or ())
+def float32_tensors(config: DecoderConfig) -> set[str]:
+    """Names of the tensors that a checkpoint stores in float32, whatever the dtype of the others."""
+    model: Any = skeleton(config)
+    leaves = model._keep_in_fp32_modules_strict or ()
+    return {name for name in model.state_dict() if name.rpartition(".")[2] in leaves}
 
 
 def check_tensors(
