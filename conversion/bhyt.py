@@ -138,6 +138,8 @@ class Bhyt:
             "bhyt_exact_layers": exact,
             "bhyt_lambda_input": bound,
             "bhyt_lambda_post": bound,
+            # A lossless lambda is a hundredth of what an optimiser's steps suit, and all it does the weight does too.
+            "bhyt_learnable_lambda": self.bound is not None,
             "bhyt_kappa": self.kappa,
             # RMSNorm's own: another eps would be another norm where the stream is small.
             "bhyt_eps": config.rms_norm_eps,

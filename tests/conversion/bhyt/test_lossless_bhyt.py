@@ -52,6 +52,17 @@ def test_logits_of_every_family_stay_within_the_bound(
     assert torch.equal(model(ids).logits.argmax(-1), stock(ids).logits.argmax(-1))
 
 
+def test_its_lambda_is_held_constant_in_training(
+    stock_folder: Callable[..., Path], ids: Tensor, tmp_path: Path
+) -> None:
+    """It is 0.01: steps of an optimiser that suit a weight of 1 would change it by a hundred times as much."""
+    convert(stock_folder(), tmp_path / "out", [Bhyt(final="bhyt")], **QUIET)
+    model = load(tmp_path / "out").train()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.endswith(".lam"), name
+
+
 def test_the_final_norm_stays_unless_it_is_asked_for(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
     convert(stock_folder(), tmp_path / "out", [Bhyt()], **QUIET)
     model = load(tmp_path / "out")
