@@ -88,7 +88,7 @@ def convert(
         base_model, license: for the model card; by default what the source says of itself.
         tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
         gamma_folded: the source was written by the BHyT authors' code while `norm_fold` was applied, of which it leaves
-            no sign: the projections hold the gammas of the norms before them, which therefore become 1.
+            no sign: the projections hold the gammas of the norms before them, which are divided out of them.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
             the documentation that comes with Python.
         calibration_tokens: tokens to calibrate on, at most.

@@ -36,7 +36,7 @@ def command(
         bool,
         typer.Option(
             "--gamma-folded",
-            help="The source was written by the BHyT authors' code with norm_fold applied: its gammas become 1.",
+            help="The source is of the BHyT authors' code, with norm_fold applied: take the gammas out again.",
         ),
     ] = False,
     calibration: Annotated[
