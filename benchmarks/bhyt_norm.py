@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from benchmarks.harness import RESULTS, copy_bandwidth, describe_machine, time_calls
 from benchmarks.plot import plot
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
+from hf_efficient.modeling.decoder.rms_norm import rms_norm
 
 SHAPES = ((16384, 4096), (65536, 2048), (8192, 8192))
 # What the floor of an element is counted with.
@@ -41,9 +42,7 @@ def _rms(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _stock_rms(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As the stock Llama layer writes it."""
     summed = x + residual
-    wide = summed.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * wide.to(x.dtype), summed
+    return rms_norm(summed, weight, 1e-6), summed
 
 
 def _providers(rows: int, device: torch.device) -> dict[str, Function]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
-from hf_efficient.conversion.measuring.calibration import Calibration
-from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from hf_efficient.conversion.measuring.calibration import Calibration, prepared
+from hf_efficient.conversion.patch import NewTensor, TensorChanges, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -127,7 +127,7 @@ class Bhyt:
         bound = self._lambda(config)
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
-            self._misses = _line_misses(_present(calibration))
+            self._misses = _line_misses(prepared(calibration))
             exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
         if not self.needs_calibration:
             u = bound / self.kappa * math.sqrt(config.hidden_size)
@@ -164,7 +164,7 @@ class Bhyt:
         # As the checkpoint stores it: the gains must go with that.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
-            yield from self._fitted(config, _present(calibration), lam)
+            yield from self._fitted(config, prepared(calibration), lam)
         else:
             for prefix, _ in _sites(config):
                 yield f"{prefix}.out_scale", self._plain_gain(config, lam)
@@ -251,12 +251,6 @@ class Bhyt:
                 )
 
 
-def _present(calibration: Calibration | None) -> Calibration:
-    if calibration is None:
-        raise UsageError("BHyT gains and lines are fitted to text, and no calibration was prepared")
-    return calibration
-
-
 def _line_misses(calibration: Calibration) -> dict[int, float]:
     """For each layer of the source, by how much of the scale a line misses on a little text, root mean square."""
     run = calibration.start(calibration.probe)
@@ -295,14 +289,10 @@ def _sites(config: DecoderConfig) -> list[tuple[str, int]]:
 def _parse_layers(layers: str | list[int]) -> list[int]:
     if isinstance(layers, str) and layers.strip() == "none":
         return []
-    try:
-        parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
-    except ValueError:
-        parsed = [-1]
-    integers = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in parsed)
-    if not integers or len(set(parsed)) < len(parsed):
+    parsed = layer_indices(layers)
+    if parsed is None or any(index < 0 for index in parsed):
         raise UsageError(
             f"bhyt exact_layers={layers!r} must be none, or different whole numbers from 0 on, separated by commas",
             "for example 0,1",
         )
-    return sorted(parsed)
+    return parsed

@@ -6,7 +6,7 @@ field carries its help text in `metadata["help"]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -75,3 +75,13 @@ class Patch(Protocol):
 
         A `summary`, texts by label, is shown in the report's table.
         """
+
+
+def layer_indices(layers: str | Sequence[int]) -> list[int] | None:
+    """The whole numbers of a text such as `1,4,7`, or of a list, sorted; None unless they are such, and different."""
+    try:
+        parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
+    except ValueError:
+        return None
+    integers = all(isinstance(index, int) and not isinstance(index, bool) for index in parsed)
+    return sorted(parsed) if integers and len(set(parsed)) == len(parsed) else None

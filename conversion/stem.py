@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.measuring.calibration import Calibration
+from hf_efficient.conversion.measuring.calibration import Calibration, prepared
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
 from hf_efficient.conversion.measuring.token_counts import occurrences
-from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from hf_efficient.conversion.patch import NewTensor, TensorChanges, layer_indices
 from hf_efficient.conversion.stem_layers import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,
@@ -135,7 +135,7 @@ class Stem:
             get_logger().warning("stem init=embed is worse than no feed-forward at all; gated_mean is the default")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        layers = self._choose(_present(calibration)) if self.measures_choice else self.layers
+        layers = self._choose(prepared(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
@@ -149,7 +149,7 @@ class Stem:
         return changes
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        calibration = _present(calibration)
+        calibration = prepared(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
         fit, held_out = run.streams
@@ -221,23 +221,13 @@ class Stem:
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
-    try:
-        parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
-    except ValueError:
-        parsed = []
-    integers = all(isinstance(index, int) and not isinstance(index, bool) for index in parsed)
-    if not parsed or not integers or len(set(parsed)) < len(parsed):
+    parsed = layer_indices(layers)
+    if not parsed:
         raise UsageError(
             f"stem layers={layers!r} must be auto, greedy, or different whole numbers separated by commas",
             "for example 1,4,7",
         )
-    return sorted(parsed)
-
-
-def _present(calibration: Calibration | None) -> Calibration:
-    if calibration is None:
-        raise UsageError("STEM tables are computed from a model and text, and no calibration was prepared")
-    return calibration
+    return parsed
 
 
 def _table_name(index: int) -> str:

@@ -1,4 +1,4 @@
-"""Checks of an operation's arguments, with one wording for all operations.
+"""Checks of an operation's arguments, with one wording for all operations, and what is mended in passing.
 
 Nothing here looks at data, except `check_ids`; shapes, dtypes and devices are known without waiting for the device.
 """
@@ -68,6 +68,11 @@ def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
             f"{op}: the last dimension of `{name}` has stride {tensor.stride(-1)} and must have 1",
             f"call {name}.contiguous() once, before the loop",
         )
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where its last dimension is strided: kernels read rows as runs of memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def check_no_gradient(op: str, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, load_text, pack
 from hf_efficient.conversion.measuring.token_counts import occurrences
 from hf_efficient.conversion.reading.source import Source, TensorReader
+from hf_efficient.errors import UsageError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 CALIBRATION_TOKENS = 18_432
@@ -104,3 +105,10 @@ def prepare_calibration(
         device=device,
         progress=progress,
     )
+
+
+def prepared(calibration: Calibration | None) -> Calibration:
+    """`calibration`, of a patch that measures the source on text and therefore was given one."""
+    if calibration is None:
+        raise UsageError("the patch measures the source model on text, and no calibration was prepared")
+    return calibration

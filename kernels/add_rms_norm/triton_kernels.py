@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.add_rms_norm.configs import launch_config
 from hf_efficient.kernels.overlap import overlap_options
+from hf_efficient.kernels.validate import rows_contiguous
 
 try:
     import triton
@@ -93,11 +94,6 @@ if HAVE_TRITON:
                 tl.store(normed + out_row + at, _scaled(tile, scale, w), mask=mask)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy of it when its last dimension is strided: the kernel reads rows as runs of memory."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _launch(
     normed: Tensor, summed: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> None:
@@ -127,7 +123,7 @@ def _launch(
 def launch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS normalisation of x [rows, D]."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(normed, None, _rows_contiguous(x), None, weight, eps)
+    _launch(normed, None, rows_contiguous(x), None, weight, eps)
     return normed
 
 
@@ -135,5 +131,5 @@ def launch_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> 
     """RMS normalisation of x + residual, [rows, D] both, and that sum."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     summed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(normed, summed, _rows_contiguous(x), _rows_contiguous(residual), weight, eps)
+    _launch(normed, summed, rows_contiguous(x), rows_contiguous(residual), weight, eps)
     return normed, summed

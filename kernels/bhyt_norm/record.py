@@ -233,17 +233,6 @@ def backward_cost(arguments: Arguments) -> Cost:
     return Cost(bytes=branch + 3 * stream + 4 * rows + 2 * arguments["weight"].nbytes, flops=50 * x.numel())
 
 
-def eager(x: Tensor, weight: Tensor, bound: Tensor, eps: float, residual: Tensor | None, **estimate: Any) -> Any:
-    """What one writes without this package, with an exact mean square."""
-    if any(each is not None for each in estimate.values()):
-        raise NotImplementedError("only the exact site")
-    summed = x if residual is None else residual + x
-    wide = summed.float()
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    normed = weight.float() * torch.tanh(bound.float() / 10.0 * wide * torch.rsqrt(variance + eps))
-    return normed.to(x.dtype), summed, variance[..., 0]
-
-
 RECORD = KernelRecord(
     name="bhyt_norm",
     api=bhyt_norm,
@@ -261,7 +250,6 @@ RECORD = KernelRecord(
     compilations=compilations,
     forward_cost=forward_cost,
     backward_cost=backward_cost,
-    peers={"eager": eager},
     differentiable=("x", "weight", "bound", "residual", "variance", "affine"),
     after_rounding=("out2", "variance"),
     interpreted=(torch.float64, torch.float32, torch.float16),

@@ -14,6 +14,7 @@ from hf_efficient.environment import triton_interpreted
 from hf_efficient.kernels.bhyt_norm.configs import FINISH_COLUMNS, backward_config, forward_config
 from hf_efficient.kernels.bhyt_norm.reference import LEAST_SHARE, compute_dtype
 from hf_efficient.kernels.overlap import overlap_options
+from hf_efficient.kernels.validate import rows_contiguous
 
 try:
     import triton
@@ -268,11 +269,6 @@ if HAVE_TRITON:
         tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < width)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy of it when its last dimension is strided: the kernels read rows as runs of memory."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -310,8 +306,8 @@ def launch_forward(
     found = x.new_empty(rows if variance is None else 0, dtype=wide)
     if rows == 0:
         return normed, summed, found
-    x = _rows_contiguous(x)
-    residual = None if residual is None else _rows_contiguous(residual)
+    x = rows_contiguous(x)
+    residual = None if residual is None else rows_contiguous(residual)
     config = forward_config(rows, width, whole_row=variance is None)
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(width, config.block_width))
     forward_kernel[grid](
@@ -375,8 +371,8 @@ def launch_backward(
         return dx, torch.zeros_like(weight), torch.zeros_like(bound), dvariance, daffine
     dweight, dbound = torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(bound)
     daffine = variance.new_empty(0) if affine is None else affine.new_empty(2)
-    dnormed, summed = _rows_contiguous(dnormed), _rows_contiguous(summed)
-    dsummed = None if dsummed is None else _rows_contiguous(dsummed)
+    dnormed, summed = rows_contiguous(dnormed), rows_contiguous(summed)
+    dsummed = None if dsummed is None else rows_contiguous(dsummed)
     out_scale = _contiguous(out_scale)
     scale_stride = 0 if out_scale is None else int(out_scale.numel() > 1)
     read = (dnormed, summed, *(() if dsummed is None else (dsummed,)))

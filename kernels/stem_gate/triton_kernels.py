@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.stem_gate.configs import CHUNK, elementwise_config, run_config
 from hf_efficient.kernels.stem_gate.reference import compute_dtype
+from hf_efficient.kernels.validate import rows_contiguous
 
 try:
     import triton
@@ -200,14 +201,9 @@ if HAVE_TRITON:
             tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy of it when its last dimension is strided: the kernels read rows as runs of memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def launch_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """``silu(gate) * table[ids]`` for gate [T, F], table [R, F], ids [T]."""
-    gate, ids = _rows_contiguous(gate), ids.contiguous()
+    gate, ids = rows_contiguous(gate), ids.contiguous()
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     tokens, width = gate.shape
     if out.numel() == 0:
@@ -234,7 +230,7 @@ def launch_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
 
 def launch_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """Gradient of gate [T, F]."""
-    dout, gate, ids = _rows_contiguous(dout), _rows_contiguous(gate), ids.contiguous()
+    dout, gate, ids = rows_contiguous(dout), rows_contiguous(gate), ids.contiguous()
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     tokens, width = gate.shape
     if dgate.numel() == 0:
@@ -263,7 +259,7 @@ def launch_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor)
 
 def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate [T, F] and table [R, F]; the table's is dense and the same, bit for bit, at every run."""
-    dout, gate = _rows_contiguous(dout), _rows_contiguous(gate)
+    dout, gate = rows_contiguous(dout), rows_contiguous(gate)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format)
     tokens, width = gate.shape
