@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.generation import captured, fill
-from benchmarks.harness import RESULTS, describe_machine
+from benchmarks.harness import RESULTS, describe_machine, times, write
 from benchmarks.llama_norms import (
     SHAPE,
     TINY,
@@ -30,9 +30,7 @@ from benchmarks.llama_norms import (
     llama,
     median_of,
     ours,
-    times,
     with_norms,
-    write,
 )
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature

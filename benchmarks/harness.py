@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,20 @@ def time_in_turns(
     return samples
 
 
+def times(
+    calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, device: torch.device, warm_up: int
+) -> dict[str, list[float]]:
+    """As `time_in_turns`; on the CPU, where a benchmark is only tried, the milliseconds of one call of each."""
+    if device.type == "cuda":
+        return time_in_turns(calls, rounds, repeats, warm_up)
+    found = {}
+    for name, call in calls.items():
+        began = time.perf_counter()
+        call()
+        found[name] = [1e3 * (time.perf_counter() - began)]
+    return found
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a large copy on the device, bytes read and written counted: the ceiling that others are held against."""
     size = 2**30 if device.type == "cuda" else 2**26
@@ -281,6 +295,24 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
         "transformers": transformers.__version__,
         "commit": commit,
     }
+
+
+def write(path: Path, lines: Sequence[dict[str, Any]], identity: Sequence[str] = ("part", "provider")) -> None:
+    """Put `lines` into a results file, in the place of older ones that agree with them in all fields of `identity`."""
+
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line.get(name) for name in identity)
+
+    old = read(path) if path.exists() else []
+    new = {key(line) for line in lines}
+    merged = [line for line in old if key(line) not in new] + list(lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in merged), encoding="utf-8")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[[], Callable[..., torch.Tensor]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from benchmarks.generation import SHAPE as LLAMA
-from benchmarks.harness import time_in_turns
+from benchmarks.harness import read
 from hf_efficient.kernels.add_rms_norm.api import add_rms_norm
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM
@@ -175,21 +173,7 @@ def ours(base: LlamaForCausalLM, config: PreTrainedConfig, without_norms: bool =
     return model
 
 
-# Times and results
-
-
-def times(
-    calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, device: torch.device, warm_up: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each call, one figure a round, in turns; on the CPU, where a benchmark is only tried, of one."""
-    if device.type == "cuda":
-        return time_in_turns(calls, rounds, repeats, warm_up)
-    found = {}
-    for name, call in calls.items():
-        began = time.perf_counter()
-        call()
-        found[name] = [1e3 * (time.perf_counter() - began)]
-    return found
+# Results
 
 
 def lines_of(
@@ -220,19 +204,6 @@ def median_of(samples: dict[str, list[float]], name: str) -> float | None:
     return statistics.median(samples[name]) if name in samples else None
 
 
-def write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Put `lines` into a results file, in the place of older ones of the same parts and providers."""
-    old = _read(path) if path.exists() else []
-    new = {(line["part"], line["provider"]) for line in lines}
-    merged = [line for line in old if (line["part"], line["provider"]) not in new] + list(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in merged), encoding="utf-8")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def draw(path: Path, limits: dict[str, str], title: str) -> None:
     """Bars of each part of a results file, with the limit of each as a line, in a PNG beside it."""
     if find_spec("matplotlib") is None:
@@ -243,7 +214,7 @@ def draw(path: Path, limits: dict[str, str], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = _read(path)
+    lines = read(path)
     parts = list(dict.fromkeys(line["part"] for line in lines))
     sizes = [sum(line["part"] == part for line in lines) for part in parts]
     size = (11, 0.8 + sum(0.8 + 0.32 * n for n in sizes))

@@ -14,7 +14,9 @@ import torch
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch, repository_root: Path) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(repository_root)
-    return {name: import_module(f"benchmarks.{name}") for name in ("bhyt_train", "bhyt_decode", "llama_norms")}
+    return {
+        name: import_module(f"benchmarks.{name}") for name in ("bhyt_train", "bhyt_decode", "llama_norms", "harness")
+    }
 
 
 def _lines(path: Path) -> dict[str, dict]:
@@ -69,8 +71,8 @@ def test_decoding_steps_of_one_function_have_one_result(benchmarks: dict[str, Mo
 
 def test_later_results_replace_earlier_ones_of_the_same_name(benchmarks: dict[str, ModuleType], tmp_path: Path) -> None:
     path, line = tmp_path / "results.jsonl", {"part": "eager", "provider": "stock", "ms": 1.0}
-    benchmarks["llama_norms"].write(path, [line, {**line, "provider": "other"}, {**line, "part": "compiled"}])
-    benchmarks["llama_norms"].write(path, [{**line, "ms": 2.0}])
+    benchmarks["harness"].write(path, [line, {**line, "provider": "other"}, {**line, "part": "compiled"}])
+    benchmarks["harness"].write(path, [{**line, "ms": 2.0}])
     found = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert sorted((x["part"], x["provider"], x["ms"]) for x in found) == [
         ("compiled", "stock", 1.0),
