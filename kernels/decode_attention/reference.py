@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
+
+from hf_efficient.kernels.precision import without_autocast
 
 WORD = 64  # segments that one word of an ancestor bitmap holds
 
@@ -66,7 +66,7 @@ def decode_attention(
     nobody = ~seen.any(dim=1)[:, None, :, None]
     k, v = (x.to(wide).masked_fill(nobody, 0.0) for x in (k, v))
     grouped = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, queries, width)
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
         scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         # A query that sees nothing gets zeros: its softmax is not a number.
@@ -74,10 +74,3 @@ def decode_attention(
         attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
     out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
     return out.copy_(attended.reshape(out.shape)).transpose(1, 2)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Products stay in the dtype they are written in, as the kernel's do."""
-    if not torch.amp.is_autocast_available(device_type):  # of tensors without data, for one
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

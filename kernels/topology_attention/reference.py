@@ -1,0 +1,52 @@
+"""topology_attention in plain PyTorch: the definition of the operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efficient.kernels.precision import without_autocast
+from hf_efficient.kernels.topology_blocks.block_lists import BlockLists
+from hf_efficient.kernels.topology_blocks.reference import segment_bits, seen_segments
+
+
+def visible_pairs(segment_ids: Tensor, anc: Tensor) -> Tensor:
+    """Which keys each query sees: bool [B, S, S], queries first, for segment_ids [B, S] and anc [B, N, W].
+
+    A key is seen that is not later and whose segment is the query's own or an ancestor of it.
+    """
+    words, length = anc.shape[2], segment_ids.shape[1]
+    queries, keys = seen_segments(segment_ids, anc), segment_bits(segment_ids, words)
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    seen = torch.zeros((*segment_ids.shape, length), dtype=torch.bool, device=segment_ids.device)
+    for word in range(words):
+        seen |= (queries[:, :, None, word] & keys[:, None, :, word]) != 0
+    return seen & causal
+
+
+def topology_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor,
+    anc: Tensor,
+    *,
+    blocks: BlockLists | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of q [B, Hq, S, D] to the visible keys among k, v [B, Hkv, S, D]; see `api.py`."""
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    seen = visible_pairs(segment_ids, anc)[:, None, None]
+    # What holes hold must not matter, NaN included, which a weight of zero would not keep out.
+    hole = (segment_ids < 0)[:, None, :, None]
+    q, k, v = (x.to(wide).masked_fill(hole, 0.0) for x in (q, k, v))
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    with without_autocast(q.device.type):
+        scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
+        # A query that sees nothing gets zeros, and so do its gradients: its softmax would not be a number.
+        nothing = ~seen.any(-1, keepdim=True)
+        weights = scores.masked_fill(~(seen | nothing), float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
+        attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
+    return attended.reshape(batch, length, heads, width).to(dtype).transpose(1, 2)

@@ -1,0 +1,68 @@
+"""topology_blocks in plain PyTorch: the definition of the operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
+
+WORD = 64  # segments that one word of a bitmap holds
+_ALL = -1  # every bit of an int64 is set
+
+
+def segment_bits(segment_ids: Tensor, words: int) -> Tensor:
+    """Bitmap with the one bit of each token's segment: int64 [B, S, words] for [B, S]; none for holes."""
+    segment = segment_ids.long()[..., None]
+    bit = torch.ones_like(segment) << (segment % WORD)
+    mine = torch.div(segment, WORD, rounding_mode="floor") == torch.arange(words, device=segment_ids.device)
+    return torch.where(mine & (segment >= 0), bit, 0)
+
+
+def seen_segments(segment_ids: Tensor, anc: Tensor) -> Tensor:
+    """Bitmap of the segments that each token sees: int64 [B, S, W] for [B, S] and [B, N, W]; none for holes."""
+    segment = segment_ids.long()
+    index = segment.clamp(min=0)[..., None].expand(*segment.shape, anc.shape[2])
+    seen = anc.expand(segment.shape[0], -1, -1).gather(1, index) if anc.shape[1] else index * 0
+    return seen.masked_fill((segment < 0)[..., None], 0)
+
+
+def _join(words: Tensor, union: bool) -> Tensor:
+    """OR (or AND) of bitmaps over the tokens of each block: [B, NB, BLOCK, W] -> [B, NB, W]."""
+    while words.shape[2] > 1:
+        half = words.shape[2] // 2
+        first, second = words[:, :, :half], words[:, :, half:]
+        words = first | second if union else first & second
+    return words[:, :, 0]
+
+
+def topology_blocks(segment_ids: Tensor, anc: Tensor) -> BlockLists:
+    """Block lists of segment_ids [B, S] and anc [B, N, W]; see `api.py`."""
+    batch, length = segment_ids.shape
+    words, blocks = anc.shape[2], -(-length // BLOCK)
+    anc = anc.expand(batch, -1, -1)
+    # Past the end there are no keys; what a query there would see is never looked at.
+    padded = torch.nn.functional.pad(segment_ids.long(), (0, blocks * BLOCK - length), value=-1)
+    past_end = torch.arange(blocks * BLOCK, device=segment_ids.device) >= length
+
+    def by_block(x: Tensor) -> Tensor:
+        return x.reshape(batch, blocks, BLOCK, -1)
+
+    seen = seen_segments(padded, anc)
+    present = _join(by_block(segment_bits(padded, words)), union=True)
+    some = _join(by_block(seen), union=True)
+    every = _join(by_block(seen.masked_fill(past_end[None, :, None], _ALL)), union=False)
+    holes = by_block(padded < 0).any(2)[..., 0]
+
+    index = torch.arange(blocks, device=segment_ids.device)
+    below = (index[:, None] >= index)[None]
+    meets = ((some[:, :, None] & present[:, None]) != 0).any(-1) & below
+    covered = ((present[:, None] & ~every[:, :, None]) == 0).all(-1)
+    full = meets & covered & ~holes[:, None] & (index[:, None] > index)[None]
+    partial = meets & ~full
+    kinds = torch.stack((full, partial, full.transpose(1, 2), partial.transpose(1, 2)), dim=1)
+    counts = kinds.sum(-1).int()
+    # A stable sort puts the listed ones first, in their order.
+    lists = (~kinds).to(torch.int8).sort(dim=-1, stable=True).indices
+    lists = torch.where(index < counts[..., None], lists, 0).int()
+    return BlockLists(counts, lists, present)
