@@ -15,6 +15,12 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderForCausalLM,
     EfficientDecoderModel,
 )
+from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM, MedVerseModel
+from hf_efficient.modeling.multiverse.modeling_multiverse import (
+    MultiverseConfig,
+    MultiverseForCausalLM,
+    MultiverseModel,
+)
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM, StemModel
 
 
@@ -56,6 +62,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal_lm(None, EfficientDecoderConfig, EfficientDecoderModel, EfficientDecoderForCausalLM),
     _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem:Stem"),
     _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM, "hf_efficient.conversion.bhyt:Bhyt"),
+    _causal_lm(
+        "multiverse",
+        MultiverseConfig,
+        MultiverseModel,
+        MultiverseForCausalLM,
+        "hf_efficient.conversion.topology:Multiverse",
+    ),
+    _causal_lm(
+        "medverse", MedVerseConfig, MedVerseModel, MedVerseForCausalLM, "hf_efficient.conversion.topology:MedVerse"
+    ),
 )
 
 _AUTO_MODELS = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}

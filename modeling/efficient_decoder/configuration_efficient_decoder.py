@@ -4,10 +4,11 @@ from huggingface_hub.dataclasses import strict
 
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
+from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
 
 
 @strict
-class EfficientDecoderConfig(StemConfig, BhytConfig):
+class EfficientDecoderConfig(StemConfig, BhytConfig, TopologyConfig):
     """Every patch's fields; a patch whose fields are left alone is absent."""
 
     model_type = "hfe_decoder"

@@ -7,18 +7,25 @@ from transformers.generation import GenerationMixin
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM, BhytModel, BhytPreTrainedModel
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM, StemModel, StemPreTrainedModel
+from hf_efficient.modeling.topology.modeling_topology import (
+    TopologyForCausalLM,
+    TopologyModel,
+    TopologyPreTrainedModel,
+)
 
 
-class EfficientDecoderPreTrainedModel(StemPreTrainedModel, BhytPreTrainedModel):
+class EfficientDecoderPreTrainedModel(StemPreTrainedModel, BhytPreTrainedModel, TopologyPreTrainedModel):
     config: EfficientDecoderConfig
     config_class = EfficientDecoderConfig  # transformers reads annotations unevaluated, so it is named here too
 
 
-class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel, BhytModel):
+class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel, BhytModel, TopologyModel):
     """`DecoderModel` with every patch that the configuration asks for."""
 
 
-class EfficientDecoderForCausalLM(EfficientDecoderPreTrainedModel, StemForCausalLM, BhytForCausalLM, GenerationMixin):
+class EfficientDecoderForCausalLM(
+    EfficientDecoderPreTrainedModel, StemForCausalLM, BhytForCausalLM, TopologyForCausalLM, GenerationMixin
+):
     """`EfficientDecoderModel` and a language-model head."""
 
     model_class = EfficientDecoderModel

@@ -14,6 +14,7 @@ from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.modeling.topology.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar import Decode
 from hf_efficient.modeling.topology.segment_graph import SegmentGraph
+from hf_efficient.modeling.topology.topology_mask import TopologyMask
 
 
 class TopologyBatch(NamedTuple):
@@ -28,6 +29,10 @@ class TopologyBatch(NamedTuple):
     segment_ids: Tensor
     position_ids: Tensor
     anc: Tensor
+
+    def to_mask(self) -> TopologyMask:
+        """What a model or an attention implementation takes as `topology`."""
+        return TopologyMask(self.segment_ids, self.anc)
 
 
 @dataclass
@@ -155,6 +160,10 @@ class Topology:
         if self.n_segments:
             mask &= sees[np.maximum(segments, 0)[:, None], np.maximum(segments, 0)]
         return torch.from_numpy(mask)
+
+    def to_mask(self) -> TopologyMask:
+        """What a model or an attention implementation takes as `topology`, for this row alone."""
+        return Topology.stack([self]).to_mask()
 
     @staticmethod
     def pack(topologies: Sequence[Topology]) -> Topology:

@@ -1,0 +1,30 @@
+"""MedVerse: topology attention over a plan, whose steps see those that they need."""
+
+from __future__ import annotations
+
+from transformers.generation import GenerationMixin
+
+from hf_efficient.modeling.medverse.configuration_medverse import MedVerseConfig
+from hf_efficient.modeling.topology.modeling_topology import (
+    TopologyForCausalLM,
+    TopologyModel,
+    TopologyPreTrainedModel,
+)
+
+
+class MedVersePreTrainedModel(TopologyPreTrainedModel):
+    config: MedVerseConfig
+    config_class = MedVerseConfig  # transformers reads annotations unevaluated, so it is named here too
+
+
+class MedVerseModel(MedVersePreTrainedModel, TopologyModel):
+    """`TopologyModel` of the grammar `medverse`."""
+
+
+class MedVerseForCausalLM(MedVersePreTrainedModel, TopologyForCausalLM, GenerationMixin):
+    """`MedVerseModel` and a language-model head."""
+
+    model_class = MedVerseModel
+
+
+__all__ = ["MedVerseConfig", "MedVerseForCausalLM", "MedVerseModel", "MedVersePreTrainedModel"]

@@ -1,0 +1,30 @@
+"""Multiverse: topology attention over blocks of parallel paths."""
+
+from __future__ import annotations
+
+from transformers.generation import GenerationMixin
+
+from hf_efficient.modeling.multiverse.configuration_multiverse import MultiverseConfig
+from hf_efficient.modeling.topology.modeling_topology import (
+    TopologyForCausalLM,
+    TopologyModel,
+    TopologyPreTrainedModel,
+)
+
+
+class MultiversePreTrainedModel(TopologyPreTrainedModel):
+    config: MultiverseConfig
+    config_class = MultiverseConfig  # transformers reads annotations unevaluated, so it is named here too
+
+
+class MultiverseModel(MultiversePreTrainedModel, TopologyModel):
+    """`TopologyModel` of the grammar `multiverse`."""
+
+
+class MultiverseForCausalLM(MultiversePreTrainedModel, TopologyForCausalLM, GenerationMixin):
+    """`MultiverseModel` and a language-model head."""
+
+    model_class = MultiverseModel
+
+
+__all__ = ["MultiverseConfig", "MultiverseForCausalLM", "MultiverseModel", "MultiversePreTrainedModel"]

@@ -1,0 +1,98 @@
+"""Configuration of topology attention: the control tokens of Multiverse or MedVerse, and what their branches see."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, GRAMMARS, MODES
+
+_DEFAULTS: dict[str, Any] = {
+    "grammar": None,
+    "mode": "dag",
+    "token_ids": {},
+    "trained": False,
+    "separator": "\n",
+    "version": 1,
+}
+
+
+@strict
+class TopologyConfig(DecoderConfig):
+    """`DecoderConfig` plus the field `topology`, a dictionary; what it leaves out has the default.
+
+    | key | meaning |
+    |---|---|
+    | `grammar` | `multiverse` or `medverse` |
+    | `mode` | what a step of MedVerse sees: `dag`, its ancestors; `layers`, all earlier layers; `flat`, no other step |
+    | `token_ids` | control token -> id; empty: nothing can be read or generated in parallel |
+    | `trained` | the model writes its control tokens itself, so that `generate` follows them |
+    | `separator` | text between two tags, which generation writes |
+    | `version` | version of these keys |
+    """
+
+    model_type = "hfe_topology_base"
+    # Of an architecture that has one grammar only.
+    topology_grammar = None
+
+    topology: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.topology is None and not self.patch_is_optional:
+            self.topology = {}
+        if self.topology is not None:
+            self.topology = {**_DEFAULTS, "grammar": self.topology_grammar, **self.topology}
+            self.topology["token_ids"] = dict(self.topology["token_ids"] or {})
+        super().__post_init__(**kwargs)
+
+    @property
+    def active_patches(self) -> list[str]:
+        return [*super().active_patches, *([self.topology["grammar"]] if self.topology is not None else [])]
+
+    def validate_topology(self) -> None:
+        """Rules of the field `topology`; raises `ValueError` with the value and the rule."""
+        if self.topology is None:
+            return
+        unknown = sorted(set(self.topology) - set(_DEFAULTS))
+        if unknown:
+            raise ValueError(f"topology has the unknown keys {unknown}; its keys are {list(_DEFAULTS)}")
+        known = {
+            "grammar": GRAMMARS if self.topology_grammar is None else (self.topology_grammar,),
+            "mode": MODES,
+            "version": (1,),
+            "trained": (False, True),
+        }
+        for key, values in known.items():
+            if self.topology[key] not in values:
+                raise ValueError(f"topology[{key!r}]={self.topology[key]!r} must be one of {list(values)}")
+        separator = self.topology["separator"]
+        if not isinstance(separator, str) or separator.strip():
+            raise ValueError(f"topology['separator']={separator!r} must be white space or an empty text")
+        self._validate_token_ids()
+        if "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"layer_types names sliding_attention (sliding_window={self.sliding_window}), and a window counts "
+                "columns, not positions of a topology; use full_attention in every layer"
+            )
+        rope_type = self.rope_parameters["rope_type"]
+        if "dynamic" in rope_type or rope_type == "longrope":
+            raise ValueError(
+                f"rope_type={rope_type!r} changes its frequencies with the length, so keys of different branches would "
+                "disagree; use 'default', 'linear', 'yarn' or 'llama3'"
+            )
+
+    def _validate_token_ids(self) -> None:
+        ids, tags = self.topology["token_ids"], CONTROL_TOKENS[self.topology["grammar"]]
+        if ids and set(ids) != set(tags):
+            wrong = sorted(set(ids) ^ set(tags))
+            raise ValueError(f"topology['token_ids'] must name the {len(tags)} control tokens; it differs in {wrong}")
+        for tag, token_id in ids.items():
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"topology['token_ids'][{tag!r}]={token_id!r} must be an id below vocab_size={self.vocab_size}"
+                )
+        if len(set(ids.values())) != len(ids):
+            raise ValueError(f"topology['token_ids'] gives two tags one id: {ids}")
+
+
+__all__ = ["TopologyConfig"]

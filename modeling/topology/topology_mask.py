@@ -1,0 +1,120 @@
+"""What the tokens of a call see, on the device: for whole texts, and for tokens that follow a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from hf_efficient.kernels.topology_attention.reference import visible_pairs
+from hf_efficient.kernels.topology_blocks.api import topology_blocks
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS, BlockLists
+
+
+class TopologyMask(NamedTuple):
+    """Whole texts: token i sees token j iff ``j <= i`` and bit ``segment_ids[j]`` of ``anc[segment_ids[i]]`` is set.
+
+    Attributes:
+        segment_ids: int32 [B, S], -1 at padding and other holes, which see nothing and are not seen.
+        anc: int64 [B, N, W]: bit t of row s (bit ``t % 64`` of word ``t // 64``) is set where segment s sees segment t.
+        blocks: what `topology_blocks` gives for these, so that a model's layers need not compute it one by one.
+    """
+
+    segment_ids: Tensor
+    anc: Tensor
+    blocks: BlockLists | None = None
+
+    def with_blocks(self) -> TopologyMask:
+        """The same with its block lists."""
+        return self if self.blocks is not None else self._replace(blocks=topology_blocks(self.segment_ids, self.anc))
+
+    def to(self, device: torch.device | str) -> TopologyMask:
+        """The same on another device."""
+        blocks = None if self.blocks is None else BlockLists(*(part.to(device) for part in self.blocks))
+        return TopologyMask(self.segment_ids.to(device), self.anc.to(device), blocks)
+
+
+class TopologyQueries(NamedTuple):
+    """Tokens that follow a cache whose columns are shared by all branches, their own columns written already.
+
+    A token sees column c iff ``c < kv_len``, c is not behind its own column, and its bit ``col_seg[c]`` is set.
+
+    Attributes:
+        columns: int32 [B, Q], the column of each token; -1 for a dummy, which is written nowhere and sees nothing.
+        kv_len: int32 [B], filled columns once the call's tokens are written.
+        col_seg: int32 [B, C], segment of each column, -1 at holes.
+        anc: int64 [B, Q, W], bitmap of the segments that each token sees.
+    """
+
+    columns: Tensor
+    kv_len: Tensor
+    col_seg: Tensor
+    anc: Tensor
+
+
+def seen_pairs(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:
+    """Bool [B, S, S], or [B, Q, C] with C = `columns`, by default those of `col_seg`: who sees whom."""
+    if isinstance(topology, TopologyMask):
+        return visible_pairs(topology.segment_ids, topology.anc)
+    segments = topology.col_seg.long()
+    if columns is not None:
+        missing = max(0, columns - segments.shape[1])
+        segments = torch.nn.functional.pad(segments, (0, missing), value=-1)[:, :columns]
+    batch, width = segments.shape
+    queries, words = topology.anc.shape[1:]
+    reached = (segments >= 0) & (segments < 64 * words)
+    word = torch.where(reached, segments // 64, 0)[:, None].expand(batch, queries, width)
+    bits = topology.anc.expand(batch, -1, -1).gather(2, word) >> (segments % 64)[:, None]
+    column = torch.arange(width, device=segments.device)
+    filled = reached & (column < topology.kv_len.reshape(-1, 1))
+    return (bits & 1).bool() & filled[:, None] & (column <= topology.columns[..., None])
+
+
+def dense_mask(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:
+    """The boolean mask of `sdpa`, true where a token sees another: [B, 1, S, S], or [B, 1, Q, C].
+
+    Tokens that see nothing see the first column here: a softmax over nothing is not a number, and would spread.
+    """
+    seen = seen_pairs(topology, columns)
+    if seen.shape[-1] == 0:
+        return seen[:, None]
+    lost = ~seen.any(-1, keepdim=True)
+    return torch.cat((seen[..., :1] | lost, seen[..., 1:]), dim=-1)[:, None]
+
+
+def additive_mask(topology: TopologyMask | TopologyQueries, dtype: torch.dtype, columns: int | None = None) -> Tensor:
+    """The same for `eager`: 0 where a token sees another, the least number of `dtype` elsewhere."""
+    seen = dense_mask(topology, columns)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def flex_mask(topology: TopologyMask) -> BlockMask:
+    """The same for FlexAttention, from the block lists, without a mask of every pair."""
+    topology = topology.with_blocks()
+    assert topology.blocks is not None
+    batch, length = topology.segment_ids.shape
+    counts, lists = topology.blocks.counts, topology.blocks.lists
+    # The last block may reach past the end.
+    segments = torch.nn.functional.pad(topology.segment_ids.long(), (0, -length % BLOCK), value=-1)
+    known = (segments >= 0) & (segments < 64 * topology.anc.shape[2])
+    known_query = known & (segments < topology.anc.shape[1])
+    safe = torch.where(known, segments, 0)
+    anc = topology.anc.expand(batch, -1, -1)
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        segment = safe[row, key]
+        own = torch.where(known_query[row, query], safe[row, query], 0)
+        bit = anc[row, own, segment // 64] >> (segment % 64) & 1
+        return (bit != 0) & known_query[row, query] & known[row, key] & (key <= query)
+
+    return BlockMask.from_kv_blocks(
+        counts[:, PARTIAL_KEYS, None],
+        lists[:, PARTIAL_KEYS, None],
+        counts[:, FULL_KEYS, None],
+        lists[:, FULL_KEYS, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
