@@ -12,6 +12,7 @@ from hf_efficient.conversion.patch import Patch
 from hf_efficient.conversion.plan import ConversionPlan
 from hf_efficient.conversion.progress import Advance, Progress
 from hf_efficient.conversion.reading.source import INDEX_NAME, Source
+from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter
 from hf_efficient.conversion.writing.workspace import Workspace
@@ -56,16 +57,18 @@ def write_weights(
     calibration: Callable[[], Calibration],
     workspace: Workspace,
     progress: Progress,
+    vocabulary: VocabularyChange | None = None,
 ) -> None:
     """Write every shard of the plan, and the index last. Peak memory is the largest tensor.
 
     `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace under
-    `patch:NAME`.
+    `patch:NAME`. Where `vocabulary` adds tokens, every tensor with a row for each token gets their rows.
     """
     writer = CheckpointWriter(plan, workspace)
+    by_token = vocabulary.token_tensors(plan.config) if vocabulary else set()
     try:
         with progress.stage("copying") as advance:
-            _copy(plan, source, writer, advance)
+            _copy(plan, source, writer, advance, vocabulary, by_token)
         with progress.stage("computing"):
             for patch in patches:
                 key = f"patch:{patch.name}"
@@ -73,7 +76,7 @@ def write_weights(
                     continue
                 text = calibration() if patch.needs_calibration else None
                 for name, tensor in patch.tensors(plan.config, text):
-                    writer.add(name, tensor)
+                    writer.add(name, vocabulary.fill(tensor) if vocabulary and name in by_token else tensor)
                 workspace.record_result(key, patch.report())
     finally:
         writer.close()
@@ -81,12 +84,21 @@ def write_weights(
         write_text(workspace.checkpoint / INDEX_NAME, _index(plan.shards))
 
 
-def _copy(plan: ConversionPlan, source: Source, writer: CheckpointWriter, advance: Advance) -> None:
+def _copy(
+    plan: ConversionPlan,
+    source: Source,
+    writer: CheckpointWriter,
+    advance: Advance,
+    vocabulary: VocabularyChange | None,
+    by_token: set[str],
+) -> None:
     sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:
         if writer.wants(name):
-            writer.add(name, source.reader.read(name), known_finite=True)
+            grows = vocabulary and name in by_token
+            tensor = vocabulary.read(source.reader, name) if grows else source.reader.read(name)
+            writer.add(name, tensor, known_finite=True)
         done += sizes[name]
         advance(done, total)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_efficient.conversion.patch import Patch
+from hf_efficient.conversion.patch import Patch, VocabularyPatch
 from hf_efficient.conversion.reading.hub_files import is_repo_id
 from hf_efficient.errors import UsageError
 
@@ -114,6 +114,9 @@ def _check_patches(patches: Sequence[Patch]) -> None:
     names = [patch.name for patch in patches]
     if len(set(names)) < len(names):
         raise UsageError(f"patches {', '.join(names)} name one patch twice", "give each patch once")
+    adding = [patch.name for patch in patches if isinstance(patch, VocabularyPatch)]
+    if len(adding) > 1:
+        raise UsageError(f"patches {' and '.join(adding)} both add control tokens", "give one of them")
 
 
 def _check_device(device: str | torch.device) -> None:

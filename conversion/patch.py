@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.calibration import Calibration
+    from hf_efficient.conversion.reading.source import Source
+    from hf_efficient.conversion.vocabulary import VocabularyChange
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Patch(Protocol):
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
         """Every added tensor in the order of `changes`, one at a time: each is written before the next is asked for.
 
+        One with a row for each token has all rows of the result's vocabulary; those of tokens that another patch adds
+        are overwritten.
         The same options give the same bits, since an interrupted conversion asks again.
         """
 
@@ -75,6 +79,18 @@ class Patch(Protocol):
 
         A `summary`, texts by label, is shown in the report's table.
         """
+
+
+@runtime_checkable
+class VocabularyPatch(Patch, Protocol):
+    """A patch that adds tokens; a conversion may have one. The converter calls `vocabulary` after `check`."""
+
+    def vocabulary(self, source: Source) -> VocabularyChange:
+        """The tokens and their rows, from the source's tokenizer."""
+
+    @property
+    def suppressed(self) -> list[int]:
+        """Ids that the result's generation settings suppress."""
 
 
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:

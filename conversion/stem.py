@@ -177,7 +177,8 @@ class Stem:
                 if converted is not None:
                     with stem_feed_forward(run, layer, rows):
                         run.push(index, layer, converted)
-                yield _table_name(index), table.write(calibration.reader, config.dtype or torch.float32)
+                dtype = config.dtype or torch.float32
+                yield _table_name(index), table.write(calibration.reader, config.vocab_size, dtype)
             calibration.progress("calibrate", index + 1, last + 1)
             if index == last:
                 return

@@ -244,10 +244,11 @@ class FittedTable:
         return rows
 
     @torch.no_grad()
-    def write(self, reader: TensorReader, dtype: torch.dtype) -> Tensor:
-        """The whole table [vocab_size, F] on the CPU."""
+    def write(self, reader: TensorReader, size: int, dtype: torch.dtype) -> Tensor:
+        """The whole table [size, F] on the CPU; rows beyond those of the source's embedding are zero."""
         vocab_size = reader.shape(EMBEDDING)[0]
-        table = torch.empty(vocab_size, self.rows.shape[1], dtype=dtype)
+        table = torch.empty(size, self.rows.shape[1], dtype=dtype)
+        table[vocab_size:] = 0
         for start in range(0, vocab_size, CHUNK_ROWS):
             stop = min(start + CHUNK_ROWS, vocab_size)
             embeddings = reader.read_rows(EMBEDDING, start, stop).to(self.rows.device, torch.float32)

@@ -1,7 +1,7 @@
 """Worked problems as texts of the two grammars, and what is wrong with such a text. Nothing here calls a model.
 
-A sample is `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`. Its texts
-may hold anything: control tokens in them are escaped.
+A sample is `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`. Its
+texts may hold anything: control tokens in them are escaped.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def flatten(text: str) -> str:
 def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
     """Steps of a MedVerse sample from chains of entities such as `"fever -> infection -> antibiotics"`.
 
-    Every entity that follows others is one step, `p1, p2 -> entity`, which needs the steps that lead to p1 and p2. Their
-    texts are empty: somebody must write them.
+    Every entity that follows others is one step, `p1, p2 -> entity`, which needs the steps that lead to p1 and p2.
+    Their texts are empty: somebody must write them.
 
     Raises:
         HFEError: a chain has fewer than two entities or an empty one, or entities follow each other in a circle.

@@ -22,7 +22,7 @@ from hf_efficient.conversion.convert import write_weights
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
 from hf_efficient.conversion.measuring.evaluation import LogitSource, checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
-from hf_efficient.conversion.patch import Patch
+from hf_efficient.conversion.patch import Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.families import decoder_config
@@ -156,6 +156,8 @@ class _Conversion:
         self.left_out = check_source(source)
         for patch in self.patches:
             patch.check(source.config)
+        self.adds_tokens = next((patch for patch in self.patches if isinstance(patch, VocabularyPatch)), None)
+        self.vocabulary = self.adds_tokens.vocabulary(source) if self.adds_tokens else None
         self.workspace: Workspace | None = None
         self._found: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -171,6 +173,7 @@ class _Conversion:
             "source": self.source.fingerprint,
             "source files changed at": [path.stat().st_mtime_ns for path in self.source.weight_files],
             "calibration file changed at": text.stat().st_mtime_ns if text.is_file() else None,
+            "added tokens": self.vocabulary and sorted(self.vocabulary.rows.items()),
             "hf_efficient": __version__,
         }
 
@@ -224,14 +227,18 @@ class _Conversion:
         needs = f"{format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.peak_memory_bytes)} of memory for weights"
         get_logger().info("the conversion needs %s", needs)
         workspace.check_space(plan.disk_bytes)
-        write_weights(plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress)
+        write_weights(
+            plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress, self.vocabulary
+        )
         with self.progress.stage("measuring"):
             evaluation = self.measure(plan, folder) if self.options.evaluate else None
         with self.progress.stage("finishing"):
             plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
             write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
-            for warning in write_companions(self.source, folder):
+            tokenizer = self.vocabulary.tokenizer if self.vocabulary else None
+            suppressed = self.adds_tokens.suppressed if self.adds_tokens else ()
+            for warning in write_companions(self.source, folder, tokenizer=tokenizer, suppressed=suppressed):
                 self.warn(warning)
             report = self.report(plan)
             report.evaluation = evaluation
@@ -308,7 +315,9 @@ class _Conversion:
         def advance(done: int, total: int) -> None:
             self.progress.advance(turn * total + done, 2 * total)
 
-        return checkpoint_logits(config, reader, device=self.options.device, progress=advance)
+        logits = checkpoint_logits(config, reader, device=self.options.device, progress=advance)
+        # The source gives no probability to tokens that it does not have.
+        return self.vocabulary.shared_logits(logits) if self.vocabulary and self.vocabulary.rows else logits
 
     def _patch_report(self, patch: Patch) -> dict[str, Any]:
         choice, final = self.choices[patch.name], self._recall(f"patch:{patch.name}") or {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -21,15 +23,20 @@ _GENERATION_CONFIG = "generation_config.json"
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def write_companions(source: Source, folder: Path) -> list[str]:
+def write_companions(
+    source: Source, folder: Path, *, tokenizer: Any = None, suppressed: Sequence[int] = ()
+) -> list[str]:
     """Put tokenizer, generation settings and licence of the source into `folder`; returns warnings for the report.
 
     Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over.
+
+    Args:
+        tokenizer: a tokenizer to save in place of the source's files.
+        suppressed: ids that generation must not give, besides those that the source's settings suppress.
     """
     with disk_errors(folder):
-        if source.gguf_file is not None and source.tokenizer_files is None:
-            source.tokenizer().save_pretrained(folder)
-            warnings = []
+        if tokenizer is not None or (source.gguf_file is not None and source.tokenizer_files is None):
+            warnings = _save_tokenizer(source.tokenizer() if tokenizer is None else tokenizer, folder)
         else:
             warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder)
         if source.gguf_file is None:
@@ -39,18 +46,32 @@ def write_companions(source: Source, folder: Path) -> list[str]:
     else:
         settings = GenerationConfig.from_model_config(source.stock_config)
         write_text(folder / _GENERATION_CONFIG, settings.to_json_string(use_diff=True))
+    if suppressed:
+        settings = read_json(folder / _GENERATION_CONFIG)
+        settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *suppressed})
+        write_text(folder / _GENERATION_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return warnings
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
+    tokenizer.save_pretrained(folder)
+    path = folder / _TOKENIZER_CONFIG
+    return _write_without_code(read_json(path), path) if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
     _copy(origin, folder, _TOKENIZER_FILES)
     if not (origin / _TOKENIZER_CONFIG).is_file():
         return ["the source has no tokenizer, so the result has none"] if not _has_tokenizer(origin) else []
-    settings = read_json(file_inside(origin, _TOKENIZER_CONFIG, origin.name))
+    _copy(origin, folder, (_TOKENIZER_CONFIG,))
+    return _write_without_code(read_json(folder / _TOKENIZER_CONFIG), folder / _TOKENIZER_CONFIG)
+
+
+def _write_without_code(settings: dict[str, Any], path: Path) -> list[str]:
+    """Leave a tokenizer's settings as they are in `path`, unless they refer to code; then write them without."""
     if settings.pop("auto_map", None) is None:
-        _copy(origin, folder, (_TOKENIZER_CONFIG,))
         return []
-    write_text(folder / _TOKENIZER_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return ["the source's tokenizer has code of its own, which is not carried over: check that it works without"]
 
 
