@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
+from hf_efficient.modeling.topology.grammar import MEDVERSE, MULTIVERSE
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 # The wide initial weights keep greedy choices of a random model far from ties.
@@ -63,6 +64,8 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
         "bhyt_final": "bhyt",
         "bhyt_output_scale": True,
     },
+    "hfe_multiverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MULTIVERSE)}}},
+    "hfe_medverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MEDVERSE)}, "mode": "layers"}},
 }
 
 
