@@ -46,13 +46,13 @@ def topology_blocks(segment_ids: Tensor, anc: Tensor) -> BlockLists:
     past_end = torch.arange(blocks * BLOCK, device=segment_ids.device) >= length
 
     def by_block(x: Tensor) -> Tensor:
-        return x.reshape(batch, blocks, BLOCK, -1)
+        return x.unflatten(1, (blocks, BLOCK))
 
     seen = seen_segments(padded, anc)
     present = _join(by_block(segment_bits(padded, words)), union=True)
     some = _join(by_block(seen), union=True)
     every = _join(by_block(seen.masked_fill(past_end[None, :, None], _ALL)), union=False)
-    holes = by_block(padded < 0).any(2)[..., 0]
+    holes = by_block(padded < 0).any(2)
 
     index = torch.arange(blocks, device=segment_ids.device)
     below = (index[:, None] >= index)[None]

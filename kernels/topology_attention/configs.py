@@ -1,0 +1,75 @@
+"""Launch configurations of topology_attention: a table, not a search, so that the first call is quick.
+
+Keys are classes of shapes, never the length of the sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile of one program, in queries and keys (divisors of a block), the depth of its pipeline and its warps.
+
+    `descriptors`: tiles are fetched by the copy engine of Hopper and newer, where the tensors allow it.
+    """
+
+    block_queries: int
+    block_keys: int
+    num_stages: int
+    num_warps: int
+    descriptors: bool = False
+
+
+# (kernel, padded head width, bytes of an element). On Hopper a program has 227 KB of shared memory for its tiles;
+_HOPPER = {
+    ("forward", 64, 2): LaunchConfig(128, 128, 2, 8, True),
+    ("forward", 128, 2): LaunchConfig(128, 128, 2, 8, True),
+    ("forward", 256, 2): LaunchConfig(128, 64, 2, 8, True),
+    ("query_gradient", 64, 2): LaunchConfig(128, 128, 2, 8, True),
+    ("query_gradient", 128, 2): LaunchConfig(128, 64, 2, 8, True),
+    ("query_gradient", 256, 2): LaunchConfig(64, 32, 2, 8, True),
+    ("key_gradient", 64, 2): LaunchConfig(64, 128, 2, 8, True),
+    ("key_gradient", 128, 2): LaunchConfig(64, 128, 2, 8, True),
+    ("key_gradient", 256, 2): LaunchConfig(32, 64, 2, 8, True),
+}
+# elsewhere it has 99 KB at least, and float32 has no tensor cores anywhere.
+_OTHERS = {
+    ("forward", 64, 2): LaunchConfig(128, 64, 3, 4),
+    ("forward", 128, 2): LaunchConfig(128, 32, 3, 4),
+    ("forward", 256, 2): LaunchConfig(64, 32, 2, 4),
+    ("query_gradient", 64, 2): LaunchConfig(128, 32, 2, 8),
+    ("query_gradient", 128, 2): LaunchConfig(64, 32, 2, 4),
+    ("query_gradient", 256, 2): LaunchConfig(32, 32, 1, 4),
+    ("key_gradient", 64, 2): LaunchConfig(32, 128, 2, 8),
+    ("key_gradient", 128, 2): LaunchConfig(32, 64, 2, 4),
+    ("key_gradient", 256, 2): LaunchConfig(32, 32, 1, 4),
+    **{
+        (kernel, width, 4): LaunchConfig(32, 32, 1, 4)
+        for kernel in ("forward", "query_gradient", "key_gradient")
+        for width in (64, 128, 256)
+    },
+}
+
+
+def padded_width(width: int) -> int:
+    """The power of two that a head of `width` is padded to; tensor cores take 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def launch_config(kernel: str, width: int, element_size: int, capability: tuple[int, int]) -> LaunchConfig:
+    """For one of the kernels `forward`, `query_gradient` and `key_gradient`, and heads of `width`."""
+    key = kernel, max(64, padded_width(width)), element_size
+    return _HOPPER.get(key, _OTHERS[key]) if capability == HOPPER else _OTHERS[key]
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of `device`; that of the oldest supported one where there is none to ask."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)

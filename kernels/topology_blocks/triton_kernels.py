@@ -1,0 +1,149 @@
+"""Triton kernels of topology_blocks and the function that launches them. No checks of arguments: see `api.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
+from hf_efficient.kernels.topology_blocks.configs import CLASSIFY_WARPS, SUMMARISE_WARPS, classify_width
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:
+    HAVE_TRITON = False
+
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _either(a, b):
+        return a | b
+
+    @triton.jit
+    def _both(a, b):
+        return a & b
+
+    @triton.jit(do_not_specialize=["length", "blocks", "segments", "words"])
+    def summarise_kernel(
+        present,
+        seen,
+        segment_ids,
+        anc,
+        length,
+        blocks,
+        segments,
+        words,
+        segment_stride,
+        anc_stride,
+        BLOCK: tl.constexpr,
+    ):
+        """Of one block: bitmap of its segments; of what some and what every query sees; and whether it has a hole."""
+        block = tl.program_id(0)
+        row = tl.program_id(1).to(tl.int64)
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        inside = token < length
+        segment = tl.load(segment_ids + row * segment_stride + token, mask=inside, other=-1)
+        known = (segment >= 0) & (segment < segments)
+        at = anc + row * anc_stride + segment.to(tl.int64) * words
+        bit = tl.full([BLOCK], 1, tl.int64) << (segment & 63).to(tl.int64)
+        present += (row * blocks + block) * words
+        seen += (row * blocks + block) * (2 * words + 1)
+        for word in range(words):
+            mine = tl.where((segment >> 6) == word, bit, 0)
+            tl.store(present + word, tl.reduce(mine, 0, _either))
+            ancestors = tl.load(at + word, mask=known, other=0)
+            tl.store(seen + word, tl.reduce(ancestors, 0, _either))
+            # What a query past the end would see does not matter.
+            tl.store(seen + words + word, tl.reduce(tl.where(inside, ancestors, -1), 0, _both))
+        tl.store(seen + 2 * words, tl.max((segment < 0).to(tl.int64), axis=0))
+
+    @triton.jit(do_not_specialize=["blocks", "words"])
+    def classify_kernel(counts, lists, present, seen, blocks, words, BLOCK_COUNT: tl.constexpr):
+        """The full and the partial list of one block: of its keys (direction 0) or of its queries (direction 1)."""
+        block = tl.program_id(0)
+        direction = tl.program_id(1)
+        row = tl.program_id(2).to(tl.int64)
+        present += row * blocks * words
+        seen += row * blocks * (2 * words + 1)
+        counts += row * 4 * blocks + block
+        lists += (row * 4 * blocks + block) * blocks
+        full_kind = (2 * direction).to(tl.int64)
+        full_list = lists + full_kind * blocks * blocks
+        partial_list = full_list + blocks.to(tl.int64) * blocks
+        full_count = tl.full([], 0, tl.int32)
+        partial_count = tl.full([], 0, tl.int32)
+        for start in range(0, blocks, BLOCK_COUNT):
+            other = start + tl.arange(0, BLOCK_COUNT)
+            inside = other < blocks
+            query = tl.where(direction == 0, block, other)
+            key = tl.where(direction == 0, other, block)
+            query_at = seen + query * (2 * words + 1)
+            key_at = present + key * words
+            meets = tl.zeros([BLOCK_COUNT], tl.int1)
+            covered = tl.load(seen + key * (2 * words + 1) + 2 * words, mask=inside, other=1) == 0
+            for word in range(words):
+                keys = tl.load(key_at + word, mask=inside, other=0)
+                some = tl.load(query_at + word, mask=inside, other=0)
+                every = tl.load(query_at + words + word, mask=inside, other=0)
+                meets |= (keys & some) != 0
+                covered &= (keys & ~every) == 0
+            meets &= inside & (key <= query)
+            full = (meets & covered & (key < query)).to(tl.int32)
+            partial = meets.to(tl.int32) - full
+            full_at = full_count + tl.cumsum(full, 0) - full
+            partial_at = partial_count + tl.cumsum(partial, 0) - partial
+            tl.store(full_list + full_at, other, mask=full != 0)
+            tl.store(partial_list + partial_at, other, mask=partial != 0)
+            full_count += tl.sum(full, axis=0)
+            partial_count += tl.sum(partial, axis=0)
+        tl.store(counts + full_kind * blocks, full_count)
+        tl.store(counts + (full_kind + 1) * blocks, partial_count)
+        for start in range(0, blocks, BLOCK_COUNT):
+            other = start + tl.arange(0, BLOCK_COUNT)
+            inside = other < blocks
+            tl.store(full_list + other, 0, mask=inside & (other >= full_count))
+            tl.store(partial_list + other, 0, mask=inside & (other >= partial_count))
+
+
+def launch(segment_ids: Tensor, anc: Tensor) -> BlockLists:
+    """Block lists of segment_ids [B, S], int32, and anc [B or 1, N, W], int64."""
+    rows, length = segment_ids.shape
+    segments, words = anc.shape[1:]
+    blocks = triton.cdiv(length, BLOCK)
+    device = segment_ids.device
+    present = torch.empty((rows, blocks, words), dtype=torch.int64, device=device)
+    counts = torch.empty((rows, 4, blocks), dtype=torch.int32, device=device)
+    lists = torch.empty((rows, 4, blocks, blocks), dtype=torch.int32, device=device)
+    if counts.numel() == 0:
+        return BlockLists(counts, lists, present)
+    seen = torch.empty((rows, blocks, 2 * words + 1), dtype=torch.int64, device=device)
+    segment_ids, anc = (x if x.is_contiguous() else x.contiguous() for x in (segment_ids, anc))
+    summarise_kernel[(blocks, rows)](
+        present,
+        seen,
+        segment_ids,
+        anc,
+        length,
+        blocks,
+        segments,
+        words,
+        length,
+        0 if anc.shape[0] == 1 else segments * words,
+        BLOCK=BLOCK,
+        num_warps=SUMMARISE_WARPS,
+    )
+    classify_kernel[(blocks, 2, rows)](
+        counts,
+        lists,
+        present,
+        seen,
+        blocks,
+        words,
+        BLOCK_COUNT=classify_width(blocks),
+        num_warps=CLASSIFY_WARPS,
+    )
+    return BlockLists(counts, lists, present)
