@@ -159,12 +159,14 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         that it needs are done. This cursor waits until `join`.
 
         Args:
-            branches: how many paths, or their labels; for steps their numbers, in the order of the text.
+            branches: how many paths, labelled as the outlines are, or their labels; for steps their numbers, in the order of the text.
         """
         frame = self.frame
         if frame is None or frame.in_path or frame.joined:
             raise TopologyError("there is no open block to fork", "fork after </Goal> or <Execution>", row=self.row)
-        labels = [""] * branches if isinstance(branches, int) else list(branches)
+        if isinstance(branches, int):
+            branches = [*frame.labels, *[""] * branches][:branches]
+        labels = list(branches)
         if frame.steps is not None:
             frame.steps.foresee(labels)
         children = []

@@ -1,0 +1,159 @@
+"""A toy vocabulary for both grammars, random texts of them, and rules that are written down a second time."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
+from hf_efficient.modeling.topology.topology import Topology
+
+
+class ToyVocabulary:
+    """One id a character, after the control tokens of one grammar."""
+
+    size = 150
+
+    def __init__(self, grammar: str) -> None:
+        self.grammar = grammar
+        self.token_ids = {tag: 3 + i for i, tag in enumerate(CONTROL_TOKENS[grammar])}
+        self._tags = {token_id: tag for tag, token_id in self.token_ids.items()}
+        self._split = re.compile("(" + "|".join(map(re.escape, self.token_ids)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            ids += [self.token_ids[part]] if part in self.token_ids else [16 + ord(character) for character in part]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._tags.get(i) or chr(i - 16) for i in ids)
+
+    def parse(self, text: str, **options: object) -> Topology:
+        return self.parse_ids(self.encode(text), **options)
+
+    def parse_ids(self, ids: Sequence[int], **options: object) -> Topology:
+        return Topology.from_token_ids(ids, self.grammar, self.token_ids, decode=self.decode, **options)  # type: ignore
+
+
+def words(rng: random.Random, most: int = 4) -> str:
+    return "".join(rng.choice("abcde ") for _ in range(rng.randrange(most)))
+
+
+def multiverse_text(rng: random.Random, glue: bool, depth: int = 3, most_paths: int = 3, prefix: str = "") -> str:
+    """Random text with blocks nested up to `depth`; a path may be empty or the only one."""
+    end = "\n" if glue else ""
+    text = words(rng)
+    for block in range(rng.randrange(1, 3) if depth == 3 else rng.randrange(2) if depth else 0):
+        labels = [f"{prefix}{10 * block + i + 1}" for i in range(rng.randint(1, most_paths))]
+        outlines = "".join(f"<Outline> {label}: {words(rng)}</Outline>{end}" for label in labels)
+        text += f"<Parallel>{end}<Goal>{end}{outlines}</Goal>{end}"
+        for label in labels:
+            inside = multiverse_text(rng, glue, depth - 1, most_paths, f"{label}.")
+            body = rng.choice(("", f"{end}{label}: {inside}", f"{end}{label}: {inside}"))
+            text += f"<Path>{body}</Path>{end}"
+        text += f"<Conclusion>{end}{words(rng)}</Conclusion>{end}</Parallel>{end}{words(rng)}"
+    return text
+
+
+def medverse_text(rng: random.Random, glue: bool, steps: int, plan: dict[int, list[int]] | None = None) -> str:
+    """Random plan with random dependencies, or `plan`, and its steps."""
+    end = "\n" if glue else ""
+    if plan is None:
+        plan = {n: sorted(rng.sample(range(1, n), min(n - 1, rng.randrange(3)))) for n in range(1, steps + 1)}
+    outlines = "".join(
+        f"<Outline> Transient Step {n}: A -> {n}; Dependency: {needed} </Outline>{end}" for n, needed in plan.items()
+    )
+    bodies = "".join(f"<Step> Transient Step {n}: A -> {n}\n{words(rng)}</Step>{end}" for n in plan)
+    return (
+        f"<Think>{end}{words(rng)}<Plan>{end}{outlines}</Plan>{end}<Execution>{end}{bodies}</Execution>{end}"
+        f"<Conclusion>{end}{words(rng)}</Conclusion>"
+    )
+
+
+def reachability(topology: Topology) -> list[set[int]]:
+    """Segments that each segment can reach over its parents, itself among them, by depth-first search."""
+    reached = []
+    for segment in range(len(topology.parents)):
+        seen, pending = {segment}, [segment]
+        while pending:
+            for parent in topology.parents[pending.pop()]:
+                if parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+        reached.append(seen)
+    return reached
+
+
+def brute_force_mask(topology: Topology) -> np.ndarray:
+    reached, segments = reachability(topology), topology.segment_ids.tolist()
+    mask = np.zeros((len(segments), len(segments)), dtype=bool)
+    for i, own in enumerate(segments):
+        if own >= 0:
+            sees = reached[own]
+            mask[i, : i + 1] = [other in sees for other in segments[: i + 1]]
+    return mask
+
+
+def position_formula(topology: Topology) -> np.ndarray:
+    """Positions from the definition: 1 + the greatest end of the parents, and one more for each token."""
+    starts: list[int] = []
+    ends: list[int] = []
+    found = np.zeros(len(topology.segment_ids), dtype=np.int64)
+    for segment, parents in enumerate(topology.parents):
+        mine = np.flatnonzero(topology.segment_ids == segment)
+        starts.append(max((ends[parent] + 1 for parent in parents), default=0))
+        ends.append(starts[-1] + len(mine) - 1)
+        found[mine] = starts[-1] + np.arange(len(mine))
+    return found
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[[str], ToyVocabulary]:
+    """The toy vocabulary of a grammar."""
+    return ToyVocabulary
+
+
+@pytest.fixture(scope="session")
+def random_text() -> Callable[..., str]:
+    """A random text of a grammar, from a seed: glue says whether separators stand between the tags."""
+
+    def make(grammar: str, seed: int, glue: bool, size: int = 3) -> str:
+        rng = random.Random(seed)
+        if grammar == "medverse":
+            return medverse_text(rng, glue, rng.randint(1, 2 * size))
+        return multiverse_text(rng, glue, most_paths=size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plan_text() -> Callable[..., str]:
+    """The MedVerse text of a plan {N: dependencies}."""
+    return lambda plan, glue=True: medverse_text(random.Random(0), glue, 0, plan)
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[[Topology], np.ndarray]:
+    """Who sees whom in a topology, pair by pair, by a search over the parents."""
+    return brute_force_mask
+
+
+@pytest.fixture(scope="session")
+def positions_by_hand() -> Callable[[Topology], np.ndarray]:
+    """Positions of a topology from their definition."""
+    return position_formula
+
+
+@pytest.fixture(scope="session")
+def branching() -> tuple[Topology, Tensor]:
+    """A row with a trunk, a path that forks again, its sibling, their join, and ids for it."""
+    spec = [(5, []), (3, [0]), (2, [1]), (4, [1]), (2, [2, 3]), (4, [0]), (3, [4, 5])]
+    topology = Topology.from_spec(spec)
+    return topology, torch.randint(3, 90, (1, len(topology)), generator=torch.Generator().manual_seed(3))
