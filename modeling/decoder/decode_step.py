@@ -168,6 +168,25 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor, int]:
+    """What `run` launches as a graph, the tensor that each replay fills with its result, and bytes that it holds.
+
+    Runs it once before: that compiles kernels and makes library handles, neither of which belongs in a graph.
+    """
+    stream = _capture_stream(device)
+    with _CAPTURING:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        held = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread, say one that loads data, may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = run()
+    return graph, result, max(torch.cuda.memory_reserved(device) - held, 0)
+
+
 class DecodeStep:
     """A step of one token a row over one cache, with the buffers that it reads and advances.
 
@@ -238,21 +257,10 @@ class DecodeStep:
         """Record the step in a CUDA graph; the column that it writes on the way, the next step writes anew."""
         buffers = (self.positions, self.mask, *(layer.cumulative_length for layer in cache.layers))
         before = [buffer.clone() for buffer in buffers]
-        device = self.tokens.device
-        stream = _capture_stream(device)
         try:
-            with _CAPTURING:
-                stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream):
-                    self.run(model, cache)  # compiles kernels, makes library handles: neither belongs in a graph
-                torch.cuda.current_stream(device).wait_stream(stream)
-                held = torch.cuda.memory_reserved(device)
-                graph = torch.cuda.CUDAGraph()
-                # Another thread, say one that loads data, may use the device meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    logits = self.run(model, cache)
-            self._logits, self._graph, self.signature = logits, graph, signature
-            self.graph_bytes = max(torch.cuda.memory_reserved(device) - held, 0)
+            recorded = record_graph(lambda: self.run(model, cache), self.tokens.device)
+            self._graph, self._logits, self.graph_bytes = recorded
+            self.signature = signature
         finally:  # out of memory or interrupted, the caller's cache is as it was
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)

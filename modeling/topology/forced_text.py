@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hf_efficient.errors import TopologyError
@@ -68,6 +68,12 @@ class ForcedText:
         """What closes a block inside a Multiverse path: its open path, where there is one, and the block."""
         close_block = self._token_ids["</Parallel>"]
         return (self.closer, close_block) if in_path else (close_block,)
+
+    def misplaced(self, eos_ids: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """For each value of `Branch.banned`, the tokens that break the text there."""
+        opener = {self._token_ids["<Parallel>"]} if self.grammar == "multiverse" else set()
+        in_path = tuple(sorted((self.control - {self.closer} - opener) | set(eos_ids)))
+        return {"branch": in_path, "path": in_path, "block": (self.closer, *eos_ids)}
 
     def _header(self, tag: str, text: str) -> tuple[int, ...]:
         key = tag + text

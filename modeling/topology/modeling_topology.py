@@ -17,6 +17,7 @@ from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
+from hf_efficient.modeling.topology.generation_topology import ParallelGeneration
 from hf_efficient.modeling.topology.topology_interface import TOPOLOGY_ATTENTION
 from hf_efficient.modeling.topology.topology_mask import (
     TopologyMask,
@@ -162,7 +163,7 @@ def _as_topology(
     return TopologyMask(segment_ids, anc)
 
 
-class TopologyForCausalLM(TopologyPreTrainedModel, DecoderForCausalLM, GenerationMixin):
+class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderForCausalLM, GenerationMixin):
     """`TopologyModel` and a language-model head."""
 
     model_class = TopologyModel

@@ -68,6 +68,7 @@ class RowScheduler:
 
     Attributes:
         tokens, segments, positions: of each column.
+        owners: branch that wrote each column after the prompt.
         fed: columns that a forward pass has computed.
         live: branches that want a token after the next forward pass.
         finished: why the row ended, or an empty text.
@@ -91,6 +92,7 @@ class RowScheduler:
         self.tokens: list[int] = [int(token) for token in prompt]
         self.segments: list[int] = placed.segment_ids.tolist()
         self.positions: list[int] = placed.position_ids.tolist()
+        self.owners: list[Branch] = []
         self.fed = 0
         self.finished = ""
         self.prompt_end = max(self.graph.end) + 1
@@ -128,6 +130,12 @@ class RowScheduler:
     def critical_path(self) -> int:
         """Positions after the prompt: the longest chain of tokens that follow each other."""
         return max(self.graph.end) + 1 - self.prompt_end
+
+    def bitmaps(self, segments: Sequence[int], words: int) -> np.ndarray:
+        """What tokens of these segments see, int64 [n, words]."""
+        closure = self.graph.closure
+        data = b"".join([closure[segment].to_bytes(8 * words, "little") for segment in segments])
+        return np.frombuffer(data, dtype="<i8").reshape(len(segments), words)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the next token of each live branch, in their order."""
@@ -195,6 +203,7 @@ class RowScheduler:
         self.tokens.append(token)
         self.segments.append(placement.segment)
         self.positions.append(placement.position)
+        self.owners.append(branch)
 
     def _append_all(self, branch: Branch, tokens: Sequence[int]) -> None:
         for token in tokens:

@@ -27,6 +27,8 @@ class TopologyLayer(CacheLayerMixin):
         super().__init__()
         self._cache_columns = cache.columns_of_call
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         columns = self._cache_columns
@@ -95,12 +97,19 @@ class TopologyCache(Cache):
 
     Args:
         layers: number of layers.
+        batch: rows.
         capacity: columns; rounded up, as the captured steps of plain generation have it.
+        device: of the columns' segments; keys and values are where the model computes them.
+
+    Attributes:
+        segments: [B, capacity + 1], int32: segment of each column, -1 where there is none.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
+    def __init__(self, layers: int, batch: int, capacity: int, device: torch.device) -> None:
         self.columns_of_call = _Columns(round_capacity(capacity))
         super().__init__(layers=[TopologyLayer(self) for _ in range(layers)])
+        with torch.inference_mode(False):  # the cache may outlive the caller's inference mode
+            self.segments = torch.full((batch, self.capacity + 1), -1, dtype=torch.int32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -119,7 +128,15 @@ class TopologyCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.grow(capacity)
+        segments = self.segments.new_full((self.segments.shape[0], capacity + 1), -1)
+        segments[:, : self.capacity] = self.segments[:, :-1]
+        self.segments = segments
         self.columns_of_call.capacity = capacity
+
+    def reset(self) -> None:
+        """Forget everything, for another prompt in the same memory; keys and values stay until they are overwritten."""
+        self.segments.fill_(-1)
+        self.place(None)
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""

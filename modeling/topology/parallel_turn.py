@@ -1,0 +1,221 @@
+"""One call of parallel generation: prompt, steps, tokens, until every row has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation import MaxTimeCriteria
+
+from hf_efficient.errors import HFEError, TopologyError
+from hf_efficient.kernels.topology_blocks.api import topology_blocks
+from hf_efficient.modeling.topology.branches import Branch
+from hf_efficient.modeling.topology.builder import TopologyBuilder
+from hf_efficient.modeling.topology.forced_text import ForcedText
+from hf_efficient.modeling.topology.grammar import Decode
+from hf_efficient.modeling.topology.sampling import Choice, Sampler, most_likely
+from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.streaming import StreamFeed
+from hf_efficient.modeling.topology.topology_mask import TopologyMask
+from hf_efficient.modeling.topology.topology_step import (
+    TopologySession,
+    TopologyStep,
+    forward,
+    leave_session,
+    take_session,
+)
+
+# Room for new tokens that a cache begins with; more is made when it is needed.
+FIRST_ROOM = 4096
+
+
+class ParallelTurn:
+    """Rows of one batch while they are generated.
+
+    Args:
+        model: any causal language model with full attention and rotary positions.
+        input_ids: [B, P], padded on the left.
+        padding: [B, P], false at padding; None where there is none.
+        grammar, token_ids, mode, decode: as for `TopologyBuilder`.
+        forced: the grammar's own tokens.
+        limits: how far and how wide a row may grow.
+        sampler: chooses tokens.
+        criteria: transformers' stopping criteria; they end the branch for which they hold.
+        keeps_logprobs: keep the log-probability of each chosen token.
+        streamer: gets the tokens as they come; or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        padding: Tensor | None,
+        *,
+        grammar: str,
+        token_ids: dict[str, int],
+        mode: str,
+        decode: Decode,
+        forced: ForcedText,
+        limits: Limits,
+        sampler: Sampler,
+        criteria: Sequence[Any] = (),
+        keeps_logprobs: bool = False,
+        streamer: Any = None,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.keeps_logprobs = keeps_logprobs
+        self.clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
+        self.criteria = [criterion for criterion in criteria if not isinstance(criterion, MaxTimeCriteria)]
+        self.prompt = input_ids.cpu().numpy()
+        self.offsets = _left_padding(padding, *input_ids.shape)
+        self.rows = [
+            RowScheduler(
+                b,
+                ids[offset:],
+                TopologyBuilder(grammar, token_ids, mode=mode, strict=False, decode=decode, row=b),
+                forced,
+                limits,
+                ids[:offset].tolist(),
+            )
+            for b, (ids, offset) in enumerate(zip(self.prompt, self.offsets, strict=True))
+        ]
+        self.feed = None if streamer is None else StreamFeed(streamer, self.rows)
+        self.passes = 0
+        room = min(limits.max_new_tokens, FIRST_ROOM)
+        self.session: TopologySession = take_session(model, len(self.rows), self.prompt.shape[1] + room)
+
+    def run(self) -> None:
+        """Generate until every row has ended."""
+        branches = [row.root for row in self.rows if row.live]
+        logits = self._prefill()
+        if branches:
+            live = torch.tensor([branch.row for branch in branches], device=logits.device)
+            self._accept(branches, *self._choose(branches, logits[live, -1], None))
+        for row in self.rows:
+            row.advance()
+        while not all(row.finished for row in self.rows):
+            self._step()
+        if self.feed is not None:
+            self.feed.end()
+        leave_session(self.model, self.session)
+
+    # The prompt
+
+    def _prefill(self) -> Tensor:
+        """Logits [B, 1, V] after the prompts, which fill the first columns of the cache."""
+        batch, length = self.prompt.shape
+        segments = np.full((batch, length), -1, dtype=np.int32)
+        positions = np.zeros((batch, length), dtype=np.int64)
+        for b, (row, offset) in enumerate(zip(self.rows, self.offsets, strict=True)):
+            segments[b, offset:] = row.segments[: length - offset]
+            positions[b, offset:] = row.positions[: length - offset]
+            row.fed = length - offset
+        device, cache = self.model.device, self.session.cache
+        segment_ids = torch.from_numpy(segments).to(device)
+        topology, padding = None, None
+        if segments.max(initial=0) > 0:
+            count = int(segments.max()) + 1
+            words = -(-count // 64)
+            anc = np.zeros((batch, count, words), dtype=np.int64)
+            for b, row in enumerate(self.rows):
+                known = min(count, len(row.graph))
+                anc[b, :known] = row.bitmaps(range(known), words)
+            topology = TopologyMask(segment_ids, torch.from_numpy(anc).to(device))
+            if getattr(self.model, "takes_topology", False):
+                topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.anc))
+        elif any(self.offsets):
+            padding = (segment_ids >= 0).long()
+        cache.place(None)
+        cache.segments[:, :length] = segment_ids
+        self.passes += 1
+        tokens, places = torch.from_numpy(self.prompt).to(device), torch.from_numpy(positions).to(device)
+        return forward(self.model, tokens, places, topology, cache, 1, padding)
+
+    # The steps
+
+    def _step(self) -> None:
+        """One forward pass of all branches, and what follows from their tokens."""
+        session, branches = self.session, [branch for row in self.rows for branch in row.live]
+        own_choice = not self.sampler.needs_logits
+        step = session.step_for(self.rows, self.offsets, own_choice and self.keeps_logprobs)
+        step.load(self.rows, self.offsets)
+        result = session.execute(step, self.model)
+        self.passes += 1
+        if own_choice:
+            found, logprobs = step.read(result)
+            places = self._places(step)
+            tokens = found.reshape(-1)[places].tolist()
+            chances = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
+        else:
+            at = torch.tensor(self._places(step), device=step.logits.device)
+            tokens, chances = self._choose(branches, step.logits.flatten(0, 1)[at], at)
+        self._accept(branches, tokens, chances)
+        for row in self.rows:
+            row.advance()
+
+    def _places(self, step: TopologyStep) -> list[int]:
+        """Where the live branches are among the queries of a step, all rows one after the other."""
+        width = step.queries
+        return [
+            place
+            for b, row in enumerate(self.rows)
+            for place in range((b + 1) * width - len(row.live), (b + 1) * width)
+        ]
+
+    def _choose(self, branches: Sequence[Branch], logits: Tensor, _: Any) -> tuple[list[int], list[float] | None]:
+        choice: Choice = self.sampler.choose(branches, logits) if self.sampler.needs_logits else most_likely(logits)
+        return choice.tokens.tolist(), choice.logprobs.tolist() if self.keeps_logprobs else None
+
+    def _accept(self, branches: Sequence[Branch], tokens: list[int], chances: list[float] | None) -> None:
+        """Give each branch its token; stop those, and all, for which a criterion holds."""
+        tokens = self.sampler.settle(branches, tokens)
+        if chances is not None:
+            for branch, chance in zip(branches, chances, strict=True):
+                branch.logprobs.append(chance)
+        at = 0
+        for row in self.rows:
+            count = len(row.live)
+            if count:
+                row.accept(tokens[at : at + count])
+                at += count
+        if self.criteria:
+            self._stop(branches)
+        if any(_holds(clock, np.zeros(1)) for clock in self.clocks):
+            for row in self.rows:
+                row.stop_all("max_time")
+        if self.feed is not None:
+            self.feed.flush()
+
+    def _stop(self, branches: Sequence[Branch]) -> None:
+        for branch in branches:
+            row = self.rows[branch.row]
+            if branch in row.live:
+                ids = branch.visible_ids()
+                if any(_holds(criterion, ids) for criterion in self.criteria):
+                    row.stop(branch, "stopping_criteria")
+
+
+def _holds(criterion: Any, ids: Any) -> bool:
+    """What a stopping criterion says of one text."""
+    return bool(torch.as_tensor(criterion(torch.as_tensor([list(ids)], dtype=torch.long), None)).all())
+
+
+def _left_padding(padding: Tensor | None, batch: int, length: int) -> list[int]:
+    """Number of padding columns before each row's prompt."""
+    if padding is None:
+        return [0] * batch
+    real = padding.to(torch.bool).cpu()
+    if real.shape != (batch, length):
+        raise HFEError(
+            f"attention_mask has shape {list(padding.shape)} and the prompt {[batch, length]}", "give one for each id"
+        )
+    if not bool(real[:, -1].all()) or bool((real[:, 1:] < real[:, :-1]).any()):
+        raise TopologyError(
+            "attention_mask hides ids that are not at the beginning of their row",
+            "pad prompts on the left: tokenizer.padding_side = 'left'",
+        )
+    return (~real).sum(1).tolist()

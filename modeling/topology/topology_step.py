@@ -1,0 +1,319 @@
+"""One forward pass of all branches of all rows over their shared cache; on CUDA replayed from a graph.
+
+The host sends one buffer a step (tokens, positions, columns, segments, bitmaps) and gets one back (the most likely
+tokens). Numbers of queries are rounded up to a few sizes, so that few graphs are captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_efficient.environment import check_data
+from hf_efficient.errors import HFEError
+from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
+from hf_efficient.kernels.dispatch import select_backend
+from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.decode_step import IDLE_SHARE_OF_MEMORY, record_graph, step_signature
+from hf_efficient.modeling.topology.sampling import most_likely
+from hf_efficient.modeling.topology.scheduler import RowScheduler
+from hf_efficient.modeling.topology.topology_cache import TopologyCache
+from hf_efficient.modeling.topology.topology_interface import TOPOLOGY_ATTENTION
+from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQueries, additive_mask, dense_mask
+
+# Queries of each row that a captured step may take; more are rare (many headers at once) and run as a call.
+MOST_CAPTURED_QUERIES = 64
+# Steps between two looks at whether a callback has changed the model.
+STEPS_BETWEEN_LOOKS = 8
+
+
+def forward(
+    model: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    topology: TopologyMask | TopologyQueries | None,
+    cache: TopologyCache,
+    logits_to_keep: int,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, logits_to_keep, V] of any model; one that knows no topology gets it as a mask of every pair."""
+    mask: Any = padding
+    given: dict[str, Any] = {}
+    implementation = model.config._attn_implementation
+    if topology is not None and (implementation == TOPOLOGY_ATTENTION or getattr(model, "takes_topology", False)):
+        given["topology"] = topology
+        if not getattr(model, "takes_topology", False):
+            # A mask of rank 4 is handed through; without one the model would make its own in vain.
+            mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+    elif topology is not None:
+        columns = cache.columns_of_call.width if isinstance(topology, TopologyQueries) else None
+        if implementation == "sdpa":
+            mask = dense_mask(topology, columns)
+        elif implementation == "eager":
+            mask = additive_mask(topology, model.dtype, columns)
+        else:
+            raise HFEError(
+                f"attn_implementation={implementation!r} cannot generate in parallel",
+                f"call model.set_attn_implementation({TOPOLOGY_ATTENTION!r}), or use 'sdpa' or 'eager'",
+            )
+    return model(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=logits_to_keep,
+        return_dict=True,
+        **given,
+    ).logits
+
+
+class TopologyStep:
+    """Buffers of a step of B rows with Q queries each, and its graph once it is captured.
+
+    Args:
+        batch, queries: B and Q.
+        words: of 64 segments in each query's bitmap.
+        with_logprobs: log-probabilities of the most likely tokens are wanted too.
+        device: where the step runs.
+
+    Attributes:
+        logits: [B, Q, V] of the last run; a row's live branches have the last ones of its queries.
+    """
+
+    logits: Tensor
+    _recorded_logits: Tensor
+
+    def __init__(self, batch: int, queries: int, words: int, with_logprobs: bool, device: torch.device) -> None:
+        self.batch, self.queries, self.words, self.with_logprobs = batch, queries, words, with_logprobs
+        count = batch * queries
+        sizes = [count, count, count * words, -(-(2 * count + batch) // 2)]
+        pinned = device.type == "cuda"
+        with torch.inference_mode(False):
+            self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+            self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+            self._answer = torch.zeros(2, batch, queries, dtype=torch.int64, pin_memory=pinned)
+        self._views = _sections(self._host.numpy(), sizes, batch, queries, words)
+        self.tokens, self.positions, self.anc, self.columns, self.segments, self.kv_len = _sections(
+            self._device, sizes, batch, queries, words
+        )
+        self._arrived = torch.cuda.Event() if pinned else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+        self.signature: tuple | None = None
+        self.graph_bytes = 0
+
+    def load(self, rows: Sequence[RowScheduler], offsets: Sequence[int]) -> None:
+        """Send the columns of each row that no pass has computed; those whose logits are wanted come last.
+
+        Args:
+            offsets: column of the cache that each row's first token has: what is before it is padding.
+        """
+        tokens, positions, anc, columns, segments, kv_len = self._views
+        columns.fill(-1)
+        for b, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
+            end = len(row.tokens)
+            kv_len[b] = offset + end
+            count = end - row.fed
+            if count == 0:
+                continue
+            wanted = [branch.last for branch in row.live]
+            if count == len(wanted):
+                order = wanted
+            else:
+                last = set(wanted)
+                order = [column for column in range(row.fed, end) if column not in last] + wanted
+            first = self.queries - count
+            of = [row.segments[column] for column in order]
+            tokens[b, first:] = [row.tokens[column] for column in order]
+            positions[b, first:] = [row.positions[column] for column in order]
+            columns[b, first:] = [column + offset for column in order]
+            segments[b, first:] = of
+            anc[b, first:] = row.bitmaps(of, self.words)
+            row.fed = end
+        self._device.copy_(self._host, non_blocking=True)
+
+    def run(self, model: Any, cache: TopologyCache) -> Tensor:
+        """Compute the step by calling the model: most likely tokens, and log-probabilities as bits [2, B, Q]."""
+        slots = torch.where(self.columns < 0, cache.capacity, self.columns).long()
+        cache.segments.scatter_(1, slots, self.segments)
+        width = None if model.config._attn_implementation == TOPOLOGY_ATTENTION else int(self._views[5].max())
+        cache.place(slots, width)
+        queries = TopologyQueries(self.columns, self.kv_len, cache.segments[:, :-1], self.anc)
+        self.logits = forward(model, self.tokens, self.positions, queries, cache, self.queries)
+        if self.with_logprobs:
+            choice = most_likely(self.logits)
+            return torch.stack((choice.tokens, choice.logprobs.double().view(torch.int64)))
+        return self.logits.argmax(dim=-1)[None]
+
+    def execute(self, model: Any, cache: TopologyCache, signature: tuple | None) -> Tensor:
+        """Compute the step, from its graph where the model has this signature; None: by a call."""
+        if signature is None:
+            return self.run(model, cache)
+        if self.signature != signature:
+            self._graph, self._result, self.graph_bytes = record_graph(
+                lambda: self.run(model, cache), self.tokens.device
+            )
+            self._recorded_logits = self.logits
+            self.signature = signature
+        assert self._graph is not None and self._result is not None
+        self._graph.replay()
+        self.logits = self._recorded_logits
+        return self._result
+
+    def read(self, result: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Most likely tokens [B, Q], and their log-probabilities where wanted; waits for the device."""
+        answer = self._answer[: result.shape[0]]
+        answer.copy_(result, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+            self._arrived.synchronize()
+        found = answer.numpy()
+        return found[0], found[1].view(np.float64) if self.with_logprobs else None
+
+
+def _sections(buffer: Any, sizes: list[int], batch: int, queries: int, words: int) -> tuple[Any, ...]:
+    """The parts of a step's buffer: tokens, positions, bitmaps; and, of 32 bits, columns, segments, filled columns."""
+    ends = np.cumsum(sizes).tolist()
+    count = batch * queries
+    small = buffer[ends[2] :].view(np.int32 if isinstance(buffer, np.ndarray) else torch.int32)
+    return (
+        buffer[: ends[0]].reshape(batch, queries),
+        buffer[ends[0] : ends[1]].reshape(batch, queries),
+        buffer[ends[1] : ends[2]].reshape(batch, queries, words),
+        small[:count].reshape(batch, queries),
+        small[count : 2 * count].reshape(batch, queries),
+        small[2 * count : 2 * count + batch],
+    )
+
+
+class TopologySession:
+    """A cache and the steps over it: what one call of parallel generation leaves to the next one of the same size.
+
+    Args:
+        model: only looked at, not kept.
+        batch: rows.
+        capacity: columns that are needed at first.
+    """
+
+    def __init__(self, model: Any, batch: int, capacity: int) -> None:
+        self.batch = batch
+        self.device = model.device
+        self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, model.device)
+        self.may_capture = capture_obstacle(model) == ""
+        self.signature: tuple | None = None
+        self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
+        self._until_look = 0
+
+    def step_for(self, rows: Sequence[RowScheduler], offsets: Sequence[int], with_logprobs: bool) -> TopologyStep:
+        """The step that takes what the rows have to compute; the cache has room for it."""
+        columns = max(offset + len(row.tokens) for row, offset in zip(rows, offsets, strict=True))
+        if columns > self.cache.capacity:
+            self._steps.clear()  # their graphs write to the old memory
+            self.cache.grow(columns)
+        queries = _round_up(max(len(row.tokens) - row.fed for row in rows))
+        key = queries, _round_up(max(-(-len(row.graph) // 64) for row in rows)), with_logprobs
+        if queries > MOST_CAPTURED_QUERIES:
+            return TopologyStep(self.batch, *key, self.device)
+        if key not in self._steps:
+            self._steps[key] = TopologyStep(self.batch, *key, self.device)
+        return self._steps[key]
+
+    def execute(self, step: TopologyStep, model: Any) -> Tensor:
+        """Compute a loaded step: what `TopologyStep.run` gives."""
+        if not self.may_capture or step.queries > MOST_CAPTURED_QUERIES:
+            return step.run(model, self.cache)
+        if self._until_look == 0:  # a callback may have changed the model meanwhile
+            self.signature = step_signature(model)
+            self._until_look = STEPS_BETWEEN_LOOKS
+        self._until_look -= 1
+        try:
+            return step.execute(model, self.cache, self.signature)
+        except torch.OutOfMemoryError:
+            get_logger().info("parallel generation calls its steps: a graph of them does not fit into memory")
+            self.may_capture = False
+            self._steps.clear()
+            return step.run(model, self.cache)
+
+    def begin(self) -> None:
+        """Stand ready for a prompt."""
+        self.cache.reset()
+        self._until_look = 0
+
+    def fits(self, batch: int, capacity: int, model: Any) -> bool:
+        """True when another call may go on with this memory."""
+        dtype = self.cache.layers[0].dtype if self.cache.layers[0].is_initialized else model.dtype
+        return (
+            (self.batch, self.device, dtype) == (batch, model.device, model.dtype)
+            and capacity <= self.cache.capacity
+            and self.may_capture == (capture_obstacle(model) == "")
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of the cache and of the graphs."""
+        return self.cache.nbytes() + sum(step.graph_bytes for step in self._steps.values())
+
+    def report(self) -> list[dict[str, int]]:
+        """Queries, words and bytes of each captured step."""
+        return [
+            {"batch": self.batch, "queries": step.queries, "words": step.words, "graph_bytes": step.graph_bytes}
+            for step in self._steps.values()
+            if step.signature is not None
+        ]
+
+
+def capture_obstacle(model: Any) -> str:
+    """Why steps of this model are called and not captured, or an empty text."""
+    tested = {
+        "the model is not on a CUDA device where Triton runs": model.device.type != "cuda"
+        or select_backend("decode_attention", None, model.device) != "triton",
+        "the model is not of this package": not getattr(model, "takes_topology", False),
+        "another attention implementation is set": model.config._attn_implementation != TOPOLOGY_ATTENTION,
+        "heads are wider than the kernel takes": (getattr(model.config, "head_dim", None) or 0) > MAX_WIDTH,
+        "HFE_CHECK asks for checks that wait for the device": check_data(),
+        "gradients or autocast are on": torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type),
+    }
+    return next((reason for reason, holds in tested.items() if holds), "")
+
+
+def _round_up(count: int) -> int:
+    """The next power of two; beyond what is captured the number itself."""
+    return count if count > MOST_CAPTURED_QUERIES else 1 << max(count - 1, 0).bit_length()
+
+
+# One for each model, from its last call; not an attribute of the model, which is copied, pickled and moved.
+_IDLE: WeakKeyDictionary[nn.Module, TopologySession] = WeakKeyDictionary()
+
+
+def take_session(model: Any, batch: int, capacity: int) -> TopologySession:
+    """The session that an earlier call left, if it fits, or a new one; it is the caller's now."""
+    session = _IDLE.pop(model, None)
+    if session is None or not session.fits(batch, capacity, model):
+        del session
+        session = TopologySession(model, batch, capacity)
+    session.begin()
+    return session
+
+
+def leave_session(model: Any, session: TopologySession) -> None:
+    """Keep a session for the next call, unless it is large or has captured nothing."""
+    if not session.report():
+        return
+    memory = torch.cuda.get_device_properties(session.device).total_memory
+    if session.nbytes() <= IDLE_SHARE_OF_MEMORY * memory:
+        _IDLE[model] = session
+
+
+def idle_session(model: Any) -> TopologySession | None:
+    """The session that waits for the model's next call."""
+    return _IDLE.get(model)
+
+
+def free_session(model: Any) -> None:
+    """Free the session that waits."""
+    _IDLE.pop(model, None)
