@@ -112,13 +112,14 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             self.fed += count
 
         at = 0
-        for stop in np.flatnonzero(np.isin(ids, self._control)).tolist():
+        stops = np.flatnonzero(np.isin(ids, self._control)).tolist()
+        for stop, following in zip(stops, [*stops[1:], len(ids)], strict=False):
             if stop > at:
                 if self.outline_ids is not None:
                     self.outline_ids.extend(ids[at:stop].tolist())
                 append(stop - at)
             tag = self._tags[int(ids[stop])]
-            header = self._read_header(tag, ids[stop + 1 : stop + 1 + TITLE_TOKENS])
+            header = self._read_header(tag, ids[stop + 1 : min(following, stop + 1 + TITLE_TOKENS)])
             # A tag that is taken for ordinary text forces nothing.
             if self._follow(tag, header):
                 forced[stop + (tag in _SEPARATED) : stop + 1 + header.length] = tag in _FORCED or tag in _SEPARATED
@@ -159,7 +160,8 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         that it needs are done. This cursor waits until `join`.
 
         Args:
-            branches: how many paths, labelled as the outlines are, or their labels; for steps their numbers, in the order of the text.
+            branches: how many paths, labelled as the outlines are, or their labels; for steps their numbers, in the
+                order of the text.
         """
         frame = self.frame
         if frame is None or frame.in_path or frame.joined:
@@ -202,11 +204,10 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return self._rules[tag](self)
 
     def _read_header(self, tag: str, tail: np.ndarray) -> _Header:
-        """What `tail`, the ids after a tag, says of it, up to the next one."""
+        """What `tail`, the ids between a tag and the next, says of it."""
         if self.decode is None or not (tag in _FORCED or tag in _SEPARATED):
             return _Header()
-        ends = np.flatnonzero(np.isin(tail, self._control))
-        following = tail[: ends[0] if len(ends) else len(tail)].tolist()
+        following = tail.tolist()
         if tag == "<Path>":
             return _read_label(following, self.decode)
         blank = 0
