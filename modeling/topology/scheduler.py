@@ -300,6 +300,8 @@ class RowScheduler:
                 return False
             if builder.plan_read.repeated:
                 return self._refuse(branch, f"step {min(builder.plan_read.repeated)} is planned twice")
+            if self._left(branch) <= len(self.forced.separator + self.forced.execution + self.forced.join):
+                return self._refuse(branch, f"{self._left(branch)} {self.limits.budget} are left")
             if not separated:
                 self._append_all(branch, self.forced.separator)
             self._append_all(branch, self.forced.execution)
@@ -328,6 +330,8 @@ class RowScheduler:
         plan = builder.plan_read
         if not builder.frames or not plan.dependencies or plan.repeated:
             return False
+        if self._left(branch) <= len(self.forced.join):
+            return self._refuse(branch, f"{self._left(branch)} {self.limits.budget} are left")
         if len(self.graph) + len(plan.dependencies) + 4 * MAX_DEPTH > MAX_SEGMENTS:
             return self._refuse(branch, f"there are {len(self.graph)} segments")
         self._executed = plan
