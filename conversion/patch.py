@@ -86,11 +86,7 @@ class VocabularyPatch(Patch, Protocol):
     """A patch that adds tokens; a conversion may have one. The converter calls `vocabulary` after `check`."""
 
     def vocabulary(self, source: Source) -> VocabularyChange:
-        """The tokens and their rows, from the source's tokenizer."""
-
-    @property
-    def suppressed(self) -> list[int]:
-        """Ids that the result's generation settings suppress."""
+        """The tokens and their rows, from the source's tokenizer, and what generation is to suppress."""
 
 
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:

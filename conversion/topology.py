@@ -11,7 +11,7 @@ A checkpoint whose tokenizer has all twelve tokens was trained with them: it kee
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +50,7 @@ class _TopologyPatch:
         if self.trained not in (None, True, False):
             raise UsageError(f"{self.name} trained={self.trained!r} must be True, False or None", "leave it out")
         self._vocabulary: VocabularyChange | None = None
+        self._is_trained = False
 
     def check(self, config: DecoderConfig) -> None:
         present = [patch for patch in config.active_patches if patch in CONTROL_TOKENS]
@@ -82,14 +83,11 @@ class _TopologyPatch:
                 f"{self.name} trained=True, but the tokenizer of {source.name} lacks {' '.join(lacking)}",
                 "leave it out, or name the tokenizer that the model was trained with",
             )
+        self._is_trained = change.tokenizer is None if self.trained is None else self.trained
+        if not self._is_trained:
+            change = replace(change, suppressed=tuple(sorted({*change.token_ids.values(), *change.unused})))
         self._vocabulary = change
         return change
-
-    @property
-    def suppressed(self) -> list[int]:
-        """Ids that generation must not give: control tokens before training, and rows of no token."""
-        change = self._added
-        return [] if self._is_trained else sorted({*change.token_ids.values(), *change.unused})
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
         return {
@@ -123,10 +121,6 @@ class _TopologyPatch:
         if self._vocabulary is None:
             raise UsageError(f"{self.name} has not seen the source's tokenizer", "call vocabulary(source) first")
         return self._vocabulary
-
-    @property
-    def _is_trained(self) -> bool:
-        return self._added.tokenizer is None if self.trained is None else self.trained
 
     def _mode(self) -> str:
         return "dag"

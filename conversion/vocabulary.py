@@ -39,6 +39,7 @@ class VocabularyChange:
         token_ids: id of each token that was asked for, new or not.
         old_size, new_size: rows of the embedding, before and after.
         rows: id of each new token -> ids of the tokens whose rows it gets the mean of.
+        suppressed: ids that the result's generation settings suppress.
     """
 
     tokenizer: Any
@@ -46,6 +47,7 @@ class VocabularyChange:
     old_size: int
     new_size: int
     rows: dict[int, tuple[int, ...]]
+    suppressed: tuple[int, ...] = ()
 
     @property
     def unused(self) -> list[int]:

@@ -156,8 +156,8 @@ class _Conversion:
         self.left_out = check_source(source)
         for patch in self.patches:
             patch.check(source.config)
-        self.adds_tokens = next((patch for patch in self.patches if isinstance(patch, VocabularyPatch)), None)
-        self.vocabulary = self.adds_tokens.vocabulary(source) if self.adds_tokens else None
+        adding = [patch for patch in self.patches if isinstance(patch, VocabularyPatch)]
+        self.vocabulary = adding[0].vocabulary(source) if adding else None
         self.workspace: Workspace | None = None
         self._found: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -236,9 +236,7 @@ class _Conversion:
             plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
             write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
-            tokenizer = self.vocabulary.tokenizer if self.vocabulary else None
-            suppressed = self.adds_tokens.suppressed if self.adds_tokens else ()
-            for warning in write_companions(self.source, folder, tokenizer=tokenizer, suppressed=suppressed):
+            for warning in write_companions(self.source, folder, self.vocabulary):
                 self.warn(warning)
             report = self.report(plan)
             report.evaluation = evaluation

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
 from hf_efficient.conversion.reading.source import Source, file_inside, read_json
+from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
 
 _TOKENIZER_FILES = (
@@ -23,17 +23,13 @@ _GENERATION_CONFIG = "generation_config.json"
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def write_companions(
-    source: Source, folder: Path, *, tokenizer: Any = None, suppressed: Sequence[int] = ()
-) -> list[str]:
+def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
     """Put tokenizer, generation settings and licence of the source into `folder`; returns warnings for the report.
 
-    Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over.
-
-    Args:
-        tokenizer: a tokenizer to save in place of the source's files.
-        suppressed: ids that generation must not give, besides those that the source's settings suppress.
+    Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over, and that a
+    tokenizer with added tokens is saved anew.
     """
+    tokenizer = vocabulary.tokenizer if vocabulary else None
     with disk_errors(folder):
         if tokenizer is not None or (source.gguf_file is not None and source.tokenizer_files is None):
             warnings = _save_tokenizer(source.tokenizer() if tokenizer is None else tokenizer, folder)
@@ -46,9 +42,10 @@ def write_companions(
     else:
         settings = GenerationConfig.from_model_config(source.stock_config)
         write_text(folder / _GENERATION_CONFIG, settings.to_json_string(use_diff=True))
-    if suppressed:
+    if vocabulary and vocabulary.suppressed:
         settings = read_json(folder / _GENERATION_CONFIG)
-        settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *suppressed})
+        settings.pop("_from_model_config", None)  # from here on they say more than the model's configuration
+        settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *vocabulary.suppressed})
         write_text(folder / _GENERATION_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return warnings
 
