@@ -39,8 +39,8 @@ def topology_attention(
     """Attention under a topology: ``softmax(scale * q kᵀ over the keys that a query sees) v`` for each query.
 
     Query i sees key j if j <= i, neither is a hole, and the segment of j is that of i or an ancestor of it: bit
-    ``segment_ids[b, j]`` of ``anc[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros. Softmax and sums
-    are in float32 (float64 where q has it); the Triton kernel rounds the weights to the dtype of `v`, and in the
+    ``segment_ids[b, j]`` of ``anc[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros. Softmax and
+    sums are in float32 (float64 where q has it); the Triton kernel rounds the weights to the dtype of `v`, and in the
     backward pass the gradients of the scores to that of `q`, before it multiplies.
 
     Blocks of 128 keys of which a block of 128 queries sees nothing cost nothing; those that it sees wholly need no

@@ -29,14 +29,14 @@ class LaunchConfig:
 
 # (kernel, padded head width, bytes of an element). On Hopper a program has 227 KB of shared memory for its tiles;
 _HOPPER = {
-    ("forward", 64, 2): LaunchConfig(128, 128, 2, 8, True),
-    ("forward", 128, 2): LaunchConfig(128, 128, 2, 8, True),
+    ("forward", 64, 2): LaunchConfig(64, 64, 3, 4, True),
+    ("forward", 128, 2): LaunchConfig(64, 64, 3, 4, True),
     ("forward", 256, 2): LaunchConfig(128, 64, 2, 8, True),
-    ("query_gradient", 64, 2): LaunchConfig(128, 128, 2, 8, True),
-    ("query_gradient", 128, 2): LaunchConfig(128, 64, 2, 8, True),
-    ("query_gradient", 256, 2): LaunchConfig(64, 32, 2, 8, True),
-    ("key_gradient", 64, 2): LaunchConfig(64, 128, 2, 8, True),
-    ("key_gradient", 128, 2): LaunchConfig(64, 128, 2, 8, True),
+    ("query_gradient", 64, 2): LaunchConfig(128, 64, 3, 4, True),
+    ("query_gradient", 128, 2): LaunchConfig(128, 64, 3, 8, True),
+    ("query_gradient", 256, 2): LaunchConfig(128, 32, 2, 8, True),
+    ("key_gradient", 64, 2): LaunchConfig(64, 64, 3, 4, True),
+    ("key_gradient", 128, 2): LaunchConfig(64, 64, 2, 4, True),
     ("key_gradient", 256, 2): LaunchConfig(32, 64, 2, 8, True),
 }
 # elsewhere it has 99 KB at least, and float32 has no tensor cores anywhere.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.precision import without_autocast
 from hf_efficient.kernels.topology_blocks.block_lists import BlockLists
-from hf_efficient.kernels.topology_blocks.reference import segment_bits, seen_segments
+from hf_efficient.kernels.topology_blocks.reference import seen_segments, segment_bits
 
 
 def visible_pairs(segment_ids: Tensor, anc: Tensor) -> Tensor:

@@ -64,16 +64,11 @@ if HAVE_TRITON:
         `anc` is that of the batch row, `present` the bitmap of the segments in the block of the keys.
         """
         bit = (key_segment & 63).to(tl.int64)
-        if KEYS_FIRST:
-            seen = keys[:, None] <= queries[None, :]
-        else:
-            seen = queries[:, None] >= keys[None, :]
+        seen = keys[:, None] <= queries[None, :] if KEYS_FIRST else queries[:, None] >= keys[None, :]
         descends = seen & False
         for word in range(WORDS):
             if WORDS == 1 or tl.load(present + word) != 0:
-                ancestors = tl.load(
-                    anc + query_segment.to(tl.int64) * WORDS + word, mask=query_segment >= 0, other=0
-                )
+                ancestors = tl.load(anc + query_segment.to(tl.int64) * WORDS + word, mask=query_segment >= 0, other=0)
                 mine = (key_segment >> 6) == word
                 if KEYS_FIRST:
                     descends |= mine[:, None] & (((ancestors[None, :] >> bit[:, None]) & 1) != 0)

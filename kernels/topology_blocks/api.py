@@ -18,9 +18,9 @@ def topology_blocks(segment_ids: Tensor, anc: Tensor, *, backend: str | None = N
     """Lists of the blocks of 128 tokens that see each other, for `topology_attention`, which skips the others.
 
     With ``present`` the segments of a key block and ``some``, ``every`` those that some, and that all, queries of a
-    query block see: a pair is skipped where the query block comes first or ``present & some`` is empty; it is full where
-    the query block comes after, ``present`` lies in ``every`` and no key is a hole; else it is partial. One call serves
-    all layers and heads, and nothing waits for the device.
+    query block see: a pair is skipped where the query block comes first or ``present & some`` is empty; it is full
+    where the query block comes after, ``present`` lies in ``every`` and no key is a hole; else it is partial. One call
+    serves all layers and heads, and nothing waits for the device.
 
     Args:
         segment_ids: [B, S], int32: segment of each token, negative for padding and other holes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 SUMMARISE_WARPS = 1
 CLASSIFY_WARPS = 2
 # Blocks that a program looks at at once; more are taken in turn.
-_WIDEST = 512
+_WIDEST = 256
 
 
 def classify_width(blocks: int) -> int:
