@@ -36,6 +36,8 @@ _CONFIGURED_ELSE = {
     "assistant_early_exit": None,
     "cache_implementation": None,
     "dola_layers": None,
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
     "guidance_scale": (None, 1, 1.0),
     "is_assistant": (None, False),
     "num_beam_groups": (None, 1),

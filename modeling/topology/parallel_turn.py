@@ -23,6 +23,7 @@ from hf_efficient.modeling.topology.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.topology_step import (
     TopologySession,
     TopologyStep,
+    check_attention,
     forward,
     leave_session,
     take_session,
@@ -65,6 +66,7 @@ class ParallelTurn:
         keeps_logprobs: bool = False,
         streamer: Any = None,
     ) -> None:
+        check_attention(model)
         self.model = model
         self.sampler = sampler
         self.keeps_logprobs = keeps_logprobs
@@ -94,7 +96,7 @@ class ParallelTurn:
         logits = self._prefill()
         if branches:
             live = torch.tensor([branch.row for branch in branches], device=logits.device)
-            self._accept(branches, *self._choose(branches, logits[live, -1], None))
+            self._accept(branches, *self._choose(branches, logits[live, -1]))
         for row in self.rows:
             row.advance()
         while not all(row.finished for row in self.rows):
@@ -152,7 +154,7 @@ class ParallelTurn:
             chances = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
         else:
             at = torch.tensor(self._places(step), device=step.logits.device)
-            tokens, chances = self._choose(branches, step.logits.flatten(0, 1)[at], at)
+            tokens, chances = self._choose(branches, step.logits.flatten(0, 1)[at])
         self._accept(branches, tokens, chances)
         for row in self.rows:
             row.advance()
@@ -166,7 +168,7 @@ class ParallelTurn:
             for place in range((b + 1) * width - len(row.live), (b + 1) * width)
         ]
 
-    def _choose(self, branches: Sequence[Branch], logits: Tensor, _: Any) -> tuple[list[int], list[float] | None]:
+    def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
         choice: Choice = self.sampler.choose(branches, logits) if self.sampler.needs_logits else most_likely(logits)
         return choice.tokens.tolist(), choice.logprobs.tolist() if self.keeps_logprobs else None
 

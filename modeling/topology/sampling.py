@@ -6,9 +6,10 @@ the token's index in the branch. So a branch draws the same tokens whatever runs
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,9 +133,23 @@ class ProcessedSampler(Sampler):
                 continue
             if not ids:
                 ids = [torch.tensor([branch.visible_ids()], device=scores.device) for branch in branches]
-            rows = [processor(seen, scores[i : i + 1]) for i, seen in enumerate(ids)]
-            scores = torch.cat(rows)
+            scores = torch.cat(
+                [
+                    _of_row(processor, branch.row)(seen, scores[i : i + 1])
+                    for i, (branch, seen) in enumerate(zip(branches, ids, strict=True))
+                ]
+            )
         return scores
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """A processor as it is for one row: transformers gives that for repetitions each row's padding."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor) or ignored.ndim == 0:
+        return processor
+    processor = copy.copy(processor)
+    processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
 
 
 def draw(scores: Tensor, numbers: Tensor) -> Choice:

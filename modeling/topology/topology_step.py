@@ -19,6 +19,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import IDLE_SHARE_OF_MEMORY, record_graph, step_signature
 from hf_efficient.modeling.topology.sampling import most_likely
 from hf_efficient.modeling.topology.scheduler import RowScheduler
@@ -30,6 +31,19 @@ from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQ
 MOST_CAPTURED_QUERIES = 64
 # Steps between two looks at whether a callback has changed the model.
 STEPS_BETWEEN_LOOKS = 8
+
+
+def check_attention(model: Any) -> None:
+    """Raise `HFEError` for a model whose attention takes neither a topology nor a mask of every pair."""
+    implementation = model.config._attn_implementation
+    known = {TOPOLOGY_ATTENTION, "sdpa", "eager"}
+    if getattr(model, "takes_topology", False):
+        known |= {DECODE_ATTENTION, "flex_attention"}
+    if implementation not in known:
+        raise HFEError(
+            f"attn_implementation={implementation!r} cannot generate in parallel",
+            f"call model.set_attn_implementation({TOPOLOGY_ATTENTION!r}), or use 'sdpa' or 'eager'",
+        )
 
 
 def forward(
@@ -52,15 +66,8 @@ def forward(
             mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
     elif topology is not None:
         columns = cache.columns_of_call.width if isinstance(topology, TopologyQueries) else None
-        if implementation == "sdpa":
-            mask = dense_mask(topology, columns)
-        elif implementation == "eager":
-            mask = additive_mask(topology, model.dtype, columns)
-        else:
-            raise HFEError(
-                f"attn_implementation={implementation!r} cannot generate in parallel",
-                f"call model.set_attn_implementation({TOPOLOGY_ATTENTION!r}), or use 'sdpa' or 'eager'",
-            )
+        eager = implementation == "eager"
+        mask = additive_mask(topology, model.dtype, columns) if eager else dense_mask(topology, columns)
     return model(
         input_ids=tokens,
         position_ids=positions,

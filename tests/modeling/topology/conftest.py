@@ -157,3 +157,24 @@ def branching() -> tuple[Topology, Tensor]:
     spec = [(5, []), (3, [0]), (2, [1]), (4, [1]), (2, [2, 3]), (4, [0]), (3, [4, 5])]
     topology = Topology.from_spec(spec)
     return topology, torch.randint(3, 90, (1, len(topology)), generator=torch.Generator().manual_seed(3))
+
+
+class ToyTokenizer:
+    """The toy vocabulary as generation asks a tokenizer."""
+
+    def __init__(self, grammar: str) -> None:
+        self.vocabulary = ToyVocabulary(grammar)
+        self.token_ids = self.vocabulary.token_ids
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self.vocabulary.encode(text)
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        # Ids of no character are the text's end and padding.
+        return "".join("" if i < 3 or i == 15 else self.vocabulary.decode([i]) for i in map(int, ids))
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer() -> Callable[[str], ToyTokenizer]:
+    """The toy vocabulary of a grammar, as a tokenizer."""
+    return ToyTokenizer
