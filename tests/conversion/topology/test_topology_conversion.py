@@ -20,6 +20,7 @@ from hf_efficient.conversion import convert as convert_module
 from hf_efficient.conversion.bhyt import Bhyt
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.conversion.topology import MedVerse, Multiverse
+from hf_efficient.modeling.decoder import generation_decoder
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, MULTIVERSE, token_ids_of
 from hf_efficient.training.topology_collator import mark_topology_trained
 
@@ -162,13 +163,33 @@ def test_an_untrained_conversion_never_writes_a_control_token(name: str, stock: 
     convert(stock(name), tmp_path / "out", [Multiverse()], **QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     control = torch.tensor(list(model.config.topology["token_ids"].values()))
-    tokens = sampled(model, 100, 100)
+    tokens = sampled(model, 250, 40)
     assert tokens.numel() == 10_000
     assert not torch.isin(tokens, control).any()
     if name == "llama":
         assert int(tokens.max()) < AutoModelForCausalLM.from_pretrained(stock(name)).config.vocab_size
     model.generation_config.suppress_tokens = None
-    assert torch.isin(sampled(model, 100, 20), control).sum() > 20
+    assert torch.isin(sampled(model, 250, 8), control).sum() > 20
+
+
+def test_nor_does_it_in_the_loop_of_captured_steps(
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop that serves CUDA graphs; here its steps are called, with the reference of the attention."""
+    turns: list[Any] = []
+    generate = generation_decoder._Turn.generate
+    monkeypatch.setattr(generation_decoder, "_may_capture", lambda device: True)
+    monkeypatch.setattr(
+        generation_decoder._Turn, "generate", lambda turn, *given: turns.append(turn) or generate(turn, *given)
+    )
+    convert(stock("llama"), tmp_path / "out", [Multiverse()], **QUIET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="hfe_decode").eval()
+    control = torch.tensor(list(model.config.topology["token_ids"].values()))
+    tokens = sampled(model, 250, 40)
+    assert (tokens.numel(), len(turns)) == (10_000, 1)
+    assert not torch.isin(tokens, control).any()
+    model.generation_config.suppress_tokens = None
+    assert torch.isin(sampled(model, 250, 8), control).sum() > 20 and len(turns) == 2
 
 
 def test_greedy_text_is_the_sources(stock: Stock, tmp_path: Path) -> None:
