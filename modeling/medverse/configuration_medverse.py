@@ -10,7 +10,7 @@ class MedVerseConfig(TopologyConfig):
     """`TopologyConfig` of the grammar `medverse`."""
 
     model_type = "hfe_medverse"
-    topology_grammar = "medverse"
+    topology_grammars = ("medverse",)
 
 
 __all__ = ["MedVerseConfig"]

@@ -10,7 +10,7 @@ class MultiverseConfig(TopologyConfig):
     """`TopologyConfig` of the grammar `multiverse`."""
 
     model_type = "hfe_multiverse"
-    topology_grammar = "multiverse"
+    topology_grammars = ("multiverse",)
 
 
 __all__ = ["MultiverseConfig"]

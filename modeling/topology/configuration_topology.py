@@ -32,8 +32,8 @@ class TopologyConfig(DecoderConfig):
     """
 
     model_type = "hfe_topology_base"
-    # Of an architecture that has one grammar only.
-    topology_grammar = None
+    # Those that `topology` may name; the only one is the default. Not annotated, or it would be a field.
+    topology_grammars = GRAMMARS
 
     topology: dict | None = None
 
@@ -41,7 +41,8 @@ class TopologyConfig(DecoderConfig):
         if self.topology is None and not self.patch_is_optional:
             self.topology = {}
         if self.topology is not None:
-            self.topology = {**_DEFAULTS, "grammar": self.topology_grammar, **self.topology}
+            grammar = self.topology_grammars[0] if len(self.topology_grammars) == 1 else None
+            self.topology = {**_DEFAULTS, "grammar": grammar, **self.topology}
             self.topology["token_ids"] = dict(self.topology["token_ids"] or {})
         super().__post_init__(**kwargs)
 
@@ -57,7 +58,7 @@ class TopologyConfig(DecoderConfig):
         if unknown:
             raise ValueError(f"topology has the unknown keys {unknown}; its keys are {list(_DEFAULTS)}")
         known = {
-            "grammar": GRAMMARS if self.topology_grammar is None else (self.topology_grammar,),
+            "grammar": self.topology_grammars,
             "mode": MODES,
             "version": (1,),
             "trained": (False, True),
