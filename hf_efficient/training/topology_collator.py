@@ -113,8 +113,7 @@ class TopologyDataCollator:
         return decoder_of(self.tokenizer)
 
     def _row(self, feature: Mapping[str, Any], place: int) -> _Row:
-        given, learnt = self._tokens(feature, place)
-        ids, learnt = given[: self.max_length], learnt[: self.max_length]
+        ids, learnt = self._tokens(feature, place)
         topology = Topology.from_token_ids(
             ids,
             self.grammar,
@@ -122,9 +121,11 @@ class TopologyDataCollator:
             mode=self.mode,
             strict=self.strict,
             decode=self._decode,
-            allow_truncated=len(ids) < len(given),
             row=place,
         )
+        if self.max_length is not None and len(ids) > self.max_length:
+            # Cut after reading: a step whose header is cut still has its place.
+            ids, learnt, topology = ids[: self.max_length], learnt[: self.max_length], _cut(topology, self.max_length)
         if self.label_mode == "topology":
             learnt = learnt & ~topology.forced if self.mask_forced else learnt.copy()
             learnt[1:] &= topology.segment_ids[1:] == topology.segment_ids[:-1]
@@ -195,6 +196,19 @@ def mark_topology_trained(model: Any) -> None:
     control = set(topology["token_ids"].values())
     kept = [token_id for token_id in model.generation_config.suppress_tokens or [] if token_id not in control]
     model.generation_config.suppress_tokens = kept or None
+
+
+def _cut(topology: Topology, length: int) -> Topology:
+    """The topology of the first `length` tokens: no token's place depends on what follows."""
+    segments = topology.segment_ids[:length]
+    count = int(segments.max(initial=-1)) + 1
+    return Topology(
+        segments,
+        topology.position_ids[:length],
+        topology.parents[:count],
+        topology.labels[:count],
+        topology.forced[:length],
+    )
 
 
 def _joined(rows: Sequence[_Row]) -> _Row:
