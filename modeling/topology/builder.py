@@ -74,7 +74,7 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         self._rules = RULES[grammar]
         self._tags = {token_ids[tag]: tag for tag in self._rules}
         self._control = np.array(sorted(self._tags), dtype=np.int64)
-        self._breaks_line: dict[int, bool] = {}
+        self._texts: dict[int, str] = {}  # of single tokens
 
     @property
     def outline_labels(self) -> list[str]:
@@ -209,26 +209,33 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             return _Header()
         following = tail.tolist()
         if tag == "<Path>":
-            return _read_label(following, self.decode)
-        blank = 0
-        while blank < len(following) and not self.decode(following[blank : blank + 1]).strip():
-            blank += 1
+            return self._read_label(following)
+        blank = next((i for i, token_id in enumerate(following) if self._text(token_id).strip()), len(following))
         if tag != "<Step>":
             return _Header(blank)
         # The title ends with its line, or where tokens run out.
-        count = next(
-            (i for i in range(blank, len(following)) if self._has_line_break(following[i])), len(following) - 1
-        )
-        title = self.decode(following[: count + 1]).lstrip().split("\n", 1)[0]
+        breaks = (i for i in range(blank, len(following)) if "\n" in self._text(following[i]))
+        count = next(breaks, len(following) - 1) + 1
+        title = self.decode(following[:count]).lstrip().split("\n", 1)[0]
         found = STEP_NUMBER.search(title)
-        return _Header(count + 1, step=int(found[1])) if found else _Header()
+        return _Header(count, step=int(found[1])) if found else _Header()
 
-    def _has_line_break(self, token_id: int) -> bool:
-        assert self.decode is not None
-        known = self._breaks_line.get(token_id)
-        if known is None:
-            known = self._breaks_line[token_id] = "\n" in self.decode([token_id])
-        return known
+    def _read_label(self, following: list[int]) -> _Header:
+        text = ""
+        for count, token_id in enumerate(following[:LABEL_TOKENS], 1):
+            text += self._text(token_id)
+            found = PATH_LABEL.match(text)
+            if found:
+                return _Header(count, label=found[1])
+        return _Header()
+
+    def _text(self, token_id: int) -> str:
+        """Text of one token; asked again and again for few of them."""
+        text = self._texts.get(token_id)
+        if text is None:
+            assert self.decode is not None
+            text = self._texts[token_id] = self.decode([token_id])
+        return text
 
 
 class _Header(NamedTuple):
@@ -237,11 +244,3 @@ class _Header(NamedTuple):
     length: int = 0
     label: str = ""
     step: int | None = None
-
-
-def _read_label(following: list[int], decode: Decode) -> _Header:
-    for count in range(1, min(len(following), LABEL_TOKENS) + 1):
-        found = PATH_LABEL.match(decode(following[:count]))
-        if found:
-            return _Header(count, label=found[1])
-    return _Header()
