@@ -96,8 +96,10 @@ def _copy(
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:
         if writer.wants(name):
-            grows = vocabulary and name in by_token
-            tensor = vocabulary.read(source.reader, name) if grows else source.reader.read(name)
+            if vocabulary is not None and name in by_token:
+                tensor = vocabulary.read(source.reader, name)
+            else:
+                tensor = source.reader.read(name)
             writer.add(name, tensor, known_finite=True)
         done += sizes[name]
         advance(done, total)

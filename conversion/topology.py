@@ -60,7 +60,7 @@ class _TopologyPatch:
                 f"{config.source_model_type})",
                 "convert its stock source again, with the options you want",
             )
-        windowed = [index for index, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+        windowed = [index for index, kind in enumerate(config.layer_types or []) if kind == "sliding_attention"]
         if windowed:
             raise UsageError(
                 f"layer {windowed[0]} has a sliding window of {config.sliding_window} positions, and {self.name} needs "
