@@ -51,13 +51,11 @@ _OTHERS = {
     ("key_gradient", 128, 2): LaunchConfig(32, 64, 2, 4),
     ("key_gradient", 256, 2): LaunchConfig(32, 32, 1, 4),
     **{
-        (kernel, width, 4): LaunchConfig(32, 32, 1, 4)
+        (kernel, width, 4): LaunchConfig(*((64, 64) if width == 64 else (32, 32)), 1, 4)
         for kernel in ("forward", "query_gradient", "key_gradient")
         for width in (64, 128, 256)
     },
 }
-
-
 def padded_width(width: int) -> int:
     """The power of two that a head of `width` is padded to; tensor cores take 16 at least."""
     return max(16, 1 << (width - 1).bit_length())

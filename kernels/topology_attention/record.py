@@ -68,7 +68,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             {**blocks, "segment_ids": blocks["segment_ids"][:, :-5].contiguous()}, width=32
         ),
         "one segment": draw(fan(0, 150, 0, device)),
-        "nested blocks and steps, padding on either side": draw(_nested(device), heads=4, kv_heads=2),
+        "nested blocks and steps, padding on either side": draw(_nested(device)),
         "seventy paths, two words": draw(fan(70, 10, 2, device)),
         "a hundred and forty paths, three words": draw(fan(140, 5, 1, device)),
         "segments in no order": draw({"segment_ids": scattered, "anc": bitmaps(members)[None].to(device)}),
@@ -80,7 +80,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "width 128": draw(width=128),
         "a wide head": draw(fan(1, 20, 30, device), width=256),
         "a scale of its own": draw() | {"scale": 0.02},
-        "two tokens": draw(fan(0, 1, 0, device)),
+        "nine tokens": draw(fan(1, 3, 3, device)),
         "no token": draw({**blocks, "segment_ids": blocks["segment_ids"][:, :0]}),
         "no row": draw({**blocks, "segment_ids": blocks["segment_ids"][:0]}),
         "only holes": draw({**blocks, "segment_ids": torch.full_like(blocks["segment_ids"][:, :70], -1)}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,9 +130,9 @@ class DecoderAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.project(hidden_states)
-        layer_cache = static_layer(past_key_values, self.layer_idx)
-        if layer_cache is not None and is_decode_mask(attention_mask) and self.may_write_cache(q):
-            q, k, v = self.write_cache(q, k, v, position_embeddings, layer_cache, attention_mask)
+        place = place_in_cache(past_key_values, self.layer_idx, attention_mask, q.shape[1])
+        if place is not None and self.may_write_cache(q):
+            q, k, v = self.write_cache(q, k, v, position_embeddings, place)
         else:
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -176,13 +176,7 @@ class DecoderAttention(nn.Module):
         return may_fuse(q) and all(may_fuse_norm(norm, q) for norm in norms)
 
     def write_cache(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        layer_cache: StaticLayer,
-        mask: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], place: CachePlace
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, S, D] that are ready to attend, and the cache with the step's keys and values in it."""
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
@@ -191,15 +185,40 @@ class DecoderAttention(nn.Module):
             k,
             v,
             *position_embeddings,
-            layer_cache.keys,
-            layer_cache.values,
-            query_columns(mask, q.shape[1]),
+            place.keys,
+            place.values,
+            place.columns,
             q_weight=norms[0].weight if norms else None,
             k_weight=norms[1].weight if norms else None,
             eps=self.config.rms_norm_eps,
-            length=layer_cache.cumulative_length,
+            length=place.length,
         )
-        return q, layer_cache.keys, layer_cache.values
+        return q, place.keys, place.values
+
+
+class CachePlace(NamedTuple):
+    """Where the tokens of a call go in one layer of a cache that keeps every column in its place.
+
+    Attributes:
+        keys, values: [B, Hkv, C, D], the layer's memory.
+        columns: [Q] or [B, Q], column of each token; one outside of the memory goes nowhere.
+        length: counter of filled columns to be set on the way; None where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+    length: Tensor | None = None
+
+
+def place_in_cache(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CachePlace | None:
+    """Where `queries` tokens go in a static cache, as its packed mask says, or in one that says so itself; or None."""
+    if hasattr(cache, "place_of_call"):
+        return cache.place_of_call(layer_idx)
+    layer = static_layer(cache, layer_idx) if is_decode_mask(mask) else None
+    if layer is None:
+        return None
+    return CachePlace(layer.keys, layer.values, query_columns(mask, queries), layer.cumulative_length)
 
 
 def static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:

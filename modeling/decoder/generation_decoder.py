@@ -63,6 +63,8 @@ class CapturedGeneration:
 
     # Arguments of `generate` that belong to the prompt alone, for patches to add to.
     prompt_arguments: frozenset[str] = frozenset()
+    # Attention implementations that compute what `hfe_decode` does, for patches to add to.
+    captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
 
     def captured_steps(self) -> list[dict[str, Any]]:
         """What `generate` keeps for its next calls: rows, columns and bytes of each captured step and its cache.
@@ -87,7 +89,7 @@ class CapturedGeneration:
             "the model is not on a CUDA device where Triton runs": not _may_capture(self.device),
             "the configuration disables compilation": bool(generation_config.disable_compile),
             f"the attention implementation is {config._attn_implementation}": config._attn_implementation
-            != DECODE_ATTENTION,
+            not in self.captured_attention,
             "heads are wider than the kernel takes": config.head_dim > MAX_WIDTH,
             "the rotary frequencies depend on the length": config.rope_parameters["rope_type"]
             in ("dynamic", "longrope"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hf_efficient.modeling.decoder.attention import CachePlace
 from hf_efficient.modeling.decoder.decode_step import round_capacity
 
 
@@ -119,6 +120,13 @@ class TopologyCache(Cache):
         """Where the tokens of the coming call go, and how many columns its queries may look at; None: all."""
         self.columns_of_call.slots = slots
         self.columns_of_call.width = self.capacity if width is None else width
+
+    def place_of_call(self, layer_idx: int) -> CachePlace | None:
+        """Where a kernel may write the coming call's tokens itself; None for a prompt or a part of the columns."""
+        layer, call = self.layers[layer_idx], self.columns_of_call
+        if not layer.is_initialized or call.slots is None or call.width != call.capacity:
+            return None
+        return CachePlace(layer.keys, layer.values, call.slots)
 
     @torch.inference_mode(False)
     @torch.no_grad()
