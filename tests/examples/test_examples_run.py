@@ -173,3 +173,52 @@ def test_the_depth_study_finds_what_scale_does_and_what_tanh_does(text: Path, tm
     assert spike["RMSNorm"] > 15 and spike["RMSNorm × 0.1"] > 1.5
     assert all(value < 1 for name, value in spike.items() if "BHyT" in name or "DyT" in name)
     assert "One channel times 1000" in shown
+
+
+def test_fine_tuning_to_multiverse_trains_adapters_and_rows_and_follows_what_the_model_writes(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Random and hardly trained, the model cannot answer; it is converted, trained, merged, saved and asked."""
+    shown = run_example(
+        *("fine_tune_multiverse.py", tiny_llama, tmp_path / "out", "--device", "cpu", "--steps", 6, "--batch", 4),
+        *("--rank", 4, "--evaluated", 3, "--max-new-tokens", 24, "--learning-rate", 1e-2),
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (tmp_path / "out" / "topology.png").read_bytes().startswith(b"\x89PNG")
+    assert report["losses"][-1] < report["losses"][0] - 0.05 and report["problems"] == len(report["texts"]) == 3
+    assert "[root]" in shown and "held-out problems: forks 0.0%" in shown
+
+    from safetensors.torch import load_file
+
+    import hf_efficient  # noqa: F401  (registers the model types)
+
+    before, after = (load_file(tmp_path / "out" / part / "model.safetensors") for part in ("untrained", ""))
+    assert before.keys() == after.keys()
+    rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(1).nonzero()[:, 0].tolist()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    control = set(model.config.topology["token_ids"].values())
+    assert rows and set(rows) <= control, "no other row has changed"
+    assert model.config.topology["trained"] and not control & set(model.generation_config.suppress_tokens or [])
+
+
+def test_fine_tuning_to_multiverse_judges_answers_by_what_they_say() -> None:
+    """A right answer, a slip of arithmetic that is joined rightly, a wrong join, an answer without paths."""
+    spec = importlib.util.spec_from_file_location("fine_tune", ROOT / "examples" / "fine_tune_multiverse.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["fine_tune"] = example  # dataclasses look their module up
+    spec.loader.exec_module(example)
+    problem = example.Problem("Anna", (("figs", 3, 5), ("pears", 2, 9)), (("nuts", 4),))
+    assert problem.answer == "pears" and "figs 5, nuts 4, pears 9" in problem.prompt
+
+    def judged(text: str, labels: list[str]) -> dict[str, bool]:
+        topology = example.Topology.from_spec([(1, []) for _ in labels])
+        topology.labels = labels
+        return example.Answer(problem, [], problem.prompt + text, topology, 1, 1).is_right()
+
+    right, labels = problem.completion, ["root", "1", "2", "join"]
+    assert all(judged(right, labels).values())
+    slip = right.replace("2 x 9 = 18", "2 x 9 = 19").replace("pears 18", "pears 19")
+    assert judged(slip, labels) == {"forks": True, "paths": False, "joins": True, "answer": True}
+    assert not judged(right.replace("pears 18", "pears 15"), labels)["joins"]
+    assert not judged(right, ["root"])["forks"]
+    assert judged("Answer: pears", ["root"]) == {"forks": False, "paths": False, "joins": False, "answer": True}
