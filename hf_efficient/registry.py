@@ -32,11 +32,13 @@ class Architecture:
         patch: name of the patch on the command line; None for the decoder that takes any combination.
         auto_classes: name of an Auto class -> the class it resolves to; the configuration comes first.
         patch_options: ``module:Class`` of the dataclass that holds the patch's conversion options.
+        generation: module whose `parallel_generate` its checkpoints offer to stock models too.
     """
 
     patch: str | None
     auto_classes: dict[str, type]
     patch_options: str | None = None
+    generation: str | None = None
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -53,9 +55,13 @@ def _causal_lm(
     model: type[PreTrainedModel],
     causal_lm: type[PreTrainedModel],
     options: str | None = None,
+    generation: str | None = None,
 ) -> Architecture:
     classes: dict[str, type] = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
-    return Architecture(patch, classes, options)
+    return Architecture(patch, classes, options, generation)
+
+
+_PARALLEL = "hf_efficient.modeling.topology.generation_topology"
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -68,9 +74,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         MultiverseModel,
         MultiverseForCausalLM,
         "hf_efficient.conversion.topology:Multiverse",
+        _PARALLEL,
     ),
     _causal_lm(
-        "medverse", MedVerseConfig, MedVerseModel, MedVerseForCausalLM, "hf_efficient.conversion.topology:MedVerse"
+        "medverse",
+        MedVerseConfig,
+        MedVerseModel,
+        MedVerseForCausalLM,
+        "hf_efficient.conversion.topology:MedVerse",
+        _PARALLEL,
     ),
 )
 

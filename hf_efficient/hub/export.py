@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_efficient import __version__
 from hf_efficient.errors import HFEError
+from hf_efficient.hub.custom_generate import FOLDER, render_custom_generate
 from hf_efficient.hub.flatten import FlatCode, flatten
 from hf_efficient.registry import ARCHITECTURES, Architecture, architecture_of
 
@@ -25,11 +26,13 @@ class CodeExport:
 
     Attributes:
         code: text of each file, the entry file and the hash of the sources.
+        files: text of each file by its path in the folder: those of the code, and those of a `generate` of its own.
         auto_map: the entry of `config.json` that names the classes.
         manifest: text of `code_manifest.json`.
     """
 
     code: FlatCode
+    files: dict[str, str]
     auto_map: dict[str, str]
     manifest: str
 
@@ -62,9 +65,10 @@ def export_code(folder: Path, architecture: Architecture) -> CodeExport:
             f"{CONFIG} has model_type {config.get('model_type')!r}, the code is that of {architecture.model_type!r}",
             "export the architecture that the configuration names",
         )
-    for name in _files_of_earlier_export(folder) - set(exported.code.files):
+    for name in _files_of_earlier_export(folder) - set(exported.files):
         (folder / name).unlink(missing_ok=True)
-    for name, text in exported.code.files.items():
+    for name, text in exported.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         _write(folder / name, text)
     _write(folder / CODE_MANIFEST, exported.manifest)
     # The configuration comes last: only its auto_map makes the files count.
@@ -76,14 +80,15 @@ def render_code(architecture: Architecture) -> CodeExport:
     """The code of `architecture`, made from the installed package; writes nothing."""
     entry, auto_map = _auto_map(architecture)
     code = flatten(entry, __version__)
+    files = {**code.files, **render_custom_generate(architecture, code)}
     manifest = {
         "package": "hf-efficient",
         "version": __version__,
         "model_type": architecture.model_type,
         "source_hash": code.source_hash,
-        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in code.files.items()},
+        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
     }
-    return CodeExport(code, auto_map, _json(manifest))
+    return CodeExport(code, files, auto_map, _json(manifest))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _files_of_earlier_export(folder: Path) -> set[str]:
     if not isinstance(named, dict):
         return set()
     # The manifest is only a file in a folder: it may not point anywhere else.
-    return {name for name in named if name == Path(name).name and name.endswith(".py")}
+    return {name for name in named if name.endswith(".py") and name in (Path(name).name, f"{FOLDER}/{Path(name).name}")}
 
 
 def _json(value: dict[str, Any]) -> str:

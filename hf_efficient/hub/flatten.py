@@ -87,9 +87,18 @@ def flatten(entry_module: str, version: str) -> FlatCode:
     for name, text in texts.items():
         if flat[name].name == NAMESPACE_MODULE:
             text = _renamed_namespace(flat[name], code.namespace)
-        code.files[name] = _header(flat[name].name, version, code.source_hash) + text
+        code.files[name] = file_header(flat[name].name, version, code.source_hash) + text
     _self_check(code)
     return code
+
+
+def part_of(code: FlatCode, module: str) -> dict[str, str]:
+    """Those of the files that `module` needs, itself among them; all of them are there already."""
+    names = {f"{flat_name(name)}.py" for name in _reach(module)}
+    lacking = sorted(names - set(code.files))
+    if lacking:
+        raise HFEError(f"{module} needs {lacking}, which {code.entry} does not", "import it in the modeling file")
+    return {name: code.files[name] for name in sorted(names)}
 
 
 def flat_name(module: str) -> str:
@@ -182,7 +191,8 @@ def _renamed_namespace(module: _Module, namespace: str) -> str:
     raise HFEError(f"{module.name} assigns no NS", 'keep the line NS = "hf_efficient" in kernels/namespace.py')
 
 
-def _header(module: str, version: str, source_hash: str) -> str:
+def file_header(module: str, version: str, source_hash: str) -> str:
+    """The first lines of every file that the exporter writes."""
     # No dates: the same release must write the same bytes again.
     return (
         "# SPDX-License-Identifier: Apache-2.0\n"

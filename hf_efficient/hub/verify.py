@@ -94,7 +94,7 @@ def _verify_folder(folder: Path, source: str, commit: str | None) -> Verificatio
         verdict, differences = _compare_code(folder, exported, manifest)
         tensors, faults = check_weights(folder, architecture, fields)
         findings += differences + faults
-    findings += _foreign_files(folder, set(exported.code.files) if exported else set())
+    findings += _foreign_files(folder, set(exported.files) if exported else set())
     findings += _foreign_references(folder, exported.auto_map if exported else {})
     return VerificationReport(
         source=source,
@@ -103,7 +103,7 @@ def _verify_folder(folder: Path, source: str, commit: str | None) -> Verificatio
         release=release,
         installed=__version__,
         code=verdict,
-        code_files=len(exported.code.files) if exported else 0,
+        code_files=len(exported.files) if exported else 0,
         tensors=tensors,
         findings=tuple(findings),
     )
@@ -125,7 +125,7 @@ def _compare_code(folder: Path, exported: CodeExport, manifest: dict[str, Any]) 
     """The code files and their manifest against what the installed release writes."""
     code, claimed = exported.code, str(manifest.get("source_hash"))
     findings, renamed = [], []
-    for name, text in code.files.items():
+    for name, text in exported.files.items():
         path, expected = folder / name, text.encode()
         if not path.is_file():
             findings.append(Finding(name, "is missing", _REMEDY_EXPORT))

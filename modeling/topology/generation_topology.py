@@ -327,9 +327,11 @@ def _grammar_of(model: Any, options: _Options) -> tuple[str, str, str, dict[str,
 def _tokenizer_of(model: Any) -> Any:
     """The tokenizer beside the model's weights."""
     folder = getattr(model.config, "_name_or_path", "")
+    # The configuration beside it may name code. Whoever loaded the model with it trusts it; nobody else is asked.
+    trusted = type(model).__module__.startswith("transformers_modules.")
     try:
         if folder:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except (OSError, ValueError):
         pass
     raise UsageError(

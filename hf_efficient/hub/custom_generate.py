@@ -1,0 +1,48 @@
+"""The folder `custom_generate/` of a checkpoint: its way of generating, for models of other classes too.
+
+transformers loads it with ``from_pretrained(checkpoint, trust_remote_code=True)``, and for any model with
+``model.generate(..., custom_generate=checkpoint, trust_remote_code=True)``. It takes the installed package where there
+is one, else the files beside it, which are copies of those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from hf_efficient import __version__
+from hf_efficient.hub.flatten import FlatCode, file_header, flat_name, part_of
+from hf_efficient.registry import Architecture
+
+FOLDER = "custom_generate"
+_ENTRY = f"{FOLDER}/generate.py"
+# `model` must be a keyword: transformers binds it before the prompt comes by position.
+_TEMPLATE = '''"""Parallel generation of the grammar `{grammar}`: the options are those of `parallel_generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def generate(inputs: Any = None, generation_config: Any = None, *, model: Any, **kwargs: Any) -> Any:
+    """As `generate` of transformers, with `parallel=False` wholly so.
+
+    A stock model needs `tokenizer=`, whose control tokens its embedding has rows for.
+    """
+    if getattr(model, "takes_topology", False):
+        return type(model).generate(model, inputs, generation_config, **kwargs)
+    if not kwargs.pop("parallel", True):
+        return type(model).generate(model, inputs, generation_config, **kwargs)
+    try:
+        from {module} import parallel_generate
+    except ImportError:
+        from .{flat} import parallel_generate
+    return parallel_generate(model, inputs, generation_config, **{{"grammar": "{grammar}", **kwargs}})
+'''
+
+
+def render_custom_generate(architecture: Architecture, code: FlatCode) -> dict[str, str]:
+    """Text of each file by its path in the checkpoint; none for an architecture that generates as all do."""
+    module = architecture.generation
+    if module is None:
+        return {}
+    text = _TEMPLATE.format(grammar=architecture.patch, module=module, flat=flat_name(module))
+    files = {_ENTRY: file_header(_ENTRY, __version__, code.source_hash) + text}
+    return files | {f"{FOLDER}/{name}": part for name, part in part_of(code, module).items()}
