@@ -233,8 +233,7 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         """Text of one token; asked again and again for few of them."""
         text = self._texts.get(token_id)
         if text is None:
-            assert self.decode is not None
-            text = self._texts[token_id] = self.decode([token_id])
+            text = self._texts[token_id] = self.decode([token_id]) if self.decode is not None else ""
         return text
 
 

@@ -78,10 +78,9 @@ class MedVerseRules(Cursor):
         if frame.in_path:
             self.complain("a step opens inside another", "<Step>", "close it with </Step>")
             self.close_path(frame)
-        if not self.may_branch("<Step>"):
-            return False
         steps = frame.steps
-        assert steps is not None
+        if steps is None or not self.may_branch("<Step>"):
+            return False
         if number in steps.schedule:
             place, followed = steps.schedule[number]
         else:

@@ -92,10 +92,9 @@ def additive_mask(topology: TopologyMask | TopologyQueries, dtype: torch.dtype, 
 
 def flex_mask(topology: TopologyMask) -> BlockMask:
     """The same for FlexAttention, from the block lists, without a mask of every pair."""
-    topology = topology.with_blocks()
-    assert topology.blocks is not None
     batch, length = topology.segment_ids.shape
-    counts, lists = topology.blocks.counts, topology.blocks.lists
+    blocks = topology.blocks
+    counts, lists, _ = topology_blocks(topology.segment_ids, topology.anc) if blocks is None else blocks
     # The last block may reach past the end.
     segments = torch.nn.functional.pad(topology.segment_ids.long(), (0, -length % BLOCK), value=-1)
     known = (segments >= 0) & (segments < 64 * topology.anc.shape[2])
