@@ -63,7 +63,6 @@ STOCK: dict[str, Callable[[], PreTrainedConfig]] = {
         **SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     ),
 }
-CONVERTIBLE = ("llama", "llama-tied", "mistral", "qwen2", "qwen3-tied")
 
 
 @pytest.fixture(scope="session")
