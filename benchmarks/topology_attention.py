@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -419,6 +420,9 @@ def measure_builder(unit: int, device: torch.device) -> list[dict[str, Any]]:
 
 def draw(path: Path) -> None:
     """Rates by case, and the time each mode takes over the bars, in a PNG beside the results file."""
+    if find_spec("matplotlib") is None:
+        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+        return
     import matplotlib
 
     matplotlib.use("Agg")

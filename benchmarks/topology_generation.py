@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,9 @@ def lines_of(name: str, shape: dict[str, Any], arguments: argparse.Namespace, pa
 
 def draw(path: Path) -> None:
     """Speed-up and bound of the transcripts, and by number of branches and batch, in a PNG beside the results file."""
+    if find_spec("matplotlib") is None:
+        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
