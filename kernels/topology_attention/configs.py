@@ -56,6 +56,8 @@ _OTHERS = {
         for width in (64, 128, 256)
     },
 }
+
+
 def padded_width(width: int) -> int:
     """The power of two that a head of `width` is padded to; tensor cores take 16 at least."""
     return max(16, 1 << (width - 1).bit_length())

@@ -47,7 +47,7 @@ def _backward(
     present: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from hf_efficient.kernels.topology_attention.triton_kernels import launch_backward
+    from hf_efficient.kernels.topology_attention.triton_gradients import launch_backward
 
     return launch_backward(dout, q, k, v, out, lse, segment_ids, anc, counts, lists, present, scale)
 

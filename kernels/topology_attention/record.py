@@ -94,7 +94,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     wider = draw(fan(2, 37, 41, device), width=48)
     cases["rows apart in memory"] = {n: x[..., 8:40] if n in "qkv" else x for n, x in wider.items()}
     cases["columns apart in memory"] = {n: x[..., ::2] if n in "qkv" else x for n, x in wider.items()}
-    cases["one head for all"] = draw(heads=1) | {"k": draw()["k"][:, :, :1].expand(-1, -1, 156, -1)}
+    single = draw()
+    cases["one key head, repeated in memory"] = single | {n: single[n].expand(-1, 2, -1, -1) for n in "kv"}
     holes = draw(_nested(device))
     hole = (holes["segment_ids"] < 0)[:, None, :, None]
     # Infinite, not NaN, so that arguments can be compared with themselves.
@@ -152,11 +153,8 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel in every configuration that a device of this capability may pick, and as it takes odd tensors."""
-    from hf_efficient.kernels.topology_attention.triton_kernels import (
-        forward_kernel,
-        key_gradient_kernel,
-        query_gradient_kernel,
-    )
+    from hf_efficient.kernels.topology_attention.triton_gradients import key_gradient_kernel, query_gradient_kernel
+    from hf_efficient.kernels.topology_attention.triton_kernels import forward_kernel
 
     kernels = {
         "forward": (forward_kernel, ("q",)),

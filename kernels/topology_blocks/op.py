@@ -11,7 +11,8 @@ from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
 def _launch(segment_ids: Tensor, anc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from hf_efficient.kernels.topology_blocks.triton_kernels import launch
 
-    return tuple(launch(segment_ids, anc))
+    counts, lists, present = launch(segment_ids, anc)
+    return counts, lists, present
 
 
 def _fake(segment_ids: Tensor, anc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
