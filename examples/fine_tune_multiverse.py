@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -231,15 +232,19 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
         spans.append((int(positions.min()), int(positions.max()) + 1) if len(positions) else (0, 0))
         lanes.append(int(label) if label.isdigit() else 0)
         texts.append(decode([token for token, here in zip(answer.ids, mine, strict=True) if here]))
-    figure = Figure(figsize=(12, 1.6 + 1.1 * (max(lanes) + 1)), layout="constrained")
+    last = max(end for _, end in spans)
+    # Of the trunk only what comes shortly before the fork: the rest is the prompt.
+    first = max(spans[0][1] - last // 3, 0)
+    figure = Figure(figsize=(12, 1.2 + 1.1 * (max(lanes) + 1)), layout="constrained")
     axis = figure.subplots()
     for segment, (begin, end) in enumerate(spans):
+        begin = max(begin, first)
         colour = "tab:orange" if lanes[segment] else "tab:blue"
-        axis.barh(lanes[segment], end - begin, left=begin, height=0.55, color=colour, alpha=0.35, edgecolor=colour)
+        axis.barh(lanes[segment], end - begin, left=begin, height=0.8, color=colour, alpha=0.3, edgecolor=colour)
         words = " ".join(re.sub(r"<[^>]*>", " ", texts[segment]).split())
-        room = max(int((end - begin) * 130 / max(stop for _, stop in spans)), 8)
-        shown = words if len(words) <= room else f"…{words[-room:]}" if not lanes[segment] else f"{words[:room]}…"
-        axis.text(begin + 0.6, lanes[segment], f"{topology.labels[segment]}: {shown}", fontsize=7, va="center")
+        width = max(int(170 * (end - begin) / (last - first)), 12)  # characters that a line of the bar has room for
+        lines = textwrap.wrap(words, width)[-4:]
+        axis.text(begin + 0.4, lanes[segment], "\n".join(lines), fontsize=7, va="center")
         for parent in topology.parents[segment]:
             start = (spans[parent][1], lanes[parent])
             arrow = {"arrowstyle": "->", "color": "grey", "connectionstyle": "arc3,rad=0.15"}
