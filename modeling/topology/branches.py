@@ -39,10 +39,24 @@ class Branch:
         ended: why it ended before its own closing tag, or an empty text.
         logprobs: log-probability of each chosen token, where they are kept.
         key: of its random numbers.
+        checked_from: position from which on its budget must be looked at.
     """
 
     __slots__ = (
-        *("blocks", "builder", "ended", "header", "key", "last", "logprobs", "parent", "path", "record", "reserve"),
+        *(
+            "blocks",
+            "builder",
+            "checked_from",
+            "ended",
+            "header",
+            "key",
+            "last",
+            "logprobs",
+            "parent",
+            "path",
+            "record",
+            "reserve",
+        ),
         *("row", "sampled", "state", "step", "_visible"),
     )
 
@@ -71,6 +85,7 @@ class Branch:
         self.ended = ""
         self.logprobs: list[float] = []
         self.key: int | None = None
+        self.checked_from = 0
         self.state = State.QUEUED
         self._visible = visible
 

@@ -29,6 +29,7 @@ class ForcedText:
     Attributes:
         fork: the token after which branches begin.
         closer: the token that ends a branch.
+        opener: the token that opens a block inside a branch; None where there is none.
         enders: tokens that cannot stand in a branch, so that they end it as well.
         control: ids of all control tokens.
         separator: what follows `fork` and `closer`.
@@ -44,10 +45,12 @@ class ForcedText:
         self.control = frozenset(token_ids[tag] for tag in CONTROL_TOKENS[grammar])
         if grammar == "multiverse":
             fork, closer, enders = "</Goal>", "</Path>", ("<Path>", "<Conclusion>", "</Parallel>")
+            self.opener: int | None = token_ids["<Parallel>"]
             self.execution: tuple[int, ...] = ()
             self.join = self._after("<Conclusion>", separator)
         else:
             fork, closer, enders = "</Plan>", "</Step>", ("<Step>", "<Conclusion>", "</Execution>")
+            self.opener = None
             self.execution = self._after("<Execution>", separator)
             self.join = (*self._after("</Execution>", separator), *self._after("<Conclusion>", separator))
         self.fork, self.closer = token_ids[fork], token_ids[closer]
@@ -71,8 +74,7 @@ class ForcedText:
 
     def misplaced(self, eos_ids: Collection[int]) -> dict[str, tuple[int, ...]]:
         """For each value of `Branch.banned`, the tokens that break the text there."""
-        opener = {self._token_ids["<Parallel>"]} if self.grammar == "multiverse" else set()
-        in_path = tuple(sorted((self.control - {self.closer} - opener) | set(eos_ids)))
+        in_path = tuple(sorted((self.control - {self.closer, self.opener}) | set(eos_ids)))
         return {"branch": in_path, "path": in_path, "block": (self.closer, *eos_ids)}
 
     def _header(self, tag: str, text: str) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ class ParallelTurn:
             anc = np.zeros((batch, count, words), dtype=np.int64)
             for b, row in enumerate(self.rows):
                 known = min(count, len(row.graph))
-                anc[b, :known] = row.bitmaps(range(known), words)
+                anc[b, :known] = np.frombuffer(row.bitmaps(range(known), words), dtype="<i8").reshape(-1, words)
             topology = TopologyMask(segment_ids, torch.from_numpy(anc).to(device))
             if getattr(self.model, "takes_topology", False):
                 topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.anc))

@@ -96,6 +96,8 @@ class RowScheduler:
         self.fed = 0
         self.finished = ""
         self.prompt_end = max(self.graph.end) + 1
+        # All other tokens are nothing but text.
+        self._special = forced.control | set(limits.eos_ids)
         self.root = Branch(row, (), builder, None, self._visible_ids)
         self.root.state = State.LIVE
         self.root.last = self.prompt_length - 1
@@ -131,17 +133,22 @@ class RowScheduler:
         """Positions after the prompt: the longest chain of tokens that follow each other."""
         return max(self.graph.end) + 1 - self.prompt_end
 
-    def bitmaps(self, segments: Sequence[int], words: int) -> np.ndarray:
-        """What tokens of these segments see, int64 [n, words]."""
+    def bitmaps(self, segments: Sequence[int], words: int) -> bytes:
+        """What tokens of these segments see: `words` little-endian integers of 64 bits for each."""
         closure = self.graph.closure
-        data = b"".join([closure[segment].to_bytes(8 * words, "little") for segment in segments])
-        return np.frombuffer(data, dtype="<i8").reshape(len(segments), words)
+        return b"".join([closure[segment].to_bytes(8 * words, "little") for segment in segments])
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the next token of each live branch, in their order."""
+        special = self._special
         for branch, token in zip(list(self.live), tokens, strict=True):
             branch.sampled += 1
-            self._take(branch, token)
+            if token in special:
+                self._take(branch, token)
+                continue
+            self._append(branch, token)
+            if self.positions[-1] >= branch.checked_from:
+                self._check_budget(branch)
 
     def stop(self, branch: Branch, reason: str) -> None:
         """End a live branch; for the trunk that ends the row."""
@@ -191,10 +198,21 @@ class RowScheduler:
             if token in forced.enders:
                 self._close(branch, forced.enders[token])
                 return
+        if token == forced.opener and not is_trunk and not self._may_open(branch):
+            self._close(branch, "length")
+            return
         self._append(branch, token)
         if token == forced.fork and self._fork(branch):
             return
         self._check_budget(branch)
+
+    def _foresee(self, branch: Branch) -> None:
+        """Note from which position on the branch's budget must be looked at; tags may open blocks, so after each."""
+        limits = self.limits
+        branch.checked_from = 0
+        if limits.budget == "positions" and (branch.parent is None or limits.branch_max_new_tokens is None):
+            end = self.prompt_end + limits.max_new_tokens
+            branch.checked_from = end - 1 - (branch.reserve + 2 * branch.open_blocks if branch.parent else 0)
 
     def _append(self, branch: Branch, token: int, step: int | None = None) -> None:
         placement = branch.builder.feed(token, step)
@@ -229,6 +247,7 @@ class RowScheduler:
 
     def _check_budget(self, branch: Branch) -> None:
         """End a branch that has no room for one more token and what must follow it."""
+        self._foresee(branch)
         if branch.parent is None:
             if self._left(branch) <= 0:
                 self._finish("length")
@@ -236,6 +255,12 @@ class RowScheduler:
             self._close(branch, "branch_max_new_tokens")
         elif self.limits.budget == "positions" and self._left(branch) <= branch.reserve + 2 * branch.open_blocks:
             self._close(branch, "length")
+
+    def _may_open(self, branch: Branch) -> bool:
+        """True when there is room for a tag that opens a block, and for those that close it."""
+        if self.limits.budget == "tokens":
+            return self._spendable() >= len(self.live) + 2
+        return self._left(branch) > 2 + branch.reserve + 2 * branch.open_blocks
 
     def _own_closing(self, branch: Branch) -> int:
         """Tokens that end a branch, apart from those above it."""
@@ -422,6 +447,7 @@ class RowScheduler:
         self.live.append(branch)
         self._append(branch, branch.header[0], branch.step)
         self._append_all(branch, branch.header[1:])
+        self._foresee(branch)
 
     def _skip(self, branch: Branch) -> None:
         branch.state = State.SKIPPED

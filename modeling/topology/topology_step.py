@@ -122,27 +122,31 @@ class TopologyStep:
             offsets: column of the cache that each row's first token has: what is before it is padding.
         """
         tokens, positions, anc, columns, segments, kv_len = self._views
-        columns.fill(-1)
+        places: list[int] = []
+        fields: tuple[list[int], ...] = ([], [], [], [])  # as long as `places`, so that numpy is called once for each
+        maps: list[bytes] = []
         for b, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
             end = len(row.tokens)
             kv_len[b] = offset + end
             count = end - row.fed
             if count == 0:
                 continue
-            wanted = [branch.last for branch in row.live]
-            if count == len(wanted):
-                order = wanted
-            else:
-                last = set(wanted)
-                order = [column for column in range(row.fed, end) if column not in last] + wanted
-            first = self.queries - count
+            order: Sequence[int] = [branch.last for branch in row.live]
+            if count != len(order):
+                last = set(order)
+                order = [*(column for column in range(row.fed, end) if column not in last), *order]
+            places += range((b + 1) * self.queries - count, (b + 1) * self.queries)
             of = [row.segments[column] for column in order]
-            tokens[b, first:] = [row.tokens[column] for column in order]
-            positions[b, first:] = [row.positions[column] for column in order]
-            columns[b, first:] = [column + offset for column in order]
-            segments[b, first:] = of
-            anc[b, first:] = row.bitmaps(of, self.words)
+            fields[0].extend([row.tokens[column] for column in order])
+            fields[1].extend([row.positions[column] for column in order])
+            fields[2].extend([column + offset for column in order])
+            fields[3].extend(of)
+            maps.append(row.bitmaps(of, self.words))
             row.fed = end
+        columns.fill(-1)
+        for view, values in zip((tokens, positions, columns, segments), fields, strict=True):
+            view.reshape(-1)[places] = values
+        anc.reshape(-1, self.words)[places] = np.frombuffer(b"".join(maps), dtype="<i8").reshape(-1, self.words)
         self._device.copy_(self._host, non_blocking=True)
 
     def run(self, model: Any, cache: TopologyCache) -> Tensor:
@@ -214,6 +218,7 @@ class TopologySession:
         self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, model.device)
         self.may_capture = capture_obstacle(model) == ""
         self.signature: tuple | None = None
+        self._looked = False
         self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
         self._until_look = 0
 
@@ -235,22 +240,29 @@ class TopologySession:
         """Compute a loaded step: what `TopologyStep.run` gives."""
         if not self.may_capture or step.queries > MOST_CAPTURED_QUERIES:
             return step.run(model, self.cache)
-        if self._until_look == 0:  # a callback may have changed the model meanwhile
-            self.signature = step_signature(model)
-            self._until_look = STEPS_BETWEEN_LOOKS
-        self._until_look -= 1
+        if not self._looked:
+            self._look(model)
         try:
-            return step.execute(model, self.cache, self.signature)
+            result = step.execute(model, self.cache, self.signature)
+            self._until_look -= 1
+            if self._until_look == 0:  # a callback may have changed the model; the device is busy now
+                self._look(model)
+            return result
         except torch.OutOfMemoryError:
             get_logger().info("parallel generation calls its steps: a graph of them does not fit into memory")
             self.may_capture = False
             self._steps.clear()
             return step.run(model, self.cache)
 
+    def _look(self, model: Any) -> None:
+        """See whether steps of the model may be replayed, and which."""
+        self.signature = step_signature(model)
+        self._looked, self._until_look = True, STEPS_BETWEEN_LOOKS
+
     def begin(self) -> None:
         """Stand ready for a prompt."""
         self.cache.reset()
-        self._until_look = 0
+        self._looked = False
 
     def fits(self, batch: int, capacity: int, model: Any) -> bool:
         """True when another call may go on with this memory."""

@@ -368,6 +368,15 @@ def test_branches_that_run_on_are_closed_in_time_for_the_joins_above(course: Cal
     assert {branch.ended for branch in all_branches(found.row.root)} == {"length"}
 
 
+@pytest.mark.parametrize("budget", ["positions", "tokens"])
+def test_a_block_opens_only_where_it_can_be_closed(course: Callable[..., Run], budget: str) -> None:
+    """A path that opens blocks without end: whatever is left, all of them are closed within the budget."""
+    for most in range(30, 70):
+        scripts = {(): BLOCK, ("1",): "ab" + "<Parallel>" * 60, ("2",): "<Parallel><Path>" * 30}
+        found = course("multiverse", scripts, max_new_tokens=most, budget=budget, min_fork_budget=0, end=False)
+        assert found.text.count("<Parallel>") <= 1 + found.text.count("</Parallel>")
+
+
 def test_a_budget_of_tokens_closes_all_branches_together(course: Callable[..., Run]) -> None:
     found = course("multiverse", {(): BLOCK}, max_new_tokens=100, budget="tokens", end=False)
     assert found.row.generated == 100
@@ -432,7 +441,7 @@ def test_bitmaps_of_many_segments(course: Callable[..., Run]) -> None:
     scripts = {(str(n),): "u</Path>" for n in range(1, 151)}
     found = course("multiverse", scripts | {(): f"<Parallel><Goal>{outlines}</Goal>so"}, max_new_tokens=5000)
     row = found.row
-    words = row.bitmaps(range(len(row.graph)), 3)
+    words = np.frombuffer(row.bitmaps(range(len(row.graph)), 3), dtype="<i8").reshape(-1, 3)
     seen = np.array([[words[s, t // 64] >> (t % 64) & 1 for t in range(152)] for s in range(152)]).astype(bool)
     expected = np.eye(152, dtype=bool)
     expected[:, 0] = expected[151] = True
