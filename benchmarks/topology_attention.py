@@ -338,6 +338,8 @@ def measure(
                 if peer in timed:
                     alike = replayed if name in replayed and peer in replayed else launched
                     line["flex_over_it"] = _rounded(alike[peer][0] / alike[name][0])
+                    # Which of FlexAttention's ways that is: where masks are made at each call, it makes the difference.
+                    line["flex_is"] = peer
                 if name in peaks:
                     line["peak_gib"] = _rounded(peaks[name])
                 if name in refused:
@@ -501,10 +503,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if time.perf_counter() - start > arguments.seconds:
                     print(f"{part}, {layout.label}: not begun, --seconds are over", flush=True)
                     continue
-                if part == "attention":
-                    lines = measure(layout, arguments.modes, arguments.only, arguments.compile_masks, device)
-                else:
-                    lines = measure_preparation(layout, arguments.compile_masks, device)
+                began = time.perf_counter()
+                try:
+                    if part == "attention":
+                        lines = measure(layout, arguments.modes, arguments.only, arguments.compile_masks, device)
+                    else:
+                        lines = measure_preparation(layout, arguments.compile_masks, device)
+                except torch.OutOfMemoryError as error:
+                    print(f"{part}, {layout.label}: left out, {str(error).splitlines()[0]}", flush=True)
+                    continue
+                print(f"{part}, {layout.label}: took {time.perf_counter() - began:.0f} s", flush=True)
                 write(path, [{**line, **environment} for line in lines], IDENTITY)
                 release(device)
     draw(path)

@@ -33,7 +33,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_every_way_to_a_topologys_attention_matches_the_formula(attention: ModuleType, tmp_path: Path) -> None:
     """Flexible attention has no backward pass on the CPU; all others are compared in both directions."""
     options = ["--tiny", "--device", "cpu", "--cases", "MedVerse", "--output", str(tmp_path)]
-    attention.main([*options, "--commit", "abc"])
+    attention.main([*options, "--commit", "abc", "--compile-masks"])
     lines = lines_of(tmp_path / "topology_attention.jsonl")
     measured = [line for line in lines if line["part"] == "attention"]
     assert {line["provider"] for line in measured} == set(attention.PROVIDERS)
@@ -43,6 +43,8 @@ def test_every_way_to_a_topologys_attention_matches_the_formula(attention: Modul
         backward = line["mode"] == "forward+backward"
         assert ("ms" in line) == (not backward or "flex" not in line["provider"]), line
         assert line["commit"] == "abc"
+        if "flex_over_it" in line:
+            assert line["flex_is"] == ("flex, new topology" if line["topology"] == "new" else "flex")
     assert {line["provider"] for line in lines if line["part"] == "preparation"} >= {"topology_blocks"}
     assert sum(line["part"] == "builder" for line in lines) == 4
     pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra `bench`)")
