@@ -425,23 +425,25 @@ class ParallelGeneration:
         own = sorted(kwargs.keys() & asdict(_Options()).keys() - {"tokenizer"})
         if own:
             raise UsageError(f"{own[0]} belongs to parallel generation, which is off", "pass parallel=True")
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)
 
     def captured_steps(self) -> list[dict[str, Any]]:
         """What `generate` keeps for its next calls, captured steps of parallel generation among them."""
         session = idle_session(self)
-        return super().captured_steps() + ([] if session is None else session.report())  # type: ignore[misc]
+        return super().captured_steps() + ([] if session is None else session.report())
 
     def free_captured_steps(self) -> None:
         """Free the memory that `captured_steps` tells of."""
         free_session(self)
-        super().free_captured_steps()  # type: ignore[misc]
+        super().free_captured_steps()
 
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The first two positional arguments of `generate`; the others get their names."""
-    names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
-    names += ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+    names = (
+        *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
+        *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate"),
+    )
     kwargs.update(zip(names, args[2:], strict=False))
     return args[:2]
 
