@@ -453,8 +453,6 @@ class RowScheduler:
         branch.state = State.SKIPPED
         branch.ended = "length"
         branch.builder.warnings.append(f"branch {branch.path[-1][1]} was not begun: the budget is spent")
-        assert branch.parent is not None
-        branch.parent.builder.warnings.extend(branch.builder.warnings)
         self._changed = True
 
     def _join_forks(self) -> None:
@@ -462,6 +460,9 @@ class RowScheduler:
         for fork in [fork for fork in self._forks if fork.is_over()]:
             self._forks.remove(fork)
             parent = fork.parent
+            for branch in fork.branches:
+                if branch.state is State.SKIPPED:
+                    parent.builder.warnings.extend(branch.builder.warnings)
             parent.builder.join(branch.builder for branch in fork.branches if branch.state is State.DONE)
             parent.state = State.LIVE
             self.live.append(parent)

@@ -94,6 +94,9 @@ class TopologyStep:
     """
 
     logits: Tensor
+    # Of the graph, once it is captured.
+    _graph: torch.cuda.CUDAGraph
+    _result: Tensor
     _recorded_logits: Tensor
 
     def __init__(self, batch: int, queries: int, words: int, with_logprobs: bool, device: torch.device) -> None:
@@ -110,8 +113,6 @@ class TopologyStep:
             self._device, sizes, batch, queries, words
         )
         self._arrived = torch.cuda.Event() if pinned else None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
         self.signature: tuple | None = None
         self.graph_bytes = 0
 
@@ -172,7 +173,6 @@ class TopologyStep:
             )
             self._recorded_logits = self.logits
             self.signature = signature
-        assert self._graph is not None and self._result is not None
         self._graph.replay()
         self.logits = self._recorded_logits
         return self._result
