@@ -51,9 +51,9 @@ _OTHERS = {
     ("key_gradient", 128, 2): LaunchConfig(32, 64, 2, 4),
     ("key_gradient", 256, 2): LaunchConfig(32, 32, 1, 4),
     **{
-        (kernel, width, 4): LaunchConfig(*((64, 64) if width == 64 else (32, 32)), 1, 4)
+        (kernel, width, 4): LaunchConfig(tile, tile, 1, 4)
         for kernel in ("forward", "query_gradient", "key_gradient")
-        for width in (64, 128, 256)
+        for width, tile in ((64, 64), (128, 32), (256, 16))
     },
 }
 

@@ -166,14 +166,14 @@ def compilations(capability: int) -> Iterator[Compilation]:
     tensors = ("out", "q", "k", "v", "dout", "dq", "dk", "dv")
     for name, (kernel, by_queries) in kernels.items():
         for element, width, words in (
-            *(("bf16", width, 1) for width in (64, 128, 256)),
+            ("bf16", 64, 1),
             ("fp16", 96, 2),
-            ("fp32", 64, 1),
+            ("bf16", 256, 1),
             ("fp32", 256, 1),
         ):
             config = launch_config(name, width, 4 if element == "fp32" else 2, divmod(capability, 10))
             padded = padded_width(width)
-            for described in {config.descriptors, False}:
+            for described in {config.descriptors, config.descriptors and width != 96}:
                 constants = {
                     "GROUP": 4,
                     "WIDTH": width,
