@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
 from hf_efficient.modeling.topology.streaming import StreamFeed
 from hf_efficient.modeling.topology.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.topology_step import (
+    MOST_CAPTURED_QUERIES,
+    Queries,
     TopologySession,
     TopologyStep,
     check_attention,
@@ -31,6 +34,22 @@ from hf_efficient.modeling.topology.topology_step import (
 
 # Room for new tokens that a cache begins with; more is made when it is needed.
 FIRST_ROOM = 4096
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A forward pass that is under way.
+
+    Attributes:
+        branches: that want a token of it, all rows one after the other.
+        queries: what the rows were taken to want computed, where that was not known.
+        read: waits for the most likely tokens; None where the logits are looked at instead.
+    """
+
+    step: TopologyStep
+    branches: list[Branch]
+    queries: Sequence[Queries]
+    read: Callable[[], tuple[np.ndarray, np.ndarray | None]] | None
 
 
 class ParallelTurn:
@@ -99,8 +118,12 @@ class ParallelTurn:
             self._accept(branches, *self._choose(branches, logits[live, -1]))
         for row in self.rows:
             row.advance()
+        flight: _Flight | None = None
         while not all(row.finished for row in self.rows):
-            self._step()
+            flight = flight or self._launch()
+            ahead = self._launch_ahead(flight)
+            self._land(flight)
+            flight = ahead if ahead is not None and self._came_true(ahead) else None
         if self.feed is not None:
             self.feed.end()
         leave_session(self.model, self.session)
@@ -139,34 +162,92 @@ class ParallelTurn:
 
     # The steps
 
-    def _step(self) -> None:
-        """One forward pass of all branches, and what follows from their tokens."""
-        session, branches = self.session, [branch for row in self.rows for branch in row.live]
-        own_choice = not self.sampler.needs_logits
-        step = session.step_for(self.rows, self.offsets, own_choice and self.keeps_logprobs)
+    def _launch(self) -> _Flight:
+        """Begin a forward pass of all that no pass has computed."""
+        columns = max(offset + len(row.tokens) for row, offset in zip(self.rows, self.offsets, strict=True))
+        step = self._step_for(columns, max(len(row.tokens) - row.fed for row in self.rows))
         step.load(self.rows, self.offsets)
-        result = session.execute(step, self.model)
-        self.passes += 1
-        if own_choice:
-            found, logprobs = step.read(result)
-            places = self._places(step)
-            tokens = found.reshape(-1)[places].tolist()
-            chances = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
-        else:
-            at = torch.tensor(self._places(step), device=step.logits.device)
-            tokens, chances = self._choose(branches, step.logits.flatten(0, 1)[at])
-        self._accept(branches, tokens, chances)
-        for row in self.rows:
-            row.advance()
+        return self._fly(step, [])
 
-    def _places(self, step: TopologyStep) -> list[int]:
-        """Where the live branches are among the queries of a step, all rows one after the other."""
-        width = step.queries
-        return [
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """Begin the pass after one that is under way, as it will be if its tokens are nothing but text.
+
+        The host learns while it runs whether they are; a tag, an end or a stop makes it a pass in vain, whose columns
+        the next one overwrites. None where the device would wait for the host in any case.
+        """
+        session, rows, width = self.session, self.rows, flight.step.queries
+        if flight.read is None or not session.runs_ahead() or width > MOST_CAPTURED_QUERIES:
+            return None
+        columns = max(offset + len(row.tokens) + len(row.live) for row, offset in zip(rows, self.offsets, strict=True))
+        if columns > session.cache.capacity:
+            return None
+        foretold = self.sampler.foretell(flight.branches)
+        if foretold is None and type(self.sampler).settle is not Sampler.settle:
+            return None
+        queries, at = [], 0
+        for b, row in enumerate(rows):
+            end, count = len(row.tokens), len(row.live)
+            queries.append(
+                Queries(
+                    [flight.step.chosen_at(b, place) for place in range(width - count, width)]
+                    if foretold is None
+                    else foretold[at : at + count],
+                    [branch.position for branch in row.live],
+                    range(end, end + count),
+                    [branch.builder.cur for branch in row.live],
+                    end + count,
+                )
+            )
+            at += count
+        step = self._step_for(columns, max(len(row.live) for row in rows))
+        step.send(rows, self.offsets, queries)
+        return self._fly(step, queries)
+
+    def _step_for(self, columns: int, queries: int) -> TopologyStep:
+        with_logprobs = self.keeps_logprobs and not self.sampler.needs_logits
+        return self.session.step_for(columns, queries, max(len(row.graph) for row in self.rows), with_logprobs)
+
+    def _fly(self, step: TopologyStep, queries: Sequence[Queries]) -> _Flight:
+        result = self.session.execute(step, self.model)
+        self.passes += 1
+        branches = [branch for row in self.rows for branch in row.live]
+        return _Flight(step, branches, queries, None if self.sampler.needs_logits else step.ask(result))
+
+    def _land(self, flight: _Flight) -> None:
+        """Take the tokens of a pass, and what follows from them."""
+        step, width = flight.step, flight.step.queries
+        places = [
             place
             for b, row in enumerate(self.rows)
             for place in range((b + 1) * width - len(row.live), (b + 1) * width)
         ]
+        if flight.read is not None:
+            found, logprobs = flight.read()
+            tokens = found.reshape(-1)[places].tolist()
+            chances = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
+        else:
+            at = torch.tensor(places, device=step.logits.device)
+            tokens, chances = self._choose(flight.branches, step.logits.flatten(0, 1)[at])
+        self._accept(flight.branches, tokens, chances)
+        for row in self.rows:
+            row.advance()
+
+    def _came_true(self, ahead: _Flight) -> bool:
+        """True when the rows have become what a pass took them for; then it is theirs."""
+        live = [branch for row in self.rows for branch in row.live]
+        if live != ahead.branches:
+            return False
+        for row, foreseen in zip(self.rows, ahead.queries, strict=True):
+            at = foreseen.end - len(foreseen.tokens)
+            if (
+                len(row.tokens) != foreseen.end
+                or row.segments[at:] != list(foreseen.segments)
+                or row.positions[at:] != list(foreseen.positions)
+            ):
+                return False
+        for row in self.rows:
+            row.fed = len(row.tokens)
+        return True
 
     def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
         choice: Choice = self.sampler.choose(branches, logits) if self.sampler.needs_logits else most_likely(logits)

@@ -83,6 +83,10 @@ class Sampler:
         """The last word on chosen tokens, once they have reached the host."""
         return tokens
 
+    def foretell(self, branches: Sequence[Branch]) -> list[int] | None:
+        """What `settle` will say, where that does not depend on the model; else None."""
+        return None
+
 
 class ProcessedSampler(Sampler):
     """Greedy search or sampling after transformers' logits processors.
@@ -179,6 +183,10 @@ class ScriptedSampler(Sampler):
 
     def settle(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
         return [self._scripted(branch, token) for branch, token in zip(branches, tokens, strict=True)]
+
+    def foretell(self, branches: Sequence[Branch]) -> list[int] | None:
+        tokens = self.settle(branches, [-1] * len(branches))
+        return None if -1 in tokens else tokens
 
     def _scripted(self, branch: Branch, token: int) -> int:
         script = self.scripts.get((branch.row, branch.path), ())

@@ -6,8 +6,8 @@ tokens). Numbers of queries are rounded up to a few sizes, so that few graphs ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -80,6 +80,50 @@ def forward(
     ).logits
 
 
+class Queries(NamedTuple):
+    """What a row wants computed: tokens, their positions, columns and segments; and how many columns it then has."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    columns: Sequence[int]
+    segments: Sequence[int]
+    end: int
+
+
+class _Transfer:
+    """One of a step's two ways to the device and back: while one is under way, the host fills or reads the other."""
+
+    def __init__(self, sizes: list[int], batch: int, queries: int, words: int, pinned: bool) -> None:
+        with torch.inference_mode(False):
+            self.host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+            self._answer = torch.zeros(2, batch, queries, dtype=torch.int64, pin_memory=pinned)
+        self.views = _sections(self.host.numpy(), sizes, batch, queries, words)
+        self._sent, self._arrived = (torch.cuda.Event(), torch.cuda.Event()) if pinned else (None, None)
+
+    def clear(self) -> None:
+        """Let the buffer be filled anew, once the device has what was in it."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self, device_buffer: Tensor) -> None:
+        """Copy the buffer to the device."""
+        device_buffer.copy_(self.host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    def ask(self, result: Tensor) -> None:
+        """Begin to fetch what a step gave."""
+        self._answer[: result.shape[0]].copy_(result, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> np.ndarray:
+        """What was asked for; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._answer.numpy()
+
+
 class TopologyStep:
     """Buffers of a step of B rows with Q queries each, and its graph once it is captured.
 
@@ -87,7 +131,7 @@ class TopologyStep:
         batch, queries: B and Q.
         words: of 64 segments in each query's bitmap.
         with_logprobs: log-probabilities of the most likely tokens are wanted too.
-        device: where the step runs.
+        chosen: [B Q] at least, int64: each step leaves its most likely tokens here, and a step may begin with them.
 
     Attributes:
         logits: [B, Q, V] of the last run; a row's live branches have the last ones of its queries.
@@ -99,20 +143,18 @@ class TopologyStep:
     _result: Tensor
     _recorded_logits: Tensor
 
-    def __init__(self, batch: int, queries: int, words: int, with_logprobs: bool, device: torch.device) -> None:
+    def __init__(self, batch: int, queries: int, words: int, with_logprobs: bool, chosen: Tensor) -> None:
         self.batch, self.queries, self.words, self.with_logprobs = batch, queries, words, with_logprobs
+        self._chosen = chosen
         count = batch * queries
         sizes = [count, count, count * words, -(-(2 * count + batch) // 2)]
-        pinned = device.type == "cuda"
+        self._transfers = [_Transfer(sizes, batch, queries, words, chosen.is_cuda) for _ in range(2)]
         with torch.inference_mode(False):
-            self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned)
-            self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-            self._answer = torch.zeros(2, batch, queries, dtype=torch.int64, pin_memory=pinned)
-        self._views = _sections(self._host.numpy(), sizes, batch, queries, words)
+            self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=chosen.device)
         self.tokens, self.positions, self.anc, self.columns, self.segments, self.kv_len = _sections(
             self._device, sizes, batch, queries, words
         )
-        self._arrived = torch.cuda.Event() if pinned else None
+        self._width = 0  # columns that are filled once the step has run
         self.signature: tuple | None = None
         self.graph_bytes = 0
 
@@ -122,70 +164,100 @@ class TopologyStep:
         Args:
             offsets: column of the cache that each row's first token has: what is before it is padding.
         """
-        tokens, positions, anc, columns, segments, kv_len = self._views
+        queries = []
+        for row in rows:
+            end = len(row.tokens)
+            order: Sequence[int] = [branch.last for branch in row.live]
+            if end - row.fed != len(order):
+                last = set(order)
+                order = [*(column for column in range(row.fed, end) if column not in last), *order]
+            row.fed = end
+            queries.append(
+                Queries(
+                    [row.tokens[column] for column in order],
+                    [row.positions[column] for column in order],
+                    order,
+                    [row.segments[column] for column in order],
+                    end,
+                )
+            )
+        self.send(rows, offsets, queries)
+
+    def send(self, rows: Sequence[RowScheduler], offsets: Sequence[int], queries: Sequence[Queries]) -> None:
+        """Send each row's queries. A token below zero is one that the step before has chosen: see `chosen_at`."""
+        self._transfers.reverse()
+        transfer = self._transfers[0]
+        transfer.clear()
         places: list[int] = []
         fields: tuple[list[int], ...] = ([], [], [], [])  # as long as `places`, so that numpy is called once for each
         maps: list[bytes] = []
-        for b, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
-            end = len(row.tokens)
-            kv_len[b] = offset + end
-            count = end - row.fed
-            if count == 0:
-                continue
-            order: Sequence[int] = [branch.last for branch in row.live]
-            if count != len(order):
-                last = set(order)
-                order = [*(column for column in range(row.fed, end) if column not in last), *order]
-            places += range((b + 1) * self.queries - count, (b + 1) * self.queries)
-            of = [row.segments[column] for column in order]
-            fields[0].extend([row.tokens[column] for column in order])
-            fields[1].extend([row.positions[column] for column in order])
-            fields[2].extend([column + offset for column in order])
-            fields[3].extend(of)
-            maps.append(row.bitmaps(of, self.words))
-            row.fed = end
+        tokens, positions, anc, columns, segments, kv_len = transfer.views
+        for b, (row, offset, of) in enumerate(zip(rows, offsets, queries, strict=True)):
+            kv_len[b] = offset + of.end
+            if of.tokens:
+                places += range((b + 1) * self.queries - len(of.tokens), (b + 1) * self.queries)
+                fields[0].extend(of.tokens)
+                fields[1].extend(of.positions)
+                fields[2].extend([column + offset for column in of.columns])
+                fields[3].extend(of.segments)
+                maps.append(row.bitmaps(of.segments, self.words))
         columns.fill(-1)
         for view, values in zip((tokens, positions, columns, segments), fields, strict=True):
             view.reshape(-1)[places] = values
         anc.reshape(-1, self.words)[places] = np.frombuffer(b"".join(maps), dtype="<i8").reshape(-1, self.words)
-        self._device.copy_(self._host, non_blocking=True)
+        self._width = int(kv_len.max())
+        transfer.send(self._device)
+
+    def chosen_at(self, row: int, place: int) -> int:
+        """What stands, in the next step's tokens, for the one that this step chooses at a place of a row's queries."""
+        return -1 - (row * self.queries + place)
 
     def run(self, model: Any, cache: TopologyCache) -> Tensor:
         """Compute the step by calling the model: most likely tokens, and log-probabilities as bits [2, B, Q]."""
         slots = torch.where(self.columns < 0, cache.capacity, self.columns).long()
         cache.segments.scatter_(1, slots, self.segments)
-        width = None if model.config._attn_implementation == TOPOLOGY_ATTENTION else int(self._views[5].max())
+        width = None if model.config._attn_implementation == TOPOLOGY_ATTENTION else self._width
         cache.place(slots, width)
         queries = TopologyQueries(self.columns, self.kv_len, cache.segments[:, :-1], self.anc)
-        self.logits = forward(model, self.tokens, self.positions, queries, cache, self.queries)
+        tokens = torch.where(self.tokens < 0, self._chosen[(-1 - self.tokens).clamp(min=0)], self.tokens)
+        self.logits = forward(model, tokens, self.positions, queries, cache, self.queries)
         if self.with_logprobs:
             choice = most_likely(self.logits)
-            return torch.stack((choice.tokens, choice.logprobs.double().view(torch.int64)))
-        return self.logits.argmax(dim=-1)[None]
+            result = torch.stack((choice.tokens, choice.logprobs.double().view(torch.int64)))
+        else:
+            result = self.logits.argmax(dim=-1)[None]
+        self._chosen[: result[0].numel()] = result[0].reshape(-1)[: len(self._chosen)]
+        return result
 
     def execute(self, model: Any, cache: TopologyCache, signature: tuple | None) -> Tensor:
         """Compute the step, from its graph where the model has this signature; None: by a call."""
         if signature is None:
             return self.run(model, cache)
         if self.signature != signature:
+            chosen = self._chosen.clone()  # recording runs the step, which then has tokens of its own there
             self._graph, self._result, self.graph_bytes = record_graph(
                 lambda: self.run(model, cache), self.tokens.device
             )
+            self._chosen.copy_(chosen)
             self._recorded_logits = self.logits
             self.signature = signature
         self._graph.replay()
         self.logits = self._recorded_logits
         return self._result
 
-    def read(self, result: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """Most likely tokens [B, Q], and their log-probabilities where wanted; waits for the device."""
-        answer = self._answer[: result.shape[0]]
-        answer.copy_(result, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-            self._arrived.synchronize()
-        found = answer.numpy()
-        return found[0], found[1].view(np.float64) if self.with_logprobs else None
+    def ask(self, result: Tensor) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
+        """Begin to fetch a result; a function that waits for it.
+
+        It gives the most likely tokens [B, Q], and their log-probabilities where they are wanted.
+        """
+        transfer = self._transfers[0]
+        transfer.ask(result)
+
+        def read() -> tuple[np.ndarray, np.ndarray | None]:
+            found = transfer.read()
+            return found[0], found[1].view(np.float64) if self.with_logprobs else None
+
+        return read
 
 
 def _sections(buffer: Any, sizes: list[int], batch: int, queries: int, words: int) -> tuple[Any, ...]:
@@ -221,19 +293,28 @@ class TopologySession:
         self._looked = False
         self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
         self._until_look = 0
+        with torch.inference_mode(False):
+            self._chosen = torch.zeros(batch * MOST_CAPTURED_QUERIES, dtype=torch.int64, device=model.device)
 
-    def step_for(self, rows: Sequence[RowScheduler], offsets: Sequence[int], with_logprobs: bool) -> TopologyStep:
-        """The step that takes what the rows have to compute; the cache has room for it."""
-        columns = max(offset + len(row.tokens) for row, offset in zip(rows, offsets, strict=True))
+    def runs_ahead(self) -> bool:
+        """True where a step may be computed before the host knows the tokens of the last: where the device computes
+        while the host goes on."""
+        return self.may_capture and self.signature is not None
+
+    def step_for(self, columns: int, queries: int, segments: int, with_logprobs: bool) -> TopologyStep:
+        """The step that takes so many queries of each row; the cache has room for so many columns.
+
+        Args:
+            segments: of the row that has most.
+        """
         if columns > self.cache.capacity:
             self._steps.clear()  # their graphs write to the old memory
             self.cache.grow(columns)
-        queries = _round_up(max(len(row.tokens) - row.fed for row in rows))
-        key = queries, _round_up(max(-(-len(row.graph) // 64) for row in rows)), with_logprobs
-        if queries > MOST_CAPTURED_QUERIES:
-            return TopologyStep(self.batch, *key, self.device)
+        key = _round_up(queries), _round_up(-(-segments // 64)), with_logprobs
+        if key[0] > MOST_CAPTURED_QUERIES:
+            return TopologyStep(self.batch, *key, self._chosen)
         if key not in self._steps:
-            self._steps[key] = TopologyStep(self.batch, *key, self.device)
+            self._steps[key] = TopologyStep(self.batch, *key, self._chosen)
         return self._steps[key]
 
     def execute(self, step: TopologyStep, model: Any) -> Tensor:

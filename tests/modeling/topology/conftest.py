@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
+from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
 from hf_efficient.modeling.topology.topology import Topology
 
@@ -178,3 +181,37 @@ class ToyTokenizer:
 def toy_tokenizer() -> Callable[[str], ToyTokenizer]:
     """The toy vocabulary of a grammar, as a tokenizer."""
     return ToyTokenizer
+
+
+@pytest.fixture(scope="session")
+def small_shape() -> dict[str, Any]:
+    """A small model over the toy vocabulary, with wide random weights; token 1 ends a text."""
+    return {
+        "vocab_size": 150,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def model_of(toy: Callable, small_shape: dict[str, Any]) -> Callable[..., Any]:
+    """Such a model of a grammar."""
+
+    def make(grammar: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+        config, model = {
+            "multiverse": (MultiverseConfig, MultiverseForCausalLM),
+            "medverse": (MedVerseConfig, MedVerseForCausalLM),
+        }[grammar]
+        topology = {"token_ids": toy(grammar).token_ids} | fields.pop("topology", {})
+        torch.manual_seed(0)
+        return model(config(**small_shape, **fields, topology=topology)).to(dtype).eval()
+
+    return make

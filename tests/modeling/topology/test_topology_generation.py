@@ -25,8 +25,6 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
 )
-from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
-from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
 from hf_efficient.modeling.topology import parallel_turn
 from hf_efficient.modeling.topology.branches import Branch, canonical_columns
 from hf_efficient.modeling.topology.generation_topology import TopologyGenerateOutput, parallel_generate
@@ -35,19 +33,6 @@ from hf_efficient.modeling.topology.topology import Topology
 from hf_efficient.modeling.topology.topology_mask import TopologyMask
 
 EOS = 1
-SHAPE: dict[str, Any] = {
-    "vocab_size": 150,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-}
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
 INNER = "<Parallel><Goal><Outline>2.1: c</Outline><Outline>2.2: d</Outline></Goal>"
 PLAN = (
@@ -59,23 +44,7 @@ PLAN = (
 
 
 @pytest.fixture(scope="module")
-def model_of(toy: Callable) -> Callable[..., Any]:
-    """A tiny model of a grammar, with wide random weights."""
-
-    def make(grammar: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-        config, model = {
-            "multiverse": (MultiverseConfig, MultiverseForCausalLM),
-            "medverse": (MedVerseConfig, MedVerseForCausalLM),
-        }[grammar]
-        topology = {"token_ids": toy(grammar).token_ids} | fields.pop("topology", {})
-        torch.manual_seed(0)
-        return model(config(**SHAPE, **fields, topology=topology)).to(dtype).eval()
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def stock_of() -> Callable[..., Any]:
+def stock_of(small_shape: dict[str, Any]) -> Callable[..., Any]:
     """A stock model with the weights of ours."""
     kinds = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -86,7 +55,7 @@ def stock_of() -> Callable[..., Any]:
     def make(family: str = "llama", dtype: torch.dtype = torch.float64) -> Any:
         config, model = kinds[family]
         torch.manual_seed(0)
-        return model(config(**SHAPE)).to(dtype).eval()
+        return model(config(**small_shape)).to(dtype).eval()
 
     return make
 
@@ -269,12 +238,12 @@ def test_stock_models_generate_in_parallel(
         torch.testing.assert_close(scores, expected[0, columns.index(column)], atol=tolerance, rtol=tolerance)
 
 
-def test_other_patches_generate_in_parallel(toy_tokenizer: Callable) -> None:
+def test_other_patches_generate_in_parallel(toy_tokenizer: Callable, small_shape: dict[str, Any]) -> None:
     """STEM and Multiverse in one model."""
     tokenizer = toy_tokenizer("multiverse")
     topology = {"grammar": "multiverse", "token_ids": tokenizer.token_ids}
     torch.manual_seed(0)
-    config = EfficientDecoderConfig(**SHAPE, stem_layers=[1], topology=topology)
+    config = EfficientDecoderConfig(**small_shape, stem_layers=[1], topology=topology)
     model = EfficientDecoderForCausalLM(config).double().eval()
     recorder = Recorder(scripted(tokenizer.vocabulary, NESTED))
     output = generate(model, tokenizer, torch.tensor([tokenizer.encode("Question")]), sampler=recorder)

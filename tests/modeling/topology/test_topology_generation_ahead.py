@@ -1,0 +1,100 @@
+"""Passes that begin before the host knows the tokens of the last give what passes one by one give.
+
+They run ahead where steps are replayed from CUDA graphs; here, on the CPU, they are made to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_efficient.modeling.topology.parallel_turn import ParallelTurn
+from hf_efficient.modeling.topology.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.topology_step import TopologySession
+
+EOS = 1
+BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
+SCRIPTS = {
+    (0, ()): f"t{BLOCK}so it is</Conclusion></Parallel>end",
+    (0, ((0, "1"),)): " the first path</Path>",
+    (0, ((0, "2"),)): " v</Path>",
+    (1, ()): "no block at all, and longer than the rest",
+}
+
+
+@pytest.fixture
+def guesses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Passes run ahead; of each, whether it was the one that was needed."""
+    found: list[bool] = []
+    came_true = ParallelTurn._came_true
+
+    def watched(turn: ParallelTurn, ahead: Any) -> bool:
+        found.append(came_true(turn, ahead))
+        return found[-1]
+
+    monkeypatch.setattr(TopologySession, "runs_ahead", lambda session: True)
+    monkeypatch.setattr(ParallelTurn, "_came_true", watched)
+    return found
+
+
+def _run(model: Any, tokenizer: Any, ids: Tensor, **options: Any) -> Any:
+    settings = {"parallel": True, "tokenizer": tokenizer, "max_new_tokens": 60, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    return model.generate(ids, **(settings | options))
+
+
+def _same(first: Any, second: Any) -> None:
+    for name in ("sequences", "segment_ids", "position_ids"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    for rows in zip(first.branch_info, second.branch_info, strict=True):
+        for one, other in zip(*rows, strict=True):
+            assert (one.path, one.ended) == (other.path, other.ended)
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-9, atol=1e-9)
+
+
+def test_branches_and_joins_whose_tokens_are_known_beforehand(
+    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
+    ids = torch.tensor([tokenizer.encode("Q"), tokenizer.encode("R")])
+    sampler = ScriptedSampler({key: tokenizer.encode(text) for key, text in SCRIPTS.items()}, after=EOS)
+    ahead = _run(model, tokenizer, ids, sampler=sampler)
+    assert True in guesses and False in guesses
+    with monkeypatch.context() as patched:
+        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        one_by_one = _run(model, tokenizer, ids, sampler=sampler)
+    _same(ahead, one_by_one)
+    # Each pass in vain is one pass more, and there is nothing else to pay.
+    assert ahead.num_forward_passes == one_by_one.num_forward_passes + guesses.count(False)
+
+
+def test_a_prompt_that_ends_where_branches_begin_goes_on_with_the_device_s_own_tokens(
+    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several branches side by side, none of whose tokens the host knows when the next pass begins."""
+    model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
+    ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}"), tokenizer.encode(f"R{BLOCK}")])
+    ahead = _run(model, tokenizer, ids, branch_max_new_tokens=9)
+    assert guesses.count(True) > 8 and False in guesses
+    with monkeypatch.context() as patched:
+        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        _same(ahead, _run(model, tokenizer, ids, branch_max_new_tokens=9))
+
+
+def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
+    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
+) -> None:
+    class Stubborn(ScriptedSampler):
+        def foretell(self, branches: Any) -> None:
+            return None
+
+    model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
+    scripts = {key: tokenizer.encode(text) for key, text in SCRIPTS.items() if key[0] == 0}
+    output = _run(model, tokenizer, torch.tensor([tokenizer.encode("Q")]), sampler=Stubborn(scripts, after=EOS))
+    assert guesses == [] and output.parallelism > 1
+    sampled = _run(model, tokenizer, torch.tensor([tokenizer.encode("Q")]), do_sample=True, seed=3)
+    assert guesses == [] and sampled.sequences.shape[1] > 1
