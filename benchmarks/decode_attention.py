@@ -3,7 +3,8 @@
     python -m benchmarks.decode_attention [--cases TEXT] [--output FOLDER]
     python -m benchmarks.decode_attention --sweep [--cases TEXT]
 
-One query for each of 32 heads, 8 key-value heads, bfloat16. With `--sweep` other tiles and numbers of parts than those
+One query for each of 32 heads, 8 key-value heads, bfloat16; and branches that share a cache, a query each, whose columns
+lie as generation leaves them, one of each branch in turn. With `--sweep` other tiles and numbers of parts than those
 of the table are timed, and nothing is written.
 """
 
@@ -30,6 +31,8 @@ HEADS, KV_HEADS = 32, 8
 WIDTHS = (64, 128)
 BATCHES = (1, 8, 32)
 LENGTHS = (2048, 8192, 32768)
+# Rows, branches of each, columns that all see, columns of each branch.
+BRANCHES = ((1, 8, 4096, 512), (1, 32, 4096, 128), (16, 4, 1024, 256), (16, 16, 1024, 64))
 # Columns, stages and warps.
 TILES = (
     (32, 4, 2),
@@ -65,6 +68,26 @@ def draw(batch: int, length: int, capacity: int, width: int, device: torch.devic
     }
 
 
+def draw_branches(
+    batch: int, branches: int, shared: int, own: int, width: int, device: torch.device, seed: int
+) -> Arguments:
+    """Arguments of one call, at the last column of each of `branches` that share a prefix."""
+    length = shared + branches * own
+    arguments = draw(batch, length, length, width, device, seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    query = torch.empty((batch, HEADS, branches, width), dtype=torch.bfloat16, device=device)
+    numbers = torch.arange(branches, dtype=torch.int32, device=device)
+    segments = torch.cat((numbers.new_zeros(shared), 1 + numbers.repeat(own)))
+    return arguments | {
+        "q": query.normal_(generator=generator),
+        "q_pos": (length - branches + numbers).expand(batch, -1).contiguous(),
+        "col_seg": segments.expand(batch, -1).contiguous(),
+        "anc": (1 | torch.ones(branches, dtype=torch.int64, device=device) << 1 + numbers.long())
+        .expand(batch, -1)[..., None]
+        .contiguous(),
+    }
+
+
 def cases(device: torch.device) -> list[Case]:
     sizes = [(batch, length, length) for batch in BATCHES for length in LENGTHS]
     sizes.insert(5, (8, 8192, 4 * 8192))
@@ -75,6 +98,11 @@ def cases(device: torch.device) -> list[Case]:
             label = f"D={width} B={batch} L={length}" + (f" of {capacity}" if capacity > length else "")
             drawn = functools.partial(draw, **shape, device=device)
             found.append(Case(label, "decode", shape, torch.bfloat16, lambda s, d=drawn: d(seed=s)))
+        for sizes in BRANCHES:
+            shape = dict(zip(("batch", "branches", "shared", "own"), sizes, strict=True), width=width)
+            drawn = functools.partial(draw_branches, **shape, device=device)
+            label = "D={4} B={0} {1} branches of {3} after {2}".format(*sizes, width)
+            found.append(Case(label, "decode", shape, torch.bfloat16, lambda s, d=drawn: d(seed=s)))
     return found
 
 
@@ -82,11 +110,9 @@ def masked() -> Callable[..., torch.Tensor]:
     """PyTorch's attention under a boolean mask, which a stock model makes once for all its layers: it is not timed."""
     masks: dict[int, torch.Tensor] = {}
 
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_len: torch.Tensor, q_pos: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **seen: torch.Tensor) -> torch.Tensor:
         if id(k) not in masks:
-            masks[id(k)] = visible_columns(k.shape[2], kv_len, q_pos)[:, None]
+            masks[id(k)] = visible_columns(k.shape[2], **seen)[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[id(k)], enable_gqa=True)
 
     return attend
@@ -164,6 +190,7 @@ def sweep(arguments: argparse.Namespace) -> None:
         case
         for case in cases(device)
         if case.shape["batch"] in (1, 32)
+        and "length" in case.shape
         and case.shape["length"] in (2048, 32768)
         # A large batch of long caches behaves as one of short ones, and takes memory.
         and case.shape["batch"] * case.shape["length"] <= 65536
