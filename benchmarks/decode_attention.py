@@ -3,9 +3,9 @@
     python -m benchmarks.decode_attention [--cases TEXT] [--output FOLDER]
     python -m benchmarks.decode_attention --sweep [--cases TEXT]
 
-One query for each of 32 heads, 8 key-value heads, bfloat16; and branches that share a cache, a query each, whose columns
-lie as generation leaves them, one of each branch in turn. With `--sweep` other tiles and numbers of parts than those
-of the table are timed, and nothing is written.
+One query for each of 32 heads, 8 key-value heads, bfloat16; and branches that share a cache, a query each, their
+columns as generation leaves them, one of each branch in turn. With `--sweep` other tiles and numbers of parts than
+those of the table are timed, and nothing is written.
 """
 
 from __future__ import annotations

@@ -89,7 +89,10 @@ class Flex:
         on_cuda = problem.device.type == "cuda"
         self.problem = problem
         self.attention: Any = torch.compile(flex_attention, dynamic=False) if on_cuda else flex_attention
-        self.create: Any = torch.compile(create_block_mask, dynamic=False) if on_cuda else create_block_mask
+        # One program for a whole block is what Triton 3.6 needs minutes to compile.
+        options = {"triton.persistent_reductions": False}
+        compiled = torch.compile(create_block_mask, dynamic=False, options=options)
+        self.create: Any = compiled if on_cuda else create_block_mask
         self.grouped = problem.layout.heads[0] != problem.layout.heads[1]
 
     def seen(self) -> Callable[..., Tensor]:
@@ -159,7 +162,6 @@ class Provider:
     prepare: Callable[[Problem, Flex], Attention]
     topology: str = "given"
     captured: bool = True
-    compiles_mask: bool = False
 
 
 OURS, OURS_NEW, FLEX, FLEX_NEW = "hf_efficient", "hf_efficient, new topology", "flex", "flex, new topology"
@@ -170,7 +172,7 @@ PROVIDERS = {
     "flex, our lists": Provider(_flex_lists),
     "sdpa, dense mask": Provider(_dense),
     OURS_NEW: Provider(_ours_new, "new"),
-    FLEX_NEW: Provider(lambda problem, flex: flex.with_mask(partial(flex.created, flex.create)), "new", False, True),
+    FLEX_NEW: Provider(lambda problem, flex: flex.with_mask(partial(flex.created, flex.create)), "new", False),
     # As flex's own documentation calls it; its intermediate results have the size of a dense mask, several times.
     FLEX_EAGER_MASK: Provider(
         lambda problem, flex: flex.with_mask(partial(flex.created, create_block_mask)), "new", False
@@ -264,7 +266,7 @@ def _rounded(value: float) -> float:
 
 
 def measure(
-    layout: Layout, modes: Sequence[str], only: Sequence[str] | None, compile_masks: bool, device: torch.device
+    layout: Layout, modes: Sequence[str], only: Sequence[str] | None, device: torch.device
 ) -> list[dict[str, Any]]:
     """All providers on one layout."""
     torch._dynamo.reset()
@@ -282,7 +284,6 @@ def measure(
         "blocks_of_causal": _rounded(blocks / (rows * (rows + 1) / 2)),
     }
     wanted = {name: p for name, p in PROVIDERS.items() if only is None or any(text in name for text in only)}
-    wanted = {name: p for name, p in wanted.items() if compile_masks or not p.compiles_mask}
     ready: dict[str, tuple[Attention, dict[str, Any], bool]] = {}
     for name, provider in wanted.items():
         notes: dict[str, Any] = {"topology": provider.topology}
@@ -334,7 +335,7 @@ def measure(
                 line |= {"ms_launched": _rounded(launched[name][0]), "from_graph": name in replayed}
                 line["tflop_per_s"] = _rounded(flops / median / 1e9)
                 # Like with like: from graphs where both are, called from Python where one is not.
-                peer = FLEX if notes["topology"] != "new" else FLEX_NEW if FLEX_NEW in timed else FLEX_EAGER_MASK
+                peer = FLEX_NEW if notes["topology"] == "new" else FLEX
                 if peer in timed:
                     alike = replayed if name in replayed and peer in replayed else launched
                     line["flex_over_it"] = _rounded(alike[peer][0] / alike[name][0])
@@ -372,7 +373,7 @@ def wall(call: Callable[[], Any], device: torch.device, repeats: int = 30) -> fl
     return statistics.median(samples[3:])
 
 
-def measure_preparation(layout: Layout, compile_masks: bool, device: torch.device) -> list[dict[str, Any]]:
+def measure_preparation(layout: Layout, device: torch.device) -> list[dict[str, Any]]:
     """What a new topology costs before the attention can begin, from segment ids and ancestors on the device."""
     torch._dynamo.reset()
     problem = Problem(layout, device)
@@ -380,11 +381,10 @@ def measure_preparation(layout: Layout, compile_masks: bool, device: torch.devic
     calls: dict[str, Callable[[], Any]] = {
         "topology_blocks": lambda: topology_blocks(problem.segment_ids, problem.anc),
         "topology_blocks, then flex's mask": flex.new_lists,
+        "create_block_mask, compiled": lambda: flex.created(flex.create),
         "create_block_mask": lambda: flex.created(create_block_mask),
         "dense mask": lambda: visible_pairs(problem.segment_ids, problem.anc),
     }
-    if compile_masks:
-        calls["create_block_mask, compiled"] = lambda: flex.created(flex.create)
     lines = []
     for name, call in calls.items():
         line = {"part": "preparation", "case": layout.label, "mode": "preparation", "provider": name}
@@ -473,11 +473,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--cases", nargs="+", help="only cases whose label holds one of these texts")
     options.add_argument("--only", nargs="+", help="only providers whose name holds one of these texts")
     options.add_argument("--seconds", type=float, default=600, help="start no new case after so many")
-    options.add_argument(
-        "--compile-masks",
-        action="store_true",
-        help="FlexAttention's masks made by compiled code too, which took Triton 3.6 minutes to compile",
-    )
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="short sequences, to see that the benchmark runs")
     options.add_argument("--output", type=Path, default=RESULTS, help="folder of topology_attention.jsonl and .png")
@@ -506,9 +501,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 began = time.perf_counter()
                 try:
                     if part == "attention":
-                        lines = measure(layout, arguments.modes, arguments.only, arguments.compile_masks, device)
+                        lines = measure(layout, arguments.modes, arguments.only, device)
                     else:
-                        lines = measure_preparation(layout, arguments.compile_masks, device)
+                        lines = measure_preparation(layout, device)
                 except torch.OutOfMemoryError as error:
                     print(f"{part}, {layout.label}: left out, {str(error).splitlines()[0]}", flush=True)
                     continue

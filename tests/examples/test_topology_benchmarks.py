@@ -33,7 +33,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_every_way_to_a_topologys_attention_matches_the_formula(attention: ModuleType, tmp_path: Path) -> None:
     """Flexible attention has no backward pass on the CPU; all others are compared in both directions."""
     options = ["--tiny", "--device", "cpu", "--cases", "MedVerse", "--output", str(tmp_path)]
-    attention.main([*options, "--commit", "abc", "--compile-masks"])
+    attention.main([*options, "--commit", "abc"])
     lines = lines_of(tmp_path / "topology_attention.jsonl")
     measured = [line for line in lines if line["part"] == "attention"]
     assert {line["provider"] for line in measured} == set(attention.PROVIDERS)
