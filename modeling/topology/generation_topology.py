@@ -208,18 +208,24 @@ def parallel_generate(
         seed=seed,
         sampler=sampler,
     )
-    kwargs["stopping_criteria"] = _with_stop_strings(kwargs, tokenizer)
+    kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs, tokenizer)
     decoding = _Decoding(options, kwargs.get("streamer"), bool(kwargs.pop("synced_gpus", False)))
     # transformers' own method, with nothing of ours above it.
     return GenerationMixin.generate(model, inputs, generation_config, custom_generate=decoding, **kwargs)
 
 
-def _with_stop_strings(kwargs: dict[str, Any], tokenizer: Any) -> StoppingCriteriaList:
+def _with_stop_strings(
+    model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any], tokenizer: Any
+) -> StoppingCriteriaList:
     """The call's stopping criteria and its stop strings: to a loop of one's own transformers hands no tokenizer."""
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
-    stop_strings = kwargs.pop("stop_strings", None)
+    configured = [getattr(config, "stop_strings", None) for config in (generation_config, model.generation_config)]
+    asked = [kwargs.pop("stop_strings", None), *configured]
+    stop_strings = next((strings for strings in asked if strings is not None), None)
     if stop_strings is not None:
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    if any(strings is not None for strings in configured):
+        kwargs["stop_strings"] = None  # or transformers would ask for the tokenizer
     return criteria
 
 
@@ -321,6 +327,8 @@ def _grammar_of(model: Any, options: _Options) -> tuple[str, str, str, dict[str,
             "resize the embedding, or use the tokenizer that belongs to this checkpoint",
         )
     separator = configured.get("separator", "\n") if options.separator is None else options.separator
+    if not isinstance(separator, str) or separator.strip():
+        raise UsageError(f"separator={separator!r} is not white space", "pass white space or an empty text")
     return grammar, mode, separator, token_ids
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -51,8 +52,11 @@ class Limits:
         if self.branch_max_new_tokens is not None:
             lowest["branch_max_new_tokens"] = 1
         for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}={getattr(self, name)} is too small", f"pass at least {least}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise UsageError(f"{name}={value!r} is not a whole number", f"pass one of at least {least}")
+            if value < least:
+                raise UsageError(f"{name}={value} is too small", f"pass at least {least}")
 
 
 class RowScheduler:

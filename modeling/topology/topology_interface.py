@@ -67,6 +67,10 @@ def topology_attention_forward(
             f"attention dropout is {dropout} and a topology was given",
             "set attention_dropout=0, or attn_implementation='sdpa'",
         )
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # As PyTorch's attention does: rotary embeddings leave queries and keys in float32, values are half.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if isinstance(topology, TopologyMask):
         tokens = topology.segment_ids.shape[1]
         if not tokens == query.shape[2] == key.shape[2]:
@@ -74,10 +78,6 @@ def topology_attention_forward(
                 f"the topology is of {tokens} tokens, with {query.shape[2]} queries and {key.shape[2]} keys",
                 "give whole texts with a TopologyMask, and tokens that follow a cache with TopologyQueries",
             )
-        device = query.device.type
-        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-            # As PyTorch's attention does: rotary embeddings leave queries and keys in float32, values are half.
-            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         output = topology_attention(
             query, key, value, topology.segment_ids, topology.anc, blocks=topology.blocks, scale=scaling
         )

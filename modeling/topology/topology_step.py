@@ -34,15 +34,39 @@ STEPS_BETWEEN_LOOKS = 8
 
 
 def check_attention(model: Any) -> None:
-    """Raise `HFEError` for a model whose attention takes neither a topology nor a mask of every pair."""
-    implementation = model.config._attn_implementation
+    """Raise `HFEError` for a model whose attention takes neither a topology nor a mask of every pair, or needs more."""
+    config = model.config
+    implementation = config._attn_implementation
     known = {TOPOLOGY_ATTENTION, "sdpa", "eager"}
     if getattr(model, "takes_topology", False):
-        known |= {DECODE_ATTENTION, "flex_attention"}
+        known.add(DECODE_ATTENTION)
     if implementation not in known:
         raise HFEError(
             f"attn_implementation={implementation!r} cannot generate in parallel",
             f"call model.set_attn_implementation({TOPOLOGY_ATTENTION!r}), or use 'sdpa' or 'eager'",
+        )
+    # A mask of every pair would take the place of the model's own windows without a word.
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+    windowed = next((kind for kind in kinds if kind != "full_attention"), None)
+    if windowed is not None:
+        raise HFEError(
+            f"{type(model).__name__} has layers of {windowed} (sliding_window={window}), and a branch must see all of "
+            "the text before it",
+            "use a model with full attention in every layer",
+        )
+    rope = str(getattr(config, "rope_parameters", None) or "")
+    unfit = next((kind for kind in ("dynamic", "longrope") if f"'{kind}'" in rope), None)
+    if unfit is not None:
+        raise HFEError(
+            f"the rotary embedding {unfit!r} of {type(model).__name__} changes with the longest position so far, so "
+            "keys of different branches would disagree",
+            "use a model with default, linear, llama3 or yarn",
+        )
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise HFEError(
+            "the model is in training mode with gradient checkpointing, where it fills no cache",
+            "call model.eval() before generate",
         )
 
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MistralConfig,
+    Qwen2Config,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -24,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
+from hf_efficient.modeling.topology import generation_topology
 from hf_efficient.modeling.topology.branches import Branch, BranchPath
 from hf_efficient.modeling.topology.generation_topology import parallel_generate
 from hf_efficient.modeling.topology.sampling import (
@@ -401,6 +405,98 @@ def test_an_attention_without_masks_is_refused(stock: Any, tokenizer: Any) -> No
     ids = torch.tensor([tokenizer.encode(f"{BLOCK}")])
     with pytest.raises(HFEError, match="flash_attention_2"):
         parallel_generate(other, ids, tokenizer=tokenizer, grammar="multiverse", max_new_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MistralConfig(sliding_window=8), "sliding_window=8"),
+        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding_window=8"),
+        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
+    ],
+    ids=["mistral", "qwen2", "dynamic"],
+)
+def test_a_stock_model_whose_attention_depends_on_more_is_refused(config: Any, words: str, tokenizer: Any) -> None:
+    """A mask of every pair takes the place of its windows; frequencies that change do not fit the keys in the cache."""
+    shape = {"vocab_size": 150, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    for name, value in (shape | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}).items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
+    with pytest.raises(HFEError, match=words):
+        parallel_generate(model, ids, tokenizer=tokenizer, grammar="multiverse", max_new_tokens=50)
+
+
+def test_flex_attention_cannot_generate_in_parallel(model: Any, tokenizer: Any) -> None:
+    """On a CPU its kernel for few queries writes beside its memory."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("flex_attention")
+    with pytest.raises(HFEError, match="flex_attention"):
+        other.generate(torch.tensor([[20]]), parallel=True, tokenizer=tokenizer, max_new_tokens=3)
+
+
+def test_training_with_checkpoints_fills_no_cache(model: Any, tokenizer: Any) -> None:
+    other = copy.deepcopy(model).train()
+    other.gradient_checkpointing_enable()
+    ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
+    with pytest.raises(HFEError, match=r"model\.eval"):
+        other.generate(ids, parallel=True, tokenizer=tokenizer, max_new_tokens=50)
+
+
+def test_autocast_generates_what_a_model_of_that_type_nearly_would(
+    model: Any, tokenizer: Any, nested: Callable
+) -> None:
+    """Keys come in float32 there and values in bfloat16."""
+    ids = torch.tensor([tokenizer.encode("Q")])
+    settings = {"parallel": True, "tokenizer": tokenizer, "max_new_tokens": 90, "do_sample": False}
+    found = []
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            output = model.generate(
+                ids, **settings, sampler=nested(), return_dict_in_generate=True, output_scores=True
+            )  # fmt: skip
+        found.append([chance for branch in output.branch_info[0] for chance in branch.logprobs])
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), atol=0.5, rtol=0)
+    assert found[1] != found[0]
+
+
+@pytest.mark.parametrize("given", ["keyword", "configuration", "model"])
+def test_stop_strings_end_a_text_wherever_they_are_given(
+    given: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation_topology, "StopStringCriteria", lambda tokenizer, strings: After(strings))
+    config = GenerationConfig(do_sample=False, max_new_tokens=20, pad_token_id=0, suppress_tokens=[EOS])
+    options = {}
+    if given == "keyword":
+        options["stop_strings"] = [4]
+    else:
+        target = config if given == "configuration" else model.generation_config
+        monkeypatch.setattr(target, "stop_strings", [4])
+    output = model.generate(torch.tensor([[20, 21]]), config, parallel=True, tokenizer=tokenizer, **options)
+    assert output.shape[1] == 6
+
+
+class After(StoppingCriteria):
+    """Stands for stop strings: ends a text some tokens after its prompt."""
+
+    def __init__(self, strings: list[int]) -> None:
+        self.length = 2 + strings[0]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+@pytest.mark.parametrize("name", ["max_branches", "max_depth", "min_fork_budget", "branch_max_new_tokens"])
+@pytest.mark.parametrize("value", ["3", 2.5, True])
+def test_limits_are_whole_numbers(generate: Callable, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=name):
+        generate(**{name: value})
+
+
+@pytest.mark.parametrize("separator", ["and", "<Path>", 3])
+def test_a_separator_is_white_space(generate: Callable, separator: Any) -> None:
+    with pytest.raises(UsageError, match="separator"):
+        generate(separator=separator)
 
 
 def test_an_embedding_without_rows_for_the_tags_is_refused(tokenizer: Any) -> None:
