@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_efficient.kernels.decode_attention.configs import padded_width
+
 HOPPER = (9, 0)
 
 
@@ -56,11 +58,6 @@ _OTHERS = {
         for width, tile in ((64, 64), (128, 32), (256, 16))
     },
 }
-
-
-def padded_width(width: int) -> int:
-    """The power of two that a head of `width` is padded to; tensor cores take 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def launch_config(kernel: str, width: int, element_size: int, capability: tuple[int, int]) -> LaunchConfig:

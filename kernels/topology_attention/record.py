@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost, KernelRecord, Sample, Tolerance
+from hf_efficient.kernels.decode_attention.configs import padded_width
 from hf_efficient.kernels.topology_attention.api import topology_attention
-from hf_efficient.kernels.topology_attention.configs import launch_config, padded_width
+from hf_efficient.kernels.topology_attention.configs import launch_config
 from hf_efficient.kernels.topology_attention.op import topology_attention_backward, topology_attention_forward
 from hf_efficient.kernels.topology_attention.reference import topology_attention as reference_topology_attention
 from hf_efficient.kernels.topology_attention.reference import visible_pairs

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config, padded_width
+from hf_efficient.kernels.decode_attention.configs import padded_width
+from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
 
 try:
