@@ -16,11 +16,13 @@ class Plan:
         dependencies: number of a step -> numbers of the steps that it needs.
         titles: number of a step -> its title, as the outline has it.
         repeated: numbers that more than one outline has.
+        unread: numbers of the outlines that list no dependencies, not even `[]`.
     """
 
     dependencies: dict[int, list[int]] = field(default_factory=dict)
     titles: dict[int, str] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
+    unread: set[int] = field(default_factory=set)
 
     def add(self, outline: str) -> int | None:
         """Take an outline's text up; its number, or None when it has none."""
@@ -32,6 +34,8 @@ class Plan:
             self.repeated.add(number)
             return number
         listed = DEPENDENCIES.search(outline)
+        if listed is None:
+            self.unread.add(number)
         numbers = listed[1].replace(",", " ").split() if listed else []
         # A number too long to be a step's is one that no step has.
         self.dependencies[number] = list(dict.fromkeys(int(text) if len(text) < 10 else -1 for text in numbers))
@@ -43,6 +47,8 @@ class Plan:
         """Why the plan cannot be carried out as it stands, or an empty text."""
         if self.repeated:
             return f"the plan has step {min(self.repeated)} more than once"
+        if self.unread:
+            return f"step {min(self.unread)} lists no numbers as `Dependency: [...]`"
         for number, needed in self.dependencies.items():
             for other in needed:
                 if other == number:
@@ -109,6 +115,8 @@ class StepOrder:
             return f"step {number} is not in the plan"
         if number in self.plan.repeated:
             return f"the plan has step {number} more than once"
+        if number in self.plan.unread:
+            return f"step {number} lists no numbers as `Dependency: [...]`"
         if number in self.counted:
             return f"step {number} is there for the second time"
         for other in self.plan.dependencies[number]:

@@ -128,6 +128,10 @@ _EARLY, _BEFORE_EARLY = executed(plan(_1="", _2="1"), 2)
 _UNNUMBERED, _BEFORE_UNNUMBERED = executed(FREE, 1, 2, "x")
 _PLANLESS, _ = executed("", 1, 2)
 
+_UNREAD = (
+    "<Plan><Outline>Transient Step 1: x; Dependency: []</Outline>"
+    "<Outline>Transient Step 2: x; Dependency: [Step 1]</Outline>"
+)
 MEDVERSE: dict[str, tuple[str, str, str, str, list[list[int]]]] = {
     "unknown-dependency": (
         executed(plan(_1="", _2="", _3="9"), 1, 2, 3)[0],
@@ -248,6 +252,13 @@ MEDVERSE: dict[str, tuple[str, str, str, str, list[list[int]]]] = {
         "</Outline>",
         "no `Transient Step N`",
         [[], [0], [1]],
+    ),
+    "dependencies-unread": (
+        f"{_UNREAD}</Plan><Execution>{step(1)}{step(2)}</Execution>",
+        _UNREAD,
+        "</Plan>",
+        "step 2 lists no numbers",
+        [[], [0], [1], [1, 2]],
     ),
     "closing-step-alone": ("a</Step>b", "a", "</Step>", "no step is open", [[]]),
     "closing-plan-alone": ("a</Plan>b", "a", "</Plan>", "no plan is open", [[]]),
