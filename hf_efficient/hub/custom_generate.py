@@ -21,15 +21,15 @@ from __future__ import annotations
 from typing import Any
 
 
-def generate(inputs: Any = None, generation_config: Any = None, *, model: Any, **kwargs: Any) -> Any:
+def generate(inputs: Any = None, generation_config: Any = None, *args: Any, model: Any, **kwargs: Any) -> Any:
     """As `generate` of transformers, with `parallel=False` wholly so.
 
     A stock model needs `tokenizer=`, whose control tokens its embedding has rows for.
     """
     if getattr(model, "takes_topology", False):
-        return type(model).generate(model, inputs, generation_config, **kwargs)
+        return type(model).generate(model, inputs, generation_config, *args, **kwargs)
     if not kwargs.pop("parallel", True):
-        return type(model).generate(model, inputs, generation_config, **kwargs)
+        return type(model).generate(model, inputs, generation_config, *args, **kwargs)
     try:
         from {module} import parallel_generate
     except ImportError:

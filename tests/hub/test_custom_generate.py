@@ -75,6 +75,7 @@ own = load(trained)
 result = {
     "position": text(own.generate(ids, **settings)),
     "name": text(own.generate(input_ids=ids, tokenizer=tokenizer, **settings)),
+    "all by position": text(own.generate(ids, None, None, None, **settings)),
     "plain": text(own.generate(ids, parallel=False, **settings)),
 }
 # By a stock model, for one call.
@@ -104,7 +105,7 @@ def test_three_ways_to_call_it_give_one_text(
     assert found.pop("package") is package
     text = found["position"]
     assert text.startswith(PROMPT + "\n<Path>\n1:") and text.count("</Path>\n") == 2 and "<Conclusion>\n" in text
-    parallel = {name: found[name] for name in ("name", "stock", "stock name", "beside")}
+    parallel = {name: found[name] for name in ("name", "all by position", "stock", "stock name", "beside")}
     assert parallel == dict.fromkeys(parallel, text)
     assert found["plain"] == found["stock plain"] == found["beside plain"] != text
 
