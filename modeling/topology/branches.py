@@ -109,7 +109,7 @@ class Branch:
         return "path" if self.builder.in_path else "block"
 
     def visible_ids(self) -> list[int]:
-        """Ids of all tokens that the next one sees, each segment after those that it follows."""
+        """Ids of all tokens that the next one sees, in the order of the text."""
         return self._visible(self)
 
 

@@ -108,6 +108,7 @@ class RowScheduler:
         self.live = [self.root]
         self._padding = list(padding)
         self._segment_tokens: dict[int, list[int]] = {}
+        self._segment_order: list[int] = []
         self._tokens_sorted = 0  # columns that `_segment_tokens` has
         self._forks: list[Fork] = []  # open ones, innermost last
         self._changed = False
@@ -235,10 +236,13 @@ class RowScheduler:
         for column in range(self._tokens_sorted, len(self.tokens)):
             self._segment_tokens.setdefault(self.segments[column], []).append(self.tokens[column])
         self._tokens_sorted = len(self.tokens)
+        if len(self._segment_order) != len(self._segment_tokens):
+            # That of the text: numbers tell which branch began first, which is a matter of the schedule.
+            self._segment_order = list(dict.fromkeys(self.segments[column] for column in self.canonical_columns()))
         seen, ids = self.graph.closure[branch.builder.cur], list(self._padding)
-        for segment in range(seen.bit_length()):
+        for segment in self._segment_order:
             if seen >> segment & 1:
-                ids += self._segment_tokens.get(segment, ())
+                ids += self._segment_tokens[segment]
         return ids
 
     # Budget

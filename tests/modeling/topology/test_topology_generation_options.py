@@ -460,6 +460,31 @@ def test_autocast_generates_what_a_model_of_that_type_nearly_would(
     assert found[1] != found[0]
 
 
+def test_what_a_branch_sees_has_one_order_whatever_the_schedule(generate: Callable, tokenizer: Any) -> None:
+    """A block inside the first path, beside which the second path has begun or not."""
+    texts = {
+        (): f"t{BLOCK}so</Conclusion></Parallel>end",
+        PATHS["1"]: f" v{INNER}inner</Conclusion></Parallel>y</Path>",
+        ((0, "1"), (0, "2.1")): "p</Path>",
+        ((0, "1"), (0, "2.2")): "qqqqqq</Path>",
+        PATHS["2"]: " second</Path>",
+    }
+    seen: list[dict[Any, list[int]]] = []
+
+    class Watching(ScriptedSampler):
+        needs_logits = True
+
+        def choose(self, branches: Any, logits: Tensor) -> Any:
+            seen[-1] |= {(branch.path, branch.sampled): branch.visible_ids() for branch in branches}
+            return super().choose(branches, logits)
+
+    for most in (32, 1):
+        seen.append({})
+        scripts = {(0, path): tokenizer.encode(text) for path, text in texts.items()}
+        generate("Q", sampler=Watching(scripts, after=EOS), max_branches=most, max_new_tokens=200)
+    assert seen[0] == seen[1] and len(seen[0]) > 60
+
+
 @pytest.mark.parametrize("given", ["keyword", "configuration", "model"])
 def test_stop_strings_end_a_text_wherever_they_are_given(
     given: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
