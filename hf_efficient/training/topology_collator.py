@@ -87,6 +87,8 @@ class TopologyDataCollator:
         _ = self._token_ids
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not features:
+            raise HFEError("there are no samples to make a batch of", "give at least one")
         rows = [self._row(feature, place) for place, feature in enumerate(features)]
         if self.packing:
             rows = self._packed(rows)
@@ -134,12 +136,18 @@ class TopologyDataCollator:
     def _tokens(self, feature: Mapping[str, Any], place: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and which of them are to be learnt, before anything is cut."""
         if "input_ids" in feature:
-            ids = _vector(feature["input_ids"])
-            labels = _vector(feature.get("labels", ids))
+            ids = _vector(feature["input_ids"], f"input_ids of sample {place}")
+            labels = ids if feature.get("labels") is None else _vector(feature["labels"], f"labels of sample {place}")
             if len(labels) != len(ids):
                 raise HFEError(f"sample {place} has {len(ids)} input_ids and {len(labels)} labels", "give as many")
             learnt = labels != IGNORED
         elif "prompt" in feature and "completion" in feature:
+            if not isinstance(feature["prompt"], Sequence) or not isinstance(feature["completion"], str):
+                raise HFEError(
+                    f"sample {place} has a prompt that is a {type(feature['prompt']).__name__} and a completion that "
+                    f"is a {type(feature['completion']).__name__}",
+                    "give a text or messages as the prompt, and a text as the completion",
+                )
             prompt, completion = self._prompt_ids(feature["prompt"]), self._completion_ids(feature["completion"])
             ids = np.array([*prompt, *completion], dtype=np.int64)
             learnt = np.arange(len(ids)) >= len(prompt)
@@ -220,8 +228,11 @@ def _joined(rows: Sequence[_Row]) -> _Row:
     return _Row(ids, np.concatenate(learnt), Topology.pack([row.topology for row in rows]))
 
 
-def _vector(values: Any) -> np.ndarray:
-    return np.asarray(values.tolist() if isinstance(values, Tensor) else values, dtype=np.int64)
+def _vector(values: Any, name: str) -> np.ndarray:
+    vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
+    if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
+        raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "give one list of whole numbers")
+    return vector.astype(np.int64)
 
 
 def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, PATH_LABEL, STEP_NUMBER, Decode, check_grammar
 from hf_efficient.modeling.topology.medverse_rules import MEDVERSE_RULES, MedVerseRules
 from hf_efficient.modeling.topology.multiverse_rules import MULTIVERSE_RULES, MultiverseRules
@@ -99,7 +99,12 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
 
     def feed_many(self, ids: Sequence[int] | np.ndarray) -> Placements:
         """Append tokens; the time depends on the number of control tokens, hardly on that of the others."""
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        given = np.asarray(ids)
+        if given.size and (given.size != given.shape[-1] or given.dtype.kind not in "iu"):
+            raise UsageError(
+                f"the ids are {given.dtype} of shape {list(given.shape)}", "pass the whole numbers of one row: [S]"
+            )
+        ids = given.astype(np.int64).reshape(-1)
         forced = np.zeros(len(ids), dtype=bool)
         segments: list[int] = []
         starts: list[int] = []

@@ -301,11 +301,22 @@ def test_wrong_options(options: dict[str, Any], words: str, tokenizer: Any) -> N
         ({"text": "x"}, "sample 1 has the fields text; give prompt and completion.*remove_unused_columns=False"),
         ({"input_ids": [1, 2], "labels": [1]}, "sample 1 has 2 input_ids and 1 labels"),
         ({"input_ids": []}, "sample 1 is empty"),
+        ({"input_ids": [[1, 2]]}, r"input_ids of sample 1 are int64 of shape \[1, 2\]"),
+        ({"input_ids": [1.5]}, "input_ids of sample 1 are float64"),
+        ({"prompt": None, "completion": "x"}, "sample 1 has a prompt that is a NoneType"),
+        ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "a completion that is a list"),
     ],
 )
 def test_samples_that_cannot_be_read(feature: dict[str, Any], words: str, tokenizer: Any) -> None:
     with pytest.raises(HFEError, match=words):
         TopologyDataCollator(tokenizer, "multiverse")([{"input_ids": [1]}, feature])
+
+
+def test_missing_labels_and_a_batch_of_nothing(tokenizer: Any) -> None:
+    collator = TopologyDataCollator(tokenizer, "multiverse")
+    assert collator([{"input_ids": [5, 6], "labels": None}])["labels"].tolist() == [[5, 6]]
+    with pytest.raises(HFEError, match="no samples"):
+        collator([])
 
 
 def test_a_malformed_text_is_an_error_that_names_the_sample(tokenizer: Any) -> None:

@@ -86,6 +86,14 @@ def test_bad_padding_is_named() -> None:
         Topology.stack([Topology.from_spec(DIAMOND)], side="middle")
 
 
+@pytest.mark.parametrize("ids", [torch.ones(2, 4, dtype=torch.long), [1.5, 2.0], [[1, 2], [3, 4]]])
+def test_a_topology_is_read_from_one_row_of_whole_numbers(ids: object, toy: Callable) -> None:
+    """Two rows are not one long row."""
+    with pytest.raises(UsageError, match="of one row"):
+        toy("multiverse").parse_ids(ids)
+    assert len(toy("multiverse").parse_ids(torch.ones(1, 4, dtype=torch.long))) == 4
+
+
 def test_holes_within_a_row_are_left_out() -> None:
     topology = Topology(np.array([0, -1, 0, 1], np.int32), np.array([0, 0, 1, 2]), [[], [0]])
     assert topology.dense_mask().tolist() == [
