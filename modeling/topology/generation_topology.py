@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ _CONFIGURED_ELSE = {
     "token_healing": (None, False),
     "use_cache": (None, True),
 }
+# Where a model's weights came from, and the tokenizer that lies there.
+_TOKENIZERS: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
 _IGNORED = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
 
@@ -333,13 +336,18 @@ def _grammar_of(model: Any, options: _Options) -> tuple[str, str, str, dict[str,
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer beside the model's weights."""
+    """The tokenizer beside the model's weights; read once for each model."""
     folder = getattr(model.config, "_name_or_path", "")
+    known = _TOKENIZERS.get(model)
+    if known is not None and known[0] == folder:
+        return known[1]
     # The configuration beside it may name code. Whoever loaded the model with it trusts it; nobody else is asked.
     trusted = type(model).__module__.startswith("transformers_modules.")
     try:
         if folder:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            _TOKENIZERS[model] = folder, tokenizer
+            return tokenizer
     except (OSError, ValueError):
         pass
     raise UsageError(

@@ -371,6 +371,25 @@ def test_a_model_without_a_tokenizer_says_so(model: Any) -> None:
         model.generate(torch.tensor([[20]]), parallel=True, max_new_tokens=3)
 
 
+def test_the_tokenizer_beside_the_weights_is_read_once(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Reader:
+        @staticmethod
+        def from_pretrained(folder: str, **_: Any) -> Any:
+            read.append(folder)
+            return tokenizer
+
+    monkeypatch.setattr(generation_topology, "AutoTokenizer", Reader)
+    loaded = copy.deepcopy(model)
+    for folder in ("here", "here", "there"):
+        loaded.config._name_or_path = folder
+        loaded.generate(torch.tensor([[20]]), parallel=True, max_new_tokens=3)
+    assert read == ["here", "there"]
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(model: Any, tokenizer: Any, toy_tokenizer: Callable) -> None:
     shifted = copy.deepcopy(tokenizer)
     swap = {"<Path>": shifted.token_ids["</Path>"], "</Path>": shifted.token_ids["<Path>"]}
