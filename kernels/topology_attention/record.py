@@ -153,7 +153,10 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Every kernel in every configuration that a device of this capability may pick, and as it takes odd tensors."""
+    """Every kernel in every configuration that a device of this capability may pick, and as it takes odd tensors.
+
+    Where the tiles are those of 8.6, whose programs have least shared memory, one width stands for all.
+    """
     from hf_efficient.kernels.topology_attention.triton_gradients import key_gradient_kernel, query_gradient_kernel
     from hf_efficient.kernels.topology_attention.triton_kernels import forward_kernel
 
@@ -166,12 +169,8 @@ def compilations(capability: int) -> Iterator[Compilation]:
     fixed |= {"segment_ids": "*i32", "counts": "*i32", "lists": "*i32", "anc": "*i64", "present": "*i64"}
     tensors = ("out", "q", "k", "v", "dout", "dq", "dk", "dv")
     for name, (kernel, by_queries) in kernels.items():
-        for element, width, words in (
-            ("bf16", 64, 1),
-            ("fp16", 96, 2),
-            ("bf16", 256, 1),
-            ("fp32", 256, 1),
-        ):
+        cases = (("bf16", 64, 1), ("fp16", 96, 2), ("bf16", 256, 1), ("fp32", 256, 1))
+        for element, width, words in cases if capability in (86, 90) else cases[1:2]:
             config = launch_config(name, width, 4 if element == "fp32" else 2, divmod(capability, 10))
             padded = padded_width(width)
             for described in {config.descriptors, config.descriptors and width != 96}:
