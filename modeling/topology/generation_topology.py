@@ -16,10 +16,12 @@ from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.utils import ModelOutput
 
 from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.logging import get_logger
 from hf_efficient.modeling.topology.branches import BranchPath, State, all_branches
 from hf_efficient.modeling.topology.forced_text import ForcedText, encoder_of
 from hf_efficient.modeling.topology.grammar import check_grammar, decoder_of, token_ids_of
@@ -365,8 +367,10 @@ def _sampler(
 ) -> Sampler:
     if options.sampler is not None:
         return options.sampler
-    if not (processors or generation_config.do_sample or options.constrain):
-        return Sampler()
+    constant = [each for each in processors if type(each) is SuppressTokensLogitsProcessor]
+    if len(constant) == len(processors) and not (generation_config.do_sample or options.constrain):
+        # The step itself leaves these out; a conversion has some: rows that belong to no token.
+        return Sampler(sorted({token for each in constant for token in each.suppress_tokens.tolist()}))
     seed = options.seed
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -433,9 +437,14 @@ class ParallelGeneration:
         """As in transformers; with `parallel`, or by default where the configuration says ``topology["trained"]``, as
         `parallel_generate`, whose options it takes.
         """
+        trained = bool((getattr(self.config, "topology", None) or {}).get("trained"))
+        if parallel and not trained:
+            get_logger().warning(
+                "the model was not trained to write control tokens: it forks only where the prompt has it fork "
+                "(after training: mark_topology_trained(model))"
+            )
         if parallel is None:
-            topology = getattr(self.config, "topology", None)
-            parallel = bool(topology and topology["trained"]) and not _asks_for_something_else(kwargs)
+            parallel = trained and not _asks_for_something_else(kwargs)
         if parallel:
             return parallel_generate(self, *_positional(args, kwargs), **kwargs)
         own = sorted(kwargs.keys() & asdict(_Options()).keys() - {"tokenizer"})

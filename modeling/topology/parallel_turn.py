@@ -17,7 +17,7 @@ from hf_efficient.modeling.topology.branches import Branch
 from hf_efficient.modeling.topology.builder import TopologyBuilder
 from hf_efficient.modeling.topology.forced_text import ForcedText
 from hf_efficient.modeling.topology.grammar import Decode
-from hf_efficient.modeling.topology.sampling import Choice, Sampler, most_likely
+from hf_efficient.modeling.topology.sampling import Choice, Sampler
 from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
 from hf_efficient.modeling.topology.streaming import StreamFeed
 from hf_efficient.modeling.topology.topology_mask import TopologyMask
@@ -107,7 +107,9 @@ class ParallelTurn:
         self.feed = None if streamer is None else StreamFeed(streamer, self.rows)
         self.passes = 0
         room = min(limits.max_new_tokens, FIRST_ROOM)
-        self.session: TopologySession = take_session(model, len(self.rows), self.prompt.shape[1] + room)
+        self.session: TopologySession = take_session(
+            model, len(self.rows), self.prompt.shape[1] + room, sampler.suppressed
+        )
 
     def run(self) -> None:
         """Generate until every row has ended."""
@@ -250,7 +252,7 @@ class ParallelTurn:
         return True
 
     def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
-        choice: Choice = self.sampler.choose(branches, logits) if self.sampler.needs_logits else most_likely(logits)
+        choice: Choice = self.sampler.choose(branches, logits)
         return choice.tokens.tolist(), choice.logprobs.tolist() if self.keeps_logprobs else None
 
     def _accept(self, branches: Sequence[Branch], tokens: list[int], chances: list[float] | None) -> None:

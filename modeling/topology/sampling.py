@@ -68,15 +68,25 @@ def most_likely(logits: Tensor) -> Choice:
 class Sampler:
     """Greedy search: the most likely token. Subclasses choose in another way.
 
+    Args:
+        suppressed: ids that are never chosen.
+
     Attributes:
         needs_logits: True when `choose` must see the logits; otherwise the step's own choice of the most likely tokens
             is taken, and the logits stay where they are.
     """
 
     needs_logits = False
+    suppressed: tuple[int, ...] = ()
+
+    def __init__(self, suppressed: Iterable[int] = ()) -> None:
+        self.suppressed = tuple(suppressed)
 
     def choose(self, branches: Sequence[Branch], logits: Tensor) -> Choice:
         """The next token of each branch from its row of logits [n, V]."""
+        if self.suppressed:
+            ids = torch.tensor(self.suppressed, device=logits.device)
+            logits = logits.index_fill(-1, ids, float("-inf"))
         return most_likely(logits)
 
     def settle(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:

@@ -156,6 +156,7 @@ class TopologyStep:
         words: of 64 segments in each query's bitmap.
         with_logprobs: log-probabilities of the most likely tokens are wanted too.
         chosen: [B Q] at least, int64: each step leaves its most likely tokens here, and a step may begin with them.
+        suppressed: ids that are never the most likely, [n] on the device; or None.
 
     Attributes:
         logits: [B, Q, V] of the last run; a row's live branches have the last ones of its queries.
@@ -167,9 +168,11 @@ class TopologyStep:
     _result: Tensor
     _recorded_logits: Tensor
 
-    def __init__(self, batch: int, queries: int, words: int, with_logprobs: bool, chosen: Tensor) -> None:
+    def __init__(
+        self, batch: int, queries: int, words: int, with_logprobs: bool, chosen: Tensor, suppressed: Tensor | None
+    ) -> None:
         self.batch, self.queries, self.words, self.with_logprobs = batch, queries, words, with_logprobs
-        self._chosen = chosen
+        self._chosen, self._suppressed = chosen, suppressed
         count = batch * queries
         sizes = [count, count, count * words, -(-(2 * count + batch) // 2)]
         self._transfers = [_Transfer(sizes, batch, queries, words, chosen.is_cuda) for _ in range(2)]
@@ -245,6 +248,8 @@ class TopologyStep:
         queries = TopologyQueries(self.columns, self.kv_len, cache.segments[:, :-1], self.anc)
         tokens = torch.where(self.tokens < 0, self._chosen[(-1 - self.tokens).clamp(min=0)], self.tokens)
         self.logits = forward(model, tokens, self.positions, queries, cache, self.queries)
+        if self._suppressed is not None:
+            self.logits.index_fill_(-1, self._suppressed, float("-inf"))
         if self.with_logprobs:
             choice = most_likely(self.logits)
             result = torch.stack((choice.tokens, choice.logprobs.double().view(torch.int64)))
@@ -319,6 +324,8 @@ class TopologySession:
         self._until_look = 0
         with torch.inference_mode(False):
             self._chosen = torch.zeros(batch * MOST_CAPTURED_QUERIES, dtype=torch.int64, device=model.device)
+        self._suppressed: tuple[int, ...] = ()
+        self._suppressed_ids: Tensor | None = None
 
     def runs_ahead(self) -> bool:
         """True where a step may be computed before the host knows the tokens of the last: where the device computes
@@ -336,9 +343,9 @@ class TopologySession:
             self.cache.grow(columns)
         key = _round_up(queries), _round_up(-(-segments // 64)), with_logprobs
         if key[0] > MOST_CAPTURED_QUERIES:
-            return TopologyStep(self.batch, *key, self._chosen)
+            return TopologyStep(self.batch, *key, self._chosen, self._suppressed_ids)
         if key not in self._steps:
-            self._steps[key] = TopologyStep(self.batch, *key, self._chosen)
+            self._steps[key] = TopologyStep(self.batch, *key, self._chosen, self._suppressed_ids)
         return self._steps[key]
 
     def execute(self, step: TopologyStep, model: Any) -> Tensor:
@@ -364,8 +371,13 @@ class TopologySession:
         self.signature = step_signature(model)
         self._looked, self._until_look = True, STEPS_BETWEEN_LOOKS
 
-    def begin(self) -> None:
-        """Stand ready for a prompt."""
+    def begin(self, suppressed: tuple[int, ...]) -> None:
+        """Stand ready for a prompt, and for steps that never choose these ids."""
+        if suppressed != self._suppressed:
+            self._steps.clear()  # their graphs leave out others
+            self._suppressed = suppressed
+            with torch.inference_mode(False):
+                self._suppressed_ids = torch.tensor(suppressed, device=self.device) if suppressed else None
         self.cache.reset()
         self._looked = False
 
@@ -414,13 +426,13 @@ def _round_up(count: int) -> int:
 _IDLE: WeakKeyDictionary[nn.Module, TopologySession] = WeakKeyDictionary()
 
 
-def take_session(model: Any, batch: int, capacity: int) -> TopologySession:
+def take_session(model: Any, batch: int, capacity: int, suppressed: tuple[int, ...] = ()) -> TopologySession:
     """The session that an earlier call left, if it fits, or a new one; it is the caller's now."""
     session = _IDLE.pop(model, None)
     if session is None or not session.fits(batch, capacity, model):
         del session
         session = TopologySession(model, batch, capacity)
-    session.begin()
+    session.begin(suppressed)
     return session
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_efficient.modeling.topology.parallel_turn import ParallelTurn
 from hf_efficient.modeling.topology.sampling import ScriptedSampler
@@ -98,3 +99,32 @@ def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
     assert guesses == [] and output.parallelism > 1
     sampled = _run(model, tokenizer, torch.tensor([tokenizer.encode("Q")]), do_sample=True, seed=3)
     assert guesses == [] and sampled.sequences.shape[1] > 1
+
+
+def test_tokens_that_are_never_to_be_chosen_are_left_out_by_the_step_itself(
+    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
+) -> None:
+    """As every conversion has some, which must not cost it what runs ahead."""
+    model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
+    ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
+    free = _run(model, tokenizer, ids, branch_max_new_tokens=9)
+    seen = [int(token) for token in free.sequences[0, ids.shape[1] :].unique() if token >= 16]
+    guesses.clear()
+    without = _run(model, tokenizer, ids, branch_max_new_tokens=9, suppress_tokens=seen)
+    assert True in guesses
+    assert not set(without.sequences[0, ids.shape[1] :].tolist()) & set(seen) - set(tokenizer.encode("\n12:"))
+    guesses.clear()
+    # The same by a processor of its own kind, which looks at logits.
+    processors = LogitsProcessorList([_Without(seen)])
+    looked_at = _run(model, tokenizer, ids, branch_max_new_tokens=9, logits_processor=processors)
+    assert guesses == []
+    _same(without, looked_at)
+    _same(free, _run(model, tokenizer, ids, branch_max_new_tokens=9))  # what was left out is back
+
+
+class _Without(LogitsProcessor):
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(-1, torch.tensor(self.ids), float("-inf"))
