@@ -63,13 +63,13 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     scattered = torch.randint(-1, 5, (2, 150), generator=random, dtype=torch.int32).to(device)
     members = torch.rand(5, 5, generator=random) < 0.5
     cases = {
-        "prime sizes": draw(fan(2, 31, 43, device), heads=6, kv_heads=2, width=24),
+        "prime sizes": draw(fan(2, 31, 43, device), heads=4, kv_heads=2, width=24),
+        "one segment": draw(fan(0, 75, 0, device)),
+        "nested blocks and steps, padding on either side": draw(_nested(device)),
         "whole blocks, seen and not": draw(blocks, width=64),
         "whole blocks, the end of one missing": draw(
             {**blocks, "segment_ids": blocks["segment_ids"][:, :-5].contiguous()}, width=32
         ),
-        "one segment": draw(fan(0, 150, 0, device)),
-        "nested blocks and steps, padding on either side": draw(_nested(device)),
         "seventy paths, two words": draw(fan(70, 10, 2, device)),
         "a hundred and forty paths, three words": draw(fan(140, 5, 1, device)),
         "segments in no order": draw({"segment_ids": scattered, "anc": bitmaps(members)[None].to(device)}),

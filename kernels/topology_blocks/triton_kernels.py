@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
-from hf_efficient.kernels.topology_blocks.configs import CLASSIFY_WARPS, SUMMARISE_WARPS, classify_width
+from hf_efficient.kernels.topology_blocks.configs import CLASSIFY_WARPS, CLASSIFY_WIDTH, SUMMARISE_WARPS
 
 try:
     import triton
@@ -143,7 +143,7 @@ def launch(segment_ids: Tensor, anc: Tensor) -> BlockLists:
         seen,
         blocks,
         words,
-        BLOCK_COUNT=classify_width(blocks),
+        BLOCK_COUNT=CLASSIFY_WIDTH,
         num_warps=CLASSIFY_WARPS,
     )
     return BlockLists(counts, lists, present)
