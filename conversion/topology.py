@@ -22,7 +22,7 @@ from hf_efficient.conversion.patch import TensorChanges
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange, add_tokens
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig, length_dependent_rope
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, MODES
 
 _TRAINED_HELP = (
@@ -67,8 +67,8 @@ class _TopologyPatch:
                 "attention to all tokens that a segment may see",
                 "choose a model without a window; where its texts are never longer, set sliding_window to null",
             )
-        rope = str((config.rope_parameters or {}).get("rope_type", "default"))
-        if "dynamic" in rope or rope == "longrope":
+        rope = length_dependent_rope(config.rope_parameters)
+        if rope is not None:
             raise UsageError(
                 f"the rotary embedding {rope!r} changes with the longest position so far, so keys in the cache would "
                 f"not fit later ones; {self.name} takes default, linear, llama3 and yarn",

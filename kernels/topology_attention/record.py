@@ -19,6 +19,7 @@ from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
 from hf_efficient.kernels.topology_blocks.record import bitmaps, fan
+from hf_efficient.kernels.validate import rows_contiguous
 
 
 def _draw(
@@ -139,7 +140,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
     """The operators, with arguments as the public function hands them over."""
     q, k, v, segment_ids, anc = (arguments[name] for name in ("q", "k", "v", "segment_ids", "anc"))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     blocks = arguments.get("blocks") or topology_blocks(segment_ids, anc, backend="reference")
     scale = arguments.get("scale", q.shape[3] ** -0.5)
     topology = (segment_ids, anc, *blocks)

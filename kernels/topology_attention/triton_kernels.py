@@ -225,7 +225,7 @@ def shared_launch(config: LaunchConfig, segment_ids: Tensor, anc: Tensor, *tiled
     """Topology, its strides and the constants of a launch; `tiled` are the tensors that it loads in tiles, `q` first
     and `k` second."""
     width = tiled[0].shape[3]
-    segment_ids, anc = (x if x.is_contiguous() else x.contiguous() for x in (segment_ids, anc))
+    segment_ids, anc = segment_ids.contiguous(), anc.contiguous()
     constants = {
         "GROUP": tiled[0].shape[1] // tiled[1].shape[1],
         "WIDTH": width,

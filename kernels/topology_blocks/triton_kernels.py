@@ -121,7 +121,7 @@ def launch(segment_ids: Tensor, anc: Tensor) -> BlockLists:
     if counts.numel() == 0:
         return BlockLists(counts, lists, present)
     seen = torch.empty((rows, blocks, 2 * words + 1), dtype=torch.int64, device=device)
-    segment_ids, anc = (x if x.is_contiguous() else x.contiguous() for x in (segment_ids, anc))
+    segment_ids, anc = segment_ids.contiguous(), anc.contiguous()
     summarise_kernel[(blocks, rows)](
         present,
         seen,

@@ -11,6 +11,16 @@ from transformers import PreTrainedConfig
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
+def length_dependent_rope(rope_parameters: dict[str, Any] | None) -> str | None:
+    """The kind of a rotary embedding whose frequencies change with the longest position so far; None for others.
+
+    Some stock models have a dictionary for each kind of layer.
+    """
+    given = rope_parameters or {}
+    kinds = [str(each.get("rope_type", "")) for each in (given, *given.values()) if isinstance(each, dict)]
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+
+
 @strict
 class DecoderConfig(PreTrainedConfig):
     """Llama, Mistral, Qwen2 and Qwen3 as one set of fields; the defaults are a Llama.

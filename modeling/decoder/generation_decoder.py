@@ -27,6 +27,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import (
     STEPS_OF_RETURNED_CACHES,
@@ -91,8 +92,7 @@ class CapturedGeneration:
             f"the attention implementation is {config._attn_implementation}": config._attn_implementation
             not in self.captured_attention,
             "heads are wider than the kernel takes": config.head_dim > MAX_WIDTH,
-            "the rotary frequencies depend on the length": config.rope_parameters["rope_type"]
-            in ("dynamic", "longrope"),
+            "the rotary frequencies depend on the length": length_dependent_rope(config.rope_parameters) is not None,
             "HFE_CHECK asks for checks that wait for the device": check_data(),
             # As prefix and prompt tuning do.
             "something else prepares the inputs": prepare is not type(self).prepare_inputs_for_generation,

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig, length_dependent_rope
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, GRAMMARS, MODES
 
 _DEFAULTS: dict[str, Any] = {
@@ -75,8 +75,8 @@ class TopologyConfig(DecoderConfig):
                 f"layer_types names sliding_attention (sliding_window={self.sliding_window}), and a window counts "
                 "columns, not positions of a topology; use full_attention in every layer"
             )
-        rope_type = self.rope_parameters["rope_type"]
-        if "dynamic" in rope_type or rope_type == "longrope":
+        rope_type = length_dependent_rope(self.rope_parameters)
+        if rope_type is not None:
             raise ValueError(
                 f"rope_type={rope_type!r} changes its frequencies with the length, so keys of different branches would "
                 "disagree; use 'default', 'linear', 'yarn' or 'llama3'"

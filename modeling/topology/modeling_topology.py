@@ -93,21 +93,21 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         if position_ids is None:
             raise TopologyError("a topology was given without position_ids", "pass those of the same Topology")
         shape = tuple(tokens.shape[:2]) if tokens is not None else None
-        whole = isinstance(topology, TopologyMask)
-        of = topology.segment_ids if whole else topology.columns  # type: ignore[union-attr]
+        of = topology.segment_ids if isinstance(topology, TopologyMask) else topology.columns
         if shape is not None and (of.ndim != 2 or of.shape[1] != shape[1] or of.shape[0] not in (1, shape[0])):
             raise TopologyError(
                 f"the topology is of shape {list(of.shape)} and the tokens are of shape {list(shape)}",
                 "make it of the same tokens, with the same padding",
             )
         if attention_mask is not None:
-            if not whole or getattr(attention_mask, "ndim", 0) != 2 or attention_mask.shape != shape:
+            is_padding = getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape == shape
+            if not isinstance(topology, TopologyMask) or not is_padding:
                 raise TopologyError(
                     "an attention mask was given beside a topology, which says itself who sees whom",
                     "leave attention_mask out, or pass the padding mask [B, S]",
                 )
-            hidden = attention_mask.to(topology.segment_ids.device) == 0  # type: ignore[union-attr]
-            segment_ids = topology.segment_ids.masked_fill(hidden, -1)  # type: ignore[union-attr]
+            hidden = attention_mask.to(topology.segment_ids.device) == 0
+            segment_ids = topology.segment_ids.masked_fill(hidden, -1)
             topology = TopologyMask(segment_ids, topology.anc)
         if isinstance(topology, TopologyMask):
             check_segments("topology", topology.segment_ids, topology.anc)
@@ -134,15 +134,14 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
     def _mask(self, topology: TopologyMask | TopologyQueries, columns: int | None) -> tuple[Any, Any]:
         """What the attention implementation takes as its mask, and as its topology; once for all layers."""
         implementation = self.config._attn_implementation
-        whole = isinstance(topology, TopologyMask)
         if implementation == TOPOLOGY_ATTENTION:
             return None, topology.with_blocks() if isinstance(topology, TopologyMask) else topology
         if implementation in ("sdpa", DECODE_ATTENTION):
             return dense_mask(topology, columns), None
-        if implementation == "eager" or (implementation == "flex_attention" and not whole):
+        if implementation == "flex_attention" and isinstance(topology, TopologyMask):
+            return flex_mask(topology), None
+        if implementation in ("eager", "flex_attention"):
             return additive_mask(topology, self.dtype, columns), None
-        if implementation == "flex_attention":
-            return flex_mask(topology), None  # type: ignore[arg-type]
         raise HFEError(
             f"attn_implementation={implementation!r} cannot compute attention under a topology",
             "use 'hfe_topology', 'sdpa', 'eager' or 'flex_attention'",

@@ -18,7 +18,7 @@ from hf_efficient.modeling.topology.builder import TopologyBuilder
 from hf_efficient.modeling.topology.cursor import MAX_DEPTH
 from hf_efficient.modeling.topology.forced_text import ForcedText
 from hf_efficient.modeling.topology.plan import step_schedule
-from hf_efficient.modeling.topology.segment_graph import MAX_SEGMENTS
+from hf_efficient.modeling.topology.segment_graph import MAX_SEGMENTS, bitmap_bytes
 
 BUDGETS = ("positions", "tokens")
 
@@ -141,7 +141,7 @@ class RowScheduler:
     def bitmaps(self, segments: Sequence[int], words: int) -> bytes:
         """What tokens of these segments see: `words` little-endian integers of 64 bits for each."""
         closure = self.graph.closure
-        return b"".join([closure[segment].to_bytes(8 * words, "little") for segment in segments])
+        return bitmap_bytes([closure[segment] for segment in segments], words)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the next token of each live branch, in their order."""

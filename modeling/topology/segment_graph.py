@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,18 +38,10 @@ class SegmentGraph:
     def new(self, parents: Iterable[int], label: str = "") -> int:
         """A new segment that follows `parents`; returns its number."""
         parents, segment = list(dict.fromkeys(parents)), len(self.parents)
-        wrong = [parent for parent in parents if not 0 <= parent < segment]
-        if wrong:
-            raise TopologyError(
-                f"segment {segment} follows segment {wrong[0]}, which does not come before it",
-                "number the segments so that each comes after all that it follows",
-            )
+        closure = with_ancestors(parents, self.closure)
         if segment >= MAX_SEGMENTS:
             raise TopologyError(f"there are more than {MAX_SEGMENTS} segments", "shorten or split the text")
-        start, closure = 0, 1 << segment
-        for parent in parents:
-            start = max(start, self.end[parent] + 1)
-            closure |= self.closure[parent]
+        start = max((self.end[parent] + 1 for parent in parents), default=0)
         self.parents.append(parents)
         self.start.append(start)
         self.end.append(start - 1)
@@ -62,6 +54,25 @@ class SegmentGraph:
         first = self.end[segment] + 1
         self.end[segment] += count
         return first
+
+
+def with_ancestors(parents: Iterable[int], closure: Sequence[int]) -> int:
+    """The bits of the next segment: its own and those of its parents, where `closure` has those of all before it."""
+    segment = len(closure)
+    bits = 1 << segment
+    for parent in parents:
+        if not 0 <= parent < segment:
+            raise TopologyError(
+                f"segment {segment} follows segment {parent}, which does not come before it",
+                "number the segments so that each comes after all that it follows",
+            )
+        bits |= closure[parent]
+    return bits
+
+
+def bitmap_bytes(closures: Iterable[int], words: int) -> bytes:
+    """`words` little-endian integers of 64 bits for each of `closures`."""
+    return b"".join([bits.to_bytes(8 * words, "little") for bits in closures])
 
 
 class Placement(NamedTuple):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.modeling.topology.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar import Decode
-from hf_efficient.modeling.topology.segment_graph import SegmentGraph
+from hf_efficient.modeling.topology.segment_graph import SegmentGraph, bitmap_bytes, with_ancestors
 from hf_efficient.modeling.topology.topology_mask import TopologyMask
 
 
@@ -128,16 +128,8 @@ class Topology:
     def closure(self) -> list[int]:
         """Ancestors of each segment and itself, as bits of an integer."""
         closure: list[int] = []
-        for segment, parents in enumerate(self.parents):
-            bits = 1 << segment
-            for parent in parents:
-                if not 0 <= parent < segment:
-                    raise TopologyError(
-                        f"segment {segment} follows segment {parent}, which does not come before it",
-                        "number the segments so that each comes after all that it follows",
-                    )
-                bits |= closure[parent]
-            closure.append(bits)
+        for parents in self.parents:
+            closure.append(with_ancestors(parents, closure))
         return closure
 
     def reachable(self, segment: int, other: int) -> bool:
@@ -147,7 +139,7 @@ class Topology:
     def bitmaps(self) -> Tensor:
         """`closure` as int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``."""
         words = max(1, -(-self.n_segments // 64))
-        data = b"".join(bits.to_bytes(8 * words, "little") for bits in self.closure())
+        data = bitmap_bytes(self.closure(), words)
         return torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, words))
 
     def dense_mask(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_efficient.kernels.decode_attention.reference import visible_columns
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS, BlockLists
@@ -58,18 +59,8 @@ def seen_pairs(topology: TopologyMask | TopologyQueries, columns: int | None = N
     """Bool [B, S, S], or [B, Q, C] with C = `columns`, by default those of `col_seg`: who sees whom."""
     if isinstance(topology, TopologyMask):
         return visible_pairs(topology.segment_ids, topology.anc)
-    segments = topology.col_seg.long()
-    if columns is not None:
-        missing = max(0, columns - segments.shape[1])
-        segments = torch.nn.functional.pad(segments, (0, missing), value=-1)[:, :columns]
-    batch, width = segments.shape
-    queries, words = topology.anc.shape[1:]
-    reached = (segments >= 0) & (segments < 64 * words)
-    word = torch.where(reached, segments // 64, 0)[:, None].expand(batch, queries, width)
-    bits = topology.anc.expand(batch, -1, -1).gather(2, word) >> (segments % 64)[:, None]
-    column = torch.arange(width, device=segments.device)
-    filled = reached & (column < topology.kv_len.reshape(-1, 1))
-    return (bits & 1).bool() & filled[:, None] & (column <= topology.columns[..., None])
+    width = topology.col_seg.shape[1] if columns is None else columns
+    return visible_columns(width, topology.kv_len, topology.columns, None, topology.col_seg, topology.anc)
 
 
 def dense_mask(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import IDLE_SHARE_OF_MEMORY, record_graph, step_signature
 from hf_efficient.modeling.topology.sampling import most_likely
@@ -55,8 +56,7 @@ def check_attention(model: Any) -> None:
             "the text before it",
             "use a model with full attention in every layer",
         )
-    rope = str(getattr(config, "rope_parameters", None) or "")
-    unfit = next((kind for kind in ("dynamic", "longrope") if f"'{kind}'" in rope), None)
+    unfit = length_dependent_rope(getattr(config, "rope_parameters", None))
     if unfit is not None:
         raise HFEError(
             f"the rotary embedding {unfit!r} of {type(model).__name__} changes with the longest position so far, so "
