@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_efficient.kernels.operators import define_operator
-from hf_efficient.kernels.topology_blocks.block_lists import BlockLists
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
 
 
 def _forward(
@@ -30,7 +30,8 @@ def _forward(
 
 def _fake_forward(q, k, v, segment_ids, anc, counts, lists, present, scale):
     batch, heads, length, width = q.shape
-    return q.new_empty((batch, length, heads, width)), q.new_empty((batch, heads, length), dtype=torch.float32)
+    rows = lists.shape[2] * BLOCK
+    return q.new_empty((batch, length, heads, width)), q.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
 def _backward(
@@ -56,7 +57,7 @@ def _fake_backward(dout, q, k, v, out, lse, segment_ids, anc, counts, lists, pre
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-# Output [B, S, Hq, D], and the logarithm to base 2 of each query's sum of exponentials [B, Hq, S].
+# Output [B, S, Hq, D], and the logarithm to base 2 of each query's sum of exponentials [B, Hq, NB * BLOCK].
 topology_attention_forward = define_operator("topology_attention", _forward, _fake_forward)
 # Gradients of q, k and v.
 topology_attention_backward = define_operator("topology_attention_backward", _backward, _fake_backward)

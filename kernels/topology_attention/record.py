@@ -193,6 +193,8 @@ def compilations(capability: int) -> Iterator[Compilation]:
                     if described and argument in ("q", "k", "v", "dout"):
                         rows = config.block_queries if argument in by_queries else config.block_keys
                         types[argument] = f"tensordesc<{element}[1, 1, {rows}, {padded}]>"
+                    if described and name == "key_gradient" and argument in ("lse", "delta"):
+                        types[argument] = f"tensordesc<fp32[1, {config.block_queries}]>"
                 yield Compilation(
                     label=f"{name} {element} width {width}, {'descriptors' if described else 'pointers'}",
                     kernel=kernel,

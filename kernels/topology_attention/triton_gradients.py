@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +11,31 @@ from torch import Tensor
 from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config
 from hf_efficient.kernels.topology_attention.triton_kernels import (
     HAVE_TRITON,
+    SharedLaunch,
     load_tile,
     segments_of,
     shared_launch,
     tiles,
     visible,
 )
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # without it there are no kernels here
     pass
 
 if HAVE_TRITON:
+
+    @triton.jit
+    def load_row(source, row, start, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+        """Numbers [start, start + COUNT) of a row of one number for each token, [COUNT]; rows are whole blocks long."""
+        if DESCRIPTORS:
+            return source.load([row, start]).reshape(COUNT)
+        else:
+            return tl.load(source + row.to(tl.int64) * blocks * BLOCK + start + tl.arange(0, COUNT))
 
     @triton.jit(do_not_specialize=["length", "blocks", "segments"])
     def query_gradient_kernel(
@@ -100,9 +112,9 @@ if HAVE_TRITON:
         out_row = (batch.to(tl.int64) * length + query) * heads + head
         out_tile = tl.load(out + out_row[:, None] * WIDTH + dim[None, :], mask=tile_mask, other=0.0)
         row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
-        at_row = tl.program_id(1).to(tl.int64) * length + query
-        tl.store(delta + at_row, row_delta, mask=inside)
-        row_lse = tl.load(lse + at_row, mask=inside, other=0.0)
+        at_row = tl.program_id(1).to(tl.int64) * blocks * BLOCK + query
+        tl.store(delta + at_row, row_delta)
+        row_lse = tl.load(lse + at_row)
         gradient = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
 
         count = tl.load(counts) * PARTS
@@ -242,13 +254,11 @@ if HAVE_TRITON:
         partial_lists = lists + blocks.to(tl.int64) * blocks
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            rows = (batch * kv_heads * GROUP + head).to(tl.int64) * length
+            row_of_head = batch * kv_heads * GROUP + head
             query_block = tl.load(lists)
             for at in tl.range(0, full_count, num_stages=STAGES):
                 first = query_block * BLOCK + (at % PARTS) * BLOCK_QUERIES
                 query_block = tl.load(lists + tl.minimum((at + 1) // PARTS, blocks - 1))
-                query = first + tl.arange(0, BLOCK_QUERIES)
-                inside = query < length
                 q_tile = load_tile(
                     q, batch, head, first, length, q_stride_b, q_stride_h, q_stride_s,
                     BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
@@ -257,9 +267,9 @@ if HAVE_TRITON:
                     dout, batch, head, first, length, dout_stride_b, dout_stride_h, dout_stride_s,
                     BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
                 )  # fmt: skip
-                # Queries past the end have gradients of zero, whatever their weight.
-                row_lse = tl.load(lse + rows + query, mask=inside, other=0.0)
-                row_delta = tl.load(delta + rows + query, mask=inside, other=0.0)
+                # Queries past the end have gradients of zero, and a weight that is a number.
+                row_lse = load_row(lse, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
+                row_delta = load_row(delta, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
                 score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
                 dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
                 weight = tl.exp2(score * score_scale - row_lse[None, :])
@@ -270,7 +280,6 @@ if HAVE_TRITON:
             for at in tl.range(0, partial_count, num_stages=1):
                 first = tl.load(partial_lists + at // PARTS) * BLOCK + (at % PARTS) * BLOCK_QUERIES
                 query = first + tl.arange(0, BLOCK_QUERIES)
-                inside = query < length
                 query_segment = segments_of(segment_ids, query, length, segments)
                 seen = visible(query, key, query_segment, key_segment, anc, present, WORDS, True)
                 q_tile = load_tile(
@@ -284,8 +293,8 @@ if HAVE_TRITON:
                 known = (query_segment >= 0)[:, None]
                 q_tile = tl.where(known, q_tile, 0.0)
                 dout_tile = tl.where(known, dout_tile, 0.0)
-                row_lse = tl.load(lse + rows + query, mask=inside, other=0.0)
-                row_delta = tl.load(delta + rows + query, mask=inside, other=0.0)
+                row_lse = load_row(lse, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
+                row_delta = load_row(delta, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
                 score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
                 dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
                 weight = tl.where(seen, tl.exp2(score * score_scale - row_lse[None, :]), 0.0)
@@ -332,7 +341,7 @@ def launch_backward(
 
     config = query_config or launch_config("query_gradient", width, q.element_size(), capability_of(q.device))
     shared = shared_launch(config, segment_ids, anc, q, k, v, dout)
-    query_gradient_kernel[(triton.cdiv(length, config.block_queries), batch * heads)](
+    query_gradient_kernel[(lists.shape[2] * (BLOCK // config.block_queries), batch * heads)](
         dq,
         delta,
         tiles(q, config.block_queries, shared),
@@ -355,12 +364,12 @@ def launch_backward(
     key_gradient_kernel[(triton.cdiv(length, config.block_keys), batch * kv_heads)](
         dk,
         dv,
-        delta,
+        _rows(delta, config.block_queries, shared),
         tiles(q, config.block_queries, shared),
         tiles(k, config.block_keys, shared),
         tiles(v, config.block_keys, shared),
         tiles(dout, config.block_queries, shared),
-        lse,
+        _rows(lse, config.block_queries, shared),
         *shared.topology,
         *rest,
         kv_heads,
@@ -372,3 +381,10 @@ def launch_backward(
         **shared.constants,
     )
     return dq, dk, dv
+
+
+def _rows(x: Tensor, count: int, shared: SharedLaunch) -> Any:
+    """`x` [B, H, NB * BLOCK] as a kernel takes it that loads `count` numbers of a row at a time."""
+    if not shared.constants["DESCRIPTORS"]:
+        return x
+    return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, count])

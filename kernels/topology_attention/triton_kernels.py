@@ -209,8 +209,11 @@ if HAVE_TRITON:
             (mixed / divisor[:, None]).to(out.dtype.element_ty),
             mask=inside[:, None] & (dim < WIDTH)[None, :],
         )
-        # To base 2; -inf where a query sees nothing.
-        tl.store(lse + tl.program_id(1).to(tl.int64) * length + query, highest + tl.log2(divisor), mask=inside)
+        # To base 2; -inf where a query sees nothing, and a number past the end, up to that of the last block.
+        tl.store(
+            lse + tl.program_id(1).to(tl.int64) * blocks * BLOCK + query,
+            tl.where(inside, highest + tl.log2(divisor), 0.0),
+        )
 
 
 class SharedLaunch(NamedTuple):
@@ -269,18 +272,19 @@ def launch_forward(
     scale: float,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, Hq, D], and the logarithm (to base 2) of the sum of exponentials of each query [B, Hq, S].
+    """Output [B, S, Hq, D], and the logarithm (to base 2) of the sum of exponentials of each query [B, Hq, NB * BLOCK].
 
     `config`: another than that of the table, for measurements.
     """
     batch, heads, length, width = q.shape
     out = torch.empty((batch, length, heads, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    blocks = lists.shape[2]
+    lse = torch.empty((batch, heads, blocks * BLOCK), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     config = config or launch_config("forward", width, q.element_size(), capability_of(q.device))
     shared = shared_launch(config, segment_ids, anc, q, k, v)
-    forward_kernel[(triton.cdiv(length, config.block_queries), batch * heads)](
+    forward_kernel[(blocks * (BLOCK // config.block_queries), batch * heads)](
         out,
         lse,
         tiles(q, config.block_queries, shared),
@@ -291,7 +295,7 @@ def launch_forward(
         lists,
         present,
         length,
-        lists.shape[2],
+        blocks,
         anc.shape[1],
         heads,
         scale * math.log2(math.e),
