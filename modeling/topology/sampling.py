@@ -195,7 +195,7 @@ class ScriptedSampler(Sampler):
         return [self._scripted(branch, token) for branch, token in zip(branches, tokens, strict=True)]
 
     def foretell(self, branches: Sequence[Branch]) -> list[int] | None:
-        tokens = self.settle(branches, [-1] * len(branches))
+        tokens = [self._scripted(branch, -1) for branch in branches]
         return None if -1 in tokens else tokens
 
     def _scripted(self, branch: Branch, token: int) -> int:

@@ -92,6 +92,10 @@ class Guided(ScriptedSampler):
         text = [token if token > 15 else 16 + token for token in tokens]  # no tags
         return [mine if want == self.own else want for want, mine in zip(scripted, text, strict=True)]
 
+    def foretell(self, branches: Sequence[Any]) -> list[int] | None:
+        scripted = super().foretell(branches)
+        return None if scripted is None or self.own in scripted else scripted
+
 
 def guide(tokenizer: Characters, rows: int, texts: dict[BranchPath, str]) -> Guided:
     return Guided(
@@ -156,6 +160,21 @@ def test_captured_steps_are_the_called_ones_bit_for_bit(
     for other in (again, called):
         assert torch.equal(captured.sequences, other.sequences)
         assert captured.branch_info == other.branch_info
+
+
+@gpu
+def test_passes_begun_ahead_are_those_that_waited(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches side by side that go on with tokens which the host has not seen, in two rows."""
+    model, tokenizer = build("multiverse", device, torch.bfloat16)
+    inputs = prompts(tokenizer, [f"Q{BLOCK}", f"A longer one{BLOCK}"], device)
+    options: dict[str, Any] = {"branch_max_new_tokens": 200, "output_scores": True}
+    for _ in range(3):  # the first captures its steps
+        ahead = generate(model, tokenizer, inputs, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(topology_step.TopologySession, "runs_ahead", lambda session: False)
+        waited = generate(model, tokenizer, inputs, **options)
+    assert torch.equal(ahead.sequences, waited.sequences) and ahead.branch_info == waited.branch_info
+    assert ahead.num_forward_passes > waited.num_forward_passes, "some passes were begun in vain"
 
 
 @gpu
