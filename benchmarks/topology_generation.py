@@ -11,8 +11,8 @@ over the longest chain of tokens: what could be gained if a step of many branche
 - branches: one block of 1 to 16 paths of 256 tokens, by batch.
 
 A long sequential run is not made whole: tokens are timed at several lengths of the context, and the times are joined by
-straight lines and summed. `sequential_from` says so in each line; `--whole` makes all runs whole. Of two runs that are
-alike, after one that captures graphs, the shorter one counts on either side.
+straight lines and summed. `sequential_from` says so in each line; `--whole` makes all runs whole. Of runs that
+are alike, of which the first captures graphs, the shortest one counts on either side.
 """
 
 from __future__ import annotations
@@ -234,8 +234,7 @@ class Sequential:
         """Seconds for `tokens` after the prompt. `longest` is the largest number of tokens that will be asked for."""
         ids = torch.tensor([list(prompt)] * batch, device=self.model.device)
         if tokens <= self.most_whole:
-            plain(self.model, ids, tokens)  # captures
-            taken = min(plain(self.model, ids, tokens) for _ in range(RUNS))
+            taken = min(plain(self.model, ids, tokens) for _ in range(RUNS))  # the first run captures
             found: dict[str, Any] = {"sequential_s": taken, "sequential_from": "whole runs"}
         else:
             contexts = np.linspace(len(prompt), len(prompt) + (longest or tokens), PLACES + 1).round().astype(int)

@@ -252,6 +252,12 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
             _FETCHERS[self] = fetcher
         return fetcher
 
+    def pin_tables(self) -> None:
+        """Pin tables that are to stay on the host, which else happens when they are looked up for the first time."""
+        tables = [table for table in self._tables() if table.placement == "cpu"]
+        if tables and self.device.type == "cuda" and tables[0].resident_weight.device != self.device:
+            self._fetcher(tables, self.device)
+
     def row_fetches(self) -> dict[str, Any]:
         """Of tables on the host: whether the device reads them by itself, and what prompts asked of the row cache."""
         fetcher = _FETCHERS.get(self)
@@ -277,6 +283,10 @@ class StemForCausalLM(StemEditing, StemPreTrainedModel, DecoderForCausalLM, Gene
 
     model_class = StemModel
     prompt_arguments = frozenset({"stem_input_ids", "stem_prompt_rows"})
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        self.model.pin_tables()  # only steps that read pinned tables are captured, those of the first call too
+        return super()._sample(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

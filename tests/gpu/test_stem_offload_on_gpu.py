@@ -104,7 +104,7 @@ def test_a_captured_step_fetches_rows_and_knows_the_cache(folder) -> None:
         ids = _ids(2, 200, seed=seed)
         options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
         assert torch.equal(offloaded.generate(ids, **options), resident.generate(ids, **options))
-    assert len(offloaded.captured_steps()) == 1  # it was captured, and once
+        assert len(offloaded.captured_steps()) == 1  # it was captured, in the first call, and once
     report = offloaded.model.row_fetches()
     assert report["direct"] and report["cache_rows"] == 32
     assert 0 < report["rows_cached"] < report["rows_requested"]
