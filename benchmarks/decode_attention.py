@@ -98,10 +98,10 @@ def cases(device: torch.device) -> list[Case]:
             label = f"D={width} B={batch} L={length}" + (f" of {capacity}" if capacity > length else "")
             drawn = functools.partial(draw, **shape, device=device)
             found.append(Case(label, "decode", shape, torch.bfloat16, lambda s, d=drawn: d(seed=s)))
-        for sizes in BRANCHES:
-            shape = dict(zip(("batch", "branches", "shared", "own"), sizes, strict=True), width=width)
+        for branched in BRANCHES:
+            shape = dict(zip(("batch", "branches", "shared", "own"), branched, strict=True), width=width)
             drawn = functools.partial(draw_branches, **shape, device=device)
-            label = "D={4} B={0} {1} branches of {3} after {2}".format(*sizes, width)
+            label = "D={4} B={0} {1} branches of {3} after {2}".format(*branched, width)
             found.append(Case(label, "decode", shape, torch.bfloat16, lambda s, d=drawn: d(seed=s)))
     return found
 

@@ -385,7 +385,7 @@ def draw(path: Path) -> None:
     whole = [line for line in lines if line["part"] == "transcripts"]
     ticks = [f"{line['model']}, batch {line['batch']}\n{line['case']}" for line in whole]
     bars = axis.barh(ticks, [line["speedup"] for line in whole], color="tab:orange")
-    axis.bar_label(bars, [f"{line['speedup']:.2f}" for line in whole], fontsize=8, padding=2)
+    axis.bar_label(bars, [f"{line['speedup']:.2f}" for line in whole], fontsize=8, label_type="center")
     for place, line in enumerate(whole):
         axis.plot([line["bound"]] * 2, [place - 0.4, place + 0.4], color="black")
     axis.axvline(1, color="grey", linewidth=0.8)
