@@ -242,7 +242,7 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
         colour = "tab:orange" if lanes[segment] else "tab:blue"
         axis.barh(lanes[segment], end - begin, left=begin, height=0.8, color=colour, alpha=0.3, edgecolor=colour)
         words = " ".join(re.sub(r"<[^>]*>", " ", texts[segment]).split())
-        width = max(int(170 * (end - begin) / (last - first)), 12)  # characters that a line of the bar has room for
+        width = max(int(220 * (end - begin) / (last - first)), 12)  # characters that a line of the bar has room for
         lines = textwrap.wrap(words, width)[-4:]
         axis.text(begin + 0.4, lanes[segment], "\n".join(lines), fontsize=7, va="center")
         for parent in topology.parents[segment]:
