@@ -38,8 +38,11 @@ ON_NUMBERS = [
 ]
 
 
-def _dtypes(record: KernelRecord) -> tuple[torch.dtype, ...]:
-    return record.interpreted if triton_interpreted() else tuple(record.tolerances)
+def _dtypes(record: KernelRecord, place: int) -> tuple[torch.dtype, ...]:
+    """Of the sample at a place in the record. The interpreter is slow: all in one dtype, every third in the others."""
+    if not triton_interpreted():
+        return tuple(record.tolerances)
+    return record.interpreted if place % 3 == 0 else record.interpreted[:1]
 
 
 def _labels(record: KernelRecord) -> list[str]:
@@ -83,8 +86,8 @@ by_sample_and_dtype = pytest.mark.parametrize(
     [
         pytest.param(r, label, dtype, id=f"{r.name}-{label}-{str(dtype).removeprefix('torch.')}")
         for r in RECORDS
-        for label in _labels(r)
-        for dtype in _dtypes(r)
+        for place, label in enumerate(_labels(r))
+        for dtype in _dtypes(r, place)
     ],
 )
 
@@ -149,7 +152,8 @@ def test_operators_obey_pytorch(record: KernelRecord, label: str, device: torch.
 
 
 @by_record
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+# What static shapes add, they add for the references too, which are compiled in both ways.
+@pytest.mark.parametrize("dynamic", [True] if triton_interpreted() else [True, False])
 def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: torch.device) -> None:
     """Results and gradients are those of the uncompiled call, at several shapes.
 
@@ -159,7 +163,7 @@ def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: to
     compiled = torch.compile(
         _triton(record), fullgraph=True, dynamic=dynamic, backend="inductor" if device.type == "cuda" else "aot_eager"
     )
-    for sample in record.samples(device, torch.float32)[:3]:
+    for sample in record.samples(device, torch.float32)[:2]:
         arguments = sample.arguments
         expected = run(_triton(record), arguments, record.differentiable, record.mutates)
         actual = run(compiled, arguments, record.differentiable, record.mutates)

@@ -49,21 +49,41 @@ def test_a_sound_checkpoint_is_confirmed(checkpoints: dict[str, Path], tmp_path:
         assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
-def test_any_single_changed_byte_of_code_is_named(checkpoint: Path) -> None:
-    """In every code file, at random places: file, line and byte are right, and nothing else is reported."""
+def test_any_changed_byte_of_code_is_named(checkpoint: Path) -> None:
+    """In every code file, at random places: file, line and byte are right."""
     rng = random.Random(0)
-    for path in sorted(checkpoint.glob("*.py")):
-        original = path.read_bytes()
+    changed: dict[str, str] = {}
+    originals = {path: path.read_bytes() for path in sorted(checkpoint.glob("*.py"))}
+    for path, original in originals.items():
         offset = rng.randrange(len(original))
-        path.write_bytes(original[:offset] + bytes([original[offset] ^ 1]) + original[offset + 1 :])
-        report = verify(checkpoint)
-        line = original[:offset].count(b"\n") + 1
-        assert not report.ok and report.code == "altered"
-        (finding,) = report.findings
-        assert finding.file == path.name
-        assert f"line {line}," in finding.problem and f"(byte {offset})" in finding.problem
+        path.write_bytes(_with_one_bit_changed(original, offset))
+        changed[path.name] = _where(original, offset)
+    report = verify(checkpoint)
+    assert not report.ok and report.code == "altered"
+    assert len(report.findings) == len(changed) > 50
+    for finding in report.findings:
+        assert changed.pop(finding.file) in finding.problem
+    for path, original in originals.items():
         path.write_bytes(original)
     assert verify(checkpoint).ok
+
+
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_a_single_changed_byte_is_the_only_finding(checkpoint: Path, place: float) -> None:
+    path = sorted(checkpoint.glob("*.py"))[round(place)]
+    original = path.read_bytes()
+    offset = round(place * (len(original) - 1))
+    path.write_bytes(_with_one_bit_changed(original, offset))
+    (finding,) = verify(checkpoint).findings
+    assert finding.file == path.name and _where(original, offset) in finding.problem
+
+
+def _with_one_bit_changed(content: bytes, offset: int) -> bytes:
+    return content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :]
+
+
+def _where(content: bytes, offset: int) -> str:
+    return f"line {content[:offset].count(10) + 1}, column {offset - content.rfind(10, 0, offset)} (byte {offset})"
 
 
 def test_expected_and_found_text_are_shown(checkpoint: Path) -> None:

@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.kernels.contract import all_records
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [record.name for record in all_records()])
-def test_kernels_keep_their_contract_in_the_interpreter(name: str, repository_root: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", "not gpu", "-k", name, "-p", "no:cacheprovider"]
+def test_kernels_keep_their_contract_in_the_interpreter(repository_root: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         command,
@@ -26,7 +23,7 @@ def test_kernels_keep_their_contract_in_the_interpreter(name: str, repository_ro
         env={**environment, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
