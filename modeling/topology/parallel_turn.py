@@ -245,6 +245,8 @@ class ParallelTurn:
                 len(row.tokens) != foreseen.end
                 or row.segments[at:] != list(foreseen.segments)
                 or row.positions[at:] != list(foreseen.positions)
+                # What the device chose stands; what a sampler foretold, it may have settled otherwise.
+                or any(0 <= told != token for told, token in zip(foreseen.tokens, row.tokens[at:], strict=True))
             ):
                 return False
         for row in self.rows:

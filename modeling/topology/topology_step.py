@@ -264,10 +264,12 @@ class TopologyStep:
             return self.run(model, cache)
         if self.signature != signature:
             chosen = self._chosen.clone()  # recording runs the step, which then has tokens of its own there
-            self._graph, self._result, self.graph_bytes = record_graph(
-                lambda: self.run(model, cache), self.tokens.device
-            )
-            self._chosen.copy_(chosen)
+            try:
+                self._graph, self._result, self.graph_bytes = record_graph(
+                    lambda: self.run(model, cache), self.tokens.device
+                )
+            finally:  # out of memory, the step is called instead and begins with the same tokens
+                self._chosen.copy_(chosen)
             self._recorded_logits = self.logits
             self.signature = signature
         self._graph.replay()

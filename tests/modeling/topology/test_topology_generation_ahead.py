@@ -101,6 +101,53 @@ def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
     assert guesses == [] and sampled.sequences.shape[1] > 1
 
 
+def test_a_sampler_that_foretells_other_tokens_than_it_settles_on_gets_its_own(
+    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass begun with foretold tokens must not stay when others are taken: its keys are those of other words."""
+
+    class Louder(ScriptedSampler):
+        def settle(self, branches: Any, tokens: list[int]) -> list[int]:
+            settled = super().settle(branches, tokens)
+            return [ord(chr(token - 16).upper()) + 16 if token > 100 else token for token in settled]
+
+    model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
+    ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
+    sampler = Louder({key: tokenizer.encode(text) for key, text in SCRIPTS.items()}, after=EOS)
+    ahead = _run(model, tokenizer, ids, sampler=sampler)
+    assert False in guesses
+    with monkeypatch.context() as patched:
+        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        _same(ahead, _run(model, tokenizer, ids, sampler=sampler))
+
+
+def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the_last(
+    model_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recording runs the step once, and the device keeps the tokens that a step chose where it begins with them."""
+
+    def recorded_in_vain(run: Callable[[], Tensor], device: torch.device) -> None:
+        run()
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    def logits_of(session: TopologySession) -> Tensor:
+        session._chosen[:2] = torch.tensor([70, 80])
+        step = session.step_for(2, 2, 1, False)
+        step.tokens[:] = torch.tensor([-1, -2])  # the two that the last step chose
+        step.positions[:] = step.columns[:] = torch.tensor([0, 1])
+        step.anc[:], step.kv_len[:] = 1, 2
+        session.execute(step, model)
+        return step.logits
+
+    model = model_of("multiverse", torch.float32)
+    with torch.no_grad():
+        expected = logits_of(TopologySession(model, 1, 2))
+        monkeypatch.setattr(f"{TopologySession.__module__}.capture_obstacle", lambda model: "")
+        monkeypatch.setattr(f"{TopologySession.__module__}.record_graph", recorded_in_vain)
+        session = TopologySession(model, 1, 2)
+        assert torch.equal(logits_of(session), expected) and not session.may_capture
+
+
 def test_tokens_that_are_never_to_be_chosen_are_left_out_by_the_step_itself(
     model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
 ) -> None:
