@@ -279,7 +279,7 @@ class _Decoding:
             decode=decoder_of(options.tokenizer),
             forced=forced,
             limits=limits,
-            sampler=_sampler(options, logits_processor, generation_config, forced, eos_ids),
+            sampler=_sampler(model, options, logits_processor, generation_config, forced, eos_ids),
             criteria=[c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))],
             keeps_logprobs=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             streamer=self.streamer,
@@ -359,6 +359,7 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _sampler(
+    model: Any,
     options: _Options,
     processors: LogitsProcessorList,
     generation_config: GenerationConfig,
@@ -369,8 +370,11 @@ def _sampler(
         return options.sampler
     constant = [each for each in processors if type(each) is SuppressTokensLogitsProcessor]
     if len(constant) == len(processors) and not (generation_config.do_sample or options.constrain):
-        # The step itself leaves these out; a conversion has some: rows that belong to no token.
-        return Sampler(sorted({token for each in constant for token in each.suppress_tokens.tolist()}))
+        # The step itself leaves these out; a conversion has some: rows that belong to no token. Ids that the model has
+        # no rows for are nothing to leave out, as in transformers.
+        rows = model.get_input_embeddings().weight.shape[0]
+        suppressed = {token for each in constant for token in each.suppress_tokens.tolist() if 0 <= token < rows}
+        return Sampler(sorted(suppressed))
     seed = options.seed
     if seed is None:
         seed = int(torch.randint(2**62, ()))

@@ -167,6 +167,12 @@ def test_tokens_that_are_never_to_be_chosen_are_left_out_by_the_step_itself(
     assert guesses == []
     _same(without, looked_at)
     _same(free, _run(model, tokenizer, ids, branch_max_new_tokens=9))  # what was left out is back
+    # Ids that the vocabulary does not have are no ids of it: neither an error nor, counted from behind, others.
+    last = model.config.vocab_size - 1
+    model.lm_head.weight.data[last] = 10 * model.lm_head.weight.data[int(free.sequences[0, -1])]
+    chosen = _run(model, tokenizer, ids, branch_max_new_tokens=9)
+    assert last in chosen.sequences
+    _same(chosen, _run(model, tokenizer, ids, branch_max_new_tokens=9, suppress_tokens=[-1, last + 1]))
 
 
 class _Without(LogitsProcessor):
