@@ -56,8 +56,7 @@ class _TopologyPatch:
         present = [patch for patch in config.active_patches if patch in CONTROL_TOKENS]
         if present:
             raise UsageError(
-                f"the source is a {present[0]} checkpoint already ({config.model_type}, source "
-                f"{config.source_model_type})",
+                f"the source is a {present[0]} checkpoint already, so {self.name} cannot be added",
                 "convert its stock source again, with the options you want",
             )
         windowed = [index for index, kind in enumerate(config.layer_types or []) if kind == "sliding_attention"]

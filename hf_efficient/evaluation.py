@@ -18,7 +18,7 @@ from hf_efficient.conversion.measuring.evaluation import (
 from hf_efficient.conversion.measuring.text import load_text, pack
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.source import Source, open_source
-from hf_efficient.errors import UsageError
+from hf_efficient.errors import HFEError, UsageError
 
 EVALUATION_TOKENS = 8_192
 
@@ -52,7 +52,8 @@ def evaluate(
 
     Raises:
         UsageError: `tokens` is below 2, or no tokenizer is known.
-        HFEError: a checkpoint or the text cannot be read, or the vocabularies differ.
+        HFEError: a checkpoint or the text cannot be read, or the vocabularies differ by more than the control tokens
+            that a conversion adds; next to those, predictions are compared on the tokens that both have.
     """
     if tokens < 2:
         raise UsageError(
@@ -64,16 +65,37 @@ def evaluate(
     if reference is not None:
         sources.append(reference if isinstance(reference, nn.Module) else open_source(str(reference), token=token))
     known = [source for source in sources if isinstance(source, Source)]
+    size = _shared_vocabulary([source.config for source in sources])
     if tokenizer is None:
         if not known:
             raise UsageError("no tokenizer is known for models in memory", "pass tokenizer=AutoTokenizer…")
-        tokenizer = known[0].tokenizer()
+        # Of two, the one that knows no more tokens than both models have.
+        tokenizer = min(known, key=lambda source: source.config.vocab_size).tokenizer()
     _, held_out = load_text(None if text is None else str(text))
-    ids = pack(tokenizer, held_out, tokens, sources[0].config.vocab_size)
+    ids = pack(tokenizer, held_out, tokens, size)
 
     with Progress({"measuring": 1}, show=progress) as bar, bar.stage("measuring"):
         logits = [_logits(source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
+        if any(source.config.vocab_size != size for source in sources):
+            logits = [_narrowed(each, size) for each in logits]
         return evaluate_logits(ids, held_out.name, *logits)
+
+
+def _shared_vocabulary(configs: list[Any]) -> int:
+    """How many tokens the models have in common: all, except for what a conversion to a topology has added."""
+    narrow, wide = min(configs, key=lambda c: c.vocab_size), max(configs, key=lambda c: c.vocab_size)
+    if narrow.vocab_size != wide.vocab_size and not getattr(wide, "topology", None):
+        first, second = (config.vocab_size for config in configs)
+        raise HFEError(
+            f"the model's vocabulary has {first} tokens, the reference's {second}",
+            "compare a converted checkpoint with its own source",
+        )
+    return int(narrow.vocab_size)
+
+
+def _narrowed(logits: LogitSource, size: int) -> LogitSource:
+    """The logits of the first `size` tokens only."""
+    return lambda ids: (piece[:, :size] for piece in logits(ids))
 
 
 def _logits(

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_efficient.conversion.reading.families import check_tensors
 from hf_efficient.conversion.reading.source import open_source
+from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
 from hf_efficient.registry import ARCHITECTURES
 
 # Groups of parameters in the order of a table, each with the parts of a tensor's name that put it there.
@@ -108,8 +109,14 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
         tied_embeddings=config.tie_word_embeddings,
         stem_layers=list(config.stem_layers or []),
         patches=patches,
-        can_convert_to=[a.patch for a in ARCHITECTURES if a.patch and a.patch not in patches],
+        can_convert_to=_further_patches(patches),
         parameters={group: count for group, count in parameters.items() if count},
         bytes=size,
         dtypes=dtypes,
     )
+
+
+def _further_patches(patches: list[str]) -> list[str]:
+    """What a conversion could add; of the patches that bring control tokens a checkpoint takes one."""
+    taken = {*patches, *(CONTROL_TOKENS if CONTROL_TOKENS.keys() & set(patches) else ())}
+    return [each.patch for each in ARCHITECTURES if each.patch and each.patch not in taken]

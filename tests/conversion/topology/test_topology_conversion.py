@@ -20,6 +20,8 @@ from hf_efficient.conversion import convert as convert_module
 from hf_efficient.conversion.bhyt import Bhyt
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.conversion.topology import MedVerse, Multiverse
+from hf_efficient.errors import HFEError
+from hf_efficient.evaluation import evaluate
 from hf_efficient.modeling.decoder import generation_decoder
 from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, MULTIVERSE, token_ids_of
 from hf_efficient.training.topology_collator import mark_topology_trained
@@ -106,6 +108,19 @@ def test_nothing_is_lost_by_measure(name: str, stock: Stock, text: Path, tmp_pat
     for figure in ("delta_nll", "kl"):
         assert measured[figure]["mean"] == pytest.approx(0, abs=1e-6)
     assert measured["top1_agreement"]["mean"] == 1
+
+
+def test_a_conversion_is_evaluated_against_its_source(stock: Stock, text: Path, tmp_path: Path) -> None:
+    """Afterwards too, though its vocabulary is longer; a model that is longer for another reason is another model."""
+    convert(stock(), tmp_path / "out", [Multiverse()], **QUIET)
+    for pair in ((tmp_path / "out", stock()), (stock(), tmp_path / "out")):
+        measured = evaluate(pair[0], reference=pair[1], text=text, tokens=1024, progress=False)
+        assert measured.kl is not None and measured.kl.mean == pytest.approx(0, abs=1e-6)
+        assert measured.top1_agreement is not None and measured.top1_agreement.mean == 1
+    longer = AutoModelForCausalLM.from_pretrained(stock())
+    longer.resize_token_embeddings(longer.config.vocab_size + 64)
+    with pytest.raises(HFEError, match="vocabulary has"):
+        evaluate(longer, reference=stock(), text=text, tokens=1024, progress=False)
 
 
 # Rows

@@ -17,6 +17,7 @@ from hf_efficient.conversion.options import ConversionOptions
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.topology import MedVerse, Multiverse
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.inspection import inspect
 
 Stock = Callable[..., Path]
 QUIET: dict[str, Any] = {"evaluate": False, "progress": False}
@@ -82,6 +83,9 @@ def test_a_rotary_embedding_that_changes_with_the_length(patch: Any, stock: Stoc
 def test_a_source_that_has_a_topology_already(second: Any, stock: Stock, tmp_path: Path) -> None:
     convert(stock(), tmp_path / "multiverse", [Multiverse()], **QUIET)
     refused(tmp_path / "multiverse", tmp_path / "out", "is a multiverse checkpoint already", second)
+    # Nor is it offered.
+    assert inspect(str(tmp_path / "multiverse")).can_convert_to == ["stem", "bhyt"]
+    assert {"multiverse", "medverse"} < set(inspect(str(stock())).can_convert_to)
 
 
 def test_a_model_called_trained_whose_tokenizer_lacks_the_tokens(stock: Stock, tmp_path: Path) -> None:
