@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_efficient.conversion.structure_sample import ARROW, Sample, Step
 from hf_efficient.conversion.structure_tree import ROOT, Element, Issue, read_tree, tag_pattern
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.topology.grammar import (
     CONTROL_TOKENS,
@@ -124,6 +124,7 @@ def flatten(text: str) -> str:
 
     What concludes a block repeats its paths, so it goes too; a conclusion outside of blocks stays.
     """
+    _check_text(text)
     grammar = "medverse" if "<Execution>" in text or "<Plan>" in text else "multiverse"
     pieces: list[str] = []
     stack: list[str] = []
@@ -157,8 +158,11 @@ def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
     Raises:
         HFEError: a chain has fewer than two entities or an empty one, or entities follow each other in a circle.
     """
+    if isinstance(chains, str):
+        raise UsageError(f"chains={chains!r} is one text", "give a list of chains")
     before: dict[str, list[str]] = {}
     for chain in chains:
+        _check_text(chain)
         entities = [" ".join(entity.split()) for entity in re.split("->|→", chain)]
         if len(entities) < 2 or not all(entities):
             raise HFEError(f"the chain {chain!r} is not of the form A -> B -> C", "give at least two entities")
@@ -186,9 +190,10 @@ def validate(text: str, grammar: str) -> list[Issue]:
     """Everything that is wrong with a text of the grammar, in the order of the text; an empty list when it is sound.
 
     Raises:
-        UsageError: the grammar is unknown.
+        UsageError: the grammar is unknown, or this is no text.
     """
     check_grammar(grammar, "dag")
+    _check_text(text)
     issues: list[Issue] = []
 
     def report(offset: int, tag: str, problem: str) -> None:
@@ -210,6 +215,11 @@ def validate(text: str, grammar: str) -> list[Issue]:
     else:
         _check_medverse(tree, text, report)
     return sorted(issues, key=lambda issue: issue.offset)
+
+
+def _check_text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{value!r} is a {type(value).__name__}, not a text", "give a str")
 
 
 def _block(chains: list[list[Step]], conclusion: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
+from hf_efficient.errors import UsageError
 
 
 def command(
@@ -34,6 +35,11 @@ def command(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+    if checkpoint.endswith(".gguf"):
+        raise UsageError(
+            f"{checkpoint} is a GGUF file, and generate takes a checkpoint folder or Hub id",
+            f"convert it first: hf-efficient convert {checkpoint} OUTPUT --patch none",
+        )
     hub = {"revision": revision or "main", "token": token, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **hub).to(device).eval()

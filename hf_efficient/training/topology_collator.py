@@ -78,8 +78,10 @@ class TopologyDataCollator:
         for name, words in (("label_mode", _LABEL_MODES), ("backend", _BACKENDS)):
             if getattr(self, name) not in words:
                 raise UsageError(f"{name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length={self.max_length} must be at least 1", "leave it out for no limit")
+        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 1):
+            raise UsageError(
+                f"max_length={self.max_length!r} must be a whole number, at least 1", "leave it out for no limit"
+            )
         if self.packing and self.max_length is None:
             raise UsageError("packing needs to know how long a row may be", "give max_length")
         if self.pad_to_multiple_of < 1:

@@ -149,7 +149,7 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             self.complain(
                 f"the block that opened at token {frame.opened} is not closed",
                 frame.tag,
-                "close it, or pass allow_truncated=True for a text that was cut",
+                "close it, or read a text that was cut with allow_truncated=True (collator: strict=False)",
             )
         elif self.plan and not self.executed:
             self.complain(

@@ -199,6 +199,10 @@ def parallel_generate(
             raise UsageError(f"parallel generation does not take {name}", "leave it out, or pass parallel=False")
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
+    if type(constrain) is not bool:
+        raise UsageError(f"constrain={constrain!r} is neither True nor False", "pass one of them")
+    if seed is not None and type(seed) is not int:
+        raise UsageError(f"seed={seed!r} is not a whole number", "pass one, or leave it out")
     options = _Options(
         tokenizer=tokenizer,
         grammar=grammar,
@@ -441,6 +445,8 @@ class ParallelGeneration:
         """As in transformers; with `parallel`, or by default where the configuration says ``topology["trained"]``, as
         `parallel_generate`, whose options it takes.
         """
+        if parallel not in (None, True, False):
+            raise UsageError(f"parallel={parallel!r} is neither True nor False", "pass one of them, or leave it out")
         trained = bool((getattr(self.config, "topology", None) or {}).get("trained"))
         if parallel and not trained:
             get_logger().warning(

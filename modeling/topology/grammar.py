@@ -54,9 +54,12 @@ def token_ids_of(tokenizer: Any, grammar: str) -> dict[str, int]:
     """The id of each control token of `grammar`.
 
     Raises:
+        UsageError: this is no tokenizer.
         TopologyError: a tag is not one token of this tokenizer.
     """
     check_grammar(grammar, "dag")
+    if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
+        raise UsageError(f"tokenizer={tokenizer!r} is not a tokenizer", "pass AutoTokenizer.from_pretrained(…)")
     found = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in CONTROL_TOKENS[grammar]}
     # A tokenizer with an unknown token has one id for every tag that it lacks.
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -64,7 +67,8 @@ def token_ids_of(tokenizer: Any, grammar: str) -> dict[str, int]:
     if lacking:
         raise TopologyError(
             f"the tokenizer lacks topology tokens: {' '.join(lacking)}",
-            f"convert the model with `hf-efficient convert --patch {grammar}`, which adds them",
+            f"convert the model with `hf-efficient convert --patch {grammar}`, which adds them, or pass such a "
+            "model's tokenizer",
         )
     return {tag: ids[0] for tag, ids in found.items()}
 

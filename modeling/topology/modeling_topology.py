@@ -23,6 +23,7 @@ from hf_efficient.modeling.topology.topology_mask import (
     TopologyMask,
     TopologyQueries,
     additive_mask,
+    check_is_topology,
     dense_mask,
     flex_mask,
 )
@@ -158,6 +159,8 @@ def _as_topology(
             "pass what the collator or Topology.stack gives, or a TopologyMask",
         )
     if segment_ids is None or anc is None:
+        if topology is not None:
+            check_is_topology(topology)
         return topology
     return TopologyMask(segment_ids, anc)
 

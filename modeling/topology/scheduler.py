@@ -314,6 +314,12 @@ class RowScheduler:
     def _take_up_prompt(self, prompt: np.ndarray) -> None:
         """Fork at once when the prompt ends where branches begin, white space aside."""
         builder, forced = self.root.builder, self.forced
+        if any(frame.in_path or (frame.tails and not frame.joined) for frame in builder.frames):
+            # A trained model has not learnt to write what is forced otherwise.
+            builder.warnings.append(
+                f"token {len(prompt)}: the prompt ends inside the branches of a block, whose rest is written token by "
+                "token, headers included; end a prompt where branches begin, or after they have joined"
+            )
         control = np.flatnonzero(np.isin(prompt, list(forced.control)))
         if not len(control):
             return

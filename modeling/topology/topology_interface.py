@@ -24,7 +24,7 @@ from hf_efficient.kernels.decode_attention.api import decode_attention
 from hf_efficient.kernels.namespace import NS
 from hf_efficient.kernels.topology_attention.api import topology_attention
 from hf_efficient.modeling.decoder.decode_interface import MAX_QUERIES, decode_attention_forward, decode_mask
-from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQueries
+from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQueries, check_is_topology
 
 # An exported copy registers under a name of its own, so that two versions never replace each other.
 TOPOLOGY_ATTENTION = "hfe_topology" if NS == "hf_efficient" else f"{NS}_topology"
@@ -56,6 +56,7 @@ def topology_attention_forward(
         return decode_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    check_is_topology(topology)
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise HFEError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_efficient.errors import UsageError
 from hf_efficient.kernels.decode_attention.reference import visible_columns
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
@@ -53,6 +54,15 @@ class TopologyQueries(NamedTuple):
     kv_len: Tensor
     col_seg: Tensor
     anc: Tensor
+
+
+def check_is_topology(given: Any) -> None:
+    """Raise `UsageError` for what a model does not take as its topology."""
+    if not isinstance(given, (TopologyMask, TopologyQueries)):
+        raise UsageError(
+            f"topology is a {type(given).__name__}, and a model takes a TopologyMask",
+            "pass Topology.stack([topology]).to_mask()",
+        )
 
 
 def seen_pairs(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:

@@ -86,6 +86,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
         (["convert", "source", "out", "--patch", "none", "--max-shard-size", "huge"], "huge"),
         (["convert", "source", "out", "--patch", "none", "--calibration-tokens", "0"], "calibration"),
         (["bench", "nothing"], "there is no benchmark"),
+        (["generate", "model.gguf", "Hello"], "convert it first"),
     ],
 )
 def test_wrong_arguments_exit_with_2(

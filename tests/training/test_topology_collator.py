@@ -285,7 +285,8 @@ def test_a_trainer_takes_it(tokenizer: Any, tmp_path: Any) -> None:
         ({"grammar": "multiverse", "mode": "tree"}, "mode='tree' is unknown"),
         ({"grammar": "multiverse", "backend": "eager"}, "backend='eager' is unknown; choose one of topology, sdpa"),
         ({"grammar": "multiverse", "label_mode": "x"}, "label_mode='x' is unknown"),
-        ({"grammar": "multiverse", "max_length": 0}, "max_length=0 must be at least 1"),
+        ({"grammar": "multiverse", "max_length": 0}, "max_length=0 must be a whole number, at least 1"),
+        ({"grammar": "multiverse", "max_length": "9"}, "max_length=.9. must be a whole number"),
         ({"grammar": "multiverse", "packing": True}, "packing needs to know how long"),
         ({"grammar": "multiverse", "pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
     ],
@@ -325,7 +326,7 @@ def test_a_malformed_text_is_an_error_that_names_the_sample(tokenizer: Any) -> N
         TopologyDataCollator(tokenizer, "multiverse")(features)
     assert TopologyDataCollator(tokenizer, "multiverse", strict=False)(features)["segment_ids"].max() == 0
     # An open block is one too, unless the text was cut.
-    with pytest.raises(TopologyError):
+    with pytest.raises(TopologyError, match="collator: strict=False"):
         TopologyDataCollator(tokenizer, "multiverse")([{"prompt": "", "completion": BLOCK[:-60]}])
 
 

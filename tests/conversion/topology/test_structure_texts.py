@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -361,6 +361,20 @@ def test_each_fault_is_found_at_its_line(grammar: str, old: str, new: str, line:
     assert found, [str(issue) for issue in issues]
     assert found[0].line == line == text.count("\n", 0, found[0].offset) + 1
     assert [issue.offset for issue in issues] == sorted(issue.offset for issue in issues)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: validate(3, "medverse"),  # type: ignore[arg-type]
+        lambda: flatten(None),  # type: ignore[arg-type]
+        lambda: entity_chains_to_steps([3]),  # type: ignore[list-item]
+        lambda: entity_chains_to_steps("a -> b"),
+    ],
+)
+def test_what_is_no_text_or_one_text_too_few_is_a_usage_error(read: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match="give a str|give a list of chains"):
+        read()
 
 
 def test_an_unknown_grammar_is_a_usage_error() -> None:

@@ -537,6 +537,17 @@ def test_limits_are_whole_numbers(generate: Callable, name: str, value: Any) -> 
         generate(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("constrain", "yes"), ("parallel", "no"), ("seed", "x"), ("seed", 1.5), ("tokenizer", "folder"), ("tokenizer", 3)],
+)
+def test_options_of_another_type_are_refused(generate: Callable, model: Any, name: str, value: Any) -> None:
+    call = model.generate if name == "tokenizer" else generate
+    given = {"inputs": torch.tensor([[20]]), "parallel": True} if name == "tokenizer" else {}
+    with pytest.raises(UsageError, match=f"{name}={value!r}"):
+        call(**given, **{name: value})
+
+
 @pytest.mark.parametrize("separator", ["and", "<Path>", 3])
 def test_a_separator_is_white_space(generate: Callable, separator: Any) -> None:
     with pytest.raises(UsageError, match="separator"):

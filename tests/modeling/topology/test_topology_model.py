@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_efficient.errors import HFEError, TopologyError
+from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
@@ -224,6 +224,16 @@ def test_a_topology_that_does_not_fit_the_call_is_named(
 ) -> None:
     with pytest.raises(HFEError, match=message):
         run(tiny_model("hfe_multiverse"), inputs(branching, **changes))
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_what_is_not_yet_a_mask_is_refused(kind: str, tiny_model: Callable, branching: tuple[Topology, Tensor]) -> None:
+    topology, ids = branching
+    model = tiny_model("hfe_multiverse") if kind == "ours" else stock_llama()
+    model.set_attn_implementation(TOPOLOGY_ATTENTION)
+    for given in (topology, Topology.stack([topology])):
+        with pytest.raises(UsageError, match=f"topology is a {type(given).__name__}, .*to_mask"):
+            model(ids, position_ids=Topology.stack([topology]).position_ids, topology=given, use_cache=False)
 
 
 def test_other_attentions_and_dropout_are_refused(tiny_model: Callable, branching: tuple[Topology, Tensor]) -> None:

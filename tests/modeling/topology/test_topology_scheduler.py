@@ -21,6 +21,7 @@ from hf_efficient.modeling.topology.topology import Topology
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
+PATH = "<Path>1: x</Path>"
 INNER = "<Parallel><Goal><Outline>2.1: c</Outline><Outline>2.2: d</Outline></Goal>"
 
 
@@ -250,6 +251,23 @@ def test_a_prompt_with_finished_blocks_goes_on_behind_them(course: Callable[...,
 def test_a_prompt_inside_an_open_path_goes_on_in_it(course: Callable[..., Run]) -> None:
     found = course("multiverse", {(): "uu</Path>\n<Path>\n2: v</Path><Conclusion>"}, prompt=f"Q{BLOCK}\n<Path>\n1: ")
     assert found.row.graph.parents == [[], [0], [0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (BLOCK, False),
+        (f"{BLOCK}<Path>1: x", True),
+        (f"{BLOCK}{PATH}", True),
+        (f"{BLOCK}{PATH}<Path>2: y</Path>", True),
+        (f"{BLOCK}{PATH}<Path>2: y</Path><Conclusion>c", False),
+        (f"{BLOCK}{PATH}<Path>2: {INNER}", True),
+    ],
+)
+def test_a_prompt_that_ends_among_branches_is_told(course: Callable[..., Run], end: str, told: bool) -> None:
+    """Nothing is forced in what is left of such a block, so a trained model loses its way there."""
+    warnings = course("multiverse", {}, prompt=f"Q{end}", max_new_tokens=60).row.root.builder.warnings
+    assert any("ends inside the branches" in warning for warning in warnings) is told
 
 
 # Refusals and odd events
