@@ -5,6 +5,7 @@ They run ahead where steps are replayed from CUDA graphs; here, on the CPU, they
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_efficient.modeling.topology.parallel_turn import ParallelTurn
 from hf_efficient.modeling.topology.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.topology_cache import TopologyCache
 from hf_efficient.modeling.topology.topology_step import TopologySession
 
 EOS = 1
@@ -84,6 +86,41 @@ def test_a_prompt_that_ends_where_branches_begin_goes_on_with_the_device_s_own_t
     with monkeypatch.context() as patched:
         patched.setattr(TopologySession, "runs_ahead", lambda session: False)
         _same(ahead, _run(model, tokenizer, ids, branch_max_new_tokens=9))
+
+
+@pytest.mark.parametrize("grammar", ["multiverse", "medverse"])
+def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
+    grammar: str,
+    model_of: Callable,
+    toy_tokenizer: Callable,
+    random_text: Callable,
+    guesses: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Random prompts that end where branches begin; ends, joins, queues and growth meet passes that are under way."""
+    model, tokenizer, rng = model_of(grammar), toy_tokenizer(grammar), random.Random(7)
+    model.lm_head.weight.data[list(tokenizer.token_ids.values())] *= 1.5  # so that tags are chosen now and then
+    fork = {"multiverse": "</Goal>", "medverse": "</Plan>"}[grammar]
+    monkeypatch.setattr(f"{TopologyCache.__module__}.round_capacity", lambda columns: columns + 3)
+    monkeypatch.setattr(f"{ParallelTurn.__module__}.FIRST_ROOM", 4)
+    for seed in range(8):
+        prompts = [f"{random_text(grammar, seed + 50 * b, seed % 2 == 0).split(fork)[0]}{fork}" for b in range(3)]
+        rows = [tokenizer.encode(prompt) for prompt in prompts[: rng.randint(1, 3)]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        options = {
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+            "max_new_tokens": rng.choice((25, 50, 90)),
+            "budget": rng.choice(("positions", "tokens")),
+            "max_branches": rng.choice((1, 2, 32)),
+            "min_fork_budget": 0,
+            "branch_max_new_tokens": rng.choice((None, 5, 9)),
+        }
+        ahead = _run(model, tokenizer, ids, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+            _same(ahead, _run(model, tokenizer, ids, **options))
+    assert guesses.count(True) > 50 and guesses.count(False) > 5
 
 
 def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
