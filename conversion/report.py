@@ -120,7 +120,15 @@ def _change(before: int, after: int, form: Callable[[int], str]) -> str:
 
 
 def _choices(choices: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in choices.items())
+    return ", ".join(f"{key} {_in_short(value)}" for key, value in choices.items())
+
+
+def _in_short(value: Any) -> str:
+    """As it prints, but for tables inside of a table."""
+    if not isinstance(value, dict):
+        return str(value)
+    shown = (f"{len(inner)} {key}" if isinstance(inner, dict) else f"{key} {inner!r}" for key, inner in value.items())
+    return f"({', '.join(shown)})"
 
 
 def _estimate(estimate: dict[str, Any]) -> str:

@@ -51,6 +51,8 @@ def command(
         inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(seed)
     start = time.perf_counter()
+    # Control tokens are special tokens, and the shape of the text is theirs.
+    tags = bool((getattr(model.config, "topology", None) or {}).get("trained"))
     output = model.generate(
         **inputs.to(device),
         max_new_tokens=max_new_tokens,
@@ -58,13 +60,18 @@ def command(
         temperature=temperature if sample else None,
         top_p=None,
         top_k=None,
-        streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not tags),
+        return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
     rate = len(new) / seconds
     if json:
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        print_json({"text": text, "new_tokens": len(new), "seconds": seconds, "tokens_per_second": rate})
+        text = tokenizer.decode(new, skip_special_tokens=not tags)
+        result = {"text": text, "new_tokens": len(new), "seconds": seconds, "tokens_per_second": rate}
+        print_json(result | ({"parallelism": output.parallelism, "warnings": output.warnings[0]} if tags else {}))
     else:
-        typer.echo(f"[{len(new)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s]", err=True)
+        parallelism = f", parallelism {output.parallelism:.2f}" if tags else ""
+        typer.echo(f"[{len(new)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s{parallelism}]", err=True)
+        for warning in output.warnings[0] if tags else ():
+            typer.echo(f"warning: {warning}", err=True)

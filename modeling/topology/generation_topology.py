@@ -291,7 +291,12 @@ class _Decoding:
         turn.run()
         pad = generation_config._pad_token_tensor
         output = _output(turn, 0 if pad is None else int(pad.reshape(-1)[0]), input_ids.device)
-        return output if generation_config.return_dict_in_generate else output.sequences
+        if generation_config.return_dict_in_generate:
+            return output
+        told = [warning for row in output.warnings or () for warning in row]
+        if told:
+            get_logger().warning("%s (return_dict_in_generate=True gives all %d warnings)", told[0], len(told))
+        return output.sequences
 
 
 def _refuse(generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:

@@ -314,22 +314,23 @@ class RowScheduler:
     def _take_up_prompt(self, prompt: np.ndarray) -> None:
         """Fork at once when the prompt ends where branches begin, white space aside."""
         builder, forced = self.root.builder, self.forced
-        if any(frame.in_path or (frame.tails and not frame.joined) for frame in builder.frames):
+        control = np.flatnonzero(np.isin(prompt, list(forced.control)))
+        if not len(control):
+            return
+        last, tail = int(prompt[control[-1]]), prompt[control[-1] + 1 :].tolist()
+        unjoined = forced.execution and last == forced.join[0]
+        if unjoined or any(frame.in_path or (frame.tails and not frame.joined) for frame in builder.frames):
             # A trained model has not learnt to write what is forced otherwise.
             builder.warnings.append(
                 f"token {len(prompt)}: the prompt ends inside the branches of a block, whose rest is written token by "
                 "token, headers included; end a prompt where branches begin, or after they have joined"
             )
-        control = np.flatnonzero(np.isin(prompt, list(forced.control)))
-        if not len(control):
-            return
-        last, tail = int(prompt[control[-1]]), prompt[control[-1] + 1 :].tolist()
         if builder.decode is not None and tail and builder.decode(tail).strip():
             return
         if last == forced.fork:
             self._fork(self.root, separated=bool(tail))
         elif forced.execution and last == forced.execution[0]:
-            self._fork_execution(self.root)
+            self._fork_execution(self.root, separated=bool(tail))
 
     def _fork(self, branch: Branch, separated: bool = False) -> bool:
         """Fork after the token that ends a goal or plan; False, with a warning, where that is refused."""
@@ -363,7 +364,7 @@ class RowScheduler:
         self._split(branch, labels, headers, [[] for _ in labels], self.limits.max_branches)
         return True
 
-    def _fork_execution(self, branch: Branch) -> bool:
+    def _fork_execution(self, branch: Branch, separated: bool = True) -> bool:
         """Begin the steps of the plan, once the execution is open; with little budget they run one at a time."""
         builder = branch.builder
         plan = builder.plan_read
@@ -374,6 +375,8 @@ class RowScheduler:
         if len(self.graph) + len(plan.dependencies) + 4 * MAX_DEPTH > MAX_SEGMENTS:
             return self._refuse(branch, f"there are {len(self.graph)} segments")
         self._executed = plan
+        if not separated:
+            self._append_all(branch, self.forced.execution[1:])
         schedule = step_schedule(plan, builder.mode)
         numbers = list(schedule)
         place = {number: i for i, number in enumerate(numbers)}

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from hf_efficient.cli import main as command_line
 from hf_efficient.cli.main import SUBCOMMANDS, run
 from hf_efficient.cli.options import build_patches, patch_classes
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.training.topology_collator import mark_topology_trained
 
 
 def status_of(*arguments: str) -> int:
@@ -143,6 +145,27 @@ def test_converted_folder_is_inspected_verified_evaluated_and_run(
 
     assert status_of("generate", str(converted), "Hello", "--max-new-tokens", "3", "--json") == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 3
+
+
+def test_a_text_with_branches_keeps_its_tags(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    assert status_of("convert", str(tiny_llama), output, "--patch", "multiverse", "--no-evaluate") == 0
+    shown = capsys.readouterr().out
+    assert "12 token_ids, trained False" in shown and "'<Path>'" not in shown
+    model = AutoModelForCausalLM.from_pretrained(output)
+    mark_topology_trained(model)
+    model.save_pretrained(output)
+    prompt = "Q<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
+    command = ["generate", output, prompt, "--no-chat", "--max-new-tokens", "90"]
+    assert status_of(*command, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"].count("<Path>") >= 2 and "</Path>" in found["text"]
+    assert found["parallelism"] > 1 and isinstance(found["warnings"], list)
+    assert status_of(*command) == 0
+    streamed = capsys.readouterr()
+    assert "<Path>" in streamed.out and f"parallelism {found['parallelism']:.2f}" in streamed.err
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(

@@ -270,6 +270,20 @@ def test_a_prompt_that_ends_among_branches_is_told(course: Callable[..., Run], e
     assert any("ends inside the branches" in warning for warning in warnings) is told
 
 
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_prompt_may_end_where_steps_begin_and_not_where_they_are_joined(
+    course: Callable[..., Run], between: str
+) -> None:
+    scripts: dict[Any, str] = {(str(n),): "a</Step>" for n in range(1, 5)} | {(): "so"}
+    whole = course("medverse", scripts | {(): f"{DIAMOND}so"}).text
+    begun = whole[whole.index(DIAMOND) :].split("<Execution>")[0] + "<Execution>"
+    found = course("medverse", scripts, prompt=f"Q{begun}{between}")
+    assert found.text == f"Q{whole[whole.index(DIAMOND) :]}" and not found.row.root.builder.warnings
+    ended = whole[: whole.index("</Execution>")] + "</Execution>"
+    told = course("medverse", {}, prompt=f"{ended}{between}", max_new_tokens=60).row.root.builder.warnings
+    assert any("ends inside the branches" in warning for warning in told)
+
+
 # Refusals and odd events
 
 
