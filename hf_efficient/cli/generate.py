@@ -9,6 +9,7 @@ import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
 from hf_efficient.errors import UsageError
+from hf_efficient.modeling.topology.grammar import is_trained
 
 
 def command(
@@ -49,10 +50,10 @@ def command(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    # Control tokens are special tokens, and the shape of the text is theirs.
+    tags = is_trained(model.config)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    # Control tokens are special tokens, and the shape of the text is theirs.
-    tags = bool((getattr(model.config, "topology", None) or {}).get("trained"))
     output = model.generate(
         **inputs.to(device),
         max_new_tokens=max_new_tokens,

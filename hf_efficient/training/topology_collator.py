@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.modeling.topology.grammar import Decode, check_grammar, decoder_of, token_ids_of
+from hf_efficient.modeling.topology.scheduler import is_whole
 from hf_efficient.modeling.topology.topology import Topology
 
 IGNORED = -100
@@ -78,7 +79,7 @@ class TopologyDataCollator:
         for name, words in (("label_mode", _LABEL_MODES), ("backend", _BACKENDS)):
             if getattr(self, name) not in words:
                 raise UsageError(f"{name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
-        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 1):
+        if self.max_length is not None and (not is_whole(self.max_length) or self.max_length < 1):
             raise UsageError(
                 f"max_length={self.max_length!r} must be a whole number, at least 1", "leave it out for no limit"
             )

@@ -24,10 +24,10 @@ from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.topology.branches import BranchPath, State, all_branches
 from hf_efficient.modeling.topology.forced_text import ForcedText, encoder_of
-from hf_efficient.modeling.topology.grammar import check_grammar, decoder_of, token_ids_of
+from hf_efficient.modeling.topology.grammar import check_grammar, decoder_of, is_trained, token_ids_of
 from hf_efficient.modeling.topology.parallel_turn import ParallelTurn
 from hf_efficient.modeling.topology.sampling import ProcessedSampler, Sampler
-from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler, is_whole
 from hf_efficient.modeling.topology.topology_step import free_session, idle_session
 
 # Arguments of `generate` that ask for another way of decoding, and those that a shared cache cannot serve.
@@ -201,7 +201,7 @@ def parallel_generate(
         tokenizer = _tokenizer_of(model)
     if type(constrain) is not bool:
         raise UsageError(f"constrain={constrain!r} is neither True nor False", "pass one of them")
-    if seed is not None and type(seed) is not int:
+    if seed is not None and not is_whole(seed):
         raise UsageError(f"seed={seed!r} is not a whole number", "pass one, or leave it out")
     options = _Options(
         tokenizer=tokenizer,
@@ -452,7 +452,7 @@ class ParallelGeneration:
         """
         if parallel not in (None, True, False):
             raise UsageError(f"parallel={parallel!r} is neither True nor False", "pass one of them, or leave it out")
-        trained = bool((getattr(self.config, "topology", None) or {}).get("trained"))
+        trained = is_trained(self.config)
         if parallel and not trained:
             get_logger().warning(
                 "the model was not trained to write control tokens: it forks only where the prompt has it fork "

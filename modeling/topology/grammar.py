@@ -50,6 +50,11 @@ def check_grammar(grammar: str, mode: str) -> None:
             raise UsageError(f"{name}={value!r} is unknown", f"choose one of {', '.join(known)}")
 
 
+def is_trained(config: Any) -> bool:
+    """True for the configuration of a model that has learnt to write control tokens."""
+    return bool((getattr(config, "topology", None) or {}).get("trained"))
+
+
 def token_ids_of(tokenizer: Any, grammar: str) -> dict[str, int]:
     """The id of each control token of `grammar`.
 

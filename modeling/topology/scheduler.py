@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,11 @@ from hf_efficient.modeling.topology.plan import step_schedule
 from hf_efficient.modeling.topology.segment_graph import MAX_SEGMENTS, bitmap_bytes
 
 BUDGETS = ("positions", "tokens")
+
+
+def is_whole(value: Any) -> bool:
+    """True for whole numbers, of numpy too; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Limits:
             lowest["branch_max_new_tokens"] = 1
         for name, least in lowest.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
+            if not is_whole(value):
                 raise UsageError(f"{name}={value!r} is not a whole number", f"pass one of at least {least}")
             if value < least:
                 raise UsageError(f"{name}={value} is too small", f"pass at least {least}")

@@ -153,7 +153,9 @@ def test_operators_obey_pytorch(record: KernelRecord, label: str, device: torch.
 
 @by_record
 # What static shapes add, they add for the references too, which are compiled in both ways.
-@pytest.mark.parametrize("dynamic", [True] if triton_interpreted() else [True, False])
+@pytest.mark.parametrize(
+    "dynamic", [True] if triton_interpreted() else [True, False], ids=lambda dynamic: "dynamic" if dynamic else "static"
+)
 def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: torch.device) -> None:
     """Results and gradients are those of the uncompiled call, at several shapes.
 
@@ -163,7 +165,7 @@ def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: to
     compiled = torch.compile(
         _triton(record), fullgraph=True, dynamic=dynamic, backend="inductor" if device.type == "cuda" else "aot_eager"
     )
-    for sample in record.samples(device, torch.float32)[:2]:
+    for sample in record.samples(device, torch.float32)[: 2 if triton_interpreted() else 3]:
         arguments = sample.arguments
         expected = run(_triton(record), arguments, record.differentiable, record.mutates)
         actual = run(compiled, arguments, record.differentiable, record.mutates)

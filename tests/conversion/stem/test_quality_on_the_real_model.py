@@ -30,8 +30,8 @@ def delta_nll(gguf: Path, output: Path, calibration: Path | None, layers: list[i
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_calibrated_on_the_text_that_python_ships(smollm_gguf: Path, tmp_path: Path) -> None:
-    """0.67 on all of Python 3.11's documentation, 0.88 on the quarter taken here; other versions' is another text."""
-    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", None, EVERY_THIRD, 4_608) <= 0.95
+    """0.67 on Python 3.11's documentation; another version's documentation is another text."""
+    assert 0.3 < delta_nll(smollm_gguf, tmp_path / "stem", None, EVERY_THIRD, 18_432) <= 0.8
 
 
 @pytest.mark.real_model
