@@ -1,0 +1,142 @@
+"""Which files hold the weights of a checkpoint: the safetensors files that `from_pretrained` would load."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_efficient.errors import HFEError
+
+SAFE_WEIGHTS_NAME = "model.safetensors"
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+_SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# What `save_pretrained` writes of a model that is distributed over processes; each file may hold parts of tensors.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def weight_file_names(config: Mapping[str, Any] | None = None, variant: str | None = None) -> tuple[str, ...]:
+    """Names of the file to load, single file or index, in transformers' order: the first that exists is the one.
+
+    Args:
+        config: fields of config.json, whose `transformers_weights` names the file.
+        variant: as for `from_pretrained`: `fp16` stands for `model.fp16.safetensors`.
+
+    Raises:
+        HFEError: `transformers_weights` names what is not safetensors, or lies outside the folder.
+    """
+    named = None if config is None else config.get("transformers_weights")
+    if named is None:
+        names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        return names if variant is None else tuple(f".{variant}.".join(name.rsplit(".", 1)) for name in names)
+    if not isinstance(named, str) or not named.endswith((_SHARD, _INDEX)):
+        raise HFEError(
+            f"transformers_weights in config.json is {named!r}, which is not the name of a safetensors file or index",
+            "take the field out, or let it name the file with the weights",
+        )
+    return (_inside(named, "transformers_weights in config.json"),)
+
+
+def shard_names(index: Path) -> list[str]:
+    """Names of the files that an index lists, in the order in which transformers reads them.
+
+    Of a tensor that several of them hold, the last one counts.
+
+    Raises:
+        HFEError: the index cannot be read, lists nothing, or lists what is not a safetensors file in its folder.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise HFEError(f"{index.name} cannot be read as JSON ({error})", "download it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HFEError(f"{index.name} has no weight_map", "download it again")
+    return sorted({_inside(name, index.name, _SHARD) for name in weight_map.values()})
+
+
+def resolve_weight_files(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    variant: str | None = None,
+    subfolder: str = "",
+    name: str | None = None,
+) -> list[Path]:
+    """The safetensors files that `from_pretrained(folder)` would load, in the order in which it reads them.
+
+    A single file comes before an index; shards that no index lists are not loaded.
+
+    Args:
+        folder: of the checkpoint.
+        config: fields of its config.json.
+        variant, subfolder: as for `from_pretrained`.
+        name: what a message calls the checkpoint; its folder's name by default.
+
+    Raises:
+        HFEError: there are none, a shard is missing, or the weights are of a kind that is not read: pickle, or the
+            files of a distributed model.
+    """
+    place, name = folder / subfolder, name or folder.resolve().name
+    present = _file_names(place)
+    distributed = [file for file in present if _DISTRIBUTED.match(file)]
+    if distributed:
+        raise HFEError(
+            f"{name} holds the weights of a distributed model ({distributed[0]}), whose files may have parts of tensors",
+            "load it with transformers and save it again with save_pretrained, without distributed_checkpoint",
+        )
+    wanted = weight_file_names(config, variant)
+    entry = next((place / file for file in wanted if (place / file).is_file()), None)
+    if entry is None:
+        raise _absent(name, wanted, present)
+    if not entry.name.endswith(".json"):
+        return [entry]
+    files = [place / shard for shard in shard_names(entry)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise HFEError(
+            f"{entry.name} names {missing[0].name!r}, which is missing ({len(missing)} of {len(files)} files are)",
+            "download the checkpoint again",
+        )
+    return files
+
+
+def _inside(name: Any, origin: str, suffix: str = "") -> str:
+    """`name`, once it is sure to be the name of a file below the folder that `origin` lies in."""
+    if isinstance(name, str) and name.endswith(suffix) and name.isprintable():
+        path = PurePosixPath(name.replace("\\", "/"))
+        if not (path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name)):
+            return name
+        problem, remedy = "outside the checkpoint's folder", "do not use this checkpoint, or correct its index"
+    else:
+        problem, remedy = "not a safetensors file", "save the model with save_pretrained, which writes safetensors"
+    raise HFEError(f"{origin} points to {name!r}, {problem}", remedy)
+
+
+def _file_names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise HFEError(f"the folder {folder.name!r} cannot be read ({error.strerror})", "check the path") from error
+
+
+def _absent(name: str, wanted: tuple[str, ...], present: list[str]) -> HFEError:
+    pickles = [file for file in present if file.endswith(_PICKLES) and file != "training_args.bin"]
+    if pickles:
+        return HFEError(
+            f"{name} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
+            "use a revision with safetensors, or load it where you trust it and save it again with save_pretrained",
+        )
+    others = [file for file in present if re.fullmatch(r"model\..*safetensors(\.index\..*json)?", file)]
+    has = f", but {', '.join(others[:3])}" if others else ""
+    return HFEError(
+        f"{name} does not hold {' or '.join(wanted)}{has}",
+        "name the folder of a whole checkpoint, and the variant where its files have one",
+    )
+
+
+__all__ = ["SAFE_WEIGHTS_INDEX_NAME", "SAFE_WEIGHTS_NAME", "resolve_weight_files", "shard_names", "weight_file_names"]
