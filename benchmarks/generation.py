@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.plot import load_pyplot
 from hf_efficient.conversion.reading.families import decoder_config
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -307,10 +308,9 @@ _COLOURS = {
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Milliseconds by batch and context, one panel for each part, with the byte floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return
 
     parts = [part for part in PARTS if any(line["part"] == part for line in lines)]
     if not parts:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from benchmarks.generation import SHAPE as LLAMA
 from benchmarks.harness import read
+from benchmarks.plot import load_pyplot
 from hf_efficient.kernels.add_rms_norm.api import add_rms_norm
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM
@@ -206,13 +207,9 @@ def median_of(samples: dict[str, list[float]], name: str) -> float | None:
 
 def draw(path: Path, limits: dict[str, str], title: str) -> None:
     """Bars of each part of a results file, with the limit of each as a line, in a PNG beside it."""
-    if find_spec("matplotlib") is None:
-        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+    pyplot = load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     lines = read(path)
     parts = list(dict.fromkeys(line["part"] for line in lines))

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the lines of one results file to a PNG."""
+def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files; None, with a line that says so, where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        print('The picture needs matplotlib: pip install "hf-efficient[bench]"', flush=True)
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the lines of one results file to a PNG."""
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return
 
     modes = list(dict.fromkeys(line["mode"] for line in lines))
     providers = list(dict.fromkeys(line["provider"] for line in lines))

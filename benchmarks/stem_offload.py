@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.generation import SHAPE as LLAMA_1B
 from benchmarks.generation import fill
 from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
@@ -219,10 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Decoding and prompts by variant, and hits by the size of the cache."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for axis, part, unit in ((axes[0], "decode", "ms a step"), (axes[1], "prefill", "ms")):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.kernels.stem_gate.api import stem_gate
 from hf_efficient.modeling.decoder.modeling_decoder import GatedMLP
@@ -193,10 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Bars of each part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return
 
     groups = [
         ("backward of the gated product, bfloat16", [x for x in lines if x["part"] == "backward"]),

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.harness import RESULTS, describe_machine, read, times, write
+from benchmarks.plot import load_pyplot
 from benchmarks.topology_cases import WIDTH, Layout, Problem, layouts, sample_ids
 from hf_efficient.kernels.contract import relative_error
 from hf_efficient.kernels.topology_attention.api import topology_attention
@@ -426,13 +426,9 @@ def measure_builder(unit: int, device: torch.device) -> list[dict[str, Any]]:
 
 def draw(path: Path) -> None:
     """Rates by case, and the time each mode takes over the bars, in a PNG beside the results file."""
-    if find_spec("matplotlib") is None:
-        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+    pyplot = load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     lines = [line for line in read(path) if line["part"] == "attention"]
     if not lines:

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import RESULTS, describe_machine, read, write
+from benchmarks.plot import load_pyplot
 from benchmarks.topology_transcripts import Transcript, medverse, multiverse, tokenizer_of
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.topology.generation_topology import parallel_generate
@@ -365,13 +365,9 @@ def lines_of(name: str, shape: dict[str, Any], arguments: argparse.Namespace, pa
 
 def draw(path: Path) -> None:
     """Speed-up and bound of the transcripts, and by number of branches and batch, in a PNG beside the results file."""
-    if find_spec("matplotlib") is None:
-        print("The picture needs matplotlib; with it, --draw makes one of the results file", flush=True)
+    pyplot = load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     lines = [line for line in read(path) if "speedup" in line]
     if not lines:

@@ -135,7 +135,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise HFEError("a GGUF source needs the package gguf", 'pip install "hf-efficient[gguf]"') from error
+        raise HFEError("a GGUF source needs the package gguf", "pip install gguf") from error
     return gguf
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -119,7 +120,6 @@ def base() -> Any:
 
 def test_adapters_learn_to_join_two_paths_and_no_path_learns_what_its_sibling_has(base: Any) -> None:
     """Chance is 1 in 16, or 1 in 14 for one who rules out the values that are in sight."""
-    peft = pytest.importorskip("peft", reason="adapters need peft (the extra `recovery`)")
     before = accuracy(base, structured, parallel=True)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

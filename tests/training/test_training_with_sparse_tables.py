@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -231,7 +232,6 @@ def test_several_processes_without_the_optimiser_are_an_error(monkeypatch: pytes
 
 
 def test_data_parallel_training_leaves_tables_alone_under_an_adapter_too() -> None:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["stem_embed"])
     adapted = peft.get_peft_model(tiny_stem(), config)
     named = {name for name, _ in adapted.named_parameters() if "stem_embed" in name}
