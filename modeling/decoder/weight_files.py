@@ -86,7 +86,7 @@ def resolve_weight_files(
     distributed = [file for file in present if _DISTRIBUTED.match(file)]
     if distributed:
         raise HFEError(
-            f"{name} holds the weights of a distributed model ({distributed[0]}), whose files may have parts of tensors",
+            f"{name} has the weights of a distributed model ({distributed[0]}), whose files may hold parts",
             "load it with transformers and save it again with save_pretrained, without distributed_checkpoint",
         )
     wanted = weight_file_names(config, variant)
