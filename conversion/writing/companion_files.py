@@ -13,12 +13,12 @@ from hf_efficient.conversion.reading.source import Source, file_inside, read_jso
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
     *("chat_template.json", "additional_chat_templates/*.jinja"),
 )
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
@@ -52,16 +52,16 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     tokenizer.save_pretrained(folder)
-    path = folder / _TOKENIZER_CONFIG
+    path = folder / TOKENIZER_CONFIG
     return _write_without_code(read_json(path), path) if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
-    _copy(origin, folder, _TOKENIZER_FILES)
-    if not (origin / _TOKENIZER_CONFIG).is_file():
+    _copy(origin, folder, TOKENIZER_FILES)
+    if not (origin / TOKENIZER_CONFIG).is_file():
         return ["the source has no tokenizer, so the result has none"] if not _has_tokenizer(origin) else []
-    _copy(origin, folder, (_TOKENIZER_CONFIG,))
-    return _write_without_code(read_json(folder / _TOKENIZER_CONFIG), folder / _TOKENIZER_CONFIG)
+    _copy(origin, folder, (TOKENIZER_CONFIG,))
+    return _write_without_code(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
 
 
 def _write_without_code(settings: dict[str, Any], path: Path) -> list[str]:
@@ -73,7 +73,7 @@ def _write_without_code(settings: dict[str, Any], path: Path) -> list[str]:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
+    return any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
 def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:

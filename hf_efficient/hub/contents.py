@@ -1,0 +1,88 @@
+"""Which files of a checkpoint folder are part of the model, and which are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_efficient.conversion.report import REPORT_NAME
+from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES
+from hf_efficient.hub.card import CARD
+from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
+
+_ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG, *TOKENIZER_FILES)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+# The name of a text: a source's LICENSE.py is code.
+_LICENCE = re.compile(
+    r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
+)
+# What the Trainer writes beside a model, and never reads unless training is resumed from the folder.
+_TRAINING = re.compile(
+    r"training_args\.bin|trainer_state\.json|(optimizer(_\d+)?|scheduler)\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth"
+    r"|(all|train|eval|test|predict)_results\.json|runs/([\w.-]+/)*events\.out\.tfevents\.[^/]+",
+    re.ASCII,
+)
+# What git, and huggingface_hub beside a download, keep for themselves.
+_RECORDS = re.compile(r"\.git/.*|\.gitattributes|\.gitignore|\.cache/huggingface/.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """The files of a checkpoint folder, by what they are; each in the order of its name.
+
+    Attributes:
+        model: files of the model: weights, configuration, tokenizer, code, report, card and licence. Only these are
+            uploaded.
+        training: what the Trainer left beside the model, such as optimizer states.
+        records: what git or huggingface_hub keeps in the folder for itself.
+        foreign: all the rest.
+    """
+
+    model: tuple[str, ...]
+    training: tuple[str, ...]
+    records: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> FolderContents:
+    """Sort the files of a checkpoint folder.
+
+    Args:
+        paths: every file, relative to the folder, with slashes.
+        code_files: the files that the export of the folder's architecture has: `render_code(architecture).files`.
+    """
+    names = sorted(set(paths))
+    # transformers prefers the single file: an index beside it, with its shards, is not read.
+    weights = (
+        {SAFE_WEIGHTS_NAME} if SAFE_WEIGHTS_NAME in names else {SAFE_WEIGHTS_INDEX_NAME, *filter(_is_shard, names)}
+    )
+    sorted_names: dict[str, list[str]] = {"model": [], "training": [], "records": [], "foreign": []}
+    for name in names:
+        if name in weights or name in code_files or _is_companion(name):
+            kind = "model"
+        elif _TRAINING.fullmatch(name):
+            kind = "training"
+        else:
+            kind = "records" if _RECORDS.fullmatch(name) else "foreign"
+        sorted_names[kind].append(name)
+    return FolderContents(**{kind: tuple(found) for kind, found in sorted_names.items()})
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file, by its path in the folder, is the text of a licence or notice."""
+    return _LICENCE.fullmatch(name) is not None
+
+
+def _is_shard(name: str) -> bool:
+    return _SHARD.fullmatch(name) is not None
+
+
+def _is_companion(name: str) -> bool:
+    # A star of the patterns does not stand for a slash.
+    return is_licence(name) or any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _ALWAYS
+    )
