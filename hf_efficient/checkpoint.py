@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import sys
@@ -30,6 +29,7 @@ from hf_efficient.conversion.reading.source import Source, TensorReader, open_fo
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.durable_files import format_bytes, write_text
+from hf_efficient.conversion.writing.output_folder import resolve_output
 from hf_efficient.conversion.writing.workspace import Workspace, check_output
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
@@ -103,7 +103,7 @@ def convert(
         HFEError: the source or the machine does not allow it; OUTPUT is as it was.
     """
     started = time.perf_counter()
-    output = Path(os.path.abspath(Path(output).expanduser()))
+    output = resolve_output(output)
     options = ConversionOptions(
         patches=patches,
         dtype=dtype,
@@ -223,6 +223,9 @@ class _Conversion:
         """Make the checkpoint in the workspace and publish it."""
         self.workspace = workspace
         folder = workspace.checkpoint
+        # First of all, since here the source may turn out to be one that cannot be taken over.
+        for warning in write_companions(self.source, folder, self.vocabulary):
+            self.warn(warning)
         plan = self.plan()
         needs = f"{format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.peak_memory_bytes)} of memory for weights"
         get_logger().info("the conversion needs %s", needs)
@@ -236,8 +239,6 @@ class _Conversion:
             plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
             write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
-            for warning in write_companions(self.source, folder, self.vocabulary):
-                self.warn(warning)
             report = self.report(plan)
             report.evaluation = evaluation
             report.seconds = round(time.perf_counter() - started, 1)

@@ -29,7 +29,6 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
-from hf_efficient.conversion.reading.json_file import is_file_name, read_json, read_weight_map
 from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
@@ -69,6 +68,7 @@ class Source:
         reader: the weights.
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of our decoder.
+        fields: what config.json holds; empty for a source without one.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
         special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
@@ -82,6 +82,7 @@ class Source:
     reader: TensorReader
     stock_config: PreTrainedConfig
     config: EfficientDecoderConfig
+    fields: dict[str, Any] = field(default_factory=dict)
     weight_files: list[Path] = field(default_factory=list)
     gguf_file: str | None = None
     tokenizer_files: Path | None = None
@@ -203,7 +204,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights: those that the index names, or the single file."""
     index = folder / INDEX_NAME
     if index.is_file():
-        return [file_inside(folder, name, index.name) for name in dict.fromkeys(read_weight_map(index).values())]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HFEError(f"{index.name} has no weight_map", "download it again")
+        return [file_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
     if (folder / _SINGLE_NAME).exists():
         return [file_inside(folder, _SINGLE_NAME, folder.name)]
     name = repo_of_snapshot(folder)[0] or folder.name
@@ -243,6 +247,7 @@ def _open_folder(location: str, folder: Path, gamma_folded: bool) -> Source:
         reader=reader,
         stock_config=stock_config,
         config=config,
+        fields=fields,
         weight_files=files,
         # A patched checkpoint goes back to the stock model that it was made from.
         base_model=card.get("base_model") if isinstance(stock_config, DecoderConfig) else repo,
@@ -312,18 +317,15 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
 
     Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
     """
-    if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
+    path = folder / str(name)
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise HFEError(
             f"{origin} points to {name!r}, outside the checkpoint's folder; shards are named by paths inside it",
             "do not use this checkpoint, or correct its index",
         )
-    path, root = folder / name, folder.resolve()
+    root = folder.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # by Python's version
-        raise HFEError(f"{name} is a link that leads in a circle", "copy the file into the folder") from error
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise HFEError(
             f"{name} is a link that leads outside the checkpoint's folder",
             "copy the file into the folder, or name the folder that holds it",
@@ -331,3 +333,14 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
     if not path.is_file():
         raise HFEError(f"{origin} names {name}, which is missing", "download the checkpoint again")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `HFEError` names what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise HFEError(f"{path.name} cannot be read as JSON ({error})", "download it again") from error
+    if not isinstance(content, dict):
+        raise HFEError(f"{path.name} must hold a JSON object, not a {type(content).__name__}", "download it again")
+    return content

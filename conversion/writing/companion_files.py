@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
-from hf_efficient.conversion.reading.json_file import read_json
-from hf_efficient.conversion.reading.source import Source, file_inside
+from hf_efficient.conversion.reading.source import Source, file_inside, read_json
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
+from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
+from hf_efficient.errors import HFEError
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -21,34 +23,75 @@ TOKENIZER_FILES = (
 )
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _GENERATION_CONFIG = "generation_config.json"
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+# The name of a text: a source's LICENSE.py is code.
+_LICENCE = re.compile(
+    r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
+)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file, by its path in the folder, is the text of a licence or notice."""
+    return _LICENCE.fullmatch(name) is not None
 
 
 def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
     """Put tokenizer, generation settings and licence of the source into `folder`; returns warnings for the report.
 
     Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over, and that a
-    tokenizer with added tokens is saved anew.
+    tokenizer with added tokens is saved anew. The tokenizer in `folder` gives the ids that the source's gives.
+
+    Raises:
+        HFEError: a file cannot be copied, or the tokenizer would give other ids from the result than from the source.
     """
     tokenizer = vocabulary.tokenizer if vocabulary else None
     with disk_errors(folder):
         if tokenizer is not None or (source.gguf_file is not None and source.tokenizer_files is None):
-            warnings = _save_tokenizer(source.tokenizer() if tokenizer is None else tokenizer, folder)
+            tokenizer = source.tokenizer() if tokenizer is None else tokenizer
+            warnings = _save_tokenizer(tokenizer, folder)
         else:
             warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder)
+        if has_tokenizer(folder):
+            warnings += _keep_tokenizer(source, tokenizer, folder)
         if source.gguf_file is None:
-            _copy(source.files, folder, _LICENCES)
+            warnings += _copy_licences(source.files, folder)
+        _write_generation_settings(source, folder, vocabulary)
+    return warnings
+
+
+def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> None:
+    """Those of generation_config.json or, where there is none, those that config.json holds, as transformers does."""
+    path = folder / _GENERATION_CONFIG
     if source.gguf_file is None and (source.files / _GENERATION_CONFIG).is_file():
         _copy(source.files, folder, (_GENERATION_CONFIG,))
+        settings = read_json(path)
     else:
-        settings = GenerationConfig.from_model_config(source.stock_config)
-        write_text(folder / _GENERATION_CONFIG, settings.to_json_string(use_diff=True))
+        try:
+            stock = GenerationConfig.from_model_config(dict(source.fields) or source.stock_config)
+            settings = json.loads(stock.to_json_string(use_diff=True))
+        # transformers raises many kinds of errors for a setting of a wrong type or value.
+        except Exception as error:
+            cause = " ".join(str(error).split())[:200]
+            raise HFEError(
+                f"the generation settings in config.json are not valid ({cause})", "correct or remove them"
+            ) from error
+        # Settings marked so are replaced by those of the model's configuration, which holds none.
+        settings.pop("_from_model_config", None)
+        write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     if vocabulary and vocabulary.suppressed:
-        settings = read_json(folder / _GENERATION_CONFIG)
         settings.pop("_from_model_config", None)  # from here on they say more than the model's configuration
         settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *vocabulary.suppressed})
-        write_text(folder / _GENERATION_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return warnings
+        write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
+    if tokenizer is None:
+        try:
+            tokenizer = source.tokenizer()
+        # Not even the source's own can be loaded, so there is nothing to compare with.
+        except HFEError as error:
+            return [f"the source's tokenizer was copied, but not checked: {error.problem}"]
+    return keep_tokenizer(source.name, tokenizer, folder)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
@@ -60,7 +103,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
     _copy(origin, folder, TOKENIZER_FILES)
     if not (origin / TOKENIZER_CONFIG).is_file():
-        return ["the source has no tokenizer, so the result has none"] if not _has_tokenizer(origin) else []
+        return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
     _copy(origin, folder, (TOKENIZER_CONFIG,))
     return _write_without_code(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
 
@@ -73,14 +116,33 @@ def _write_without_code(settings: dict[str, Any], path: Path) -> list[str]:
     return ["the source's tokenizer has code of its own, which is not carried over: check that it works without"]
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """True where a folder holds any file of a tokenizer."""
     return any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
 def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for path in sorted(origin.glob(pattern)):
-            name = path.relative_to(origin)
-            (folder / name).parent.mkdir(exist_ok=True)
-            # Links are followed, within the bounds that hold for weights.
-            shutil.copyfile(file_inside(origin, str(name), origin.name), folder / name)
+            _copy_file(origin, str(path.relative_to(origin)), folder)
+
+
+def _copy_file(origin: Path, name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    # Links are followed, within the bounds that hold for weights.
+    shutil.copyfile(file_inside(origin, name, origin.name), folder / name)
+
+
+def _copy_licences(origin: Path, folder: Path) -> list[str]:
+    """Copy the texts among the files that are named like licences, and those in a folder of licences."""
+    left_out = []
+    for path in sorted(found for pattern in _LICENCES for found in origin.glob(pattern)):
+        for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+            name = each.relative_to(origin).as_posix()
+            if is_licence(name) and each.is_file():
+                _copy_file(origin, name, folder)
+            else:
+                left_out.append(name)
+    return (
+        [f"{', '.join(left_out)} of the source is not the text of a licence, so it was not copied"] if left_out else []
+    )

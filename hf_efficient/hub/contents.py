@@ -10,16 +10,12 @@ from fnmatch import fnmatchcase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
-from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES
+from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES, is_licence
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 
 _ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG, *TOKENIZER_FILES)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
-# The name of a text: a source's LICENSE.py is code.
-_LICENCE = re.compile(
-    r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
-)
 # What the Trainer writes beside a model, and never reads unless training is resumed from the folder.
 _TRAINING = re.compile(
     r"training_args\.bin|trainer_state\.json|(optimizer(_\d+)?|scheduler)\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth"
@@ -70,11 +66,6 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
             kind = "records" if _RECORDS.fullmatch(name) else "foreign"
         sorted_names[kind].append(name)
     return FolderContents(**{kind: tuple(found) for kind, found in sorted_names.items()})
-
-
-def is_licence(name: str) -> bool:
-    """Whether a file, by its path in the folder, is the text of a licence or notice."""
-    return _LICENCE.fullmatch(name) is not None
 
 
 def _is_shard(name: str) -> bool:

@@ -1,0 +1,43 @@
+"""The folder that a conversion is to make: what can be replaced by a rename, and what cannot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hf_efficient.conversion.writing.workspace import partial_folder
+from hf_efficient.errors import UsageError
+
+_NAME_MAX = 255
+
+
+def resolve_output(output: str | Path) -> Path:
+    """The absolute path of OUTPUT; of a link, the folder that it leads to.
+
+    The result appears by one rename beside OUTPUT, which cannot replace every kind of folder.
+
+    Raises:
+        UsageError: OUTPUT is a mount point, the current folder or one that holds it, a link that leads back to itself,
+            or has a name that no folder can have.
+    """
+    if not str(output):
+        raise UsageError("OUTPUT is empty", "name a folder that does not exist yet")
+    if "\0" in str(output):
+        raise UsageError(f"OUTPUT {str(output)!r} holds a NUL character", "name another folder")
+    given = Path(os.path.abspath(Path(output).expanduser()))
+    path = Path(os.path.realpath(given)) if given.is_symlink() else given
+    if path.is_symlink():  # as far as realpath gets
+        raise UsageError(f"OUTPUT {given} is a link that leads back to itself", "name another folder")
+    if os.path.ismount(path):
+        raise UsageError(
+            f"OUTPUT {given} is a mount point, which cannot be replaced by the finished folder",
+            f"name a folder in it: {given / 'model'}",
+        )
+    if len(os.fsencode(partial_folder(path).name)) > _NAME_MAX:
+        raise UsageError(f"the name of OUTPUT, {path.name[:40]}…, is too long", "name a folder of a shorter name")
+    if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(path)):
+        raise UsageError(
+            f"OUTPUT {given} is or holds the current folder, so it cannot be replaced by the finished folder",
+            "name a folder in the current one, or call the command from elsewhere",
+        )
+    return path

@@ -1,0 +1,110 @@
+"""Whether a tokenizer does from a converted folder what it does from its source.
+
+AutoTokenizer finds a tokenizer's class by the model type as well as by the name in tokenizer_config.json, and a
+conversion changes the model type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_efficient.conversion.reading.source import read_json
+from hf_efficient.conversion.writing.durable_files import write_text
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+_CONFIG = "tokenizer_config.json"
+# Where tokenizers differ: composed and decomposed accents, digits, white space, cases, scripts, symbols, code.
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. It's 12345.67 or 1,000,000; isn't it? HELLO World",
+    "\u00e9t\u00e9 e\u0301te\u0301 na\u00efve \ufb01ne \u2126 \uff21\uff22 \u1e9b\u0323",
+    "  two  spaces\ttab\n\n new\r\nlines   \n   end  ",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u0645\u0631\u062d\u0628\u0627",
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    'def f(x):\n    return x**2 + 1  # <b>&amp;</b> {"a": [1, 2]}\n',
+    "",
+)
+_CHAT = [{"role": "user", "content": "Hi there, 2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
+    """Make AutoTokenizer load from `folder` what `tokenizer` is; returns warnings for the report.
+
+    Where another class would be loaded than from the source, tokenizer_config.json gets to name the class.
+
+    Args:
+        name: of the source.
+        tokenizer: as it was loaded from the source.
+        folder: with the tokenizer's files; config.json is not needed.
+
+    Raises:
+        HFEError: no class that can be named gives the same ids.
+    """
+    expected = _behaviour(tokenizer)
+
+    def same() -> bool:
+        try:
+            # Every model type of ours has no tokenizer class of its own, so any of the configurations will do.
+            loaded = AutoTokenizer.from_pretrained(folder, config=EfficientDecoderConfig(), trust_remote_code=False)
+        # transformers raises many kinds of errors for a tokenizer that it cannot load.
+        except Exception:
+            return False
+        return _behaviour(loaded) == expected
+
+    if same():
+        return []
+    _name_class(tokenizer, folder)
+    if same():
+        return []
+    tokenizer.save_pretrained(folder)
+    if same():
+        return ["the source's tokenizer was saved anew: from copies of its files it would have given other ids"]
+    raise HFEError(
+        f"the tokenizer of {name}, a {type(tokenizer).__name__}, gives other ids when it is loaded without the model "
+        "type of its source",
+        "name a tokenizer that AutoTokenizer loads from a folder without config.json (--tokenizer)",
+    )
+
+
+def _name_class(tokenizer: Any, folder: Path) -> None:
+    path = folder / _CONFIG
+    settings = read_json(path) if path.is_file() else {}
+    settings["tokenizer_class"] = type(tokenizer).__name__
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _behaviour(tokenizer: Any) -> list[Any]:
+    """What a tokenizer does with texts of many kinds, its special tokens, and a conversation."""
+    special = sorted(str(token) for token in tokenizer.get_added_vocab())
+    texts = [*_TEXTS, *special, " x ".join(special), *(f"a{token}b" for token in special[:50])]
+    found: list[Any] = [
+        sorted(tokenizer.get_added_vocab().items()),
+        {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+        tokenizer.padding_side,
+    ]
+    for text in texts:
+        ids = _or_error(lambda text=text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        found += [ids, _or_error(lambda text=text: tokenizer(text)["input_ids"])]
+        if isinstance(ids, list):
+            found += [_or_error(lambda ids=ids: tokenizer.decode(ids))]
+            found += [_or_error(lambda ids=ids: tokenizer.decode(ids, skip_special_tokens=True))]
+    if tokenizer.chat_template:
+        for options in ({}, {"add_generation_prompt": True}):
+            found.append(
+                _or_error(lambda options=options: tokenizer.apply_chat_template(_CHAT, tokenize=False, **options))
+            )
+    return found
+
+
+def _or_error(call: Callable[[], Any]) -> Any:
+    """The result, or the kind of error: a tokenizer that fails on a text must fail on it from the result too."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error).__name__
