@@ -1,4 +1,6 @@
-"""The only place that reads environment variables. All of ours begin with ``HFE_``.
+"""The releases that this one was tested with, and the only place that reads environment variables.
+
+All of ours begin with ``HFE_``.
 
 | variable | values | effect |
 |---|---|---|
@@ -11,6 +13,11 @@
 from __future__ import annotations
 
 import os
+
+# Oldest and newest, both included.
+TESTED_TRANSFORMERS = ("5.17", "5.24")
+TESTED_TORCH = ("2.11", "2.14")
+TESTED_PYTHON = ("3.10", "3.13")
 
 
 def backend_override() -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import TokenIdError
+from hf_efficient.modeling.decoder.cache_compat import cache_argument
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 from hf_efficient.modeling.decoder.rms_norm import add_and_norm
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
@@ -120,7 +121,6 @@ class LayerwisePass:
                 attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=None,
                 use_cache=False,
                 token_ids=stream.slots[part],
             )
@@ -152,7 +152,7 @@ class LayerwisePass:
         if shape not in self._shapes:
             position_ids = torch.arange(shape[1], device=self.device).unsqueeze(0)
             masks = self.model.build_masks(
-                inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=position_ids
+                inputs_embeds=hidden, attention_mask=None, position_ids=position_ids, **cache_argument(None)
             )
             self._shapes[shape] = masks, self.model.rotary_emb(hidden, position_ids), position_ids
         return self._shapes[shape]

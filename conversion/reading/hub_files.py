@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, metadata_load, snapshot_download
 from huggingface_hub.errors import (
@@ -20,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from hf_efficient.conversion.reading.json_file import read_weight_map
 from hf_efficient.errors import HFEError
 
 # Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
@@ -42,8 +41,7 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
     index = folder / _INDEX
     shards = [_SINGLE]
     if index.is_file():
-        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-        shards = sorted({str(name) for name in weight_map.values()})
+        shards = sorted(set(read_weight_map(index).values()))
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
     folder = _snapshot(repo_id, [*_SMALL_FILES, *shards], commit, token)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.tensor_file import check_finite, read_tensor
+from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, is_whole, parse_json
+from hf_efficient.conversion.reading.tensor_file import check_finite, open_file, read_tensor
 from hf_efficient.errors import HFEError
 
 # The format's names of dtypes. Weights are of the first row; the others are known so that buffers can be skipped.
@@ -20,8 +21,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-# A header is a few hundred bytes for each tensor; the format itself allows no more than this.
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,35 @@ class TensorEntry:
 
 
 def parse_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only.
+
+    Raises:
+        HFEError: the file cannot be read, is truncated, or is not what the format allows: the tensors lie end to end,
+            from the header to the end of the file.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or length > size - 8:
             raise HFEError(
                 f"{path.name} has {size} bytes, fewer than its header claims: it is truncated or not safetensors",
                 "download or copy it again",
             )
+        if length > MAX_JSON_BYTES:
+            raise HFEError(
+                f"the header of {path.name} has {length} bytes; this reader takes at most {MAX_JSON_BYTES}",
+                "save the checkpoint in more shards",
+            )
         text = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        described = [(name, *_described(entry)) for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HFEError(f"the header of {path.name} is not valid safetensors ({error})", "download it again") from error
+    header = parse_json(f"the header of {path.name}", text)
+    header.pop("__metadata__", None)
+    described = [(name, *_described(path, name, entry)) for name, entry in header.items()]
 
     entries = {}
-    for name, kind, shape, start, stop in sorted(described, key=lambda entry: entry[3]):
-        if kind not in DTYPES:
-            raise HFEError(
-                f"tensor {name} in {path.name} has dtype {kind}, which is not one of {', '.join(DTYPES)}",
-                "use a checkpoint in float32, float16 or bfloat16",
-            )
+    position = 0
+    for name, kind, shape, start, stop in sorted(described, key=lambda entry: entry[3:]):
         expected = math.prod(shape) * DTYPES[kind].itemsize
-        if stop - start != expected or start < 0:
+        if stop - start != expected:
             raise HFEError(
                 f"tensor {name} in {path.name} has shape {list(shape)} and dtype {kind}, which is {expected} bytes, "
                 f"but its header gives it bytes {start} to {stop}",
@@ -76,14 +79,44 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
                 f"{path.name} is truncated: tensor {name} ends at byte {8 + length + stop}, the file at {size}",
                 "download or copy it again",
             )
+        if start != position:
+            raise HFEError(
+                f"tensor {name} in {path.name} begins at byte {start} of the data and the tensor before it ends at "
+                f"{position}",
+                "download or copy the file again",
+            )
         entries[name] = TensorEntry(path, 8 + length + start, shape, DTYPES[kind])
+        position = stop
+    if 8 + length + position != size:
+        raise HFEError(
+            f"the last tensor of {path.name} ends at byte {8 + length + position}, the file at {size}",
+            "download or copy it again",
+        )
     return entries
 
 
-def _described(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _described(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Dtype, shape, first and last byte of a header's entry."""
-    start, stop = map(int, entry["data_offsets"])
-    return str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str):
+        raise HFEError(f"the header of {path.name} is not valid safetensors (at tensor {name})", "download it again")
+    if kind not in DTYPES:
+        raise HFEError(
+            f"tensor {name} in {path.name} has dtype {kind[:80]}, which is not one of {', '.join(DTYPES)}",
+            "use a checkpoint in float32, float16 or bfloat16",
+        )
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(is_whole, shape)):
+        raise HFEError(
+            f"the header of {path.name} is not valid safetensors (tensor {name} has the shape {str(shape)[:80]})",
+            "download it again",
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_whole, offsets)):
+        raise HFEError(
+            f"the header of {path.name} is not valid safetensors (tensor {name} has the bytes {str(offsets)[:80]})",
+            "download it again",
+        )
+    return kind, tuple(shape), offsets[0], offsets[1]
 
 
 class SafetensorsReader:

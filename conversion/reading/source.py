@@ -29,6 +29,7 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
+from hf_efficient.conversion.reading.json_file import is_file_name, read_json, read_weight_map
 from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
@@ -204,10 +205,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights: those that the index names, or the single file."""
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise HFEError(f"{index.name} has no weight_map", "download it again")
-        return [file_inside(folder, name, index.name) for name in dict.fromkeys(weight_map.values())]
+        return [file_inside(folder, name, index.name) for name in dict.fromkeys(read_weight_map(index).values())]
     if (folder / _SINGLE_NAME).exists():
         return [file_inside(folder, _SINGLE_NAME, folder.name)]
     name = repo_of_snapshot(folder)[0] or folder.name
@@ -317,15 +315,18 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
 
     Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
     """
-    path = folder / str(name)
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise HFEError(
             f"{origin} points to {name!r}, outside the checkpoint's folder; shards are named by paths inside it",
             "do not use this checkpoint, or correct its index",
         )
-    root = folder.resolve()
+    path, root = folder / name, folder.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # by Python's version
+        raise HFEError(f"{name} is a link that leads in a circle", "copy the file into the folder") from error
+    if not any(target.is_relative_to(place) for place in allowed):
         raise HFEError(
             f"{name} is a link that leads outside the checkpoint's folder",
             "copy the file into the folder, or name the folder that holds it",
@@ -333,14 +334,3 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
     if not path.is_file():
         raise HFEError(f"{origin} names {name}, which is missing", "download the checkpoint again")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `HFEError` names what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise HFEError(f"{path.name} cannot be read as JSON ({error})", "download it again") from error
-    if not isinstance(content, dict):
-        raise HFEError(f"{path.name} must hold a JSON object, not a {type(content).__name__}", "download it again")
-    return content

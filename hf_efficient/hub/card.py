@@ -13,8 +13,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_efficient import __version__
+from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.report import REPORT_NAME
-from hf_efficient.hub.export import CONFIG, read_json
+from hf_efficient.hub.export import CONFIG
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 CARD = "README.md"

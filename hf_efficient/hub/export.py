@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_efficient import __version__
+from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.custom_generate import FOLDER, render_custom_generate
 from hf_efficient.hub.flatten import FlatCode, flatten
@@ -89,25 +90,6 @@ def render_code(architecture: Architecture) -> CodeExport:
         "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
     }
     return CodeExport(code, files, auto_map, _json(manifest))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; an `HFEError` names what is wrong with it."""
-    try:
-        return parse_json(path.name, path.read_bytes())
-    except OSError as error:
-        raise HFEError(f"{path} cannot be read: {error.strerror}", "name the folder of a checkpoint") from None
-
-
-def parse_json(name: str, data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, the content of the file `name`."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise HFEError(f"{name} is not valid JSON ({error})", "restore the file") from None
-    if not isinstance(value, dict):
-        raise HFEError(f"{name} holds a {type(value).__name__}, not an object", "restore the file")
-    return value
 
 
 def _auto_map(architecture: Architecture) -> tuple[str, dict[str, str]]:

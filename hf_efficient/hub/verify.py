@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_efficient import __version__
+from hf_efficient.conversion.reading.json_file import MAX_TOKENIZER_BYTES, parse_json, read_bytes_of, read_json
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, parse_json, read_json, render_code
+from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
 from hf_efficient.hub.weights import check_weights
@@ -234,7 +235,7 @@ def _foreign_references(folder: Path, auto_map: dict[str, str]) -> Iterator[Find
         if not path.is_file() or relative.startswith(".git/"):
             continue
         try:
-            value: Any = parse_json(relative, path.read_bytes())
+            value: Any = parse_json(relative, read_bytes_of(path, MAX_TOKENIZER_BYTES))
         except HFEError as error:
             if "not an object" not in error.problem and relative not in (CONFIG, CODE_MANIFEST):
                 yield Finding(relative, error.problem, error.remedy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_efficient.conversion.reading.json_file import read_weight_map
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header
 from hf_efficient.errors import HFEError
-from hf_efficient.hub.export import CONFIG, read_json
+from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.registry import Architecture
 
@@ -95,9 +95,7 @@ def _stored_tensors(folder: Path) -> tuple[dict[str, TensorEntry], list[Finding]
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    mapped = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
-        raise HFEError("weight_map must give a file for each tensor", _COPY_AGAIN)
+    mapped = read_weight_map(folder / INDEX)
     for name in mapped.values():
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise HFEError(
@@ -110,18 +108,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _read_header(path: Path) -> dict[str, TensorEntry]:
     if not path.is_file():
         raise HFEError("is missing", "add the weights, or convert again")
-    entries = parse_header(path)
-    size = path.stat().st_size
-    position = min((entry.offset for entry in entries.values()), default=size)
-    for name, entry in entries.items():
-        if entry.offset != position:
-            raise HFEError(
-                f"tensor {name} begins at byte {entry.offset} and the tensor before it ends at {position}", _COPY_AGAIN
-            )
-        position += math.prod(entry.shape) * entry.dtype.itemsize
-    if position != size:
-        raise HFEError(f"the last tensor ends at byte {position}, the file at {size}", _COPY_AGAIN)
-    return entries
+    return parse_header(path)
 
 
 def _differences(

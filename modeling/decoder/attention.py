@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_efficient.kernels.rotary_cache.api import rotary_cache
+from hf_efficient.modeling.decoder.cache_compat import check_arguments, one_cache, update_cache
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_interface import is_decode_mask, query_columns
 from hf_efficient.modeling.decoder.fused_steps import fused_linear, linear, may_fuse
@@ -127,10 +128,13 @@ class DecoderAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = one_cache(past_key_values, cache, kwargs)
+        check_arguments(self, kwargs)
         q, k, v = self.project(hidden_states)
-        place = place_in_cache(past_key_values, self.layer_idx, attention_mask, q.shape[1])
+        place = place_in_cache(cache, self.layer_idx, attention_mask, q.shape[1])
         if place is not None and self.may_write_cache(q):
             q, k, v = self.write_cache(q, k, v, position_embeddings, place)
         else:
@@ -138,8 +142,8 @@ class DecoderAttention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
             v = v.transpose(1, 2)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_idx)
+            if cache is not None:
+                k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

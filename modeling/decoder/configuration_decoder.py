@@ -45,7 +45,7 @@ class DecoderConfig(PreTrainedConfig):
     model_type = "hfe_decoder_base"
     # An architecture is defined by its patch, so the patch may not be absent; `hfe_decoder` takes any combination.
     patch_is_optional = False
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

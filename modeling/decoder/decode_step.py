@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.cache_compat import cache_argument
 from hf_efficient.modeling.decoder.decode_interface import pack_decode_mask
 from hf_efficient.modeling.decoder.fused_steps import is_unhooked
 
@@ -243,10 +244,10 @@ class DecodeStep:
             input_ids=self.tokens,
             position_ids=self.positions,
             attention_mask=self.masks,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
+            **cache_argument(cache),
         ).logits[:, -1]
         self.positions += 1
         self.mask[:, :, 0, :2] += 1

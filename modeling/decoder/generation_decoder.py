@@ -27,6 +27,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.cache_compat import cache_argument, cache_of_arguments, rename_cache
 from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import (
@@ -44,6 +45,7 @@ TOKENS_BETWEEN_LOOKS = 8
 # What may come with a prompt without changing what a step computes.
 _STEP_ARGUMENTS = {
     "attention_mask",
+    "cache",
     "cache_position",
     "inputs_embeds",
     "logits_to_keep",
@@ -67,6 +69,10 @@ class CapturedGeneration:
     # Attention implementations that compute what `hfe_decode` does, for patches to add to.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache may come under its name of any release."""
+        return super().generate(*args, **rename_cache(kwargs))  # type: ignore[misc]
+
     def captured_steps(self) -> list[dict[str, Any]]:
         """What `generate` keeps for its next calls: rows, columns and bytes of each captured step and its cache.
 
@@ -83,7 +89,7 @@ class CapturedGeneration:
     ) -> str:
         """Why a call of `generate` takes transformers' loop, or an empty text when it is served from a graph."""
         config = self.config
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of_arguments(model_kwargs)
         mask = model_kwargs.get("attention_mask")
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
         tested = {
@@ -196,12 +202,12 @@ class _Turn:
         mask = model_kwargs.get("attention_mask")
         # [B, columns so far], false at padding; None when there is none
         self.columns = None if mask is None or bool(mask.all()) else mask.to(model.device, torch.bool)
-        given = model_kwargs.get("past_key_values")
+        given = cache_of_arguments(model_kwargs)
         is_callers = getattr(given, "_is_user_defined", False)
         self.keeps_cache = is_callers or bool(generation_config.return_dict_in_generate)
         self._pooled: DecodeStep | None = None
         self.cache: Any = given if is_callers else self._own_cache(model_kwargs.get("inputs_embeds"))
-        self.model_kwargs = {**model_kwargs, "past_key_values": self.cache}
+        self.model_kwargs = {**model_kwargs, **cache_argument(self.cache)}
         if is_callers and isinstance(given, DecodeCache):
             self._make_room(
                 given, max(x.shape[1] for x in (input_ids, mask, model_kwargs.get("inputs_embeds")) if x is not None)
@@ -339,7 +345,7 @@ class _Turn:
             sequences=sequences,
             scores=None if scores is None else tuple(scores[:steps]),
             logits=None if logits is None else tuple(logits[:steps]),
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
         )
 
 

@@ -28,6 +28,13 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TokenIdError
 from hf_efficient.modeling.decoder.attention import DecoderAttention, DecoderRotaryEmbedding
+from hf_efficient.modeling.decoder.cache_compat import (
+    CACHE_ARGUMENT,
+    CACHE_ARGUMENTS,
+    cache_argument,
+    check_arguments,
+    one_cache,
+)
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
@@ -79,6 +86,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         token_ids: Tensor | None = None,
         carry_residual: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The residual stream after this layer.
@@ -86,13 +94,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         With `carry_residual` what the feed-forward adds to it is handed on beside it, `pending` for the next layer,
         whose norm adds it on the way. By position, like the stream: checkpointing may look for gradients only there.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
+        check_arguments(self, kwargs)
         arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
         normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *arriving)
         mixed, _ = self.self_attn(
             normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             **kwargs,
         )
         normed, hidden_states, _ = add_and_norm(self.post_attention_layernorm, mixed, hidden_states, statistic)
@@ -117,7 +127,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_ARGUMENTS)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -253,20 +263,23 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         token_ids = self.resolve_token_ids(input_ids, inputs_embeds, kwargs)
         if token_ids is not None:
             self.check_token_ids(token_ids)
-        looked_up = self.begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
+        looked_up = self.begin_call(token_ids, attention_mask, position_ids, cache, kwargs)
+        check_arguments(self, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         # `generate` with a static cache prepares the masks itself and hands over the mapping.
@@ -275,8 +288,8 @@ class DecoderModel(DecoderPreTrainedModel):
             masks = self.build_masks(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **cache_argument(cache),
             )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -291,16 +304,16 @@ class DecoderModel(DecoderPreTrainedModel):
                 attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 token_ids=looked_up,
                 carry_residual=carry,
+                **cache_argument(cache),
                 **kwargs,
             )
             hidden_states, pending = handed_on if carry else (handed_on, None)
         arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
         normed, _, _ = add_and_norm(self.norm, *arriving)
-        return BaseModelOutputWithPast(last_hidden_state=normed, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=normed, **cache_argument(cache))
 
     def _may_carry(self, layers: Any, kwargs: dict[str, Any]) -> bool:
         """True when nobody asks for the stream between two layers, so that it may lack what is still to be added."""
@@ -335,6 +348,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, K, vocab_size] and, given `labels` [B, S] (-100 is ignored), the next-token cross-entropy.
@@ -348,6 +362,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         # slice(-0, None) is the whole sequence
@@ -359,9 +374,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **cache_argument(getattr(outputs, CACHE_ARGUMENT)),
         )
 
 

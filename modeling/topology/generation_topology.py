@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENTS
 from hf_efficient.modeling.topology.branches import BranchPath, State, all_branches
 from hf_efficient.modeling.topology.forced_text import ForcedText, encoder_of
 from hf_efficient.modeling.topology.grammar import check_grammar, decoder_of, is_trained, token_ids_of
@@ -33,7 +34,7 @@ from hf_efficient.modeling.topology.topology_step import free_session, idle_sess
 # Arguments of `generate` that ask for another way of decoding, and those that a shared cache cannot serve.
 _NOT_WITH_BRANCHES = (
     *("assistant_model", "assistant_tokenizer", "custom_generate", "inputs_embeds", "negative_prompt_attention_mask"),
-    *("negative_prompt_ids", "past_key_values", "position_ids", "prefix_allowed_tokens_fn"),
+    *("negative_prompt_ids", *CACHE_ARGUMENTS, "position_ids", "prefix_allowed_tokens_fn"),
 )
 _CONFIGURED_ELSE = {
     "assistant_early_exit": None,
@@ -55,7 +56,7 @@ _CONFIGURED_ELSE = {
 }
 # Where a model's weights came from, and the tokenizer that lies there.
 _TOKENIZERS: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
-_IGNORED = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_IGNORED = {*CACHE_ARGUMENTS, "attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache"}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TopologyError
 from hf_efficient.kernels.topology_blocks.api import check_segments
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.cache_compat import cache_argument, one_cache
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
@@ -55,9 +56,11 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         segment_ids: Tensor | None = None,
         anc: Tensor | None = None,
         topology: TopologyMask | TopologyQueries | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As `DecoderModel`; `segment_ids` and `anc`, or `topology`, as for `TopologyForCausalLM`."""
+        cache = one_cache(past_key_values, cache, kwargs)
         given = _as_topology(segment_ids, anc, topology)
         if given is not None:
             tokens = input_ids if input_ids is not None else inputs_embeds
@@ -68,8 +71,8 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
                     "load the model with attn_implementation='eager'",
                 )
             columns = None
-            if isinstance(given, TopologyQueries) and past_key_values is not None:
-                columns = past_key_values.get_mask_sizes(given.columns.shape[1], 0)[0]
+            if isinstance(given, TopologyQueries) and cache is not None:
+                columns = cache.get_mask_sizes(given.columns.shape[1], 0)[0]
             # A mapping is taken as it is: nobody may read the jumps in the positions as packed sequences.
             mask, kwargs["topology"] = self._mask(given, columns)
             attention_mask = dict.fromkeys(self.config.layer_types, mask)
@@ -77,9 +80,9 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_argument(cache),
             **kwargs,
         )
 
@@ -184,6 +187,7 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
         segment_ids: Tensor | None = None,
         anc: Tensor | None = None,
         topology: TopologyMask | TopologyQueries | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits and loss as of `DecoderForCausalLM`; without a topology the text is an ordinary one.
@@ -206,6 +210,7 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
             segment_ids=segment_ids,
             anc=anc,
             topology=topology,
+            cache=cache,
             **kwargs,
         )
 

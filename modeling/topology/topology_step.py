@@ -19,6 +19,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.cache_compat import cache_argument
 from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import IDLE_SHARE_OF_MEMORY, record_graph, step_signature
@@ -96,10 +97,10 @@ def forward(
         input_ids=tokens,
         position_ids=positions,
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=logits_to_keep,
         return_dict=True,
+        **cache_argument(cache),
         **given,
     ).logits
 

@@ -78,7 +78,7 @@ HEAD, EMBEDDING, UP = "lm_head.weight", "model.embed_tokens.weight", "model.laye
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "stock has no config.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list, not an object"),
     "unsupported family": (_config(model_type="gpt2"), "model_type 'gpt2' is not a supported family"),
     "no family": (_config(model_type=None), "model_type None is not a supported family"),
     "family with code of its own": (

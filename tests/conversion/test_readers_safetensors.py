@@ -107,7 +107,7 @@ def _write_header(path: Path, header: object, data: int = 64) -> None:
     ("entry", "words"),
     [
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "16 bytes"),
-        ({"dtype": "F32", "shape": [4], "data_offsets": [-4, 12]}, "gives it bytes -4 to 12"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [-4, 12]}, r"has the bytes \[-4, 12\]"),
         ({"dtype": "F32", "shape": [40], "data_offsets": [0, 160]}, "truncated"),
         ({"dtype": "Q7", "shape": [4], "data_offsets": [0, 16]}, "dtype Q7"),
         ({"dtype": "F32", "shape": [4]}, "not valid safetensors"),
@@ -122,9 +122,24 @@ def test_headers_that_lie(tmp_path: Path, entry: object, words: str) -> None:
         SafetensorsReader([path])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ((0, 16), (16, 32), "the last tensor .* ends at byte"),
+        ((0, 16), (20, 36), "begins at byte 20"),
+        ((0, 16),) * 2 + ("begins at",),
+    ],
+)
+def test_tensors_lie_end_to_end(tmp_path: Path, first: tuple[int, int], second: tuple[int, int], words: str) -> None:
+    entries = {n: {"dtype": "F32", "shape": [4], "data_offsets": [*at]} for n, at in (("a", first), ("b", second))}
+    _write_header(tmp_path / "model.safetensors", entries)
+    with pytest.raises(HFEError, match=words):
+        SafetensorsReader([tmp_path / "model.safetensors"])
+
+
 def test_header_that_is_not_an_object(tmp_path: Path) -> None:
     _write_header(tmp_path / "model.safetensors", [1, 2])
-    with pytest.raises(HFEError, match="not valid safetensors"):
+    with pytest.raises(HFEError, match="holds a list, not an object"):
         SafetensorsReader([tmp_path / "model.safetensors"])
 
 
@@ -140,7 +155,7 @@ def _index(folder: Path, *files: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "sub/../../x.safetensors", "/etc/passwd", 7])
+@pytest.mark.parametrize("name", ["../model.safetensors", "sub/../../x.safetensors", "/etc/passwd"])
 def test_an_index_may_not_leave_its_folder(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -148,6 +163,13 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path, name: object) -> None
     _index(folder, name)
     with pytest.raises(HFEError, match="outside the checkpoint's folder"):
         weight_files(folder)
+
+
+@pytest.mark.parametrize("name", [7, None, [], "", "a\0b", "a\nb", "\ud800", "n" * 300])
+def test_an_index_names_files_by_texts_that_can_be_names(tmp_path: Path, name: object) -> None:
+    _index(tmp_path, name)
+    with pytest.raises(HFEError, match="which is no file name|half of a character"):
+        weight_files(tmp_path)
 
 
 def test_an_index_may_name_a_subfolder(tmp_path: Path) -> None:

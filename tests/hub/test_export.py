@@ -253,7 +253,8 @@ def test_code_of_another_architecture_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "cannot be read"), ("{", "not valid JSON"), ("[]", "holds a list, not an object")]
+    ("text", "words"),
+    [(None, "cannot be read"), ("{", "cannot be read as JSON"), ("[]", "holds a list, not an object")],
 )
 def test_a_broken_configuration_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:

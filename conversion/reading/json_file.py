@@ -1,0 +1,157 @@
+"""JSON files of a checkpoint, read within bounds: whatever comes out is an object that is safe to walk and to write."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_efficient.conversion.reading.tensor_file import open_file
+from hf_efficient.errors import HFEError
+
+# Objects of Python take several times the bytes of their JSON. An index of 100,000 tensors has 10 MB.
+MAX_JSON_BYTES = 1 << 24
+# Vocabularies with their merges are larger than any other file.
+MAX_TOKENIZER_BYTES = 1 << 27
+_MAX_DEPTH = 64
+_MAX_DIGITS = 64
+_DAMAGED = "download it again"
+
+
+def read_bytes_of(path: Path, limit: int) -> bytes:
+    """The content of an ordinary file of at most `limit` bytes; `HFEError` for anything else."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise HFEError(f"{path.name} has {size} bytes; such a file may have at most {limit}", _DAMAGED)
+        return file.read(size)
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        HFEError: the file cannot be read, is larger than `limit`, or does not hold what `parse_json` takes.
+    """
+    return parse_json(path.name, read_bytes_of(path, limit))
+
+
+def parse_json(name: str, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, the content of the file `name`.
+
+    Numbers are finite, texts can be encoded, no key comes twice in an object, and nesting is shallow.
+
+    Raises:
+        HFEError: `data` is anything else.
+    """
+    try:
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise HFEError(f"{name} cannot be read as JSON ({cause})", _DAMAGED) from error
+    if not isinstance(value, dict):
+        raise HFEError(f"{name} holds a {type(value).__name__}, not an object", _DAMAGED)
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
+        if not level:
+            break
+    else:
+        raise HFEError(f"{name} cannot be read as JSON (it is nested more than {_MAX_DEPTH} deep)", _DAMAGED)
+    # A lone surrogate can only come from an escape: bytes that are UTF-8 hold none.
+    if b"\\u" in data:
+        bad = next((text for text in _texts(value) if not _can_be_encoded(text)), None)
+        if bad is not None:
+            raise HFEError(f"{name} holds the text {bad[:80]!r}, half of a character", _DAMAGED)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} comes twice in one object")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:80]} is out of range")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number {text[:20]}… has {len(text)} digits")
+    return int(text)
+
+
+def _children(item: Any) -> Any:
+    return item.values() if isinstance(item, dict) else item
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every key and text in a parsed value."""
+    open_values = [value]
+    while open_values:
+        item = open_values.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            yield from item
+            open_values += item.values()
+        elif isinstance(item, list):
+            open_values += item
+
+
+def _can_be_encoded(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_whole(value: Any, least: int = 0, most: int = (1 << 63) - 1) -> bool:
+    """True for an int between two bounds; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_file_name(value: Any) -> bool:
+    """True for a text that can name a file; whether there is one is another question."""
+    if not isinstance(value, str) or not value.isprintable():
+        return False
+    return 0 < len(value) <= 1024 and all(len(part.encode()) <= 255 for part in value.split("/"))
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The file of each tensor, as the index of a sharded checkpoint gives it.
+
+    Raises:
+        HFEError: the index cannot be read, or does not map names of tensors to names of files.
+    """
+    mapped = read_json(path).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise HFEError(f"{path.name} has no weight_map", _DAMAGED)
+    wrong = next((name for name, file in mapped.items() if not is_file_name(file)), None)
+    if wrong is not None:
+        raise HFEError(
+            f"{path.name} gives the tensor {wrong[:80]!r} the file {str(mapped[wrong])[:80]!r}, which is no file name",
+            "do not use this checkpoint, or correct its index",
+        )
+    return mapped

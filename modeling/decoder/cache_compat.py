@@ -1,0 +1,95 @@
+"""What transformers names differently in the releases that this code knows, each difference once.
+
+The cache of a call is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on: as an argument of every
+forward, of `generate` and of the mask builders, and as a field of every output. A forward takes both names, hands on
+the one that the installed release uses, and refuses a cache, a mask or positions under any other name: swallowed, they
+would make another text without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hf_efficient.environment import TESTED_TRANSFORMERS
+from hf_efficient.errors import HFEError
+
+# The names in the order in which a forward's arguments have them.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+# The installed release's name.
+CACHE_ARGUMENT = (
+    "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else CACHE_ARGUMENTS[0]
+)
+# Parts of the names that releases have had for a cache, a mask or positions, `cache_position` and `head_mask` too.
+_WATCHED = ("cache", "mask", "mems", "past", "position", "sequence_ids")
+# Those of them that the layers hand on to the attention implementation.
+_HANDED_ON = ("cache", "position_ids", "use_cache")
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The cache as the installed release's argument, or field of an output, for use after ``**``."""
+    return {CACHE_ARGUMENT: cache}
+
+
+def cache_of_arguments(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under either name; None where there is none."""
+    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+
+
+def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `generate`, with the cache under the installed release's name."""
+    given = {name: arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None}
+    if not given:
+        return arguments
+    kept = {name: value for name, value in arguments.items() if name not in CACHE_ARGUMENTS}
+    return {**kept, **cache_argument(one_cache(given.get("past_key_values"), given.get("cache"), kept))}
+
+
+def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward was given under either name.
+
+    Before transformers 5.24 `cache` was the paged cache of continuous batching, which the attention implementation
+    reads: it goes back into `kwargs`.
+
+    Raises:
+        HFEError: there are two different ones.
+    """
+    if cache is None or cache is past_key_values:
+        return past_key_values
+    if past_key_values is not None:
+        raise HFEError(
+            "a call has both past_key_values and cache, which are two names of one thing", "pass one of them"
+        )
+    if CACHE_ARGUMENT != "cache" and not isinstance(cache, Cache):
+        kwargs["cache"] = cache
+        return None
+    return cache
+
+
+def check_arguments(module: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise `HFEError` for a cache, a mask or positions under a name that no known release has for them."""
+    for name, value in kwargs.items():
+        if value is not None and name not in _HANDED_ON and any(part in name for part in _WATCHED):
+            oldest, newest = TESTED_TRANSFORMERS
+            raise HFEError(
+                f"{type(module).__name__} was given {name}, which it does not know and must not ignore",
+                "pass attention_mask, position_ids, and the cache as past_key_values or cache, as transformers "
+                f"{oldest} to {newest} do; a newer release of hf_efficient may know more names",
+            )
+
+
+def update_cache(
+    cache: Any, keys: Tensor, values: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, Hkv, C, D] of the cache with those of a call in it.
+
+    From transformers 5.24 on a paged cache changes `kwargs`, which go to the attention implementation.
+    """
+    if CACHE_ARGUMENT == "cache":
+        return cache.update(keys, values, layer_idx, kwargs=kwargs)
+    return cache.update(keys, values, layer_idx)
