@@ -6,16 +6,20 @@ tensors are rows of blocks; the `gguf` package knows the arithmetic of each bloc
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS, check_finite, read_tensor
+from hf_efficient.conversion.reading.json_file import is_whole
+from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS, check_finite, open_file, read_tensor
 from hf_efficient.errors import HFEError
 
 if TYPE_CHECKING:
@@ -25,6 +29,13 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+# What a file may hold of each; the largest models have a few thousand tensors.
+_MAX_ENTRIES = 1 << 16
+_MAX_DIMENSIONS = 4
+_MAX_NAME_BYTES = (1 << 16) - 1
+_MAX_TEXT_BYTES = 1 << 24
+# Of a longer array, such as the scores of a vocabulary, only the length is kept.
+_MAX_KEPT_NUMBERS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -44,22 +55,19 @@ class GGUFTensor:
 class GGUFFile:
     """Metadata and tensors of one GGUF file, by the names that the file gives them.
 
-    `metadata` holds scalars and strings as they are, arrays of numbers as lists, and of an array of strings (the
-    vocabulary) only its length.
+    `metadata` holds scalars and strings as they are, short arrays of numbers as lists, and of an array of strings (the
+    vocabulary) or a long array only its length.
+
+    Raises:
+        HFEError: the file cannot be read, or its header is damaged or larger than any model's.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GGUFTensor] = {}
-        with path.open("rb") as file:
-            try:
-                self._parse(file)
-            except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-                raise HFEError(
-                    f"{path.name} breaks off or is damaged at byte {file.tell()} of its header ({error})",
-                    "download or copy it again",
-                ) from error
+        with open_file(path) as unbuffered, io.BufferedReader(unbuffered) as file:
+            self._parse(_Header(path, file))
         size = path.stat().st_size
         for name, tensor in self.tensors.items():
             end = tensor.offset + tensor.rows * tensor.row_bytes
@@ -89,27 +97,38 @@ class GGUFFile:
         tensor = self.tensors[name]
         return self.read_rows(name, 0, tensor.rows).view(tensor.shape)
 
-    def _parse(self, file: BinaryIO) -> None:
-        magic, version, tensor_count, pair_count = _unpack(file, "4sIQQ")
+    def _parse(self, header: _Header) -> None:
+        magic, version = header.unpack("4sI")
         if magic != b"GGUF" or version not in _VERSIONS:
             what = f"GGUF version {version}" if magic == b"GGUF" else "not a GGUF file"
             raise HFEError(
                 f"{self.path.name} is {what}; this reader takes little-endian GGUF, versions {_VERSIONS}",
                 "write it again with a current llama.cpp",
             )
+        tensor_count, pair_count = header.unpack("QQ")
+        if max(tensor_count, pair_count) > _MAX_ENTRIES:
+            raise header.damaged(f"{tensor_count} tensors and {pair_count} metadata, of each at most {_MAX_ENTRIES}")
         for _ in range(pair_count):
-            key = _string(file)
-            self.metadata[key] = _value(file, *_unpack(file, "I"))
-        entries = []
+            key = header.name()
+            if key in self.metadata:
+                raise header.damaged(f"the metadata {key} twice")
+            self.metadata[key] = header.value()
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not is_whole(alignment, 1, 1 << 20) or alignment & (alignment - 1):
+            raise header.damaged(f"general.alignment={str(alignment)[:80]}, not a power of two")
+        entries = {}
         for _ in range(tensor_count):
-            name = _string(file)
-            (dimensions,) = _unpack(file, "I")
-            shape = tuple(reversed(_unpack(file, f"{dimensions}Q")))
-            entries.append((name, shape, *_unpack(file, "IQ")))
-        alignment = int(self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
-        data = math.ceil(file.tell() / alignment) * alignment
-        for name, shape, kind_number, offset in entries:
+            name = header.name()
+            (dimensions,) = header.unpack("I")
+            if name in entries or not 0 < dimensions <= _MAX_DIMENSIONS:
+                what = "twice" if name in entries else f"with {dimensions} dimensions"
+                raise header.damaged(f"the tensor {name} {what}")
+            entries[name] = (tuple(reversed(header.unpack(f"{dimensions}Q"))), *header.unpack("IQ"))
+        data = math.ceil(header.position / alignment) * alignment
+        for name, (shape, kind_number, offset) in entries.items():
             kind, row_bytes = self._row_bytes(name, shape, kind_number)
+            if offset % alignment:
+                raise header.damaged(f"the tensor {name} at byte {offset} of the data, no multiple of {alignment}")
             self.tensors[name] = GGUFTensor(data + offset, shape, kind, row_bytes)
 
     def _row_bytes(self, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
@@ -117,11 +136,17 @@ class GGUFFile:
         try:
             kind = package.GGMLQuantizationType(number)
             block_elements, block_bytes = package.GGML_QUANT_SIZES[kind]
+            package.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+        except NotImplementedError as error:
+            raise HFEError(
+                f"tensor {name} in {self.path.name} has the type {kind.name}, which the package gguf does not convert",
+                "use a file with another quantisation",
+            ) from error
         except (ValueError, KeyError) as error:
             raise HFEError(
                 f"tensor {name} in {self.path.name} has the unknown GGUF type {number}", "update the package gguf"
             ) from error
-        if not shape or shape[-1] % block_elements:
+        if not all(shape) or shape[-1] % block_elements:
             raise HFEError(
                 f"tensor {name} in {self.path.name} has shape {list(shape)}; rows of type {kind.name} hold a "
                 f"multiple of {block_elements} elements",
@@ -139,29 +164,70 @@ def _gguf() -> Any:
     return gguf
 
 
-def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    form = "<" + form
-    return struct.unpack(form, file.read(struct.calcsize(form)))
+class _Header:
+    """The header of a GGUF file as a sequence of values; nothing is read that the file is too short to hold."""
 
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self.position = 0
 
-def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "Q")
-    text = file.read(length)
-    if len(text) < length:
-        raise struct.error(f"a string of {length} bytes has {len(text)}")
-    return text.decode()
+    def damaged(self, what: str) -> HFEError:
+        return HFEError(
+            f"{self._path.name} breaks off or is damaged at byte {self.position} of its header: it has {what}",
+            "download or copy it again",
+        )
 
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        form = "<" + form
+        return struct.unpack(form, self._take(struct.calcsize(form)))
 
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind in _SCALARS:
-        return _unpack(file, _SCALARS[kind])[0]
-    if kind == _STRING:
-        return _string(file)
-    if kind != _ARRAY:
-        raise struct.error(f"unknown metadata type {kind}")
-    element, count = _unpack(file, "IQ")
-    if element in _SCALARS:
-        return list(_unpack(file, f"{count}{_SCALARS[element]}"))
-    for _ in range(count):
-        _value(file, element)
-    return count
+    def name(self) -> str:
+        """A key of the metadata, or the name of a tensor."""
+        return self._text(_MAX_NAME_BYTES)
+
+    def value(self) -> Any:
+        """The next entry's type and value."""
+        (kind,) = self.unpack("I")
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self._text(_MAX_TEXT_BYTES)
+        if kind != _ARRAY:
+            raise self.damaged(f"a value of the unknown type {kind}")
+        element, count = self.unpack("IQ")
+        if element in _SCALARS:
+            if count <= _MAX_KEPT_NUMBERS:
+                return list(self.unpack(f"{count}{_SCALARS[element]}"))
+            self._skip(count * struct.calcsize("<" + _SCALARS[element]))
+        elif element == _STRING:
+            for _ in range(count):
+                self._skip(self.unpack("Q")[0])
+        else:
+            raise self.damaged(f"an array of values of the type {element}")
+        return count
+
+    def _text(self, limit: int) -> str:
+        (length,) = self.unpack("Q")
+        if length > limit:
+            raise self.damaged(f"a text of {length} bytes where at most {limit} are allowed")
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a text that is not UTF-8 ({error})") from error
+
+    def _take(self, count: int) -> bytes:
+        self._check(count)
+        self.position += count
+        return self._file.read(count)
+
+    def _skip(self, count: int) -> None:
+        self._check(count)
+        self.position += count
+        self._file.seek(self.position)
+
+    def _check(self, count: int) -> None:
+        left = self._size - self.position
+        if count > left:
+            raise self.damaged(f"{left} bytes left where {count} are needed")
