@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from hf_efficient.conversion.reading.config_file import check_decoder, checked_fields
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -107,8 +108,9 @@ def source_config(fields: dict[str, Any]) -> PreTrainedConfig:
             f"use a dense model of the families {', '.join(FAMILIES)}",
         )
     config_class = _config_class(model_type)
+    checked = checked_fields(fields, config_class)
     try:
-        return config_class.from_dict(dict(fields))
+        return config_class.from_dict(checked)
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type.
     except Exception as error:
         cause = " ".join(str(error).split())
@@ -116,10 +118,11 @@ def source_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _config_class(model_type: Any) -> type[PreTrainedConfig]:
-    if model_type in FAMILIES:
+    named = isinstance(model_type, str)
+    if named and model_type in FAMILIES:
         return FAMILIES[model_type].config_class
     # Ours are registered with transformers' mapping when the package is imported.
-    if model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], DecoderConfig):
+    if named and model_type in CONFIG_MAPPING and issubclass(CONFIG_MAPPING[model_type], DecoderConfig):
         return CONFIG_MAPPING[model_type]
     raise HFEError(
         f"model_type {model_type!r} is not a supported family; a conversion takes {', '.join(FAMILIES)} and our own "
@@ -129,7 +132,11 @@ def _config_class(model_type: Any) -> type[PreTrainedConfig]:
 
 
 def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
-    """The same model as a configuration of our decoder, which gives the same logits from the same tensors."""
+    """The same model as a configuration of our decoder, which gives the same logits from the same tensors.
+
+    Raises:
+        HFEError: the configuration does not describe a model that can be built.
+    """
     if isinstance(stock, DecoderConfig):
         fields = stock.to_dict()
         # The last says where a loaded model keeps tensors, which makes it no other model.
@@ -142,11 +149,22 @@ def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
             "stem_offload",
         ):
             fields.pop(name, None)
-        return EfficientDecoderConfig(**fields)
+        return _built(fields)
     fields = {name: getattr(stock, name) for name in _SHARED_FIELDS}
     fields["attention_dropout"] = stock.attention_dropout or 0.0
     fields.update(FAMILIES[stock.model_type].own_fields(stock))
-    return EfficientDecoderConfig(source_model_type=stock.model_type, dtype=stock.dtype, **fields)
+    return _built({"source_model_type": stock.model_type, "dtype": stock.dtype, **fields})
+
+
+def _built(fields: dict[str, Any]) -> EfficientDecoderConfig:
+    try:
+        config = EfficientDecoderConfig(**fields)
+    # huggingface_hub raises errors of its own for a field of a wrong type or value.
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise HFEError(f"config.json does not describe a decoder of ours: {cause}", "correct config.json") from error
+    check_decoder(config)
+    return config
 
 
 def skeleton(config: DecoderConfig) -> nn.Module:
@@ -178,6 +196,12 @@ def check_tensors(
     Raises:
         HFEError: a tensor is missing, is not known to the model, or has another shape or an integer dtype.
     """
+    # Before a model of that many layers is built.
+    if config.num_hidden_layers > len(shapes):
+        raise HFEError(
+            f"the checkpoint holds {len(shapes)} tensors, and config.json calls for {config.num_hidden_layers} layers",
+            "use the whole checkpoint, with the config.json that belongs to it",
+        )
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in shapes]
     if missing:

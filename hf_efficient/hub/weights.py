@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_efficient.conversion.reading.json_file import read_weight_map
+from hf_efficient.conversion.reading.config_file import checked_fields
+from hf_efficient.conversion.reading.json_file import is_whole, read_weight_map
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import CONFIG
@@ -26,6 +27,9 @@ def check_weights(folder: Path, architecture: Architecture, fields: dict[str, An
     """Number of tensors, and what is wrong with them, for the checkpoint in `folder` with configuration `fields`."""
     stored, findings = _stored_tensors(folder)
     try:
+        layers = fields.get("num_hidden_layers")
+        if is_whole(layers) and layers > len(stored):
+            raise HFEError(f"num_hidden_layers={layers} calls for more than the {len(stored)} tensors found")
         expected, tied = _expected_shapes(architecture, fields)
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
     except Exception as error:
@@ -51,7 +55,9 @@ def _expected_shapes(
     plain = {
         name: value for name, value in fields.items() if not name.endswith("_implementation") and name != "stem_offload"
     }
-    config: PreTrainedConfig = architecture.config_class.from_dict(plain, attn_implementation="eager")
+    config: PreTrainedConfig = architecture.config_class.from_dict(
+        checked_fields(plain, architecture.config_class), attn_implementation="eager"
+    )
     by_name = {cls.__name__: cls for cls in architecture.auto_classes.values()}
     named = [by_name[name] for name in fields.get("architectures") or [] if name in by_name]
     model_class: type[PreTrainedModel] = (named or list(architecture.auto_classes.values()))[-1]

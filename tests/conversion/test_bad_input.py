@@ -90,7 +90,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "mixture of 8 experts; only dense decoders",
     ),
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), r"quantised \(quant_method gptq\)"),
-    "field of a wrong type": (_config(hidden_size="wide"), "config.json is not a valid LlamaConfig"),
+    "field of a wrong type": (_config(hidden_size="wide"), "hidden_size=wide, not a whole number"),
+    "text for a switch": (_config(attention_bias="no"), "config.json is not a valid LlamaConfig"),
     "field of a wrong value": (_config(num_attention_heads=5), "config.json is not a valid"),
     "another family's config": (
         _config(model_type="qwen3"),

@@ -1,0 +1,112 @@
+"""The fields of `config.json`, checked before and after transformers makes a configuration of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hf_efficient.conversion.reading.json_file import is_whole
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.attention import DecoderRotaryEmbedding
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+
+_REMEDY = "correct config.json"
+# Far more than any model has; a number beyond these would only take time and memory.
+_COUNTS = {
+    **{"vocab_size": 1 << 28, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1 << 12},
+    **{"num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "head_dim": 1 << 16},
+    **{"max_position_embeddings": 1 << 40, "sliding_window": 1 << 40, "max_window_layers": 1 << 40},
+}
+_MAY_BE_ZERO = ("max_window_layers", "sliding_window")
+_NUMBERS = {"rms_norm_eps": 1.0, "initializer_range": 1e3, "attention_dropout": 1.0, "rope_theta": 1e30}
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
+# Attributes of the class that old checkpoints may name; they say nothing of the model.
+_NOT_OF_THE_MODEL = (
+    *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
+    "keys_to_ignore_at_inference",
+)
+
+
+def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of a `config.json` that may make a `config_class`, with values of the right kind and size.
+
+    Raises:
+        HFEError: a value is not of its kind or far beyond any model's, or a key is no field but would replace a part
+            of the class.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)}
+    kept = {name: value for name, value in fields.items() if name not in _NOT_OF_THE_MODEL and name[:1] != "_"}
+    for name, value in kept.items():
+        # transformers sets every key as an attribute, so these would change how all others are read.
+        part = inspect.getattr_static(config_class, name, None)
+        if name not in known and name != "model_type" and part is not None and not isinstance(part, property):
+            raise HFEError(f"config.json has the key {name!r}, which is no field of a configuration", _REMEDY)
+        if name in _COUNTS and value is not None and not is_whole(value, int(name not in _MAY_BE_ZERO), _COUNTS[name]):
+            raise _wrong(name, value, f"a whole number from 1 to {_COUNTS[name]}")
+        if name in _NUMBERS and value is not None and not _is_number(value, _NUMBERS[name]):
+            raise _wrong(name, value, f"a number from 0 to {_NUMBERS[name]:g}")
+        if name in _TOKEN_IDS and not all(map(_may_be_id, value if isinstance(value, list) else [value])):
+            raise _wrong(name, value, "a token id")
+        if name in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
+            raise _wrong(name, value, "a dtype such as float32 or bfloat16")
+    if kept.get("per_layer_config"):
+        raise HFEError("config.json has a per_layer_config; a conversion takes models of equal layers", _REMEDY)
+    return kept
+
+
+def check_decoder(config: DecoderConfig) -> None:
+    """Raise `HFEError` for fields from which no model can be built: activation, rotary embedding, padding token."""
+    if config.hidden_act not in ACT2FN:
+        raise HFEError(
+            f"config.json names the activation hidden_act={config.hidden_act!r}, which transformers does not know",
+            f"use one of {', '.join(sorted(ACT2FN)[:6])}, …, or a checkpoint of another family",
+        )
+    pad = config.pad_token_id
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+        raise HFEError(
+            f"config.json has pad_token_id={pad}; the vocabulary is 0..{config.vocab_size - 1}",
+            "set pad_token_id in config.json to a token of the vocabulary, or to null",
+        )
+    rope = config.rope_parameters
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
+        raise HFEError(
+            f"config.json has the rotary embedding {str(kind if kind is not None else rope)[:80]!r}; this decoder "
+            f"knows default, {', '.join(ROPE_INIT_FUNCTIONS)}",
+            "choose a checkpoint with one of these",
+        )
+    try:
+        with torch.device("cpu"):  # also where the model around it has no data
+            frequencies = DecoderRotaryEmbedding(config).inv_freq
+    # What is missing or of a wrong type depends on the kind, and each raises an error of its own.
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise HFEError(f"config.json has rope_parameters that cannot be used ({cause})", _REMEDY) from error
+    if not bool(frequencies.isfinite().all()):
+        raise HFEError(f"config.json has rope_parameters={str(rope)[:200]}, whose frequencies are not finite", _REMEDY)
+
+
+def _wrong(name: str, value: Any, rule: str) -> HFEError:
+    return HFEError(f"config.json has {name}={str(value)[:80]!s}, not {rule}", _REMEDY)
+
+
+def _is_number(value: Any, most: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and 0 <= value <= most
+
+
+def _may_be_id(value: Any) -> bool:
+    # Some old configurations say -1 where they mean none.
+    return value is None or is_whole(value, -1, (1 << 31) - 1)
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else None
