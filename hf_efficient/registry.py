@@ -5,9 +5,19 @@ A new architecture is a folder in ``modeling/``, a file in ``conversion/``, its 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM, BhytModel
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
@@ -49,6 +59,10 @@ class Architecture:
         return self.config_class.model_type
 
 
+# Heads that the modeling file of a causal language model has beside it.
+_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
 def _causal_lm(
     patch: str | None,
     config: type[PreTrainedConfig],
@@ -58,6 +72,8 @@ def _causal_lm(
     generation: str | None = None,
 ) -> Architecture:
     classes: dict[str, type] = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
+    prefix, modeling = causal_lm.__name__.removesuffix("ForCausalLM"), sys.modules[causal_lm.__module__]
+    classes |= {f"AutoModelFor{task}": getattr(modeling, f"{prefix}For{task}") for task in _TASKS}
     return Architecture(patch, classes, options, generation)
 
 
@@ -86,7 +102,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
 )
 
-_AUTO_MODELS = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+_AUTO_MODELS = {
+    auto.__name__: auto
+    for auto in (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForQuestionAnswering,
+    )
+}
 
 
 def register_architectures() -> None:

@@ -24,6 +24,12 @@ from hf_efficient.modeling.decoder.modeling_decoder import (
     DecoderModel,
     DecoderPreTrainedModel,
 )
+from hf_efficient.modeling.decoder.rms_norm import norm_attribute
+from hf_efficient.modeling.decoder.task_heads import (
+    DecoderForQuestionAnswering,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+)
 
 
 class BhytPreTrainedModel(DecoderPreTrainedModel):
@@ -165,8 +171,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         """Index and parts of each layer whose second site is approximate. Before every call, so by the shortest way."""
         for index, layer in enumerate(self._modules["layers"]._modules.values()):
             parts = layer._modules
-            # An adapter's wrapper passes the attribute through.
-            if getattr(parts["post_attention_layernorm"], "estimate", None) == "approx":
+            if norm_attribute(parts["post_attention_layernorm"], "estimate") == "approx":
                 yield index, parts
 
     def _fingerprint(self) -> Hashable:
@@ -253,4 +258,30 @@ class BhytForCausalLM(BhytPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     model_class = BhytModel
 
 
-__all__ = ["BhytConfig", "BhytForCausalLM", "BhytModel", "BhytPreTrainedModel"]
+class BhytForSequenceClassification(BhytPreTrainedModel, DecoderForSequenceClassification):
+    """`BhytModel` and a classifier of texts."""
+
+    model_class = BhytModel
+
+
+class BhytForTokenClassification(BhytPreTrainedModel, DecoderForTokenClassification):
+    """`BhytModel` and a classifier of tokens."""
+
+    model_class = BhytModel
+
+
+class BhytForQuestionAnswering(BhytPreTrainedModel, DecoderForQuestionAnswering):
+    """`BhytModel` and scores of where an answer begins and ends."""
+
+    model_class = BhytModel
+
+
+__all__ = [
+    "BhytConfig",
+    "BhytForCausalLM",
+    "BhytForQuestionAnswering",
+    "BhytForSequenceClassification",
+    "BhytForTokenClassification",
+    "BhytModel",
+    "BhytPreTrainedModel",
+]

@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_efficient.modeling.decoder.peft_targets import register_peft_targets
+
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -45,6 +47,8 @@ class DecoderConfig(PreTrainedConfig):
     model_type = "hfe_decoder_base"
     # An architecture is defined by its patch, so the patch may not be absent; `hfe_decoder` takes any combination.
     patch_is_optional = False
+    # PEFT's default target modules are those of this stock model type, since the modules have its names.
+    peft_targets = "llama"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -107,6 +111,11 @@ class DecoderConfig(PreTrainedConfig):
             for name in ("q_norm", "k_norm"):
                 plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
         return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT asks for it before it looks up its targets, whenever it was imported, so that nothing is paid before.
+        register_peft_targets(self.model_type, self.peft_targets)
+        return super().to_dict()
 
     @property
     def active_patches(self) -> list[str]:

@@ -41,6 +41,12 @@ def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
     return is_bare(norm, (DecoderRMSNorm,)) and may_fuse(x) and has_plain_weight(norm, x)
 
 
+def norm_attribute(norm: Any, name: str) -> Any:
+    """An attribute of `norm`, or of the norm that an adapter stands around; None without it."""
+    found = getattr(norm, name, None)
+    return getattr(getattr(norm, "base_layer", None), name, None) if found is None else found
+
+
 def add_and_norm(
     norm: Any, x: Tensor, residual: Tensor | None = None, statistic: Any = None
 ) -> tuple[Tensor, Tensor, Any]:
@@ -49,7 +55,7 @@ def add_and_norm(
     A norm with the attribute `adds_residual` does all three itself, as ``norm(x, residual, statistic)``, with the
     `statistic` of the norm before it. `DecoderRMSNorm` tells nothing, and adds in one kernel where nobody can tell.
     """
-    if getattr(norm, "adds_residual", False):
+    if type(norm) is not DecoderRMSNorm and norm_attribute(norm, "adds_residual"):
         return norm(x, residual, statistic)
     if residual is None:
         return norm(x), x, None

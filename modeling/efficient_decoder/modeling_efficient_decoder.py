@@ -5,6 +5,11 @@ from __future__ import annotations
 from transformers.generation import GenerationMixin
 
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM, BhytModel, BhytPreTrainedModel
+from hf_efficient.modeling.decoder.task_heads import (
+    DecoderForQuestionAnswering,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+)
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM, StemModel, StemPreTrainedModel
 from hf_efficient.modeling.topology.modeling_topology import (
@@ -31,9 +36,30 @@ class EfficientDecoderForCausalLM(
     model_class = EfficientDecoderModel
 
 
+class EfficientDecoderForSequenceClassification(EfficientDecoderPreTrainedModel, DecoderForSequenceClassification):
+    """`EfficientDecoderModel` and a classifier of texts."""
+
+    model_class = EfficientDecoderModel
+
+
+class EfficientDecoderForTokenClassification(EfficientDecoderPreTrainedModel, DecoderForTokenClassification):
+    """`EfficientDecoderModel` and a classifier of tokens."""
+
+    model_class = EfficientDecoderModel
+
+
+class EfficientDecoderForQuestionAnswering(EfficientDecoderPreTrainedModel, DecoderForQuestionAnswering):
+    """`EfficientDecoderModel` and scores of where an answer begins and ends."""
+
+    model_class = EfficientDecoderModel
+
+
 __all__ = [
     "EfficientDecoderConfig",
     "EfficientDecoderForCausalLM",
+    "EfficientDecoderForQuestionAnswering",
+    "EfficientDecoderForSequenceClassification",
+    "EfficientDecoderForTokenClassification",
     "EfficientDecoderModel",
     "EfficientDecoderPreTrainedModel",
 ]

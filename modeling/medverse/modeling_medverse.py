@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from transformers.generation import GenerationMixin
 
+from hf_efficient.modeling.decoder.task_heads import (
+    DecoderForQuestionAnswering,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+)
 from hf_efficient.modeling.medverse.configuration_medverse import MedVerseConfig
 from hf_efficient.modeling.topology.modeling_topology import (
     TopologyForCausalLM,
@@ -27,4 +32,30 @@ class MedVerseForCausalLM(MedVersePreTrainedModel, TopologyForCausalLM, Generati
     model_class = MedVerseModel
 
 
-__all__ = ["MedVerseConfig", "MedVerseForCausalLM", "MedVerseModel", "MedVersePreTrainedModel"]
+class MedVerseForSequenceClassification(MedVersePreTrainedModel, DecoderForSequenceClassification):
+    """`MedVerseModel` and a classifier of texts."""
+
+    model_class = MedVerseModel
+
+
+class MedVerseForTokenClassification(MedVersePreTrainedModel, DecoderForTokenClassification):
+    """`MedVerseModel` and a classifier of tokens."""
+
+    model_class = MedVerseModel
+
+
+class MedVerseForQuestionAnswering(MedVersePreTrainedModel, DecoderForQuestionAnswering):
+    """`MedVerseModel` and scores of where an answer begins and ends."""
+
+    model_class = MedVerseModel
+
+
+__all__ = [
+    "MedVerseConfig",
+    "MedVerseForCausalLM",
+    "MedVerseForQuestionAnswering",
+    "MedVerseForSequenceClassification",
+    "MedVerseForTokenClassification",
+    "MedVerseModel",
+    "MedVersePreTrainedModel",
+]

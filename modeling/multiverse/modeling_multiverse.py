@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from transformers.generation import GenerationMixin
 
+from hf_efficient.modeling.decoder.task_heads import (
+    DecoderForQuestionAnswering,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+)
 from hf_efficient.modeling.multiverse.configuration_multiverse import MultiverseConfig
 from hf_efficient.modeling.topology.modeling_topology import (
     TopologyForCausalLM,
@@ -27,4 +32,30 @@ class MultiverseForCausalLM(MultiversePreTrainedModel, TopologyForCausalLM, Gene
     model_class = MultiverseModel
 
 
-__all__ = ["MultiverseConfig", "MultiverseForCausalLM", "MultiverseModel", "MultiversePreTrainedModel"]
+class MultiverseForSequenceClassification(MultiversePreTrainedModel, DecoderForSequenceClassification):
+    """`MultiverseModel` and a classifier of texts."""
+
+    model_class = MultiverseModel
+
+
+class MultiverseForTokenClassification(MultiversePreTrainedModel, DecoderForTokenClassification):
+    """`MultiverseModel` and a classifier of tokens."""
+
+    model_class = MultiverseModel
+
+
+class MultiverseForQuestionAnswering(MultiversePreTrainedModel, DecoderForQuestionAnswering):
+    """`MultiverseModel` and scores of where an answer begins and ends."""
+
+    model_class = MultiverseModel
+
+
+__all__ = [
+    "MultiverseConfig",
+    "MultiverseForCausalLM",
+    "MultiverseForQuestionAnswering",
+    "MultiverseForSequenceClassification",
+    "MultiverseForTokenClassification",
+    "MultiverseModel",
+    "MultiversePreTrainedModel",
+]

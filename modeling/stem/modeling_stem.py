@@ -20,6 +20,11 @@ from hf_efficient.errors import HFEError
 from hf_efficient.kernels.stem_gate.api import stem_gate
 from hf_efficient.modeling.decoder.fused_steps import SILU, is_bare, linear
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
+from hf_efficient.modeling.decoder.task_heads import (
+    DecoderForQuestionAnswering,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+)
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
 from hf_efficient.modeling.stem.editing import StemEditing
 from hf_efficient.modeling.stem.embedding_match import match_token_ids
@@ -307,4 +312,30 @@ class StemForCausalLM(StemEditing, StemPreTrainedModel, DecoderForCausalLM, Gene
         return inputs
 
 
-__all__ = ["StemConfig", "StemForCausalLM", "StemModel", "StemPreTrainedModel"]
+class StemForSequenceClassification(StemPreTrainedModel, DecoderForSequenceClassification):
+    """`StemModel` and a classifier of texts."""
+
+    model_class = StemModel
+
+
+class StemForTokenClassification(StemPreTrainedModel, DecoderForTokenClassification):
+    """`StemModel` and a classifier of tokens."""
+
+    model_class = StemModel
+
+
+class StemForQuestionAnswering(StemPreTrainedModel, DecoderForQuestionAnswering):
+    """`StemModel` and scores of where an answer begins and ends."""
+
+    model_class = StemModel
+
+
+__all__ = [
+    "StemConfig",
+    "StemForCausalLM",
+    "StemForQuestionAnswering",
+    "StemForSequenceClassification",
+    "StemForTokenClassification",
+    "StemModel",
+    "StemPreTrainedModel",
+]

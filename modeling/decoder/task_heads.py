@@ -1,0 +1,62 @@
+"""Heads over the decoder that transformers has for every decoder: classification of texts and tokens, answers in texts.
+
+An architecture's classes name their base model in `model_class`; nothing else is their own.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderModel, DecoderPreTrainedModel
+
+
+class TaskHead:
+    """Makes the base model by its class: transformers' heads ask `AutoModel`, which knows no exported code."""
+
+    model_class: type[DecoderModel] = DecoderModel
+
+    def __init__(self, config: DecoderConfig) -> None:
+        DecoderPreTrainedModel.__init__(cast(DecoderPreTrainedModel, self), config)
+        self.model = self.model_class(config)
+        self.build_head(config)
+        cast(DecoderPreTrainedModel, self).post_init()
+
+    def build_head(self, config: DecoderConfig) -> None:
+        """Add the modules that transformers' head of this task calls."""
+        raise NotImplementedError
+
+
+class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassification, DecoderPreTrainedModel):
+    """A `DecoderModel` and a linear layer on the last token that is not padding."""
+
+    def build_head(self, config: DecoderConfig) -> None:
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+
+class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, DecoderPreTrainedModel):
+    """A `DecoderModel` and a linear layer on every token."""
+
+    def build_head(self, config: DecoderConfig) -> None:
+        self.num_labels = config.num_labels
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+
+class DecoderForQuestionAnswering(TaskHead, GenericForQuestionAnswering, DecoderPreTrainedModel):
+    """A `DecoderModel` and a linear layer that gives each token's scores as the answer's first and last."""
+
+    def build_head(self, config: DecoderConfig) -> None:
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+
+__all__ = ["DecoderForQuestionAnswering", "DecoderForSequenceClassification", "DecoderForTokenClassification"]
