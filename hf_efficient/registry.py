@@ -71,9 +71,9 @@ def _causal_lm(
     options: str | None = None,
     generation: str | None = None,
 ) -> Architecture:
-    classes: dict[str, type] = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
     prefix, modeling = causal_lm.__name__.removesuffix("ForCausalLM"), sys.modules[causal_lm.__module__]
-    classes |= {f"AutoModelFor{task}": getattr(modeling, f"{prefix}For{task}") for task in _TASKS}
+    heads = {f"AutoModelFor{task}": getattr(modeling, f"{prefix}For{task}") for task in _TASKS}
+    classes = {"AutoConfig": config, "AutoModel": model, **heads, "AutoModelForCausalLM": causal_lm}
     return Architecture(patch, classes, options, generation)
 
 

@@ -129,7 +129,8 @@ def _note(patch: str) -> str:
 
 def _loading(config: dict[str, Any], repo_id: str) -> str:
     auto_map = _mapping(config.get("auto_map"))
-    auto_class = next((name for name in reversed(list(auto_map)) if name.startswith("AutoModelFor")), "AutoModel")
+    saved = [str(name) for name in config.get("architectures") or []]
+    auto_class = next((name for name, cls in auto_map.items() if str(cls).rpartition(".")[2] in saved), "AutoModel")
     return f"""## How to load it
 
 The code comes with the checkpoint, so nothing but {REQUIREMENTS} is needed.

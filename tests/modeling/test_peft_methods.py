@@ -166,14 +166,15 @@ def test_virtual_tokens_train_or_say_what_is_lacking(
 
 
 ORDERS = {
-    "peft-first": "import peft, hf_efficient",
-    "peft-last": "import hf_efficient",
+    "peft-later": "import hf_efficient",
     "without-the-package": "import sys; sys.modules['hf_efficient'] = None",
 }
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_whatever_is_imported_first(order: str, tiny_model: Callable, tmp_path: Path) -> None:
+def test_targets_are_found_when_peft_comes_after_the_model_and_by_exported_code(
+    order: str, tiny_model: Callable, tmp_path: Path
+) -> None:
     tiny_model("hfe_stem").save_pretrained(tmp_path)
     hf_efficient.export(tmp_path)
     script = f"""
