@@ -14,7 +14,11 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").exists() and (_here.parent / "pyproject.toml").is_file():
     __path__.append(str(_here.parent))
 
-from hf_efficient.registry import register_architectures  # noqa: E402  (needs the path above)
+from hf_efficient.modeling.decoder.tested_releases import check_transformers  # noqa: E402  (needs the path above)
+
+check_transformers()
+
+from hf_efficient.registry import register_architectures  # noqa: E402
 
 __version__ = "0.1.0"
 

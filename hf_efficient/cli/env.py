@@ -10,6 +10,7 @@ import torch
 import typer
 
 from hf_efficient.cli.options import Json, print_json
+from hf_efficient.environment import TESTED_PYTHON, TESTED_TORCH, TESTED_TRANSFORMERS
 
 _PACKAGES = ("hf-efficient", "torch", "transformers", "triton", "safetensors", "huggingface_hub", "peft", "accelerate")
 
@@ -22,7 +23,7 @@ def _version(package: str) -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, the GPU, and for each kernel the backend it would take here and why."""
+    """Versions, those that were tested, the GPU, and for each kernel the backend it would take here and why."""
     from hf_efficient.kernels.contract import all_records
     from hf_efficient.kernels.dispatch import explain
 
@@ -39,13 +40,21 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "tested": {
+            name: {"oldest": oldest, "newest": newest}
+            for name, (oldest, newest) in {
+                "transformers": TESTED_TRANSFORMERS,
+                "torch": TESTED_TORCH,
+                "python": TESTED_PYTHON,
+            }.items()
+        },
         "gpu": gpu,
         "kernels": {record.name: explain(record.name, device) for record in all_records()},
     }
 
 
 def command(json: Json = False) -> None:
-    """Show versions, the GPU, and the backend each kernel would take and why.
+    """Show versions, those that were tested, the GPU, and the backend each kernel would take and why.
 
     Example: hf-efficient env --json
     """
@@ -56,6 +65,9 @@ def command(json: Json = False) -> None:
     typer.echo(f"Python {found['python']} on {found['platform']}")
     for name, version in found["packages"].items():
         typer.echo(f"  {name:<16} {version}")
+    newest = " / ".join(f"{name} {ends['newest']}" for name, ends in found["tested"].items())
+    oldest = " / ".join(ends["oldest"] for ends in found["tested"].values())
+    typer.echo(f"Tested up to {newest} (from {oldest} on)")
     gpu = found["gpu"]
     summary = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB" if gpu else "none"
     typer.echo(f"GPU: {summary}")

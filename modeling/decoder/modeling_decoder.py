@@ -7,6 +7,11 @@ It knows no patch. A patch subclasses `DecoderModel` and overrides a factory met
 
 from __future__ import annotations
 
+# ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
+from hf_efficient.modeling.decoder.tested_releases import check_transformers
+
+check_transformers()
+
 import re
 from typing import Any
 

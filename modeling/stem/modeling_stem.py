@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
+from hf_efficient.modeling.decoder.tested_releases import check_transformers
+
+check_transformers()
+
 from functools import partial
 from pathlib import Path
 from typing import Any

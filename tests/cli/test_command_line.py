@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_efficient.cli import main as command_line
 from hf_efficient.cli.main import SUBCOMMANDS, run
 from hf_efficient.cli.options import build_patches, patch_classes
+from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.training.topology_collator import mark_topology_trained
 
@@ -202,3 +203,6 @@ def test_env_tells_versions_and_why_a_backend_is_taken(capsys: pytest.CaptureFix
     assert status_of("env", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packages"]["torch"] and "stem_gate" in found["kernels"]
+    assert found["tested"]["transformers"] == dict(zip(("oldest", "newest"), TESTED_TRANSFORMERS, strict=True))
+    assert status_of("env") == 0
+    assert f"Tested up to transformers {TESTED_TRANSFORMERS[1]} / torch {TESTED_TORCH[1]}" in capsys.readouterr().out
