@@ -8,11 +8,10 @@ is one, else the files beside it, which are copies of those of the checkpoint.
 from __future__ import annotations
 
 from hf_efficient import __version__
-from hf_efficient.hub.flatten import FlatCode, file_header, flat_name, part_of
+from hf_efficient.hub.flatten import FlatCode, file_header, flat_name
+from hf_efficient.modeling.decoder.saved_code import GENERATE
 from hf_efficient.registry import Architecture
 
-FOLDER = "custom_generate"
-_ENTRY = f"{FOLDER}/generate.py"
 # `model` must be a keyword: transformers binds it before the prompt comes by position.
 _TEMPLATE = '''"""Parallel generation of the grammar `{grammar}`: the options are those of `parallel_generate`."""
 
@@ -38,11 +37,13 @@ def generate(inputs: Any = None, generation_config: Any = None, *args: Any, mode
 '''
 
 
-def render_custom_generate(architecture: Architecture, code: FlatCode) -> dict[str, str]:
-    """Text of each file by its path in the checkpoint; none for an architecture that generates as all do."""
+def render_generate(architecture: Architecture, code: FlatCode) -> tuple[str | None, str | None]:
+    """Text of `custom_generate/generate.py`, and the code file that it imports.
+
+    None for an architecture that generates as all do.
+    """
     module = architecture.generation
     if module is None:
-        return {}
+        return None, None
     text = _TEMPLATE.format(grammar=architecture.patch, module=module, flat=flat_name(module))
-    files = {_ENTRY: file_header(_ENTRY, __version__, code.source_hash) + text}
-    return files | {f"{FOLDER}/{name}": part for name, part in part_of(code, module).items()}
+    return file_header(GENERATE, __version__, code.source_hash) + text, f"{flat_name(module)}.py"

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hf_efficient import __version__
 from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.errors import HFEError
-from hf_efficient.hub.custom_generate import FOLDER, render_custom_generate
-from hf_efficient.hub.flatten import FlatCode, flatten
+from hf_efficient.hub.custom_generate import render_generate
+from hf_efficient.hub.flatten import FlatCode, flat_name, flatten, with_value
+from hf_efficient.modeling.decoder.saved_code import CODE_MANIFEST as CODE_MANIFEST
+from hf_efficient.modeling.decoder.saved_code import SavedCode
 from hf_efficient.registry import ARCHITECTURES, Architecture, architecture_of
 
 CONFIG = "config.json"
-CODE_MANIFEST = "code_manifest.json"
+_SAVED_CODE = flat_name("hf_efficient.modeling.decoder.saved_code") + ".py"
 
 
 @dataclass(frozen=True)
-class CodeExport:
-    """The code of one architecture, as it belongs into a checkpoint folder.
+class CodeExport(SavedCode):
+    """The code of one architecture, made from the installed package.
 
     Attributes:
-        code: text of each file, the entry file and the hash of the sources.
-        files: text of each file by its path in the folder: those of the code, and those of a `generate` of its own.
-        auto_map: the entry of `config.json` that names the classes.
-        manifest: text of `code_manifest.json`.
+        code: text of each flat code file, the entry file and the hash of the sources.
     """
 
     code: FlatCode
-    files: dict[str, str]
-    auto_map: dict[str, str]
-    manifest: str
 
 
 def export(folder: str | Path) -> CodeExport:
-    """Make a checkpoint self-contained, so that `from_pretrained(folder, trust_remote_code=True)` loads it anywhere.
+    """Write the code of this release into a checkpoint, so that `trust_remote_code=True` loads it anywhere.
 
-    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Again changes nothing.
+    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Again changes nothing. A
+    process that is killed meanwhile leaves a folder that loads, with the code that was there or with this release's.
 
     Raises:
         HFEError: `folder` holds no configuration of an architecture of this package.
@@ -66,14 +62,7 @@ def export_code(folder: Path, architecture: Architecture) -> CodeExport:
             f"{CONFIG} has model_type {config.get('model_type')!r}, the code is that of {architecture.model_type!r}",
             "export the architecture that the configuration names",
         )
-    for name in _files_of_earlier_export(folder) - set(exported.files):
-        (folder / name).unlink(missing_ok=True)
-    for name, text in exported.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        _write(folder / name, text)
-    _write(folder / CODE_MANIFEST, exported.manifest)
-    # The configuration comes last: only its auto_map makes the files count.
-    _write(folder / CONFIG, _json({**config, "auto_map": exported.auto_map}))
+    exported.write(folder, config)
     return exported
 
 
@@ -81,15 +70,25 @@ def render_code(architecture: Architecture) -> CodeExport:
     """The code of `architecture`, made from the installed package; writes nothing."""
     entry, auto_map = _auto_map(architecture)
     code = flatten(entry, __version__)
-    files = {**code.files, **render_custom_generate(architecture, code)}
-    manifest = {
+    generate, generation = render_generate(architecture, code)
+    about = {
         "package": "hf-efficient",
         "version": __version__,
         "model_type": architecture.model_type,
         "source_hash": code.source_hash,
-        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
+        "auto_map": auto_map,
+        "generate": generate,
+        "generation": generation,
     }
-    return CodeExport(code, files, auto_map, _json(manifest))
+    code.files[_SAVED_CODE] = with_value(code.files[_SAVED_CODE], "EXPORTED", repr(about))
+    saved = SavedCode.of(code.files, about)
+    return CodeExport(saved.files, saved.entry, saved.auto_map, saved.manifest, code)
+
+
+@cache
+def installed_code(config_class: type) -> CodeExport | None:
+    """The code that `save_pretrained` writes with a configuration of this class; None when it is not registered."""
+    return next((render_code(a) for a in ARCHITECTURES if a.config_class is config_class), None)
 
 
 def _auto_map(architecture: Architecture) -> tuple[str, dict[str, str]]:
@@ -108,28 +107,3 @@ def _auto_map(architecture: Architecture) -> tuple[str, dict[str, str]]:
         )
     entry = modules[0].rpartition(".")[2]
     return modules[0], {name: f"{entry}.{cls.__name__}" for name, cls in architecture.auto_classes.items()}
-
-
-def _files_of_earlier_export(folder: Path) -> set[str]:
-    """Code files that an earlier export left here: they would be foreign code beside the new ones."""
-    if not (folder / CODE_MANIFEST).exists():
-        return set()
-    named = read_json(folder / CODE_MANIFEST).get("files")
-    if not isinstance(named, dict):
-        return set()
-    # The manifest is only a file in a folder: it may not point anywhere else.
-    return {name for name in named if name.endswith(".py") and name in (Path(name).name, f"{FOLDER}/{Path(name).name}")}
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step: a killed export leaves the old file or the new one."""
-    data = text.encode()
-    if path.exists() and not path.is_symlink() and path.read_bytes() == data:
-        return
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

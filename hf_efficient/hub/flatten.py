@@ -86,19 +86,10 @@ def flatten(entry_module: str, version: str) -> FlatCode:
     code = FlatCode({}, f"{flat_name(entry_module)}.py", digest.hexdigest())
     for name, text in texts.items():
         if flat[name].name == NAMESPACE_MODULE:
-            text = _renamed_namespace(flat[name], code.namespace)
+            text = with_value(text, "NS", f'"{code.namespace}"')
         code.files[name] = file_header(flat[name].name, version, code.source_hash) + text
     _self_check(code)
     return code
-
-
-def part_of(code: FlatCode, module: str) -> dict[str, str]:
-    """Those of the files that `module` needs, itself among them; all of them are there already."""
-    names = {f"{flat_name(name)}.py" for name in _reach(module)}
-    lacking = sorted(names - set(code.files))
-    if lacking:
-        raise HFEError(f"{module} needs {lacking}, which {code.entry} does not", "import it in the modeling file")
-    return {name: code.files[name] for name in sorted(names)}
 
 
 def flat_name(module: str) -> str:
@@ -178,17 +169,19 @@ def _is_package(module: str) -> bool:
     return spec is not None and spec.submodule_search_locations is not None
 
 
-def _renamed_namespace(module: _Module, namespace: str) -> str:
-    """The namespace module's source with another value of NS."""
-    for node in module.tree.body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["NS"]:
-            lines = module.text.encode().splitlines(keepends=True)
-            line, value = lines[node.value.lineno - 1], node.value
-            lines[value.lineno - 1] = (
-                line[: value.col_offset] + f'"{namespace}"'.encode() + line[value.end_col_offset :]
-            )
+def with_value(text: str, name: str, value: str) -> str:
+    """The source of a module with another value of the top-level variable `name`; all else byte for byte."""
+    for node in ast.parse(text).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        given = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if [ast.unparse(target) for target in targets] == [name] and given is not None:
+            lines = text.encode().splitlines(keepends=True)
+            line = lines[given.lineno - 1]
+            lines[given.lineno - 1] = line[: given.col_offset] + value.encode() + line[given.end_col_offset :]
             return b"".join(lines).decode()
-    raise HFEError(f"{module.name} assigns no NS", 'keep the line NS = "hf_efficient" in kernels/namespace.py')
+    raise HFEError(f"no line sets {name}", "keep the exporter and the exported module in step")
 
 
 def file_header(module: str, version: str, source_hash: str) -> str:

@@ -72,6 +72,10 @@ class BhytConfig(DecoderConfig):
         given = getattr(self, f"bhyt_lambda_{site}")
         return float(given[layer_idx] if isinstance(given, list) else given)
 
+    def fields_of_absent_patches(self) -> set[str]:
+        absent = super().fields_of_absent_patches()
+        return absent if "bhyt" in self.active_patches else absent | set(BhytConfig.__annotations__)
+
     def validate_bhyt(self) -> None:
         """Rules of the BHyT fields; raises `ValueError` with the value and the rule."""
         count = self.num_hidden_layers

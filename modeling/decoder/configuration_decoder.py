@@ -3,10 +3,16 @@
 Annotations are evaluated in this file and in those of the patches: `strict` does not check a type that is a string.
 """
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from hf_efficient.modeling.decoder.saved_code import carried_code, is_ours
 
 from hf_efficient.modeling.decoder.peft_targets import register_peft_targets
 
@@ -50,6 +56,8 @@ class DecoderConfig(PreTrainedConfig):
     # PEFT's default target modules are those of this stock model type, since the modules have its names.
     peft_targets = "llama"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # The code to save with a configuration of a class. The installed package sets its exporter here.
+    code_source = staticmethod(carried_code)
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -121,6 +129,33 @@ class DecoderConfig(PreTrainedConfig):
     def active_patches(self) -> list[str]:
         """Names of the patches that this configuration carries, as the command line spells them."""
         return []
+
+    def fields_of_absent_patches(self) -> set[str]:
+        """Names of the fields that mean nothing here, since their patch is absent. A patch adds its own."""
+        return set()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the fields of absent patches, which have their defaults again once loaded."""
+        absent = self.fields_of_absent_patches()
+        return {name: value for name, value in super().to_dict().items() if name not in absent}
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As in transformers; a file named `config.json` gets the code beside it that loads it, and names that code.
+
+        So do `save_pretrained` and `push_to_hub` of configuration and model, which write the file by this method.
+        """
+        path = Path(json_file_path)
+        code = type(self).code_source(type(self)) if path.name == CONFIG_NAME else None
+        if code is None:
+            super().to_json_file(json_file_path, use_diff=use_diff)
+        else:
+            code.write(path.parent, json.loads(self.to_json_string(use_diff=use_diff)))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """As in transformers for a class of the user's own. Ours are saved with their code anyway."""
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     def validate_architecture(self) -> None:
         """Cross-field rules; raises `ValueError` with the value and the rule."""

@@ -45,6 +45,7 @@ from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
 from hf_efficient.modeling.decoder.generation_decoder import CapturedGeneration
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
+from hf_efficient.modeling.decoder.saved_code import is_ours
 
 # Tensors of a stock family without which the attention computes something else.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
@@ -153,6 +154,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
         if any(name not in missing_keys for name, _ in model.named_parameters()):
             model.check_loaded(missing_keys, set(loading_info["unexpected_keys"]))
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """As in transformers for a class of the user's own. The configuration saves the code of ours anyway.
+
+        transformers would copy single files, and name another file for the configuration than for the model.
+        """
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in transformers, with our own attention where nobody asks for another."""

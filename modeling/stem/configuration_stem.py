@@ -80,6 +80,10 @@ class StemConfig(DecoderConfig):
     def active_patches(self) -> list[str]:
         return [*super().active_patches, *(["stem"] if self.stem_layers else [])]
 
+    def fields_of_absent_patches(self) -> set[str]:
+        absent = super().fields_of_absent_patches()
+        return absent if "stem" in self.active_patches else absent | set(StemConfig.__annotations__)
+
     def validate_stem(self) -> None:
         """Rules of the STEM fields; raises `ValueError` with the value and the rule."""
         layers, count = self.stem_layers, self.num_hidden_layers

@@ -50,6 +50,10 @@ class TopologyConfig(DecoderConfig):
     def active_patches(self) -> list[str]:
         return [*super().active_patches, *([self.topology["grammar"]] if self.topology is not None else [])]
 
+    def fields_of_absent_patches(self) -> set[str]:
+        absent = super().fields_of_absent_patches()
+        return absent if self.topology is not None else absent | {"topology"}
+
     def validate_topology(self) -> None:
         """Rules of the field `topology`; raises `ValueError` with the value and the rule."""
         if self.topology is None:
