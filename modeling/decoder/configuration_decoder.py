@@ -12,9 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from hf_efficient.modeling.decoder.saved_code import carried_code, is_ours
-
 from hf_efficient.modeling.decoder.peft_targets import register_peft_targets
+from hf_efficient.modeling.decoder.saved_code import carried_code, is_ours
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
@@ -120,11 +119,6 @@ class DecoderConfig(PreTrainedConfig):
                 plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
         return plan
 
-    def to_dict(self) -> dict[str, Any]:
-        # PEFT asks for it before it looks up its targets, whenever it was imported, so that nothing is paid before.
-        register_peft_targets(self.model_type, self.peft_targets)
-        return super().to_dict()
-
     @property
     def active_patches(self) -> list[str]:
         """Names of the patches that this configuration carries, as the command line spells them."""
@@ -136,6 +130,8 @@ class DecoderConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the fields of absent patches, which have their defaults again once loaded."""
+        # PEFT asks for it before it looks up its targets, whenever it was imported, so that nothing is paid before.
+        register_peft_targets(self.model_type, self.peft_targets)
         absent = self.fields_of_absent_patches()
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
