@@ -16,7 +16,7 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
     """Weight [out, in] and bias [out] that calling `module` in evaluation mode comes to.
 
     A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of an unknown
-    kind is called, on the unit vectors in the dtype and on the device of `like`.
+    kind is called, on the unit vectors in the dtype and on the device of `like`; a serving engine's is not.
 
     Returns:
         None where they cannot be read: they have no data here, or this process has a shard of unknown layout.
@@ -29,7 +29,9 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
             return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
     adapters = _low_rank_adapters(module)
     if adapters is None:  # its parts would not take a plain tensor where they are sharded
-        return None if any(map(is_sharded, module.parameters())) else _by_calling(module, like)
+        # A serving engine's projection has no such attribute, and may hold a part of the weight.
+        unreadable = not hasattr(module, "in_features") or any(map(is_sharded, module.parameters()))
+        return None if unreadable else _by_calling(module, like)
     base = effective_weight(module.base_layer, like)
     if base is None:
         return None

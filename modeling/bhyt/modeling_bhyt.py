@@ -168,8 +168,8 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
     def _approximate_layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and parts of each layer whose second site is approximate. Before every call, so by the shortest way."""
-        for index, layer in enumerate(self._modules["layers"]._modules.values()):
+        """Index and parts of each layer that is here and whose second site is approximate."""
+        for index, layer in self.layers_here().items():
             parts = layer._modules
             if norm_attribute(parts["post_attention_layernorm"], "estimate") == "approx":
                 yield index, parts

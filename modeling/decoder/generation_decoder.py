@@ -63,6 +63,7 @@ class CapturedGeneration:
     config: Any
     device: Any
     prepare_inputs_for_generation: Any
+    set_attn_implementation: Any
 
     # Arguments of `generate` that belong to the prompt alone, for patches to add to.
     prompt_arguments: frozenset[str] = frozenset()
@@ -157,6 +158,21 @@ class CapturedGeneration:
         with torch.cuda.device_of(turn.ids):  # streams and events are those of the current device
             result = turn.generate(logits_processor, stopping_criteria, streamer)
         return result.to(device) if isinstance(result, Tensor) else result
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Its paged cache goes with `sdpa`, or flash attention, in place of an attention of ours."""
+        own = self.config._attn_implementation
+        if own not in self.captured_attention:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        self.set_attn_implementation("sdpa")
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.set_attn_implementation(own)
+            raise
+        # What the manager sets again when it stops.
+        manager._original_attn_impl = own
+        return manager
 
 
 def _may_capture(device: torch.device) -> bool:

@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
@@ -330,10 +331,16 @@ class DecoderModel(DecoderPreTrainedModel):
         normed, _, _ = add_and_norm(self.norm, *arriving)
         return BaseModelOutputWithPast(last_hidden_state=normed, **cache_argument(cache))
 
+    def layers_here(self) -> dict[int, Any]:
+        """The layers by index; a serving engine leaves an `nn.Identity` for each that another pipeline stage has."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)}
+
     def _may_carry(self, layers: Any, kwargs: dict[str, Any]) -> bool:
         """True when nobody asks for the stream between two layers, so that it may lack what is still to be added."""
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        return self.config.carry_residual and not recorded and not any(layer.is_watched() for layer in layers)
+        if not self.config.carry_residual or recorded or len(self.layers_here()) < len(self.layers):
+            return False
+        return not any(layer.is_watched() for layer in layers)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):
@@ -341,9 +348,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
 
     model_class: type[DecoderModel] = DecoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tp_plan = {"lm_head": "colwise_rep"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `transformers serve` and pipelines look a checkpoint's class up there, by its name in config.json.
+        found = getattr(transformers, cls.__name__, None)
+        if found is None or getattr(found, "model_class", None) is not None:  # the latter of another copy of this code
+            setattr(transformers, cls.__name__, cls)
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)

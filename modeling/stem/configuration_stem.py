@@ -68,9 +68,9 @@ class StemConfig(DecoderConfig):
         if not self.stem_layers:
             return plan
         # transformers splits an embedding by rows and gives every rank the whole row that it looked up, so the gate is
-        # gathered to meet it. Dense layers share these patterns.
-        plan["layers.*.mlp.gate_proj"] = plan["layers.*.mlp.up_proj"] = "colwise_gather_output"
-        plan["layers.*.mlp.down_proj"] = "rowwise_split_input"
+        # gathered to meet it. Dense layers share these patterns. Serving engines know the older names of these styles.
+        plan["layers.*.mlp.gate_proj"] = plan["layers.*.mlp.up_proj"] = "colwise_rep"
+        plan["layers.*.mlp.down_proj"] = "rowwise_rep"
         plan["layers.*.mlp.stem_embed"] = "embedding_rowwise"
         if len(self.stem_layers) == self.num_hidden_layers and not self.stem_keep_up_proj:
             del plan["layers.*.mlp.up_proj"]

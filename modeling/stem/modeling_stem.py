@@ -219,8 +219,14 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
     ) -> Tensor | None:
         stem_input_ids = kwargs.pop("stem_input_ids", None)
         ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
-        if not self.config.stem_layers:
-            return ids
+        if ids is None and len(here := self.layers_here()) < len(self.layers):
+            missed = sorted(set(self.config.stem_layers) & set(here))
+            if missed:
+                raise HFEError(
+                    f"this pipeline stage was not given the token ids that its STEM layers {missed} look up",
+                    "serve STEM without pipeline parallelism: tensor parallelism splits its tables too",
+                )
+            return None
         self._check_tables()
         if ids is None and self.config.stem_inputs_embeds == "match":
             return match_token_ids(inputs_embeds, self.embed_tokens, self.vocabulary_rows())
@@ -275,7 +281,7 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
 
     def _tables(self) -> list[StemTable]:
         """The tables in the order of the layers, those under an adapter left out."""
-        tables = (getattr(layer.mlp, "stem_embed", None) for layer in self.layers)
+        tables = (getattr(layer.mlp, "stem_embed", None) for layer in self.layers_here().values())
         return [table for table in tables if isinstance(table, StemTable)]
 
     def _check_tables(self) -> None:

@@ -79,5 +79,5 @@ def test_tensor_parallel_plan_names_only_modules_that_exist(tiny_config: Callabl
         plan = tiny_config("hfe_stem", **fields).base_model_tp_plan
         names = [name for name, _ in tiny_model("hfe_stem", **fields).model.named_modules()]
         assert [pattern for pattern in plan if not any(fnmatch(name, pattern) for name in names)] == []
-        assert plan["layers.*.mlp.gate_proj"] == "colwise_gather_output"
+        assert plan["layers.*.mlp.gate_proj"] == "colwise_rep"
     assert tiny_config("hfe_decoder").base_model_tp_plan["layers.*.mlp.gate_proj"] == "colwise"
