@@ -160,7 +160,7 @@ class CapturedGeneration:
         return result.to(device) if isinstance(result, Tensor) else result
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Its paged cache goes with `sdpa`, or flash attention, in place of an attention of ours."""
+        """As in transformers; an attention of ours gives way to `sdpa` or flash attention, which take its cache."""
         own = self.config._attn_implementation
         if own not in self.captured_attention:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]

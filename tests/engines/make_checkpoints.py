@@ -25,7 +25,7 @@ from transformers import (
 
 import hf_efficient
 
-# Heads of 32 channels are the narrowest that vLLM computes on a CPU. The wide weights keep greedy choices far from ties.
+# Heads of 32 channels are the narrowest that vLLM computes on a CPU. Wide weights keep greedy choices far from ties.
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
