@@ -11,11 +11,12 @@ from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import Patch
 from hf_efficient.conversion.plan import ConversionPlan
 from hf_efficient.conversion.progress import Advance, Progress
-from hf_efficient.conversion.reading.source import INDEX_NAME, Source
+from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter
 from hf_efficient.conversion.writing.workspace import Workspace
+from hf_efficient.modeling.decoder.weight_files import SAFE_WEIGHTS_INDEX_NAME
 
 
 class CheckpointWriter:
@@ -81,7 +82,7 @@ def write_weights(
     finally:
         writer.close()
     if len(plan.shards) > 1:
-        write_text(workspace.checkpoint / INDEX_NAME, _index(plan.shards))
+        write_text(workspace.checkpoint / SAFE_WEIGHTS_INDEX_NAME, _index(plan.shards))
 
 
 def _copy(

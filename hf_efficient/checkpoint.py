@@ -24,8 +24,9 @@ from hf_efficient.conversion.options import ConversionOptions, patch_fields
 from hf_efficient.conversion.patch import Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
+from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
 from hf_efficient.conversion.reading.families import decoder_config
-from hf_efficient.conversion.reading.source import Source, TensorReader, open_folder_reader, open_source
+from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.durable_files import format_bytes, write_text

@@ -61,6 +61,8 @@ def _qwen2(config: Qwen2Config) -> dict[str, Any]:
     return {
         # No field says so, but Qwen2 has biases on q, k and v, and none on the output.
         "attention_bias": True,
+        # Nor is there a field for this, but the stock model follows one that is set.
+        "head_dim": getattr(config, "head_dim", None),
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_types),
     }
@@ -110,7 +112,10 @@ def source_config(fields: dict[str, Any]) -> PreTrainedConfig:
     config_class = _config_class(model_type)
     checked = checked_fields(fields, config_class)
     try:
-        return config_class.from_dict(checked)
+        config = config_class.from_dict(checked)
+        # As every stock model does: it takes in what the configuration was given after its rotary parameters.
+        config.standardize_rope_params()
+        return config
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type.
     except Exception as error:
         cause = " ".join(str(error).split())

@@ -41,6 +41,19 @@ _FIELDS = {
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FREQUENCIES = "rope_freqs.weight"
+# Further keys, all of which are looked at or say nothing of the model's results.
+_OTHER_KEYS = frozenset(
+    (
+        *("attention.key_length", "attention.value_length", "attention.causal", "attention.sliding_window"),
+        *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+        *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor"),
+        *("expert_count", "expert_used_count", "vocab_size", "tensor_data_layout", "pooling_type"),
+    )
+)
+# Factors that stand for no scaling.
+_UNSCALED = (None, 0, 1)
+# The names that llama.cpp gives the files of a model that it splits.
+_PART = re.compile(r".*-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 class GGUFReader:
@@ -98,6 +111,7 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     Mistral models come as llama files, without their sliding window: here as there they attend to everything.
     """
     metadata = file.metadata
+    _refuse_parts(file)
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise HFEError(
@@ -110,12 +124,24 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
         return metadata.get(f"{architecture}.{key}", default)
 
     _refuse_scaled_rotary(file, architecture)
+    _refuse_other_keys(file, architecture)
     fields: dict[str, Any] = {"model_type": architecture}
     for key, field in _FIELDS.items():
         if value(key) is None:
             raise HFEError(f"{file.path.name} lacks the metadata {architecture}.{key}", "write the file again")
         fields[field] = value(key)
+        if isinstance(fields[field], list):
+            raise HFEError(
+                f"{file.path.name} has a {architecture}.{key} for each layer; a conversion takes one for all",
+                "choose a model whose layers are alike",
+            )
+        if isinstance(fields[field], bool) or not isinstance(fields[field], int | float):
+            raise HFEError(
+                f"{file.path.name} has {architecture}.{key} {str(fields[field])[:80]!r}, which is no number",
+                "write the file again",
+            )
     fields["head_dim"] = value("attention.key_length") or value("rope.dimension_count")
+    _check_head_dim(file, architecture, fields)
     if fields["head_dim"] is None or architecture == "qwen2":
         del fields["head_dim"]
     fields["rope_theta"] = value("rope.freq_base", 10000.0)
@@ -134,18 +160,73 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     return source_config(fields)
 
 
+def _refuse_parts(file: GGUFFile) -> None:
+    part = _PART.fullmatch(file.path.name)
+    count = file.metadata.get("split.count") or (int(part[1]) if part else 1)
+    if count != 1:
+        raise HFEError(
+            f"{file.path.name} is one of {count} files that a GGUF model was split into",
+            "join them (`llama-gguf-split --merge FIRST_FILE WHOLE.gguf`) and name the whole file",
+        )
+
+
 def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
-    """GGUF keeps scaled rotary frequencies in forms that lose the parameters of transformers' rotary types."""
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    scaled = kind != "none"
-    if not scaled and _ROPE_FREQUENCIES in file.tensors:
+    """GGUF keeps scaled rotary frequencies in forms that lose the parameters of transformers' rotary types.
+
+    Where no type is named, llama.cpp takes a factor for a linear one, under its older name too.
+    """
+
+    def value(key: str) -> Any:
+        return file.metadata.get(f"{architecture}.rope.{key}")
+
+    kind, scaled = value("scaling.type"), False
+    if kind is None:
+        factors = {key: value(key) for key in ("scaling.factor", "scale_linear", "scaling.attn_factor")}
+        kind = next((f"rope.{key} {factor}" for key, factor in factors.items() if factor not in _UNSCALED), "none")
+    if kind == "none" and _ROPE_FREQUENCIES in file.tensors:
         kind = _ROPE_FREQUENCIES
         scaled = not bool((file.read(_ROPE_FREQUENCIES) == 1).all())
+    elif kind != "none":
+        scaled = True
     if scaled:
         raise HFEError(
             f"{file.path.name} scales its rotary frequencies ({kind}), which cannot be carried over from GGUF exactly",
             "convert from the original safetensors checkpoint",
         )
+
+
+def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
+    """A key that no other rule knows may change what the model computes."""
+    for key, value in file.metadata.items():
+        prefix, _, name = key.partition(".")
+        if prefix == architecture and name not in _FIELDS and name not in _OTHER_KEYS and value not in (0, "", []):
+            raise HFEError(
+                f"{file.path.name} sets {key}={str(value)[:80]}, which a conversion does not carry over",
+                "convert from the original safetensors checkpoint",
+            )
+    if not file.metadata.get(f"{architecture}.attention.causal", True):
+        raise HFEError(f"{file.path.name} attends to later positions too (attention.causal)", "use a causal model")
+    window = file.metadata.get(f"{architecture}.attention.sliding_window")
+    context = file.metadata.get(f"{architecture}.context_length")
+    if window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
+        raise HFEError(
+            f"{file.path.name} has a sliding window of {window} positions, which transformers does not read from GGUF",
+            "convert from the original safetensors checkpoint",
+        )
+
+
+def _check_head_dim(file: GGUFFile, architecture: str, fields: dict[str, Any]) -> None:
+    """Every head is as wide for queries, keys and values, and turns as a whole."""
+    heads = fields["num_attention_heads"] or 1
+    expected = fields["hidden_size"] // heads if architecture == "qwen2" else fields["head_dim"]
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        width = file.metadata.get(f"{architecture}.{key}")
+        if width not in (None, expected):
+            raise HFEError(
+                f"{file.path.name} has {architecture}.{key} {width} where heads are {expected} wide; a conversion "
+                "takes heads of one width that turn as a whole",
+                "choose a model of another architecture",
+            )
 
 
 def gguf_special_tokens(file: GGUFFile) -> dict[str, int]:

@@ -18,12 +18,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_efficient.conversion.reading.json_file import read_weight_map
+from hf_efficient.conversion.reading.checkpoint_files import CONFIG, read_config
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_names
 
 # Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "README.md"]
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICEN?E*", "NOTICE*", "COPYING*", "README.md"]
 
 
 def is_repo_id(location: str) -> bool:
@@ -38,22 +38,30 @@ def is_repo_id(location: str) -> bool:
 def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
     """Fetch the files of a checkpoint that a conversion reads, and no other weights; returns the snapshot's folder."""
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
-    index = folder / _INDEX
-    shards = [_SINGLE]
-    if index.is_file():
-        shards = sorted(set(read_weight_map(index).values()))
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
-    folder = _snapshot(repo_id, [*_SMALL_FILES, *shards], commit, token)
-    if not index.is_file() and not (folder / _SINGLE).exists():
-        with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
-            names = HfApi(token=token).list_repo_files(repo_id, revision=commit)
-            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-            if pickles:
-                raise HFEError(
-                    f"{repo_id} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
-                    "use a revision with safetensors",
-                )
+    fields = read_config(folder, repo_id) if (folder / CONFIG).is_file() else {}
+    for name in weight_file_names(fields):  # in the order in which transformers looks for them
+        if not (folder / name).is_file():
+            folder = _snapshot(repo_id, [*_SMALL_FILES, name], commit, token)
+        if (folder / name).is_file():
+            if name.endswith(".json"):
+                folder = _snapshot(repo_id, [*_SMALL_FILES, *shard_names(folder / name)], commit, token)
+            return folder
+    with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        names = HfApi(token=token).list_repo_files(repo_id, revision=commit)
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles:
+            raise HFEError(
+                f"{repo_id} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
+                "use a revision with safetensors",
+            )
+        ggufs = [name for name in names if name.lower().endswith(".gguf")]
+        if ggufs:
+            raise HFEError(
+                f"{repo_id} holds GGUF files ({ggufs[0]}) and no safetensors",
+                f"download one, `hf download {repo_id} {ggufs[0]} --local-dir .`, and name the file",
+            )
     return folder
 
 

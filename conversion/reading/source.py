@@ -20,6 +20,8 @@ from hf_efficient.conversion.reading.bhyt_release import (
     is_bhyt_release,
     release_config,
 )
+from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
+from hf_efficient.conversion.reading.config_fields import check_fields
 from hf_efficient.conversion.reading.families import decoder_config, source_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.reading.hub_files import (
@@ -29,16 +31,13 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
-from hf_efficient.conversion.reading.json_file import is_file_name, read_json, read_weight_map
+from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
+from hf_efficient.conversion.reading.stock_names import with_stock_names
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
-
-INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class TensorReader(Protocol):
@@ -186,59 +185,37 @@ def _open(location: str, revision: str | None, token: str | None, gamma_folded: 
     if path.is_dir():
         return _open_lingua(location, path)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise HFEError(
                 f"{path.name} is a file but not a .gguf", "name a checkpoint folder, a .gguf file or a Hub repository"
             )
         return _open_gguf(location, path)
-    if path.suffix == ".gguf" or not is_repo_id(location):
+    if path.suffix.lower() == ".gguf" or not is_repo_id(location):
         raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
     return _open_folder(location, download_checkpoint(location, revision=revision, token=token), gamma_folded)
 
 
-def open_folder_reader(folder: Path) -> SafetensorsReader:
-    """A reader of the safetensors weights of a folder, in one file or sharded."""
-    return SafetensorsReader(weight_files(folder))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a folder's weights: those that the index names, or the single file."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return [file_inside(folder, name, index.name) for name in dict.fromkeys(read_weight_map(index).values())]
-    if (folder / _SINGLE_NAME).exists():
-        return [file_inside(folder, _SINGLE_NAME, folder.name)]
-    name = repo_of_snapshot(folder)[0] or folder.name
-    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
-    if pickles:
-        raise HFEError(
-            f"{name} holds its weights as pickle ({pickles[0]}), which can run any code when it is opened",
-            "use a revision with safetensors, or load it where you trust it and save it again with save_pretrained",
-        )
-    if (folder / "adapter_config.json").exists():
-        raise HFEError(f"{name} is an adapter, not a model", "merge it into its base model and convert that")
-    raise HFEError(f"{name} holds neither {_SINGLE_NAME} nor {INDEX_NAME}", "name the folder of a whole checkpoint")
-
-
 def _open_folder(location: str, folder: Path, gamma_folded: bool) -> Source:
-    if not (folder / "config.json").is_file():
-        weight_files(folder)  # an adapter or a folder of another kind has a better message
-        raise HFEError(
-            f"{repo_of_snapshot(folder)[0] or folder.name} has no config.json", "name the folder of a whole checkpoint"
-        )
-    fields = read_json(folder / "config.json")
-    stock_config = source_config(fields)
     repo, revision = repo_of_snapshot(folder)
+    name = repo or folder.resolve().name
+    fields = read_config(folder, name)
+    stock_config = source_config(fields)
     card = card_metadata(folder)
-    files = weight_files(folder)
+    files = weight_files(folder, fields, name)
     reader: TensorReader = SafetensorsReader(files)
-    config, warnings = decoder_config(stock_config), []
     folded = gamma_folded or bool(fields.get(GAMMA_FOLDED))
+    released = is_bhyt_release(fields) or folded
+    # The BHyT authors' code has fields of its own, which its reader looks at.
+    warnings = check_fields(fields, stock_config, others=not released and "norm_type" not in fields)
+    config = decoder_config(stock_config)
     if is_bhyt_release(fields):
         config = release_config(fields, config)
-    if is_bhyt_release(fields) or folded:
-        reader = BhytReleaseReader(reader, fields, config, gamma_folded=folded)
-        warnings = reader.warnings()
+    if released:
+        release = BhytReleaseReader(reader, fields, config, gamma_folded=folded)
+        reader, warnings = release, warnings + release.warnings()
+    else:
+        reader = with_stock_names(reader, config)
+    warnings += _dtype_warning(stock_config, reader)
     return Source(
         location=location,
         files=folder,
@@ -253,6 +230,18 @@ def _open_folder(location: str, folder: Path, gamma_folded: bool) -> Source:
         revision=revision,
         warnings=warnings,
     )
+
+
+def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
+    """transformers loads a model in the dtype that config.json names, a conversion keeps that of the weights."""
+    stored = {dtype for dtype in map(reader.dtype, reader.names()) if dtype.is_floating_point}
+    if config.dtype is None or config.dtype in stored or not stored:
+        return []
+    named, kept = (str(dtype).removeprefix("torch.") for dtype in (config.dtype, min(stored, key=str)))
+    return [
+        f"the weights are {kept} and stay so; transformers would load them in {named}, which config.json names "
+        f"(--dtype {named} gives the same)"
+    ]
 
 
 def _open_gguf(location: str, path: Path) -> Source:
@@ -308,29 +297,3 @@ def _with_special_tokens(source: Source) -> Source:
         setattr(source.stock_config, role, getattr(tokenizer, role))
         setattr(source.config, role, getattr(tokenizer, role))
     return source
-
-
-def file_inside(folder: Path, name: Any, origin: str) -> Path:
-    """`folder / name`, once it is sure to be a file that does not lie outside the folder.
-
-    Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
-    """
-    if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise HFEError(
-            f"{origin} points to {name!r}, outside the checkpoint's folder; shards are named by paths inside it",
-            "do not use this checkpoint, or correct its index",
-        )
-    path, root = folder / name, folder.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:  # by Python's version
-        raise HFEError(f"{name} is a link that leads in a circle", "copy the file into the folder") from error
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise HFEError(
-            f"{name} is a link that leads outside the checkpoint's folder",
-            "copy the file into the folder, or name the folder that holds it",
-        )
-    if not path.is_file():
-        raise HFEError(f"{origin} names {name}, which is missing", "download the checkpoint again")
-    return path

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from hf_efficient.conversion.reading.checkpoint_files import file_inside
 from hf_efficient.conversion.reading.json_file import read_json
-from hf_efficient.conversion.reading.source import Source, file_inside
+from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer

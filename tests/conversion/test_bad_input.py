@@ -67,10 +67,11 @@ def _only_adapter(folder: Path) -> None:
 
 
 def _index(weight_map: Any) -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map})),
-        None,
-    )[1]
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()  # a single file would be read in place of an index
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return damage
 
 
 HEAD, EMBEDDING, UP = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
@@ -112,9 +113,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (_truncate, "truncated"),
     "pickle only": (_only_pickle, r"pickle \(pytorch_model.bin\), which can run any code"),
     "adapter": (_only_adapter, "is an adapter, not a model"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds neither model.safetensors nor"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "does not hold model.safetensors or"),
     "index that leaves the folder": (_index({HEAD: "../x.safetensors"}), "outside the checkpoint's folder"),
-    "index to a missing shard": (_index({HEAD: "x.safetensors"}), "x.safetensors, which is missing"),
+    "index to a missing shard": (_index({HEAD: "x.safetensors"}), "names 'x.safetensors', which is missing"),
     "index without a map": (_index({}), "has no weight_map"),
     "index whose map is a list": (_index([1]), "has no weight_map"),
 }

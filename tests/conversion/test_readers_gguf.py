@@ -155,6 +155,16 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
         ({"architecture": "gemma2"}, "architecture 'gemma2', which is not a supported family"),
         ({"metadata": {"expert_count": 8}}, "mixture of 8 experts"),
         ({"metadata": {"rope.scaling.type": "yarn"}}, "scales its rotary frequencies"),
+        ({"metadata": {"rope.scaling.type": "linear"}}, "scales its rotary frequencies"),
+        ({"metadata": {"rope.scaling.factor": 4}}, r"scales its rotary frequencies \(rope.scaling.factor 4"),
+        ({"metadata": {"rope.scale_linear": 2}}, r"scales its rotary frequencies \(rope.scale_linear 2"),
+        ({"metadata": {"rope.dimension_sections": 3}}, "sets llama.rope.dimension_sections=3"),
+        ({"metadata": {"logit_scale": 3}}, "sets llama.logit_scale=3"),
+        ({"metadata": {"attention.causal": 0}}, "attends to later positions too"),
+        ({"metadata": {"attention.sliding_window": 64}}, "has a sliding window of 64 positions"),
+        ({"metadata": {"attention.value_length": 8}}, "value_length 8 where heads are 16 wide"),
+        ({"metadata": {"attention.key_length": 32}}, "rope.dimension_count 16 where heads are 32 wide"),
+        ({"architecture": "qwen2", "head_dim": 32}, "key_length 32 where heads are 16 wide"),
         ({"extra": {"rope_freqs.weight": np.full(8, 2.0, np.float32)}}, "scales its rotary frequencies"),
     ],
 )
@@ -162,6 +172,29 @@ def test_files_that_cannot_be_converted(tmp_path: Path, options: dict[str, Any],
     path = write_gguf(tmp_path / "tiny.gguf", **options)
     with pytest.raises(HFEError, match=words):
         open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rope.scale_linear": 1, "attention.causal": 1, "attention.sliding_window": 128, "logit_scale": 0},
+        {"rope.scaling.type": "none", "rope.scaling.factor": 8, "attention.value_length": 16},
+    ],
+)
+def test_keys_that_change_nothing(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    assert_equals_transformers(write_gguf(tmp_path / "tiny.gguf", metadata=metadata))
+
+
+def test_upper_case_and_files_of_a_split_model(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "TINY.GGUF")
+    assert open_source(str(whole)).gguf_file == "TINY.GGUF"
+    with pytest.raises(HFEError, match=f"has no config.json, but the file TINY.GGUF; name the file: {whole}"):
+        open_source(str(tmp_path))
+    part = whole.rename(tmp_path / "tiny-00001-of-00003.gguf")
+    with pytest.raises(HFEError, match=r"tiny-00001-of-00003.gguf is one of 3 files .*llama-gguf-split --merge"):
+        open_source(str(part))
+    with pytest.raises(HFEError, match="there is no file or folder nowhere.GGUF"):
+        open_source("nowhere.GGUF")
 
 
 def test_unit_rotary_factors_change_nothing(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader, weight_files
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
-from hf_efficient.conversion.reading.source import open_folder_reader, open_source, weight_files
+from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.errors import HFEError
 
 
@@ -57,7 +58,7 @@ def test_the_caller_owns_what_it_read(tmp_path: Path) -> None:
 
 def test_reads_all_shards(stock_folder: Callable[..., Path]) -> None:
     one, sharded = stock_folder("qwen3"), stock_folder("qwen3", max_shard_size="20KB")
-    assert len(weight_files(sharded)) > 2
+    assert len(weight_files(sharded, {}, "name")) > 2
     whole, parts = open_folder_reader(one), open_folder_reader(sharded)
     assert set(whole.names()) == set(parts.names())
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.names())
@@ -161,15 +162,15 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path, name: object) -> None
     folder.mkdir()
     save_file({"t0": torch.zeros(2)}, tmp_path / "model.safetensors")
     _index(folder, name)
-    with pytest.raises(HFEError, match="outside the checkpoint's folder"):
-        weight_files(folder)
+    with pytest.raises(HFEError, match="outside the checkpoint's folder|not a safetensors file"):
+        weight_files(folder, {}, "name")
 
 
 @pytest.mark.parametrize("name", [7, None, [], "", "a\0b", "a\nb", "\ud800", "n" * 300])
 def test_an_index_names_files_by_texts_that_can_be_names(tmp_path: Path, name: object) -> None:
     _index(tmp_path, name)
     with pytest.raises(HFEError, match="which is no file name|half of a character"):
-        weight_files(tmp_path)
+        weight_files(tmp_path, {}, "name")
 
 
 def test_an_index_may_name_a_subfolder(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_link_may_not_leave_its_folder(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(HFEError, match="link that leads outside"):
-        weight_files(folder)
+        weight_files(folder, {}, "name")
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path: Path, stock_folder: Callable[..., Path]) -> None:
@@ -205,5 +206,5 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path, stock_folder: Call
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _index(tmp_path, "gone.safetensors")
-    with pytest.raises(HFEError, match=r"gone\.safetensors, which is missing"):
-        weight_files(tmp_path)
+    with pytest.raises(HFEError, match=r"names 'gone\.safetensors', which is missing"):
+        weight_files(tmp_path, {}, "name")

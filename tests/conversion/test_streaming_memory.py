@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
 from hf_efficient.conversion.reading.families import decoder_config, expected_tensors
-from hf_efficient.conversion.reading.source import open_folder_reader
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 
 LIMIT = 480 * 2**20

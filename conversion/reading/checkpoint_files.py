@@ -1,0 +1,108 @@
+"""Which files of a checkpoint folder are read: the ones that transformers would load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.configuration_utils import get_configuration_file
+
+from hf_efficient.conversion.reading.json_file import is_file_name, read_json, read_weight_map
+from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.weight_files import resolve_weight_files, weight_file_names
+
+CONFIG = "config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a checkpoint's configuration, from the file that the installed transformers would read.
+
+    `configuration_files` in config.json names files for versions of transformers: config.4.0.0.json serves 4.0.0 and
+    later ones.
+
+    Args:
+        folder: of the checkpoint.
+        name: what a message calls it.
+
+    Raises:
+        HFEError: there is none, it cannot be read, or the folder holds an adapter.
+    """
+    whole = (folder / CONFIG).is_file()
+    if (folder / _ADAPTER_CONFIG).exists():
+        raise HFEError(
+            f"{name} holds an adapter beside its weights ({_ADAPTER_CONFIG}), which transformers would load with them"
+            if whole
+            else f"{name} is an adapter, not a model",
+            "merge it (PeftModel.merge_and_unload, or hf-efficient merge) or remove its files, and convert the result"
+            if whole
+            else "merge it into its base model and convert that",
+        )
+    if not whole:
+        ggufs = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
+        if ggufs:
+            raise HFEError(f"{name} has no {CONFIG}, but the file {ggufs[0]}", f"name the file: {folder / ggufs[0]}")
+        weight_files(folder, {}, name)  # a folder of pickles has a better message
+        raise HFEError(f"{name} has no {CONFIG}", "name the folder of a whole checkpoint")
+    fields = read_json(file_inside(folder, CONFIG, name))
+    named = fields.get("configuration_files")
+    if "configuration_files" not in fields:
+        return fields
+    if not isinstance(named, list) or not all(is_file_name(each) for each in named):
+        raise HFEError(f"configuration_files in {CONFIG} must be a list of file names", "correct or remove the field")
+    try:
+        chosen = get_configuration_file(named)
+    except ValueError as error:  # packaging's error for what is no version
+        raise HFEError(f"configuration_files in {CONFIG} are not named by versions ({error})", "correct it") from error
+    return fields if chosen == CONFIG else read_json(file_inside(folder, chosen, CONFIG))
+
+
+def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
+    """The safetensors files that `from_pretrained(folder)` loads, none of which lies outside the folder.
+
+    Args:
+        folder: of the checkpoint.
+        fields: of its configuration.
+        name: what a message calls it.
+
+    Raises:
+        HFEError: there are none, or one is missing, damaged or outside.
+    """
+    entry = next((each for each in weight_file_names(fields) if (folder / each).is_file()), None)
+    if entry is not None and entry.endswith(".json"):
+        read_weight_map(file_inside(folder, entry, name))  # within the bounds of every JSON file
+    files = resolve_weight_files(folder, fields, name=name)
+    return [file_inside(folder, str(path.relative_to(folder)), entry or name) for path in files]
+
+
+def open_folder_reader(folder: Path) -> SafetensorsReader:
+    """A reader of the safetensors weights of a folder, in one file or sharded."""
+    fields = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return SafetensorsReader(weight_files(folder, fields, folder.name))
+
+
+def file_inside(folder: Path, name: Any, origin: str) -> Path:
+    """`folder / name`, once it is sure to be a file that does not lie outside the folder.
+
+    Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
+    """
+    if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise HFEError(
+            f"{origin} points to {name!r}, outside the checkpoint's folder; shards are named by paths inside it",
+            "do not use this checkpoint, or correct its index",
+        )
+    path, root = folder / name, folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # by Python's version
+        raise HFEError(f"{name} is a link that leads in a circle", "copy the file into the folder") from error
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise HFEError(
+            f"{name} is a link that leads outside the checkpoint's folder",
+            "copy the file into the folder, or name the folder that holds it",
+        )
+    if not path.is_file():
+        raise HFEError(f"{origin} names {name}, which is missing", "download the checkpoint again")
+    return path

@@ -1,0 +1,136 @@
+"""Fields of config.json that the mapping to our decoder does not read: which of them change nothing, and which must not
+be passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from hf_efficient.errors import HFEError
+
+# Not declared by the stock families' configurations; in none of their logits, whatever the value.
+_NO_EFFECT = frozenset(
+    (
+        # what the file is and where it comes from
+        *("model_type", "auto_map", "name_or_path", "torch_dtype", "configuration_files", "transformers_weights"),
+        *("is_llama_config", "transformers.js_config", "license", "language", "datasets", "base_model"),
+        # tokenizer and lengths
+        *("tokenizer_class", "model_max_length", "max_sequence_length", "max_seq_length", "max_seq_len", "seq_length"),
+        *(
+            "seq_len",
+            "n_ctx",
+            "sep_token_id",
+            "cls_token_id",
+            "mask_token_id",
+            "unk_token_id",
+            "decoder_start_token_id",
+        ),
+        # other heads, losses and training
+        *("num_labels", "finetuning_task", "task_specific_params", "classifier_dropout", "ignore_index", "is_decoder"),
+        *("num_beam_groups", "diversity_penalty", "penalty_alpha"),
+        *("gradient_checkpointing", "neftune_noise_alpha", "hidden_dropout", "hidden_dropout_prob", "embd_pdrop"),
+        *("attn_pdrop", "resid_pdrop", "attention_probs_dropout_prob", "residual_dropout", "embedding_dropout"),
+        *("initializer_factor", "init_std", "z_loss", "use_reentrant", "pretraining_tp"),
+        # how attention is computed, and what is returned beside the logits
+        *("attn_implementation", "experts_implementation", "use_flash_attention", "use_flash_attention_2"),
+        *("use_flash_attn", "flash_attention", "use_sdpa", "output_attentions", "use_return_dict", "torchscript"),
+        *("use_bfloat16", "tf_legacy_loss"),
+        # read by the configuration class into other fields
+        *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("use_sliding_window", "max_window_layers", "layer_types", "sliding_window", "head_dim"),
+    )
+)
+_NO_EFFECT_PREFIXES = ("_", "unsloth_")
+# Words in the names of fields that change what a model computes, in one architecture or another.
+_COMPUTES = re.compile(
+    r"scal|multipl|cap|clip|clamp|window|chunk|rope|rotary|posit|alibi|attn|attention|attribute|causal|norm|bias|layer"
+    r"|head|expert|moe|router|mtp|nextn|block|parallel|sparse|kv|latent|lora|mup|fus|config|residual|conv|mamba|ssm|gate"
+    r"|activation|act_|hidden|embed|proj|quant|cross|encoder|decoder|prefix|prune|skip|temperature|softmax|sink"
+)
+_EMPTY = (None, False, 0, 0.0, "", [], {})
+
+
+def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bool = True) -> list[str]:
+    """Warnings about fields that were passed over, as transformers does.
+
+    Args:
+        fields: of config.json.
+        config: the configuration that transformers makes of them.
+        others: look at fields that no stock model has; False where somebody else reads them.
+
+    Raises:
+        HFEError: a field changes what the model computes, or may do so, in a way that our decoder does not follow.
+    """
+    model_type = str(config.model_type)
+    if not fields.get("is_causal", True):
+        raise _refusal("is_causal", fields["is_causal"], "attends to later positions too", "use a causal model")
+    if config.is_encoder_decoder:
+        raise _refusal("is_encoder_decoder", True, "is no decoder of its own", "use a causal language model")
+    _check_windows(fields, config)
+    _check_rope(config)
+    declared = {field.name for field in dataclasses.fields(config)}
+    if not others:
+        return []
+    known = declared | vars(GenerationConfig()).keys() | _NO_EFFECT
+    unknown = [
+        name
+        for name, value in fields.items()
+        if name not in known and not name.startswith(_NO_EFFECT_PREFIXES) and value not in _EMPTY
+    ]
+    for name in unknown:
+        if _COMPUTES.search(name.lower()):
+            raise HFEError(
+                f"config.json sets {name}={str(fields[name])[:80]}, a field that the stock {model_type} does not have "
+                "and whose name says that it changes what the model computes",
+                "use the model type that the checkpoint was trained as, or remove the field if it has no effect",
+            )
+    warnings = []
+    if unknown:
+        warnings.append(f"config.json sets {', '.join(unknown)}, which the stock {model_type} does not read either")
+    named = fields.get("auto_map")
+    if isinstance(named, dict) and "AutoModelForCausalLM" in named and "hfe_format" not in declared:
+        warnings.append(
+            f"the source has code of its own for its model, which is not run: it was read as the stock {model_type}, "
+            "as transformers reads it without trust_remote_code"
+        )
+    return warnings
+
+
+def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Of Llama and Mistral, `layer_types` decides over the cache alone, and Llama's `sliding_window` too."""
+    declared = {field.name for field in dataclasses.fields(config)}
+    window = fields.get("sliding_window")
+    if "sliding_window" not in declared and window is not None:
+        raise _refusal(
+            "sliding_window", window, "the stock model has for its cache, not for its attention", "remove the field"
+        )
+    kinds = getattr(config, "layer_types", None)
+    if "layer_types" in declared or kinds is None:
+        return
+    expected = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    if list(kinds) != [expected] * config.num_hidden_layers:
+        raise _refusal(
+            "layer_types",
+            kinds,
+            f"differs from what every layer of {config.model_type} does ({expected})",
+            "use a model type that has windows by layer (ministral, qwen2), or remove the field",
+        )
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    rope = config.rope_parameters or {}
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise _refusal(
+            "partial_rotary_factor",
+            rope["partial_rotary_factor"],
+            "turns a part of every head, and the stock model all of it",
+            "set it to 1, or use the model type that the checkpoint was trained as",
+        )
+
+
+def _refusal(name: str, value: Any, reason: str, remedy: str) -> HFEError:
+    return HFEError(f"config.json sets {name}={str(value)[:120]}, which {reason}", remedy)
