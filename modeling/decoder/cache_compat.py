@@ -63,7 +63,9 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
         return past_key_values
     if past_key_values is not None:
         raise HFEError(
-            "a call has both past_key_values and cache, which are two names of one thing", "pass one of them"
+            "a call has both past_key_values and cache, which are two names of one thing",
+            "pass one of them; `generate` with PEFT's prefix tuning passes both where PEFT does not know "
+            "transformers 5.24 yet: take a newer peft, or a transformers before 5.24",
         )
     if CACHE_ARGUMENT != "cache" and not isinstance(cache, Cache):
         kwargs["cache"] = cache

@@ -9,9 +9,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
+
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT
 
 PROMPT, NEW = 7, 10
 
@@ -53,6 +57,27 @@ def test_greedy_modes_agree(
     one_prompt = "prompt_lookup_num_tokens" in settings or "assistant_early_exit" in settings
     ids = token_ids(1 if one_prompt else 2, PROMPT)
     assert torch.equal(generate(model, ids, **settings), greedy_without_cache(model, ids))
+
+
+def test_prefix_tuning_acts_or_is_refused(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    """PEFT 0.21 passes its prefix beside the `cache` of transformers 5.24, where stock models ignore the prefix."""
+    model = tiny_model(model_type)
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    for parameter in adapted.prompt_encoder.parameters():
+        nn.init.normal_(parameter)
+    ids = token_ids(1, PROMPT)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = adapted(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
+            expected = torch.cat((expected, logits[:, -1:].argmax(-1)), 1)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    try:
+        found = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    except HFEError as error:
+        assert CACHE_ARGUMENT == "cache" and "prefix tuning" in str(error)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_assisted_generation_agrees(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
