@@ -130,12 +130,17 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
                 f"stem_offload={placement!r} keeps whole tables beside one device, and tensor parallelism splits them",
                 "choose one of the two",
             )
+        if placement == "disk" and (source is None or kwargs.get("use_safetensors") is False):
+            raise HFEError(
+                "stem_offload='disk' maps the tables from a checkpoint's safetensors files, and none are to be loaded",
+                "name a checkpoint with safetensors, or load it with stem_offload='cpu'",
+            )
         # A device map would put hooks on the tables, which copy them whole.
         device = single_device(kwargs.pop("device_map", None))
         loaded = super().from_pretrained(source, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if placement == "disk":
-            model._map_tables(source, **hub_arguments(kwargs))
+            model._map_tables(source, kwargs)
         if device is not None:
             model.to(device)
         return loaded
@@ -149,12 +154,15 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             config, _ = cls.config_class.get_config_dict(source, **hub_arguments(arguments))
         return (config.get if isinstance(config, dict) else partial(getattr, config))("stem_offload", "none")
 
-    def _map_tables(self, source: Any, **hub: Any) -> None:
-        """Show each table its place in the checkpoint's files, which have the tensor names of the full model."""
-        prefix = "" if self.base_model is not self else f"{self.base_model_prefix}."
-        tables = {f"{prefix}{name}.weight": m for name, m in self.named_modules() if isinstance(m, StemTable)}
-        for name, file in find_tensors(source, tables, **hub).items():
-            tables[name].map_from(file, name)
+    def _map_tables(self, source: Any, arguments: dict[str, Any]) -> None:
+        """Show each table its place in the files that the rest of the model was loaded from."""
+        tables = {f"{name}.weight": m for name, m in self.base_model.named_modules() if isinstance(m, StemTable)}
+        hub, loaded = hub_arguments(arguments), self.config.name_or_path
+        if str(source) != str(loaded):  # an adapter was named, whose revision is its own
+            hub.pop("revision", None)
+        fields = {"transformers_weights": getattr(self.config, "transformers_weights", None)}
+        for name, place in find_tensors(loaded, tables, fields, arguments.get("variant"), **hub).items():
+            tables[name].map_from(*place)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         super().check_loaded(missing_keys, unexpected_keys)
@@ -245,11 +253,13 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
 
     def begin_lookup(self, token_ids: Tensor | None) -> Tensor | TokenRows | None:
         token_ids = super().begin_lookup(token_ids)
-        tables = self._tables()
+        # One with a hook, as accelerate's offloading makes it, has its rows only while it is called, and it will be.
+        tables = [table for table in self._tables() if is_bare(table, (StemTable,))]
         if token_ids is None or not tables:
             return token_ids
         trained = [t for t in tables if torch.is_grad_enabled() and t.resident_weight.requires_grad]
-        on_host = tables[0].resident_weight.device != token_ids.device
+        # Where a table is not to stay on the host, whoever keeps it elsewhere brings it.
+        on_host = tables[0].placement != "none" and tables[0].resident_weight.device != token_ids.device
         if on_host and not all(table.sparse for table in trained):
             raise HFEError(
                 "tables that stay on the host cannot have dense gradients",

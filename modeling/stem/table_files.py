@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder.weight_files import resolve_weight_files, shard_names, weight_file_names
 
 # Arguments of `from_pretrained` that say which files of a repository are meant.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -22,39 +22,47 @@ def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
 
 
-def find_tensors(source: Any, names: Iterable[str], **hub: Any) -> dict[str, Path]:
-    """The safetensors file in which each tensor of a checkpoint lies.
+def find_tensors(
+    source: Any, names: Iterable[str], config: Mapping[str, Any], variant: str | None = None, **hub: Any
+) -> dict[str, tuple[Path, str]]:
+    """The safetensors file in which each tensor of a checkpoint lies, and its name there.
+
+    The files are those that `from_pretrained` loads.
 
     Args:
         source: local folder or Hub id.
-        names: the tensors.
+        names: the tensors, as the base model calls them; a checkpoint may have them below ``model.``.
+        config: fields of the configuration.
+        variant: as for `from_pretrained`.
         hub: what `hub_arguments` keeps.
 
     Raises:
         HFEError: the checkpoint has no safetensors, or lacks a tensor.
     """
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-        if single is None:
-            raise HFEError(
-                f"{source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}",
-                "only safetensors can be mapped from disk; save the model with save_pretrained",
-            )
-        with safe_open(single, "pt") as tensors:
-            files = dict.fromkeys(tensors.keys(), Path(single))
-    else:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        shards = {
-            shard: Path(cached_file(source, shard, **hub))
-            for shard in {weight_map.get(name) for name in names}
-            if shard
-        }
-        files = {name: shards[shard] for name, shard in weight_map.items() if shard in shards}
-    missing = [name for name in names if name not in files]
+    found: dict[str, tuple[Path, str]] = {}
+    for file in _weight_files(source, config, variant, hub):
+        with safe_open(file, "pt") as tensors:
+            # Of a tensor that several files hold the last one counts, as in transformers.
+            found |= {name.removeprefix("model."): (file, name) for name in tensors.keys()}  # noqa: SIM118
+    missing = [name for name in names if name not in found]
     if missing:
         raise HFEError(
-            f"{source} lacks {missing[0]}, so it is not the STEM checkpoint that its configuration describes",
+            f"{source} lacks model.{missing[0]}, so it is not the STEM checkpoint that its configuration describes",
             "convert the stock model with `hf-efficient convert SOURCE OUTPUT --patch stem` and load OUTPUT",
         )
-    return {name: files[name] for name in names}
+    return {name: found[name] for name in names}
+
+
+def _weight_files(source: Any, config: Mapping[str, Any], variant: str | None, hub: dict[str, Any]) -> list[Path]:
+    if os.path.isdir(source):
+        return resolve_weight_files(Path(source), config, variant=variant, subfolder=hub.get("subfolder") or "")
+    names = weight_file_names(config, variant)
+    for name in names:
+        entry = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if entry is not None:
+            shards = shard_names(Path(entry)) if name.endswith(".json") else [name]
+            return [Path(cached_file(source, shard, **hub)) for shard in shards]
+    raise HFEError(
+        f"{source} has neither of {', '.join(names)}",
+        "only safetensors can be mapped from disk; save the model with save_pretrained",
+    )
