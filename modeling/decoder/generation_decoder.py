@@ -111,7 +111,7 @@ class CapturedGeneration:
             ),
             "the call serves another model's generation": bool(generation_config.is_assistant),
             "there is nothing to generate": input_ids.shape[1] >= generation_config.max_length,
-            "gradients or autocast are on": torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type),
+            "gradients or autocast are on": torch.is_grad_enabled() or torch.is_autocast_enabled(input_ids.device.type),
             f"the cache is a {type(cache).__name__} of the caller's": not _can_use(cache),
         }
         found = next((reason for reason, holds in tested.items() if holds), "")
