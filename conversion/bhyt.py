@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
-from hf_efficient.conversion.patch import NewTensor, TensorChanges, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -124,14 +124,26 @@ class Bhyt:
             )
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        bound = self._lambda(config)
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
             self._misses = _line_misses(prepared(calibration))
             exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
         if not self.needs_calibration:
-            u = bound / self.kappa * math.sqrt(config.hidden_size)
+            u = self._lambda(config) / self.kappa * math.sqrt(config.hidden_size)
             self._summary["bhyt"] = f"lossless: a norm's outputs are within {u * u / 3:.1e} of the source's"
+        return self._fields(config, exact)
+
+    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        count = config.num_hidden_layers
+        exact = [index for index in _ALWAYS_EXACT if index < count]
+        known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
+        # The fewer are exact, the more lines are stored.
+        return ExpectedChoice(
+            self._fields(config, exact), {"bhyt_exact_layers": f"{known}; sizes are those of {len(exact)}"}
+        )
+
+    def _fields(self, config: DecoderConfig, exact: list[int]) -> dict[str, Any]:
+        bound = self._lambda(config)
         return {
             "bhyt_layers": list(range(config.num_hidden_layers)),
             "bhyt_second_site": self.second_site,

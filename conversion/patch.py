@@ -30,6 +30,19 @@ class NewTensor:
     origin: str
 
 
+@dataclass(frozen=True)
+class ExpectedChoice:
+    """What `choose` will return, before anything is measured.
+
+    Attributes:
+        fields: configuration fields of a result of the expected size; of several sizes, the largest.
+        measured: fields that the measurement will decide, each with what is known of it before.
+    """
+
+    fields: dict[str, Any]
+    measured: dict[str, str]
+
+
 @dataclass
 class TensorChanges:
     """What a patch does to the tensors of a checkpoint: the ones it adds, by name, and the ones it drops."""
@@ -79,6 +92,14 @@ class Patch(Protocol):
 
         A `summary`, texts by label, is shown in the report's table.
         """
+
+
+@runtime_checkable
+class MeasuringPatch(Patch, Protocol):
+    """A patch whose `measures_choice` may be True; then a plan that is to measure nothing calls `expected_choice`."""
+
+    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        """What is known of the result of `choose`."""
 
 
 @runtime_checkable

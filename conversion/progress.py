@@ -1,19 +1,88 @@
-"""One progress bar for a whole conversion, with the stage named beside it."""
+"""Progress of a whole conversion with its stage named: a bar on a terminal, a few plain lines in a log file."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
 # What a stage calls: (done, total), in whatever unit it counts.
 Advance = Callable[[int, int], None]
 
+# A log file gets a line for each stage, and within it one when so much was added and so many seconds have passed.
+_LINE_PERCENT = 10
+_LINE_SECONDS = 10.0
+
+
+class _Display(Protocol):
+    """Shows how far the work is."""
+
+    def begin(self, stage: str, percent: float) -> None:
+        """Say that a stage begins, and how much of the whole is done."""
+
+    def move(self, percent: float, step: str | None = None) -> None:
+        """Say how much of the whole is done, and what is being done where that has a name of its own."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+
+
+class _Bar:
+    """A bar that is drawn over itself."""
+
+    def __init__(self, file: TextIO) -> None:
+        layout = "{desc:<14} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self._bar = tqdm(total=100.0, bar_format=layout, file=file)
+
+    def begin(self, stage: str, percent: float) -> None:
+        self._bar.set_description_str(stage)
+        self.move(percent)
+
+    def move(self, percent: float, step: str | None = None) -> None:
+        if step is not None:
+            self._bar.set_description_str(step, refresh=False)
+        self._bar.update(percent - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """Plain lines, few enough for a log file."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._started = self._written_at = time.monotonic()
+        self._percent = self._written_percent = 0.0
+        self._step = ""
+
+    def begin(self, stage: str, percent: float) -> None:
+        self._percent, self._step = percent, stage
+        self._write()
+
+    def move(self, percent: float, step: str | None = None) -> None:
+        self._percent, self._step = percent, step or self._step
+        late = time.monotonic() - self._written_at >= _LINE_SECONDS
+        if late and percent - self._written_percent >= _LINE_PERCENT:
+            self._write()
+
+    def close(self) -> None:
+        if self._percent > self._written_percent:
+            self._write()
+
+    def _write(self) -> None:
+        self._written_at, self._written_percent = time.monotonic(), self._percent
+        minutes, seconds = divmod(int(self._written_at - self._started), 60)
+        print(f"{self._percent:3.0f}%  {minutes}:{seconds:02d}  {self._step}", file=self._file, flush=True)
+
 
 class Progress:
-    """A bar from 0 to 100 %; each stage moves it through its share.
+    """Goes from 0 to 100 %; each stage moves it through its share.
 
     Args:
         shares: stage -> its expected share of the time, in any unit, in order.
@@ -25,29 +94,30 @@ class Progress:
         self._shares = {stage: share * scale for stage, share in shares.items()}
         self._finished = 0.0
         self._share = 0.0
-        layout = "{desc:<14} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        self._bar = tqdm(total=100.0, disable=not show, bar_format=layout)
+        self._display: _Display | None = None
+        if show:
+            self._display = _Bar(sys.stderr) if sys.stderr.isatty() else _Lines(sys.stderr)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
-        """Name the stage and give the function that moves the bar through its share."""
-        self._bar.set_description_str(name)
+        """Name the stage and give the function that moves the progress through its share."""
         self._share = self._shares[name]
+        if self._display is not None:
+            self._display.begin(name, min(self._finished, 100.0))
         yield self.advance
         self._finished += self._share
         self._share = 0.0
         self.advance(0, 1)
 
-    def advance(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total` in the present stage."""
-        # Rounding of the shares must not push the bar past its end.
-        position = min(self._finished + self._share * min(done / max(total, 1), 1.0), 100.0)
-        self._bar.update(position - self._bar.n)
+    def advance(self, done: int, total: int, step: str | None = None) -> None:
+        """Move to `done` of `total` in the present stage."""
+        if self._display is not None:
+            # Rounding of the shares must not push the progress past its end.
+            self._display.move(min(self._finished + self._share * min(done / max(total, 1), 1.0), 100.0), step)
 
     def step(self, name: str, done: int, total: int) -> None:
         """The same for a step that names itself within the present stage."""
-        self._bar.set_description_str(name, refresh=False)
-        self.advance(done, total)
+        self.advance(done, total, name)
 
     def __enter__(self) -> Progress:
         return self
@@ -55,4 +125,5 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._display is not None:
+            self._display.close()

@@ -10,6 +10,8 @@ from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
 
 REPORT_NAME = "conversion_report.json"
+# Runs of whole numbers in a line of the table.
+_MOST_PIECES = 12
 _MEASURED = {
     "reference_nll": "nll of the source",
     "nll": "nll",
@@ -28,7 +30,8 @@ class ConversionReport:
             configuration, tensor headers and file sizes.
         model_type: of the result.
         patches: for each patch its `name`, `options`, `choices`, whether it was `calibrated` and what it `measured`;
-            `summary` in the last holds texts by label, which the table shows.
+            `summary` in the last holds texts by label, which the table shows. After a dry run `to_measure` holds the
+            choices that a conversion will measure, each with what is known of it.
         tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
         before, after: size of source and result; `ModelSize` has the formulas.
         dtype: of new tensors, and of most others.
@@ -80,7 +83,7 @@ class ConversionReport:
             ("parameters", _change(before.parameters, after.parameters, "{:,}".format)),
             ("bytes", _change(before.bytes, after.bytes, format_bytes)),
             ("FLOPs per token", _change(before.flops_per_token, after.flops_per_token, "{:.4g}".format)),
-            *[(f"{patch['name']} chose", _choices(patch["choices"])) for patch in self.patches],
+            *[row for patch in self.patches for row in _choices(patch)],
             *[row for patch in self.patches for row in patch["measured"].get("summary", {}).items()],
             *self._measured(),
             *[("warning", warning) for warning in self.warnings],
@@ -88,7 +91,8 @@ class ConversionReport:
         if self.dry_run:
             rows.append(("needs", f"{format_bytes(self.estimate['disk_bytes'])} of disk"))
             rows.append(("weights in memory", format_bytes(self.estimate["peak_memory_bytes"])))
-            rows.append(("dry run", "nothing was written"))
+            more = " or measured; --measure does the latter" if any(map(_unmeasured, self.patches)) else ""
+            rows.append(("dry run", f"nothing was written{more}"))
         elif self.seconds is not None and self.peak_memory_bytes is not None:
             rows.append(("took", f"{self.seconds:.1f} s, peak memory {format_bytes(self.peak_memory_bytes)}"))
         width = max(len(name) for name, _ in rows)
@@ -119,16 +123,48 @@ def _change(before: int, after: int, form: Callable[[int], str]) -> str:
     return f"{form(before)} -> {form(after)} ({change})"
 
 
-def _choices(choices: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_in_short(value)}" for key, value in choices.items())
+def _choices(patch: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a patch chose, and what it has yet to measure."""
+    name = patch["name"]
+    # The line says already whose the fields are, and what is switched off or empty says little.
+    shown = {key.removeprefix(f"{name}_"): value for key, value in patch["choices"].items() if value or value == 0}
+    shown = {key: value for key, value in shown.items() if value is not False}
+    chosen = ", ".join(f"{key} {_in_short(value)}" for key, value in shown.items())
+    rows = [(f"{name} chose", chosen)] if chosen else []
+    for key, known in _unmeasured(patch).items():
+        label = f"{name} {key.removeprefix(f'{name}_').replace('_', ' ')}"
+        rows.append((label, f"chosen by measurement during conversion, {known}"))
+    return rows
+
+
+def _unmeasured(patch: dict[str, Any]) -> dict[str, str]:
+    """Choices of a patch that a dry run left to be measured."""
+    return patch.get("to_measure") or {}
 
 
 def _in_short(value: Any) -> str:
-    """As it prints, but for tables inside of a table."""
-    if not isinstance(value, dict):
-        return str(value)
-    shown = (f"{len(inner)} {key}" if isinstance(inner, dict) else f"{key} {inner!r}" for key, inner in value.items())
-    return f"({', '.join(shown)})"
+    """As it prints, but for whole numbers in a row, few digits of others, and tables inside of a table."""
+    if isinstance(value, dict):
+        parts = (f"{len(part)} {key}" if isinstance(part, dict) else f"{key} {part!r}" for key, part in value.items())
+        return f"({', '.join(parts)})"
+    if isinstance(value, list) and value and all(type(index) is int for index in value):
+        return _ranges(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ranges(indices: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2, 5`; of many pieces the first and the last, and how many numbers there are."""
+    pieces: list[list[int]] = []
+    for index in indices:
+        if pieces and index == pieces[-1][-1] + 1:
+            pieces[-1].append(index)
+        else:
+            pieces.append([index])
+    shown = [f"{piece[0]}-{piece[-1]}" if len(piece) > 2 else ", ".join(map(str, piece)) for piece in pieces]
+    if len(shown) > _MOST_PIECES:
+        shown = [*shown[: _MOST_PIECES - 1], "…", shown[-1]]
+        return f"[{', '.join(shown)}] ({len(indices)} in all)"
+    return f"[{', '.join(shown)}]"
 
 
 def _estimate(estimate: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
 from hf_efficient.conversion.measuring.token_counts import occurrences
-from hf_efficient.conversion.patch import NewTensor, TensorChanges, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, layer_indices
 from hf_efficient.conversion.stem_layers import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,
@@ -138,6 +138,15 @@ class Stem:
         layers = self._choose(prepared(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
+    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        most = min(self._limit(config), config.num_hidden_layers - 1)
+        count = f"{most} layer{'s' if most > 1 else ''}"
+        if self.max_delta is not None and most > 1:
+            count = f"1 to {count}; sizes are those of {most}"
+        # Every layer is as large as any other.
+        fields = {"stem_layers": list(range(1, most + 1)), "stem_keep_up_proj": self.keep_up_proj}
+        return ExpectedChoice(fields, {"stem_layers": count})
+
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
         changes = TensorChanges()
         shape = (config.vocab_size, config.intermediate_size)
@@ -211,8 +220,11 @@ class Stem:
 
         return fit
 
+    def _limit(self, config: DecoderConfig) -> int:
+        return self.max_layers or max(config.num_hidden_layers // 3, 1)
+
     def _choose(self, calibration: Calibration) -> list[int]:
-        limit = self.max_layers or max(calibration.config.num_hidden_layers // 3, 1)
+        limit = self._limit(calibration.config)
         probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
         self._costs = probe.costs
         if self.layers == "auto":

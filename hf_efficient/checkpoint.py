@@ -21,7 +21,7 @@ from hf_efficient.conversion.convert import write_weights
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
 from hf_efficient.conversion.measuring.evaluation import LogitSource, checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
-from hf_efficient.conversion.patch import Patch, VocabularyPatch
+from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
@@ -32,9 +32,10 @@ from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.durable_files import format_bytes, write_text
 from hf_efficient.conversion.writing.output_folder import resolve_output
 from hf_efficient.conversion.writing.workspace import Workspace, check_output
+from hf_efficient.errors import UsageError
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
-from hf_efficient.logging import get_logger
+from hf_efficient.logging import IN_REPORT, get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.registry import ARCHITECTURES, Architecture
 
@@ -44,7 +45,7 @@ _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "m
 _MEASURED_CHOICE_SECONDS = 80
 _PLANNING = ("reading text", "choosing")
 # A model that grows by a larger factor is worth a warning.
-_GROWTH = 1.01
+_GROWTH = 1.05
 
 
 def convert(
@@ -68,6 +69,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    measure: bool = False,
     progress: bool = True,
 ) -> ConversionReport:
     """Convert a checkpoint to a patched architecture, tensor by tensor.
@@ -96,14 +98,17 @@ def convert(
         evaluate: measure the loss against the source on held-out text.
         resume: continue an interrupted conversion with the same options.
         overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
-        dry_run: plan only; nothing is written.
-        progress: show a bar.
+        dry_run: plan only; nothing is written, and nothing measured: the report says what a conversion will measure.
+        measure: with `dry_run`, measure what the patches choose by, such as the layers; takes as long as that.
+        progress: show a bar, or, where standard error is no terminal, a few lines.
 
     Raises:
         UsageError: an option is wrong, or OUTPUT exists; the source was not read.
         HFEError: the source or the machine does not allow it; OUTPUT is as it was.
     """
     started = time.perf_counter()
+    if measure and not dry_run:
+        raise UsageError("measure goes with dry_run, and a conversion measures anyway", "leave it out, or add dry_run")
     output = resolve_output(output)
     options = ConversionOptions(
         patches=patches,
@@ -131,11 +136,12 @@ def convert(
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
     if any(patch.measures_choice for patch in options.patches):
         shares["choosing"] = _MEASURED_CHOICE_SECONDS
-    with Progress(shares, show=progress) as bar, torch.random.fork_rng(devices=[]):
+    show = progress and (measure or not dry_run)
+    with Progress(shares, show=show) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         conversion = _Conversion(opened, options, bar)
         if dry_run:
-            report = conversion.report(conversion.plan())
+            report = conversion.report(conversion.plan(measure=measure))
             report.dry_run = True
             return report
         with Workspace(output, conversion.identity(), resume=resume, overwrite=overwrite) as workspace:
@@ -192,20 +198,29 @@ class _Conversion:
         self._remember("calibration", prepared.summary())
         return prepared
 
-    def plan(self) -> ConversionPlan:
-        """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over."""
+    def plan(self, *, measure: bool = True) -> ConversionPlan:
+        """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over.
+
+        Without `measure` no text is read, and what the patches would measure is planned as they expect it.
+        """
         self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
         undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
         measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
         with self.progress.stage("reading text"):
             # Also for what comes last: a missing tokenizer should be found now, not after the weights are written.
-            if measures or any(patch.needs_calibration for patch in undecided):
+            if measures or (measure and any(patch.needs_calibration for patch in undecided)):
                 _ = self.calibration
         with self.progress.stage("choosing"):
             for patch in undecided:
-                chosen = patch.choose(self.source.config, self.calibration if patch.needs_calibration else None)
+                unmeasured: dict[str, str] = {}
+                if not measure and patch.measures_choice and isinstance(patch, MeasuringPatch):
+                    expected = patch.expected_choice(self.source.config)
+                    chosen, unmeasured = expected.fields, expected.measured
+                else:
+                    text = self.calibration if measure and patch.needs_calibration else None
+                    chosen = patch.choose(self.source.config, text)
                 # What was measured for the choice is lost with the process, so it is kept with the choice.
-                found = {"fields": chosen, "measured": patch.report()}
+                found = {"fields": chosen, "measured": patch.report(), "to_measure": unmeasured}
                 self.choices[patch.name] = self._remember(f"choice:{patch.name}", found)
         plan = plan_conversion(
             self.source,
@@ -306,7 +321,7 @@ class _Conversion:
 
     def warn(self, message: str) -> None:
         """Tell the user now and in the report."""
-        get_logger().warning(message)
+        get_logger().warning(message, extra={IN_REPORT: True})
         self.warnings.append(message)
 
     def _logits(self, config: DecoderConfig, reader: TensorReader, turn: int) -> LogitSource:
@@ -326,8 +341,9 @@ class _Conversion:
             "name": patch.name,
             "options": patch_fields(patch),
             "calibrated": patch.needs_calibration,
-            "choices": choice["fields"],
+            "choices": {name: value for name, value in choice["fields"].items() if name not in choice["to_measure"]},
             "measured": {**final, **kept},
+            **({"to_measure": choice["to_measure"]} if choice["to_measure"] else {}),
         }
 
     def _recall(self, key: str) -> Any:

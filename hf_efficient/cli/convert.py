@@ -9,6 +9,7 @@ import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, build_patches, show_report, with_patch_options
 from hf_efficient.errors import UsageError
+from hf_efficient.logging import log_no_reported_warning
 
 
 @with_patch_options
@@ -51,7 +52,12 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT once the new one is complete.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, disk and memory; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, disk and memory; write and measure nothing.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: measure what is chosen by measurement, such as layers.")
+    ] = False,
     json: Json = False,
     **patch_fields: Any,
 ) -> None:
@@ -67,6 +73,7 @@ def command(
         raise UsageError(
             "no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged"
         )
+    log_no_reported_warning()
     report = convert(
         source,
         output,
@@ -87,6 +94,7 @@ def command(
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
+        measure=measure,
         progress=not json,
     )
     show_report(report, json)

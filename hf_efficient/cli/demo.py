@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_efficient.errors import HFEError
+from hf_efficient.logging import log_no_reported_warning
 
 PROMPT = "What is the capital of France?"
 
@@ -38,6 +39,7 @@ def command(
     from hf_efficient.conversion.stem import Stem
     from hf_efficient.hub.verify import verify
 
+    log_no_reported_warning()
     source = small_model()
     _step(1, f"Convert SmolLM2-135M-Instruct to STEM: {output}")
     report = convert(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,7 @@ def converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    (output.parent / "stderr.txt").write_text(done.stderr, newline="")
     return output
 
 
@@ -88,6 +91,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
         (["convert", "source", "out", "--patch", "none", "--dtype", "int3"], "dtype"),
         (["convert", "source", "out", "--patch", "none", "--max-shard-size", "huge"], "huge"),
         (["convert", "source", "out", "--patch", "none", "--calibration-tokens", "0"], "calibration"),
+        (["convert", "source", "out", "--patch", "stem", "--measure"], "measure goes with dry_run"),
         (["bench", "nothing"], "there is no benchmark"),
         (["generate", "model.gguf", "Hello"], "convert it first"),
     ],
@@ -148,6 +152,18 @@ def test_converted_folder_is_inspected_verified_evaluated_and_run(
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 3
 
 
+def test_a_log_file_gets_a_few_plain_lines_and_nothing_else(converted: Path) -> None:
+    log = (converted.parent / "stderr.txt").read_bytes().decode()
+    assert "\r" not in log and "\x1b" not in log
+    lines = log.splitlines()
+    strange = [line for line in lines if not re.fullmatch(r" *\d+%  \d+:\d\d  [a-z ]+", line)]
+    assert not strange
+    stages = ["reading text", "choosing", "copying", "computing", "measuring", "finishing"]
+    assert [line.split("  ")[-1] for line in lines][: len(stages)] == stages
+    assert len(lines) <= len(stages) + 11
+    assert lines[-1].startswith("100%")
+
+
 def test_a_text_with_branches_keeps_its_tags(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,8 +199,30 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
         "--dry-run",
     ]
     assert status_of(*arguments) == 0
-    assert "stem" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "stem" in shown.out and not shown.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_real_model_takes_seconds_whatever_is_to_be_measured(smollm_gguf: Path, tmp_path: Path) -> None:
+    """All that a patch may measure, in one command: at most 10 s of processor time, the best of two."""
+    patches = ["--patch", "stem", "--patch", "bhyt", "--bhyt-second-site", "affine", "--patch", "medverse"]
+    command = [sys.executable, "-m", "hf_efficient.cli", "convert", str(smollm_gguf), str(tmp_path / "out"), *patches]
+    seconds = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stderr) == (0, "")
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] <= 10:
+            break
+    assert min(seconds) <= 10
+    report = json.loads(done.stdout)
+    assert report["calibration"] is None
+    stem, bhyt, _ = report["patches"]
+    assert stem["to_measure"] == {"stem_layers": "10 layers"} and "stem_layers" not in stem["choices"]
+    assert bhyt["to_measure"]["bhyt_exact_layers"].startswith("2 to 30 layers, 0 and 1 among them")
 
 
 def test_verify_exits_with_1_when_a_byte_changed(

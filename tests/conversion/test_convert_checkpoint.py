@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_efficient import checkpoint
 from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.report import ConversionReport
+from hf_efficient.conversion.bhyt import Bhyt
+from hf_efficient.conversion.report import ConversionReport, _ranges
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.errors import UsageError
 
@@ -235,7 +236,7 @@ def test_report_survives_json_and_names_no_place(stock_folder: StockFolder, tabl
         if path.suffix in (".json", ".md", ".py"):
             assert str(tmp_path) not in path.read_text() and str(stock_folder().parent) not in path.read_text()
     table = report.table()
-    assert "28 copied, 2 computed, 2 dropped, 0 left out" in table and "stem_layers [1, 2]" in table
+    assert "28 copied, 2 computed, 2 dropped, 0 left out" in table and "stem chose       layers [1, 2]" in table
 
 
 def test_callers_random_state_is_untouched(stock_folder: StockFolder, tmp_path: Path) -> None:
@@ -278,6 +279,59 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
     # The result is a source in its turn, its own code notwithstanding.
     again = convert(tmp_path / "out", tmp_path / "again", calibration=tmp_path / "text.txt", progress=False)
     assert again.evaluation is not None and again.evaluation["nll"] == report.evaluation["nll"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "known"),
+    [
+        (lambda: Stem(max_layers=2), "2 layers"),
+        (lambda: Stem(layers="greedy"), "1 layer"),
+        (lambda: Stem(max_layers=2, max_delta=1e-9), "1 to 2 layers; sizes are those of 2"),
+        (lambda: Bhyt(second_site="affine"), "2 to 3 layers, 0 and 1 among them; sizes are those of 2"),
+    ],
+)
+def test_a_dry_run_tells_what_is_to_be_measured_and_does_not_measure_it(
+    patch: Callable[[], Any], known: str, talking_stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "prepare_calibration", lambda *_, **__: pytest.fail("text was read"))
+    report = convert(talking_stock, tmp_path / "out", [patch()], dry_run=True, progress=False)
+    assert f"chosen by measurement during conversion, {known}\n" in report.table()
+    (told,) = report.patches
+    assert list(told["to_measure"].values()) == [known] and not told["to_measure"].keys() & told["choices"].keys()
+    assert report.calibration is None and not list(tmp_path.glob("out*"))
+
+
+def test_a_dry_run_that_measures_chooses_as_the_conversion_does(talking_stock: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": tmp_path / "text.txt", "progress": False}
+    plain = convert(talking_stock, tmp_path / "out", [Stem()], dry_run=True, **options)
+    measured = convert(talking_stock, tmp_path / "out", [Stem()], dry_run=True, measure=True, **options)
+    done = convert(talking_stock, tmp_path / "out", [Stem()], evaluate=False, **options)
+    assert measured.patches[0]["choices"] == done.patches[0]["choices"]
+    assert measured.patches[0]["measured"]["single_layer_delta_nll"]
+    assert plain.after == measured.after == done.after and plain.estimate == done.estimate
+    assert not any("to_measure" in told.patches[0] for told in (measured, done))
+
+
+def test_growth_of_a_twentieth_is_no_warning(stock_folder: StockFolder, tmp_path: Path) -> None:
+    report = convert(stock_folder("llama", torch.bfloat16), tmp_path / "out", [Bhyt()], dry_run=True, progress=False)
+    assert 1.01 < report.after.bytes / report.before.bytes < 1.05 and not report.warnings
+    (warning,) = convert(stock_folder(), tmp_path / "out", [Stem(layers=[1])], dry_run=True, progress=False).warnings
+    assert "the model grows from" in warning
+
+
+@pytest.mark.parametrize(
+    ("layers", "shown"),
+    [
+        ([], "[]"),
+        ([3], "[3]"),
+        ([3, 4], "[3, 4]"),
+        (list(range(30)), "[0-29]"),
+        ([0, 1, 2, 5, 7, 8], "[0-2, 5, 7, 8]"),
+        (list(range(0, 60, 2)), "[0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, …, 58] (30 in all)"),
+    ],
+)
+def test_layer_lists_stay_short_in_the_table(layers: list[int], shown: str) -> None:
+    assert _ranges(layers) == shown
 
 
 def test_the_rounds_of_a_greedy_choice_are_reported(talking_stock: Path, tmp_path: Path) -> None:
