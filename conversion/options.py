@@ -42,8 +42,10 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         _check_patches(self.patches)
-        _check_device(self.device)
+        check_device(self.device)
         _ = self.torch_dtype, self.max_shard_bytes
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise UsageError(f"seed={self.seed} does not fit into 64 bits", "give a smaller number")
         if self.calibration_tokens < 1:
             raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1", "the default is 18432")
         named = self.tokenizer
@@ -119,9 +121,11 @@ def _check_patches(patches: Sequence[Patch]) -> None:
         raise UsageError(f"patches {' and '.join(adding)} both add control tokens", "give one of them")
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raise `UsageError` for a device that cannot compute here."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no data")
     # torch raises the last one where it was built without CUDA.
     except (RuntimeError, TypeError, AssertionError) as error:
         cause = str(error).splitlines()[0]

@@ -5,6 +5,28 @@ Every storey raises these, so this module imports nothing but the standard libra
 
 from __future__ import annotations
 
+import re
+from urllib.parse import quote
+
+# What a token of the Hub looks like, up to where a sentence would go on.
+_HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}[^\s'\"()]*")
+_secrets: set[str] = set()
+
+
+def hide_secret(secret: str | None) -> None:
+    """Keep a token out of every error from here on, in each form in which a library may print it."""
+    for text in {secret, secret.strip(), " ".join(secret.split())} if secret else ():
+        if len(text) > 3:  # anything shorter would hide parts of other words
+            raw = str(text.encode("utf-8", "surrogatepass"))[2:-1]
+            _secrets.update((text, repr(text)[1:-1], ascii(text)[1:-1], raw, quote(text, safe="", errors="replace")))
+
+
+def redact(text: str) -> str:
+    """`text` without the tokens that `hide_secret` was given, and without whatever looks like a token of the Hub."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "<token>")
+    return _HUB_TOKEN.sub("<token>", text)
+
 
 class HFEError(ValueError):
     """Something found in data or at run time. The command line exits with status 1.
@@ -17,9 +39,9 @@ class HFEError(ValueError):
     exit_code = 1
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem
-        self.remedy = remedy
-        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem = redact(problem)
+        self.remedy = redact(remedy)
+        super().__init__(f"{self.problem}; {self.remedy}" if remedy else self.problem)
 
 
 class UsageError(HFEError):

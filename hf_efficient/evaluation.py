@@ -16,6 +16,7 @@ from hf_efficient.conversion.measuring.evaluation import (
     model_logits,
 )
 from hf_efficient.conversion.measuring.text import load_text, pack
+from hf_efficient.conversion.options import check_device
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.source import Source, open_source
 from hf_efficient.errors import HFEError, UsageError
@@ -59,6 +60,7 @@ def evaluate(
         raise UsageError(
             f"tokens={tokens} must be at least 2: the first of a sequence predicts nothing", "ask for more"
         )
+    check_device(device)
     sources: list[Any] = [
         model if isinstance(model, nn.Module) else open_source(str(model), revision=revision, token=token)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efficient.conversion.reading.json_file import parse_json
 from hf_efficient.errors import HFEError, TokenIdError
 
 SEQUENCE_LENGTH = 512
@@ -109,17 +109,13 @@ def _open_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_open_text(path).splitlines(), start=1):
+    # Not splitlines: a line separator of Unicode may stand inside a text.
+    for number, line in enumerate(_open_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise HFEError(
-                f'line {number} of {path.name} is not a JSON object with a field "text" ({error})', "correct the line"
-            ) from error
+        text = parse_json(f"line {number} of {path.name}", line.encode()).get("text")
         if not isinstance(text, str):
-            raise HFEError(f"the field text in line {number} of {path.name} is not a string", "correct the line")
+            raise HFEError(f'line {number} of {path.name} has no field "text" that is a string', "correct the line")
         yield text
 
 

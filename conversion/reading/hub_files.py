@@ -6,7 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, metadata_load, snapshot_download
+from huggingface_hub import HfApi, get_token, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_efficient.conversion.reading.checkpoint_files import CONFIG, read_config
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, UsageError, hide_secret
 from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_names
 
 # Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
@@ -33,6 +33,21 @@ def is_repo_id(location: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def checked_token(token: str | None) -> str | None:
+    """`token` itself, which from here on no error shows.
+
+    Raises:
+        UsageError: no token of the Hub has such characters; sent along they would stand in an error of the request.
+    """
+    hide_secret(token)
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        raise UsageError(
+            "the Hub token is empty or holds a blank, a line break or another character that no token has",
+            "copy it again from the page of your access tokens, or log in with `hf auth login`",
+        )
+    return token
 
 
 def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
@@ -72,6 +87,7 @@ def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
 
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
     at = f" at revision {revision}" if revision else ""
+    checked_token(token if token is not None else get_token())
     try:
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
     except GatedRepoError as error:

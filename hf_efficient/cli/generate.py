@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated
 
 import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
-from hf_efficient.errors import UsageError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.modeling.topology.grammar import is_trained
 
 
@@ -34,22 +35,40 @@ def command(
     Example: hf-efficient generate smollm-stem "What is the capital of France?"
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    if checkpoint.endswith(".gguf"):
-        raise UsageError(
-            f"{checkpoint} is a GGUF file, and generate takes a checkpoint folder or Hub id",
-            f"convert it first: hf-efficient convert {checkpoint} OUTPUT --patch none",
+    from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
+    from hf_efficient.loading import load_for_generation
+
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens} must be at least 1", "ask for one token or more")
+    if sample and not (0 < temperature < math.inf):
+        raise UsageError(f"--temperature {temperature} must be a positive number", "1.0 is the default")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UsageError(f"--seed {seed} does not fit into 64 bits", "give a smaller number")
+    tokenizer, model = load_for_generation(
+        checkpoint, dtype=dtype, device=device, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    if chat and not tokenizer.chat_template:
+        raise HFEError(
+            f"{checkpoint} has no chat template", "leave out --chat, or use a model that was trained to chat"
         )
-    hub = {"revision": revision or "main", "token": token, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **hub).to(device).eval()
-    if chat if chat is not None else bool(tokenizer.chat_template):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    with tokenizer_errors("the tokenizer does not take the prompt", "try --no-chat, or another prompt"):
+        if chat if chat is not None else bool(tokenizer.chat_template):
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"]
+    if not ids.numel():
+        raise HFEError(f"the prompt {prompt!r} gives no token, and a model continues at least one", "give some text")
+    count = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= count:
+        raise HFEError(
+            f"the tokenizer gives id {int(ids.max())}, the model's vocabulary is 0..{count - 1}",
+            "use the tokenizer that belongs to this checkpoint",
         )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
     # Control tokens are special tokens, and the shape of the text is theirs.
     tags = is_trained(model.config)
     torch.manual_seed(seed)

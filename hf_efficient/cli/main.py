@@ -6,6 +6,8 @@ Exit status 0: done; 2: a wrong argument; 1: anything found later; 130: interrup
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -13,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, redact
 
 # Subcommand -> its help in the overview. The module of the same name in this folder is imported when it is called.
 SUBCOMMANDS = {
@@ -66,29 +68,49 @@ def run(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     # --debug is taken before and after the subcommand.
     debug, arguments = "--debug" in given, [a for a in given if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of a file or a text of a model may hold what the terminal's encoding cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = app(arguments, standalone_mode=False)
-    except HFEError as error:
-        status = _fail(error, error.exit_code, debug)
+        status = app(arguments, prog_name="hf-efficient", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         status = 130
+    except BrokenPipeError:
+        # Who reads the output has seen enough; nothing may be written to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            # A wrong argument. The class is click's or Typer's own copy of it, by Typer's version.
-            error.show()
-            status = error.exit_code
-        else:
-            status = _fail(error, 1, debug)
+        status = _fail(error, debug)
     sys.exit(status or 0)
 
 
-def _fail(error: Exception, status: int, debug: bool) -> int:
-    """Print the error as one line, with --debug after its traceback."""
+def _fail(error: Exception, debug: bool) -> int:
+    """Print the error as one line, with --debug after its traceback; returns the exit status."""
     if debug:
-        traceback.print_exception(error)
-    expected = isinstance(error, HFEError)
-    kind = "error" if expected else f"error ({type(error).__name__})"
-    hint = "" if expected else " (--debug shows the traceback)"
-    typer.echo(f"{kind}: {' '.join(str(error).split())}{hint}", err=True)
+        typer.echo(redact("".join(traceback.format_exception(error))), err=True)
+    kind, hint, status = "error", "", 1
+    if isinstance(error, HFEError):
+        message, status = str(error), error.exit_code
+    elif hasattr(error, "show") and hasattr(error, "exit_code"):
+        # A wrong argument. The class is click's or Typer's own copy of it, by Typer's version.
+        status = error.exit_code
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return status
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+    elif isinstance(error, OSError) and error.strerror:
+        # What the operating system refuses is for the user to mend, wherever it comes up.
+        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    elif isinstance(error, MemoryError):
+        message = "this machine has too little memory for it"
+    else:
+        kind, message, hint = f"error ({type(error).__name__})", str(error), " (--debug shows the traceback)"
+    line = redact(" ".join(f"{kind}: {message}".split()))
+    # Nor may a name that a checkpoint gives move the cursor of the terminal.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    typer.echo(shown + hint, err=True)
     return status

@@ -12,12 +12,16 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import UsageError
 from hf_efficient.registry import ARCHITECTURES
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
-Token = Annotated[str | None, typer.Option(help="Hub access token; by default the one you logged in with.")]
+Token = Annotated[
+    str | None,
+    typer.Option(help="Hub access token; by default the one you logged in with.", callback=checked_token),
+]
 Device = Annotated[str, typer.Option(help="Device that computes, e.g. cpu or cuda.")]
 Text = Annotated[
     str | None,

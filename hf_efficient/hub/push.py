@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_efficient import __version__
+from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.repository import check_repo_id, hub_errors
@@ -77,7 +78,7 @@ def push(
     check_repo_id(repo_id)
     report = verify(folder)
     report.raise_if_not_ok()
-    token = token or get_token()
+    token = checked_token(token if token is not None else get_token())
     if token is None:
         raise HFEError("there is no Hub token", "log in with `hf auth login`, set HF_TOKEN, or pass --token")
 

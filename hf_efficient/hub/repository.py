@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, get_token, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_id
 
+from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import HFEError, UsageError
 
 # Read whole, since their content is verified. Of any other file the first bytes tell what it is.
@@ -41,6 +42,7 @@ def fetch_skeleton(repo_id: str, folder: Path, revision: str | None, token: str 
     JSON and Python files are whole; a safetensors file has its header, any other file its first bytes, and the rest is
     a hole. Returns the commit that was read.
     """
+    checked_token(token if token is not None else get_token())
     api = HfApi(token=token)
     with hub_errors(repo_id, revision):
         commit = api.model_info(repo_id, revision=revision).sha

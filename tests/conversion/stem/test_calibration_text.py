@@ -64,7 +64,7 @@ def test_built_in_text_is_english_the_same_each_time_and_split_into_disjoint_pag
         ("a.jsonl", b'{"text": "x"}\nnot json\n', r"line 2 of a\.jsonl"),
         ("a.jsonl", b'{"text": "x"}\n{"words": "y"}\n', r"line 2 of a\.jsonl.*text"),
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', r"line 2 of a\.jsonl"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1 of a.jsonl is not a string"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 of a.jsonl has no field .text. that is a string"),
         ("a.jsonl", b'{"text": "x"}\n', r"1 document\(s\)"),
         ("a.txt", b"", r"0 document\(s\)"),
         ("a.txt", b"\xff\xfe", r"a\.txt is not UTF-8 \(byte 0\)"),

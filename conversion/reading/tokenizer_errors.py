@@ -1,0 +1,23 @@
+"""What goes wrong with a tokenizer's files, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hf_efficient.errors import HFEError
+
+
+@contextmanager
+def tokenizer_errors(problem: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises into `HFEError` with `problem` and the cause."""
+    try:
+        yield
+    except HFEError:
+        raise
+    except BaseException as error:
+        # The library tokenizers panics on some files, and its PanicException is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise HFEError(f"{problem} ({cause})", remedy) from error

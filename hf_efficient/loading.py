@@ -1,0 +1,69 @@
+"""A checkpoint's model and tokenizer for the command line: whatever prevents loading is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_efficient.conversion.options import check_device
+from hf_efficient.conversion.reading.hub_files import checked_token, is_repo_id
+from hf_efficient.conversion.reading.json_file import read_json
+from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
+from hf_efficient.errors import HFEError, UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_for_generation(
+    checkpoint: str, *, dtype: str, device: str, revision: str | None, token: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """Tokenizer and causal language model of a checkpoint folder or Hub id, on `device`.
+
+    Raises:
+        UsageError: an argument is wrong.
+        HFEError: there is no such checkpoint, or transformers cannot load it.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is not known", f"choose {', '.join(DTYPES)}")
+    check_device(device)
+    path = Path(checkpoint).expanduser()
+    if path.suffix.lower() == ".gguf":
+        raise UsageError(
+            f"{checkpoint} is a GGUF file, and generate takes a checkpoint folder or Hub id",
+            f"convert it first: hf-efficient convert {checkpoint} OUTPUT --patch none",
+        )
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise HFEError(f"{checkpoint} has no config.json", "name the folder of a whole checkpoint")
+        read_json(path / "config.json")
+        checkpoint = str(path)
+    elif path.exists():
+        raise UsageError(f"{checkpoint} is a file", "name the folder of a checkpoint or a Hub id")
+    elif not is_repo_id(checkpoint):
+        raise HFEError(f"there is no folder {checkpoint}", "check the path, or name a Hub repository as org/name")
+    else:
+        checked_token(token)
+    hub = {"revision": revision or "main", "token": token, "trust_remote_code": trust_remote_code}
+    with tokenizer_errors(f"{checkpoint} has no tokenizer that can be loaded", "use the files of a whole checkpoint"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+    with _model_errors(checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **hub).to(device).eval()
+    return tokenizer, model
+
+
+@contextmanager
+def _model_errors(checkpoint: str) -> Iterator[None]:
+    """transformers raises many kinds of errors for a checkpoint that is absent, damaged or of an unknown kind."""
+    try:
+        yield
+    except HFEError:
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise HFEError(
+            f"{checkpoint} cannot be loaded ({cause})", "`hf-efficient inspect` says what is wrong with a checkpoint"
+        ) from error
