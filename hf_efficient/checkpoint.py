@@ -32,9 +32,11 @@ from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.durable_files import format_bytes, write_text
 from hf_efficient.conversion.writing.output_folder import resolve_output
 from hf_efficient.conversion.writing.workspace import Workspace, check_output
-from hf_efficient.errors import UsageError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
+from hf_efficient.hub.push import push
+from hf_efficient.hub.repository import check_access
 from hf_efficient.logging import IN_REPORT, get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.registry import ARCHITECTURES, Architecture
@@ -70,6 +72,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     measure: bool = False,
+    push_to_hub: str | None = None,
     progress: bool = True,
 ) -> ConversionReport:
     """Convert a checkpoint to a patched architecture, tensor by tensor.
@@ -100,11 +103,14 @@ def convert(
         overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
         dry_run: plan only; nothing is written, and nothing measured: the report says what a conversion will measure.
         measure: with `dry_run`, measure what the patches choose by, such as the layers; takes as long as that.
+        push_to_hub: repository, OWNER/NAME, to upload OUTPUT to at the end; a new one is private. Before the source is
+            read the Hub is asked whether it may be written.
         progress: show a bar, or, where standard error is no terminal, a few lines.
 
     Raises:
         UsageError: an option is wrong, or OUTPUT exists; the source was not read.
-        HFEError: the source or the machine does not allow it; OUTPUT is as it was.
+        HFEError: the source or the machine does not allow it; OUTPUT is as it was. Or the upload failed; OUTPUT is
+            complete then.
     """
     started = time.perf_counter()
     if measure and not dry_run:
@@ -126,6 +132,8 @@ def convert(
     )
     if not dry_run:
         check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
+    if push_to_hub is not None:
+        check_access(push_to_hub, token=token)
     opened = open_source(
         str(source),
         revision=revision,
@@ -149,7 +157,20 @@ def convert(
                 workspace.discard()
             else:
                 conversion.write(workspace, started)
+    if push_to_hub is not None:
+        _push(output, push_to_hub, token)
     return ConversionReport.from_dict(json.loads((output / REPORT_NAME).read_text(encoding="utf-8")))
+
+
+def _push(output: Path, repo_id: str, token: str | None) -> None:
+    """Upload the finished folder; an error says how to do that again."""
+    try:
+        result = push(output, repo_id, token=token)
+    except HFEError as error:
+        raise HFEError(
+            f"{output} is complete, but was not uploaded: {error}", f"hf-efficient push {output} {repo_id}"
+        ) from error
+    get_logger().warning("uploaded %s to %s (commit %s)", output, result.url, result.commit)
 
 
 class _Conversion:

@@ -48,6 +48,10 @@ def command(
     evaluate: Annotated[bool, typer.Option(help="Measure the loss against the source afterwards.")] = True,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the source, for the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence for the card; by default the source's.")] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Upload OUTPUT at the end, to a private repository unless it exists."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT once the new one is complete.")
@@ -95,6 +99,7 @@ def command(
         overwrite=overwrite,
         dry_run=dry_run,
         measure=measure,
+        push_to_hub=push_to_hub,
         progress=not json,
     )
     show_report(report, json)

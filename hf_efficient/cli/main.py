@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "evaluate": "Measure a checkpoint's loss on held-out text, alone or against a reference.",
     "generate": "Generate text from a prompt.",
     "verify": "Compare a checkpoint's code with the installed release, byte by byte.",
+    "export": "Write the code of this release into a checkpoint.",
     "push": "Verify a checkpoint and upload it to the Hub.",
     "demo": "Convert, evaluate and run a small real model.",
     "bench": "Run a benchmark of the source tree.",

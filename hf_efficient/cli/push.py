@@ -11,7 +11,7 @@ from hf_efficient.cli.options import Json, Token, print_json
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder that `convert` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, also one that training or a merge saved.")],
     repo_id: Annotated[str, typer.Argument(help="Hub repository, e.g. you/smollm-stem.")],
     private: Annotated[bool, typer.Option(help="Visibility of a new repository.")] = True,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,

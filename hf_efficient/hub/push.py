@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_efficient import __version__
-from hf_efficient.conversion.reading.hub_files import checked_token
-from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.hub.card import write_card
-from hf_efficient.hub.repository import check_repo_id, hub_errors
+from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_errors, hub_token
 from hf_efficient.hub.verify import verify
 
 # What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale
@@ -78,11 +77,7 @@ def push(
     check_repo_id(repo_id)
     report = verify(folder)
     report.raise_if_not_ok()
-    token = checked_token(token if token is not None else get_token())
-    if token is None:
-        raise HFEError("there is no Hub token", "log in with `hf auth login`, set HF_TOKEN, or pass --token")
-
-    api = HfApi(token=token, library_name="hf-efficient", library_version=__version__)
+    api = HfApi(token=hub_token(token), library_name="hf-efficient", library_version=__version__)
     with hub_errors(repo_id, revision):
         is_private = _make_repository(api, repo_id, private)
         card = write_card(folder, repo_id=repo_id)
@@ -112,9 +107,5 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=private, exist_ok=True)
         is_private = bool(api.model_info(repo_id).private)
-    if private and not is_private:
-        raise HFEError(
-            f"the repository {repo_id} is public, and a private upload was asked for",
-            "choose another repository, make this one private on its page, or allow a public one with --no-private",
-        )
+    check_privacy(repo_id, private=private, is_private=is_private)
     return is_private

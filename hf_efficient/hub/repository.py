@@ -36,6 +36,59 @@ def check_repo_id(repo_id: str) -> None:
         raise UsageError(f"{repo_id!r} is not a repository id ({error})", "write it as OWNER/NAME") from None
 
 
+def hub_token(given: str | None) -> str:
+    """The token to write with: the one given, or the one that `hf auth login` stored."""
+    token = checked_token(given if given is not None else get_token())
+    if token is None:
+        raise HFEError("there is no Hub token", "log in with `hf auth login`, set HF_TOKEN, or pass --token")
+    return token
+
+
+def check_access(repo_id: str, *, private: bool = True, token: str | None = None) -> None:
+    """Ask the Hub whether an upload to `repo_id` may begin, as far as it tells; writes nothing.
+
+    Args:
+        repo_id: OWNER/NAME; it need not exist.
+        private: whether the repository must be private.
+        token: token that may write there; by default the one that `hf auth login` stored.
+
+    Raises:
+        UsageError: `repo_id` is no repository id.
+        HFEError: there is no token, it may not write there, the repository is public while `private` is asked, or the
+            Hub cannot be reached.
+    """
+    check_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise UsageError(f"{repo_id!r} names no owner", "write it as OWNER/NAME")
+    token = hub_token(token)
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        account = api.whoami()
+        try:
+            is_private = bool(api.model_info(repo_id).private)
+        except RepositoryNotFoundError:
+            is_private = private
+    names = [account.get("name"), *(org.get("name") for org in account.get("orgs") or [])]
+    owner = repo_id.partition("/")[0]
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read" or owner not in names:
+        raise HFEError(
+            f"the token may not write to {repo_id}: it is "
+            + ("for reading only" if role == "read" else f"of {', '.join(str(name) for name in names)}"),
+            "pass --token, or log in with `hf auth login`, with a token that may write there",
+        )
+    check_privacy(repo_id, private=private, is_private=is_private)
+
+
+def check_privacy(repo_id: str, *, private: bool, is_private: bool) -> None:
+    """Raise where a private upload would become public."""
+    if private and not is_private:
+        raise HFEError(
+            f"the repository {repo_id} is public, and a private upload was asked for",
+            "choose another repository, make this one private on its page, or allow a public one with --no-private",
+        )
+
+
 def fetch_skeleton(repo_id: str, folder: Path, revision: str | None, token: str | None) -> str:
     """Lay a repository out in the empty `folder`: each file at its true size, but only what `verify` reads is fetched.
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.hub import push as push_module
+from hf_efficient.hub import repository
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.push import push
 
@@ -165,7 +165,7 @@ def test_without_a_network_or_a_token_the_error_is_one_line(checkpoint: Path, mo
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HFEError, match="cannot be reached for tester/stem"):
         push(checkpoint, "tester/stem", token="x")
-    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    monkeypatch.setattr(repository, "get_token", lambda: None)
     with pytest.raises(HFEError, match=r"no Hub token; log in"):
         push(checkpoint, "tester/stem")
     assert not (checkpoint / CARD).exists()
