@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -83,16 +84,30 @@ def run_python(tmp_path: Path) -> Runner:
     """Run a script in a fresh process, away from the checkout; returns the JSON that it prints last.
 
     With `package=False` hf_efficient can be neither imported nor found. Names in `absent` cannot be imported either.
+    Imports are looked for in the folder `first` before any other, by default in that of the running transformers.
     """
 
-    def run(script: str, *args: Any, package: bool = False, absent: tuple[str, ...] = (), **env: str) -> dict[str, Any]:
+    def run(
+        script: str,
+        *args: Any,
+        package: bool = False,
+        absent: tuple[str, ...] = (),
+        python: str = sys.executable,
+        first: str | None = None,
+        **env: str,
+    ) -> dict[str, Any]:
         blocked = [*([] if package else ["hf_efficient"]), *absent]
         path = [str(Path(__file__).parents[2])] if package else []
-        prelude = f"import sys; sys.path += {path}; sys.modules.update(dict.fromkeys({blocked}))\n"
+        running = str(Path(transformers.__file__).parents[1]) if python == sys.executable else None
+        # Only where it would not be found by itself, as in a folder that PYTHONPATH names.
+        prelude = (
+            f"import sys; sys.path[:0] = [p for p in [{first or running!r}] if p and p not in sys.path]; "
+            f"sys.path += {path}; sys.modules.update(dict.fromkeys({blocked}))\n"
+        )
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HFE_", "PYTHON", "TRITON"))}
         caches = {"HF_HOME": str(tmp_path / "hf_home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
         done = subprocess.run(
-            [sys.executable, "-I", "-X", "faulthandler", "-c", prelude + script, *map(str, args)],
+            [python, "-I", "-X", "faulthandler", "-c", prelude + script, *map(str, args)],
             cwd=tmp_path,
             env={**inherited, **caches, "HF_HUB_OFFLINE": "1", **env},
             capture_output=True,

@@ -174,7 +174,9 @@ class TestMoments:
             logits = model(input_ids=some_ids()).logits
         assert_equal(stored(model), right(model))
         model.save_pretrained(tmp_path)
-        assert torch.equal(logits, AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=some_ids()).logits)
+        # Copied, since products of mapped memory, which lies at any address, may round another way.
+        saved = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path))
+        assert torch.equal(logits, saved(input_ids=some_ids()).logits)
         model.to(torch.bfloat16)  # which rounds the weights
         model(input_ids=some_ids())
         assert_equal(stored(model), right(model))
