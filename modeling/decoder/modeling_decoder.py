@@ -13,6 +13,7 @@ from hf_efficient.modeling.decoder.tested_releases import check_transformers
 check_transformers()
 
 import re
+import sys
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TokenIdError
+from hf_efficient.logging import warn_once
 from hf_efficient.modeling.decoder.attention import DecoderAttention, DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.cache_compat import (
     CACHE_ARGUMENT,
@@ -164,6 +166,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """
         if not is_ours(cls):
             super().register_for_auto_class(auto_class)
+
+    def train(self, mode: bool = True) -> Any:
+        """As in PyTorch; says so where Liger was asked for, which passes over models that it does not know."""
+        if mode and "liger_kernel.transformers.monkey_patch" in sys.modules:
+            warn_once(
+                f"use_liger_kernel changes nothing in {self.config.model_type} models: Liger has no patches for them, "
+                "so they train on their own modules and kernels"
+            )
+        return super().train(mode)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in transformers, with our own attention where nobody asks for another."""
