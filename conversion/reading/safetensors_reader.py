@@ -39,13 +39,8 @@ class TensorEntry:
         return math.prod(self.shape[1:])
 
 
-def parse_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only.
-
-    Raises:
-        HFEError: the file cannot be read, is truncated, or is not what the format allows: the tensors lie end to end,
-            from the header to the end of the file.
-    """
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file as it stands there, its length, and the size of the file."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -60,7 +55,17 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
                 "save the checkpoint in more shards",
             )
         text = file.read(length)
-    header = parse_json(f"the header of {path.name}", text)
+    return parse_json(f"the header of {path.name}", text), length, size
+
+
+def parse_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only.
+
+    Raises:
+        HFEError: the file cannot be read, is truncated, or is not what the format allows: the tensors lie end to end,
+            from the header to the end of the file.
+    """
+    header, length, size = read_header(path)
     header.pop("__metadata__", None)
     described = [(name, *_described(path, name, entry)) for name, entry in header.items()]
 

@@ -15,6 +15,12 @@ from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
+from hf_efficient.conversion.writing.known_settings import (
+    GenerationSettings,
+    TokenizerSettings,
+    is_tokenizer_class,
+    without_unknown,
+)
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
 from hf_efficient.errors import HFEError
 
@@ -57,17 +63,18 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
             warnings += _keep_tokenizer(source, tokenizer, folder)
         if source.gguf_file is None:
             warnings += _copy_licences(source.files, folder)
-        _write_generation_settings(source, folder, vocabulary)
+        warnings += _write_generation_settings(source, folder, vocabulary)
     return warnings
 
 
-def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> None:
+def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> list[str]:
     """Those of generation_config.json or, where there is none, those that config.json holds, as transformers does."""
     path = folder / _GENERATION_CONFIG
     if source.gguf_file is None and (source.files / _GENERATION_CONFIG).is_file():
         _copy(source.files, folder, (_GENERATION_CONFIG,))
-        settings = read_json(path)
+        settings, warnings = _keep_known(path, GenerationSettings)
     else:
+        warnings = []
         try:
             stock = GenerationConfig.from_model_config(dict(source.fields) or source.stock_config)
             settings = json.loads(stock.to_json_string(use_diff=True))
@@ -84,6 +91,7 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
         settings.pop("_from_model_config", None)  # from here on they say more than the model's configuration
         settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *vocabulary.suppressed})
         write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return warnings
 
 
 def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
@@ -99,7 +107,7 @@ def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG
-    return _write_without_code(read_json(path), path) if path.is_file() else []
+    return _keep_known(path, TokenizerSettings)[1] if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
@@ -107,15 +115,26 @@ def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
     if not (origin / TOKENIZER_CONFIG).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
     _copy(origin, folder, (TOKENIZER_CONFIG,))
-    return _write_without_code(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+    return _keep_known(folder / TOKENIZER_CONFIG, TokenizerSettings)[1]
 
 
-def _write_without_code(settings: dict[str, Any], path: Path) -> list[str]:
-    """Leave a tokenizer's settings as they are in `path`, unless they refer to code; then write them without."""
-    if settings.pop("auto_map", None) is None:
-        return []
+def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """Leave a settings file as it is, unless it has entries that are not of `kind`; then write it without them.
+
+    Returns the settings and a warning that names what was left out.
+    """
+    settings, dropped = without_unknown(read_json(path), kind)
+    name = settings.get("tokenizer_class")
+    if name is not None and not is_tokenizer_class(name):
+        del settings["tokenizer_class"]
+        dropped.append("tokenizer_class")
+    if not dropped:
+        return settings, []
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return ["the source's tokenizer has code of its own, which is not carried over: check that it works without"]
+    warning = f"{path.name} of the source has entries that transformers does not know, left out: {', '.join(dropped)}"
+    if {"auto_map", "tokenizer_class"} & set(dropped):
+        warning += "; its tokenizer has code of its own, which is not carried over: check that it works without"
+    return settings, [warning]
 
 
 def has_tokenizer(folder: Path) -> bool:

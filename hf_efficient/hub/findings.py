@@ -18,6 +18,11 @@ class Finding:
     problem: str
     remedy: str = ""
 
+    def __post_init__(self) -> None:
+        # Names and values come from whoever made the checkpoint: they must not steer the terminal.
+        for name in ("file", "problem", "remedy"):
+            object.__setattr__(self, name, _printable(getattr(self, name)))
+
     def __str__(self) -> str:
         return f"{self.file}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
 
@@ -37,6 +42,8 @@ class VerificationReport:
         code_files: number of code files that the release writes for this architecture.
         tensors: number of tensors in the weights' headers.
         findings: all that is wrong; empty when the checkpoint is sound.
+        not_part: files that are no part of the model and that nothing loads with it, such as optimizer states. `push`
+            leaves them out. Resuming the training from the folder would load them, pickles among them.
     """
 
     source: str
@@ -48,6 +55,7 @@ class VerificationReport:
     code_files: int
     tensors: int
     findings: tuple[Finding, ...]
+    not_part: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -68,8 +76,17 @@ class VerificationReport:
         """The report for a terminal."""
         at = f" at {self.commit}" if self.commit else ""
         lines = [f"{self.source}{at}: {'verified' if self.ok else 'NOT verified'}"]
-        lines.append(
-            f"  code     {self.code}: {self.model_type}, {self.code_files} files, hf-efficient {self.installed}"
-        )
+        model_type = _printable(str(self.model_type))
+        lines.append(f"  code     {self.code}: {model_type}, {self.code_files} files, hf-efficient {self.installed}")
         lines.append(f"  weights  {self.tensors} tensors")
+        if self.not_part:
+            more = f" and {len(self.not_part) - 5} more" if len(self.not_part) > 5 else ""
+            lines.append(
+                f"  beside   {', '.join(map(_printable, self.not_part[:5]))}{more}: no part of the model, not loaded "
+                "with it, left out by push; do not resume a training that you do not trust from them"
+            )
         return "\n".join(lines + [f"  - {finding}" for finding in self.findings])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -6,32 +6,34 @@ Nothing in the checkpoint is imported, unpickled or run.
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 from hf_efficient import __version__
-from hf_efficient.conversion.reading.json_file import MAX_TOKENIZER_BYTES, parse_json, read_bytes_of, read_json
+from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES
+from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub.contents import FolderContents, folder_contents
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
+from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
+from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
 from hf_efficient.hub.weights import check_weights
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
-_CODE_SUFFIXES = (
-    *(".py", ".pyc", ".pyo", ".pyd", ".pyx", ".pyz", ".pth", ".ipynb", ".whl", ".egg"),
-    *(".so", ".dylib", ".dll", ".exe", ".wasm", ".jar", ".class", ".cubin", ".ptx", ".hsaco"),
-    *(".sh", ".bash", ".bat", ".cmd", ".ps1", ".js", ".mjs", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z"),
-)
-_PICKLE_SUFFIXES = (
-    *(".bin", ".pt", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"),
-    *(".npy", ".npz", ".h5", ".keras", ".pb"),
-)
-_DATA_SUFFIXES = (".json", ".jsonl", ".safetensors", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".yaml")
+_CODE_BYTES = 1 << 22
+_TEMPLATE_BYTES = 1 << 20
+_FIRST_BYTES = 1 << 12
+# What transformers does with files that are no part of our checkpoints, for the ones that it would load.
+_KNOWN_DANGERS = {
+    "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
+    "adapter_model.safetensors": "is an adapter, which from_pretrained would put on the model",
+    SAFE_WEIGHTS_INDEX_NAME: f"stands beside {SAFE_WEIGHTS_NAME}: loaders differ in which of the two they read",
+}
 _MAGIC = {
     b"\x7fELF": "a program (ELF)",
     b"MZ": "a program (Windows)",
@@ -41,16 +43,15 @@ _MAGIC = {
     b"#!": "a script",
     **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
 }
-_REMEDY_FOREIGN = "delete it, or do not load this checkpoint with trust_remote_code"
-_REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf_efficient.export(folder)"
 
 
 def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: str | None = None) -> VerificationReport:
     """Verify a checkpoint folder or a repository of the Hub; of a repository's weights only the headers are downloaded.
 
-    Checks that every code file equals what the installed release writes for the architecture that `config.json` names,
-    that nothing else in the checkpoint can run (other code, `auto_map` entries, pickles, links out of the folder), and
-    that index and headers of the weights fit the configuration.
+    Every file, and every key of every JSON file at any depth, must be one that the installed release or
+    `save_pretrained` writes for the architecture that `config.json` names, with a value of its type; every code file
+    must equal the release's; index and headers of the weights must fit the configuration. All else is a finding. What
+    the Trainer leaves beside a model is listed in `not_part`: nothing loads it with the model.
 
     Args:
         folder_or_repo: a local folder, or OWNER/NAME on the Hub.
@@ -65,73 +66,91 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
     if folder.is_dir():
         if revision is not None:
             raise UsageError(f"revision={revision!r} was given for the folder {folder}", "a folder has no revisions")
-        return _verify_folder(folder, str(folder_or_repo), commit=None)
+        return _verify_folder(UntrustedFolder(folder), str(folder_or_repo), commit=None)[0]
     if folder.exists():
         raise UsageError(f"{folder} is a file", "name the folder of a checkpoint, or OWNER/NAME on the Hub")
     repo_id = str(folder_or_repo)
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as skeleton:
         commit = fetch_skeleton(repo_id, Path(skeleton), revision, token)
-        return _verify_folder(Path(skeleton), repo_id, commit)
+        return _verify_folder(UntrustedFolder(Path(skeleton)), repo_id, commit)[0]
 
 
-def _verify_folder(folder: Path, source: str, commit: str | None) -> VerificationReport:
+def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ...]]:
+    """Verify what `push` uploads of a checkpoint folder, as if it held nothing else; returns the report and the files.
+
+    What the folder holds besides is in `not_part` of the report, and may be anything.
+    """
+    folder = Path(folder)
+    listed = UntrustedFolder(folder)
+    report, contents = _verify_folder(listed, str(folder), commit=None, only_model=True)
+    return report, contents.model
+
+
+def _verify_folder(
+    folder: UntrustedFolder, source: str, commit: str | None, *, only_model: bool = False
+) -> tuple[VerificationReport, FolderContents]:
     findings: list[Finding] = []
-    fields = _read_or_find(folder / CONFIG, findings)
-    manifest = _read_or_find(folder / CODE_MANIFEST, findings)
+    missing = [Finding(name, "is missing", REMEDY_EXPORT) for name in (CONFIG, CODE_MANIFEST) if name not in folder]
+    fields = read_settings(folder, CONFIG, findings) if CONFIG in folder else {}
+    manifest = read_settings(folder, CODE_MANIFEST, findings) if CODE_MANIFEST in folder else {}
     model_type, release = fields.get("model_type"), manifest.get("version")
-    architecture = architecture_of(str(model_type))
-    exported: CodeExport | None = None
+    architecture = architecture_of(model_type) if isinstance(model_type, str) else None
+    exported = render_code(architecture) if architecture else None
+    contents = folder_contents(folder.files, exported.files if exported else ())
     verdict: Verdict = "not confirmable"
     tensors = 0
-    if architecture is None:
+    if architecture is None or exported is None:
         if fields:
             known = ", ".join(a.model_type for a in ARCHITECTURES)
-            findings.append(
-                Finding(CONFIG, f"names model_type {model_type!r}; hf-efficient {__version__} writes code for {known}")
-            )
+            problem = f"names model_type {model_type!r}; hf-efficient {__version__} writes code for {known}"
+            findings.append(Finding(CONFIG, problem))
     else:
-        exported = render_code(architecture)
         verdict, differences = _compare_code(folder, exported, manifest)
-        tensors, faults = check_weights(folder, architecture, fields)
-        findings += differences + faults
-    findings += _foreign_files(folder, set(exported.files) if exported else set())
-    findings += _foreign_references(folder, exported.auto_map if exported else {})
-    return VerificationReport(
+        foreign_fields = check_config(fields, architecture, exported.auto_map)
+        tensors, faults = check_weights(folder, contents.model, architecture, fields, known=not foreign_fields)
+        findings += differences + foreign_fields + faults
+    findings += check_settings(folder, contents.model)
+    findings += [finding for name in contents.model if (finding := _text_finding(folder, name))]
+    others: tuple[str, ...] = contents.training
+    if only_model:
+        others = tuple(sorted({*others, *contents.foreign, *(finding.file for finding in folder.findings)}))
+    else:
+        findings += folder.findings
+        findings += [Finding(name, _kind_of_foreign(folder, name), REMEDY) for name in contents.foreign]
+        empty = [name for name in folder.empty_folders() if name.partition("/")[0] not in (".git", ".cache")]
+        findings += [Finding(name, "is a folder that no checkpoint has", "delete it") for name in empty]
+    report = VerificationReport(
         source=source,
         commit=commit,
-        model_type=model_type,
-        release=release,
+        model_type=model_type if isinstance(model_type, str) else None,
+        release=release if isinstance(release, str) else None,
         installed=__version__,
         code=verdict,
         code_files=len(exported.files) if exported else 0,
         tensors=tensors,
-        findings=tuple(findings),
+        findings=tuple(missing + findings),
+        not_part=others,
     )
+    return report, contents
 
 
-def _read_or_find(path: Path, findings: list[Finding]) -> dict[str, Any]:
-    """The JSON object in a file that every checkpoint of ours has; what is wrong with it becomes a finding."""
-    if not path.is_file():
-        findings.append(Finding(path.name, "is missing", _REMEDY_EXPORT))
-        return {}
-    try:
-        return read_json(path)
-    except HFEError as error:
-        findings.append(Finding(path.name, error.problem, error.remedy))
-        return {}
-
-
-def _compare_code(folder: Path, exported: CodeExport, manifest: dict[str, Any]) -> tuple[Verdict, list[Finding]]:
+def _compare_code(
+    folder: UntrustedFolder, exported: CodeExport, manifest: dict[str, Any]
+) -> tuple[Verdict, list[Finding]]:
     """The code files and their manifest against what the installed release writes."""
     code, claimed = exported.code, str(manifest.get("source_hash"))
     findings, renamed = [], []
     for name, text in exported.files.items():
-        path, expected = folder / name, text.encode()
-        if not path.is_file():
-            findings.append(Finding(name, "is missing", _REMEDY_EXPORT))
+        if name not in folder:
+            findings.append(Finding(name, "is missing", REMEDY_EXPORT))
             continue
-        found = path.read_bytes()
+        try:
+            found = folder.read(name, _CODE_BYTES)
+        except HFEError as error:
+            findings.append(Finding(name, error.problem, error.remedy))
+            continue
+        expected = text.encode()
         # Other sources have another hash, which stands in every file. Set it aside: the files that really differ count.
         alike = found
         if len(claimed) == len(code.source_hash):
@@ -144,13 +163,15 @@ def _compare_code(folder: Path, exported: CodeExport, manifest: dict[str, Any]) 
     if renamed:
         installed = code.source_hash[:16]
         problem = f"{len(renamed)} code files name the sources {claimed[:16]}…; the installed ones are {installed}…"
-        findings.append(Finding(CODE_MANIFEST, problem, _REMEDY_EXPORT))
+        findings.append(Finding(CODE_MANIFEST, problem, REMEDY_EXPORT))
     if not findings:
-        path, expected = folder / CODE_MANIFEST, exported.manifest.encode()
-        # A missing manifest was reported where it was read.
-        if not path.is_file() or path.read_bytes() == expected:
+        # A manifest that is missing or cannot be read was reported where it was read.
+        if not manifest:
             return "confirmed", []
-        findings = [_first_difference(CODE_MANIFEST, expected, path.read_bytes())]
+        expected, found = exported.manifest.encode(), folder.read(CODE_MANIFEST, MAX_JSON_BYTES)
+        if found == expected:
+            return "confirmed", []
+        findings = [_first_difference(CODE_MANIFEST, expected, found)]
     release = manifest.get("version")
     if release not in (None, __version__):
         # What differs says nothing when another release wrote it. The claim is not believed either: it only tells with
@@ -185,94 +206,32 @@ def _excerpt(data: bytes, line_start: int, offset: int, width: int = 40) -> str:
     return repr(data[start : min(offset + width, len(data) if stop < 0 else stop)].decode(errors="backslashreplace"))
 
 
-def _foreign_files(folder: Path, own: set[str]) -> Iterator[Finding]:
-    """Files that hold or may hold code, other than the code files of the release."""
-    for directory, names, files in os.walk(folder):
-        here = Path(directory)
-        if here == folder and ".git" in names:
-            names.remove(".git")  # a clone's own records: neither loaded nor uploaded
-        for name in sorted(names):
-            if (here / name).is_symlink():
-                yield Finding(_relative(folder, here / name), "is a link to a folder", _REMEDY_FOREIGN)
-        for name in sorted(files):
-            path = here / name
-            relative = _relative(folder, path)
-            if path.is_symlink() and not _stays_inside(folder, path):
-                yield Finding(relative, f"is a link to {path.resolve()}, outside the checkpoint", _REMEDY_FOREIGN)
-            elif relative not in own and (kind := _kind_of_danger(path)):
-                yield Finding(relative, f"is {kind}, not part of what the release writes", _REMEDY_FOREIGN)
+def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
+    """What a file that no release writes is, as far as its name and its first bytes tell."""
+    if name in _KNOWN_DANGERS:
+        return _KNOWN_DANGERS[name]
+    if name.endswith(".py"):
+        return "is code, not part of what the release writes"
+    first = _first_bytes(folder, name)
+    kind = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), "a file")
+    return f"is {kind} that is not part of what the release or save_pretrained writes for this architecture"
 
 
-def _stays_inside(folder: Path, link: Path) -> bool:
-    target, folder = link.resolve(), folder.resolve()
-    # In the Hub's cache a snapshot's files are links to the blobs of the same repository.
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    return target.is_relative_to(folder) or target.is_relative_to(blobs)
-
-
-def _kind_of_danger(path: Path) -> str | None:
-    suffix = path.suffix.lower()
-    if path.parent.name == "custom_generate":
-        return "custom generation code"
-    if suffix in _CODE_SUFFIXES:
-        return "code"
-    if suffix in _PICKLE_SUFFIXES:
-        return "a file that may hold a pickle"
-    if suffix in _DATA_SUFFIXES:
+def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
+    """A text of the model that is none, or a chat template that is too large to be one."""
+    if name.endswith(".jinja") and folder.files[name] > _TEMPLATE_BYTES:
+        return Finding(name, f"has {folder.files[name]:,} bytes, too many for a chat template", REMEDY)
+    if not (name.endswith((".jinja", ".md")) or is_licence(name)):
         return None
+    first = _first_bytes(folder, name)
+    kind = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+    if kind is None and b"\0" in first:
+        kind = "no text"
+    return Finding(name, f"is {kind}", REMEDY) if kind else None
+
+
+def _first_bytes(folder: UntrustedFolder, name: str) -> bytes:
     try:
-        with path.open("rb") as file:
-            first = file.read(8)
-    except OSError:
-        return "unreadable"
-    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
-
-
-def _foreign_references(folder: Path, auto_map: dict[str, str]) -> Iterator[Finding]:
-    """Entries of any JSON file that make transformers load code, other than the release's own `auto_map`."""
-    for path in sorted(folder.rglob("*.json")):
-        relative = _relative(folder, path)
-        if not path.is_file() or relative.startswith(".git/"):
-            continue
-        try:
-            value: Any = parse_json(relative, read_bytes_of(path, MAX_TOKENIZER_BYTES))
-        except HFEError as error:
-            if "not an object" not in error.problem and relative not in (CONFIG, CODE_MANIFEST):
-                yield Finding(relative, error.problem, error.remedy)
-            continue
-        if relative == CONFIG:
-            yield from _auto_map_differences(value.pop("auto_map", None), auto_map)
-        for key, entry in _code_entries(value):
-            yield Finding(relative, f"{key} names code: {json.dumps(entry)[:200]}", _REMEDY_FOREIGN)
-
-
-def _auto_map_differences(found: Any, expected: dict[str, str]) -> Iterator[Finding]:
-    if not isinstance(found, dict):
-        if expected:
-            yield Finding(CONFIG, "has no auto_map", _REMEDY_EXPORT)
-        return
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
-            rule = f"{expected[name]!r} is expected" if name in expected else "the release has no such entry"
-            yield Finding(CONFIG, f"auto_map[{name!r}] is {found.get(name)!r}; {rule}", _REMEDY_EXPORT)
-
-
-def _code_entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys, at any depth, by which a configuration makes transformers load code."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _code_entries(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            # A vocabulary may hold a token of this name; its value is a number.
-            names_code = key in ("auto_map", "custom_pipelines") and isinstance(item, (dict, list, str)) and item
-            # An implementation with a slash is a repository of kernels.
-            names_kernels = key.endswith("_implementation") and "/" in str(item)
-            if names_code or names_kernels:
-                yield key, item
-            else:
-                yield from _code_entries(item)
-
-
-def _relative(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
+        return folder.read_start(name, _FIRST_BYTES)
+    except HFEError:
+        return b""

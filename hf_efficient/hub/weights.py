@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.conversion.reading.json_file import is_whole, read_weight_map
-from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header
+from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
+from hf_efficient.conversion.writing.known_settings import misfits
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
+from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.registry import Architecture
 
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE_FILE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 _COPY_AGAIN = "download or copy the checkpoint again"
+_ONE_CONVERSION = "use the configuration and the weights of one conversion"
 _SHOWN = 5
 
 
-def check_weights(folder: Path, architecture: Architecture, fields: dict[str, Any]) -> tuple[int, list[Finding]]:
-    """Number of tensors, and what is wrong with them, for the checkpoint in `folder` with configuration `fields`."""
-    stored, findings = _stored_tensors(folder)
+class HeaderMetadata(TypedDict, total=False):
+    """What transformers notes in the header of a weight file."""
+
+    format: Literal["pt"]
+
+
+class HeaderEntry(TypedDict, total=False):
+    """A tensor in the header of a weight file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def check_weights(
+    folder: UntrustedFolder, names: Sequence[str], architecture: Architecture, fields: dict[str, Any], *, known: bool
+) -> tuple[int, list[Finding]]:
+    """Number of tensors, and what is wrong with them.
+
+    Args:
+        folder: the checkpoint.
+        names: its files that are part of the model.
+        architecture, fields: what `config.json` names and holds.
+        known: whether every field is one of the architecture; only then a model is made of them, to compare shapes.
+    """
+    stored, findings = _stored_tensors(folder, names)
+    if findings or not known:
+        return len(stored), findings
     try:
         layers = fields.get("num_hidden_layers")
         if is_whole(layers) and layers > len(stored):
@@ -34,13 +63,8 @@ def check_weights(folder: Path, architecture: Architecture, fields: dict[str, An
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
     except Exception as error:
         cause = " ".join(str(error).split())[:300]
-        return len(stored), [
-            *findings,
-            Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})"),
-        ]
-    if not findings:
-        findings += _differences(expected, tied, stored)
-    return len(stored), findings
+        return len(stored), [Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})")]
+    return len(stored), _differences(expected, tied, stored)
 
 
 def _expected_shapes(
@@ -67,21 +91,29 @@ def _expected_shapes(
     return shapes, frozenset(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, TensorEntry], list[Finding]]:
+def _stored_tensors(folder: UntrustedFolder, names: Sequence[str]) -> tuple[dict[str, TensorEntry], list[Finding]]:
     """Every tensor in the weight files, and what is wrong with index and headers."""
     findings: list[Finding] = []
     mapped: dict[str, str] | None = None
-    files = [SINGLE_FILE]
-    if (folder / INDEX).exists():
+    files = {SINGLE_FILE}
+    if INDEX in names:
         try:
-            mapped = _weight_map(folder)
+            mapped = _weight_map(folder.path(INDEX))
         except HFEError as error:
             return {}, [Finding(INDEX, error.problem, error.remedy)]
-        files = sorted(set(mapped.values()))
+        files = set(mapped.values())
+    files |= {name for name in names if name.endswith(".safetensors")}
     stored: dict[str, TensorEntry] = {}
-    for name in files:
+    for name in sorted(files):
+        if name not in names:
+            findings.append(Finding(name, "is missing", "add the weights, or convert again"))
+            continue
+        if mapped is not None and name not in mapped.values():
+            findings.append(Finding(name, f"is not part of the weights that {INDEX} names", "delete the stale file"))
+            continue
         try:
-            entries = _read_header(folder / name)
+            findings += _header_findings(name, folder.path(name))
+            entries = parse_header(folder.path(name))
         except HFEError as error:
             findings.append(Finding(name, error.problem, error.remedy))
             continue
@@ -94,14 +126,23 @@ def _stored_tensors(folder: Path) -> tuple[dict[str, TensorEntry], list[Finding]
                     Finding(INDEX, f"looks for tensor {tensor} in {where}, but it is in {name}", _COPY_AGAIN)
                 )
         stored.update(entries)
-    for unread in sorted({path.name for path in folder.glob("*.safetensors")} - set(files)):
-        read = INDEX if mapped is not None else SINGLE_FILE
-        findings.append(Finding(unread, f"is not part of the weights that {read} names", "delete the stale file"))
+    missing = sorted(set(mapped or ()) - set(stored)) if not findings else []
+    findings += [
+        Finding(INDEX, f"names tensor {tensor}, which no file holds", _COPY_AGAIN) for tensor in missing[:_SHOWN]
+    ]
     return stored, findings
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    mapped = read_weight_map(folder / INDEX)
+def _header_findings(name: str, path: Path) -> list[Finding]:
+    """Keys of a header that nothing writes."""
+    header, _, _ = read_header(path)
+    found = list(misfits(header.pop("__metadata__", {}), HeaderMetadata, "__metadata__"))
+    found += misfits(header, dict[str, HeaderEntry])
+    return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found[:_SHOWN]]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    mapped = read_weight_map(path)
     for name in mapped.values():
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise HFEError(
@@ -111,17 +152,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return mapped
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    if not path.is_file():
-        raise HFEError("is missing", "add the weights, or convert again")
-    return parse_header(path)
-
-
 def _differences(
     expected: dict[str, tuple[int, ...]], tied: frozenset[str], stored: dict[str, TensorEntry]
 ) -> list[Finding]:
     """Tensors that the model has and the weights lack, the reverse, and those of another shape."""
-    remedy = "use the configuration and the weights of one conversion"
     problems = [f"lacks tensor {name}, which {CONFIG} calls for" for name in expected.keys() - stored.keys() - tied]
     problems += [f"holds tensor {name}, which {CONFIG} does not call for" for name in stored.keys() - expected.keys()]
     problems += [
@@ -129,7 +163,7 @@ def _differences(
         for name in expected.keys() & stored.keys()
         if stored[name].shape != expected[name]
     ]
-    findings = [Finding("weights", problem, remedy) for problem in sorted(problems)[:_SHOWN]]
+    findings = [Finding("weights", problem, _ONE_CONVERSION) for problem in sorted(problems)[:_SHOWN]]
     if len(problems) > _SHOWN:
-        findings.append(Finding("weights", f"and {len(problems) - _SHOWN} more tensors differ", remedy))
+        findings.append(Finding("weights", f"and {len(problems) - _SHOWN} more tensors differ", _ONE_CONVERSION))
     return findings

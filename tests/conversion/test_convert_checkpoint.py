@@ -192,9 +192,11 @@ def test_tokenizer_code_is_not_carried_over(stock_folder: StockFolder, tmp_path:
     stock.mkdir()
     for path in stock_folder().iterdir():
         (stock / path.name).write_bytes(path.read_bytes())
-    (stock / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.T", null]}, "x": 1}')
+    (stock / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["own.T", null]}, "x": 1, "legacy": true}'
+    )
     report = convert(stock, tmp_path / "out", **QUIET)
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"x": 1}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"legacy": True}
     assert any("code of its own" in warning for warning in report.warnings)
 
 

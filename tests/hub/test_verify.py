@@ -25,6 +25,8 @@ from hf_efficient.hub.weights import INDEX, SINGLE_FILE
 from hf_efficient.inspection import inspect
 
 Change = Callable[[Path], None]
+NORM = "model.norm.weight"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -129,80 +131,6 @@ def test_other_sources_of_the_same_release_are_told_apart_from_the_changed_file(
     assert [finding.file for finding in report.findings] == ["hfe_errors.py", CODE_MANIFEST]
 
 
-def _pickle(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"weights": [1.0]}))
-
-
-def _second_auto_map(folder: Path) -> None:
-    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
-
-
-def _redirect(folder: Path, **changes: str) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    edit_json(folder / CONFIG, auto_map={**config["auto_map"], **changes})
-
-
-def _link_outside(folder: Path) -> None:
-    (folder.parent / "elsewhere.txt").write_text("x")
-    (folder / "notes.txt").symlink_to(folder.parent / "elsewhere.txt")
-
-
-def _sub_config(folder: Path) -> None:
-    edit_json(folder / CONFIG, text_config={"auto_map": {"AutoConfig": "x.Y"}})
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda f: (f / "extra.py").write_text(""), ["extra.py: is code"]),
-        (lambda f: (f / "modeling_stem.so").write_bytes(b"\x7fELF"), ["modeling_stem.so: is code"]),
-        (lambda f: (f / "tool").write_bytes(b"\x7fELF\x02\x01"), ["tool: is a program (ELF)"]),
-        (lambda f: (f / "run").write_text("#!/bin/sh\n"), ["run: is a script"]),
-        (lambda f: (f / "sub").mkdir() or (f / "sub" / "x.py").write_text(""), ["sub/x.py: is code"]),
-        (
-            lambda f: (f / "custom_generate").mkdir() or (f / "custom_generate" / "generate.py").write_text(""),
-            ["custom_generate/generate.py: is custom generation code"],
-        ),
-        (lambda f: _pickle(f / "pytorch_model.bin"), ["pytorch_model.bin: is a file that may hold a pickle"]),
-        (lambda f: _pickle(f / "training_args.pt"), ["training_args.pt: is a file that may hold a pickle"]),
-        (lambda f: _pickle(f / "state.data"), ["state.data: is a pickle"]),
-        (lambda f: torch.save([1], f / "weights"), ["weights: is an archive (zip)"]),
-        (_link_outside, ["notes.txt: is a link", "outside the checkpoint"]),
-        (lambda f: (f / "more").symlink_to(f.parent), ["more: is a link to a folder"]),
-        (_second_auto_map, ["tokenizer_config.json: auto_map names code", "tokenization_x.X"]),
-        (_sub_config, ["config.json: auto_map names code", "x.Y"]),
-        (lambda f: _redirect(f, AutoModel="evil/repo--modeling_x.X"), ["auto_map['AutoModel'] is 'evil/repo--"]),
-        (lambda f: _redirect(f, AutoTokenizer="a.B"), ["auto_map['AutoTokenizer'] is 'a.B'", "no such entry"]),
-        (
-            lambda f: _redirect(f, AutoConfig="configuration_stem.StemConfig"),
-            ["'modeling_stem.StemConfig' is expected"],
-        ),
-        (lambda f: edit_json(f / CONFIG, auto_map=None), ["config.json: has no auto_map"]),
-        (lambda f: edit_json(f / CONFIG, custom_pipelines={"x": {"impl": "a.B"}}), ["custom_pipelines names code"]),
-        (lambda f: edit_json(f / CONFIG, attn_implementation="evil/kernels"), ["attn_implementation names code"]),
-        (lambda f: (f / "hfe_errors.py").unlink(), ["hfe_errors.py: is missing"]),
-        (lambda f: (f / CODE_MANIFEST).unlink(), ["code_manifest.json: is missing"]),
-        (lambda f: edit_json(f / CODE_MANIFEST, files={}), ["code_manifest.json: line"]),
-        (lambda f: (f / CODE_MANIFEST).write_text("["), ["code_manifest.json: ", "cannot be read as JSON"]),
-        (
-            lambda f: (f / "generation_config.json").write_text("{"),
-            ["generation_config.json", "cannot be read as JSON"],
-        ),
-        (lambda f: (f / CONFIG).unlink(), ["config.json: is missing", "modeling_stem.py: is code"]),
-        (lambda f: edit_json(f / CONFIG, model_type="llama"), ["names model_type 'llama'", "hfe_stem"]),
-        (lambda f: edit_json(f / CONFIG, hidden_size="wide"), ["does not describe a hfe_stem model"]),
-    ],
-)
-def test_whatever_could_run_or_is_missing_is_named(checkpoint: Path, change: Change, words: list[str]) -> None:
-    change(checkpoint)
-    report = verify(checkpoint)
-    assert not report.ok
-    for word in words:
-        assert word in findings(report)
-    with pytest.raises(HFEError, match="did not pass verification"):
-        report.raise_if_not_ok()
-
-
 def test_nothing_of_the_checkpoint_runs(checkpoint: Path, tmp_path: Path) -> None:
     """Code that would leave a mark when it is imported, and a pickle that would when it is read, leave none."""
     mark = tmp_path / "mark"
@@ -237,7 +165,7 @@ def _shard(folder: Path) -> dict[str, str]:
     """Split the weights in two files; returns the weight map."""
     tensors = load_file(folder / SINGLE_FILE)
     names = sorted(tensors)
-    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    parts = {FIRST: names[:9], SECOND: names[9:]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     (folder / SINGLE_FILE).unlink()
@@ -252,9 +180,6 @@ def _index(folder: Path, **changes: str) -> None:
 
 def _truncate(path: Path, count: int) -> None:
     path.write_bytes(path.read_bytes()[:-count])
-
-
-NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
@@ -278,12 +203,15 @@ NORM = "model.norm.weight"
             lambda f: (f / SINGLE_FILE).write_bytes((f / SINGLE_FILE).read_bytes() + b"hidden"),
             ["the last tensor of model.safetensors ends at byte"],
         ),
-        (lambda f: _index(f, **{NORM: "../model-1.safetensors"}), ["points at '../model-1.safetensors'"]),
+        (lambda f: _index(f, **{NORM: f"../{FIRST}"}), [f"points at '../{FIRST}'"]),
         (lambda f: _index(f, **{NORM: "pytorch_model.bin"}), ["points at 'pytorch_model.bin'"]),
-        (lambda f: _index(f, **{NORM: "model-1.safetensors"}), [f"looks for tensor {NORM} in model-1"]),
-        (lambda f: _shard(f) and (f / "model-2.safetensors").unlink(), ["model-2.safetensors: is missing"]),
+        (lambda f: _index(f, **{NORM: FIRST}), [f"looks for tensor {NORM} in {FIRST}"]),
+        (lambda f: _shard(f) and (f / SECOND).unlink(), [f"{SECOND}: is missing"]),
         (lambda f: _shard(f) and (f / INDEX).write_text("{}"), ["has no weight_map"]),
-        (lambda f: save_file({"x": torch.ones(1)}, f / "old.safetensors"), ["old.safetensors: is not part of"]),
+        (
+            lambda f: save_file({"x": torch.ones(1)}, f / "old.safetensors"),
+            ["old.safetensors: is a file that is not part of"],
+        ),
     ],
 )
 def test_weights_that_do_not_fit_the_configuration_are_named(

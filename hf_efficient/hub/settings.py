@@ -1,0 +1,159 @@
+"""The JSON files of a checkpoint: each key at any depth is one that is written there, with a value of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal, TypedDict, get_type_hints
+
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from hf_efficient.conversion.plan import ModelSize
+from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, parse_json
+from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
+from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
+from hf_efficient.conversion.writing.known_settings import (
+    GenerationSettings,
+    TokenizerSettings,
+    is_tokenizer_class,
+    misfits,
+)
+from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
+from hf_efficient.errors import HFEError
+from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
+from hf_efficient.hub.findings import Finding
+from hf_efficient.hub.folder import REMEDY, UntrustedFolder
+from hf_efficient.registry import ARCHITECTURES, Architecture
+
+REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf_efficient.export(folder)"
+_DTYPES = Literal["float32", "float16", "bfloat16", "float64"]
+# Fields that every configuration of transformers has; their annotations name types that JSON has not.
+_COMMON: dict[str, Any] = {
+    "transformers_version": str | None,
+    "architectures": list[str] | None,
+    "output_hidden_states": bool | None,
+    "output_attentions": bool | None,
+    "return_dict": bool | None,
+    "dtype": _DTYPES | None,
+    "chunk_size_feed_forward": int,
+    "is_encoder_decoder": Literal[False],
+    "id2label": dict[str, str] | None,
+    "label2id": dict[str, int] | None,
+    "problem_type": Literal["regression", "single_label_classification", "multi_label_classification"] | None,
+}
+
+
+class IndexMetadata(TypedDict, total=False):
+    """What transformers notes in an index of weights; a `dtype` there would decide how they are loaded."""
+
+    total_size: int
+    total_parameters: int
+
+
+class WeightIndex(TypedDict, total=False):
+    """`model.safetensors.index.json`."""
+
+    metadata: IndexMetadata
+    weight_map: dict[str, str]
+
+
+class ReportSource(TypedDict, total=False):
+    """The source of a conversion."""
+
+    name: str
+    model_type: str
+    base_model: str | None
+    revision: str | None
+    license: str | None
+    fingerprint: str
+
+
+class ReportPatch(TypedDict, total=False):
+    """One patch of a conversion."""
+
+    name: str
+    options: dict[str, Any]
+    calibrated: bool
+    choices: dict[str, Any]
+    measured: dict[str, Any]
+
+
+class ReportTensors(TypedDict, total=False):
+    """The tensors of a conversion."""
+
+    copied: int
+    computed: dict[str, str]
+    dropped: list[str]
+    left_out: dict[str, str]
+
+
+def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
+    """The JSON object in a listed file; what is wrong with it becomes a finding, and the object is empty."""
+    limit = MAX_TOKENIZER_BYTES if name in TOKENIZER_JSON else MAX_JSON_BYTES
+    try:
+        return parse_json(name, folder.read(name, limit))
+    except HFEError as error:
+        findings.append(Finding(name, error.problem, error.remedy))
+        return {}
+
+
+def check_config(config: dict[str, Any], architecture: Architecture, auto_map: dict[str, str]) -> list[Finding]:
+    """Keys and values of `config.json` that are not those of the architecture's configuration."""
+    kinds = {"model_type": str, "auto_map": dict[str, str], **_COMMON}
+    for field in fields(architecture.config_class):  # type: ignore[arg-type]
+        # The annotations of transformers are texts; those of the package are types.
+        kinds.setdefault(field.name, RopeParameters | None if field.name == "rope_parameters" else field.type)
+    for other in ARCHITECTURES:
+        # A conversion writes the fields of every patch; nothing reads those of an absent one.
+        for field in fields(other.config_class):  # type: ignore[arg-type]
+            kinds.setdefault(field.name, field.type)
+    findings = _differing(CONFIG, config, TypedDict("Config", kinds, total=False))  # type: ignore[operator]
+    known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+        findings.append(Finding(CONFIG, f"architectures is {named!r}; it names one of {sorted(known)}", REMEDY))
+    return findings + list(_auto_map_differences(config.get("auto_map"), auto_map))
+
+
+def check_settings(folder: UntrustedFolder, names: tuple[str, ...]) -> list[Finding]:
+    """Keys and values that nothing writes, in all JSON files among `names` but the configuration and the manifest."""
+    report = {
+        **get_type_hints(ConversionReport),
+        **{"source": ReportSource, "patches": list[ReportPatch], "tensors": ReportTensors},
+        **dict.fromkeys(("before", "after"), TypedDict("Size", get_type_hints(ModelSize), total=False)),
+    }
+    kinds = {
+        GENERATION_CONFIG_NAME: GenerationSettings,
+        TOKENIZER_CONFIG: TokenizerSettings,
+        SAFE_WEIGHTS_INDEX_NAME: WeightIndex,
+        REPORT_NAME: TypedDict("Report", report, total=False),  # type: ignore[operator]
+        **TOKENIZER_JSON,
+    }
+    findings: list[Finding] = []
+    for name in names:
+        if name.endswith(".json") and name not in (CONFIG, CODE_MANIFEST):
+            value = read_settings(folder, name, findings)
+            findings += _differing(name, value, kinds[name])
+            if name == TOKENIZER_CONFIG:
+                findings += _tokenizer_class(value.get("tokenizer_class"))
+    return findings
+
+
+def _tokenizer_class(name: Any) -> Iterator[Finding]:
+    if isinstance(name, str) and not is_tokenizer_class(name):
+        yield Finding(TOKENIZER_CONFIG, f"tokenizer_class is {name!r}, which transformers does not have", REMEDY)
+
+
+def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
+    return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in misfits(value, kind)]
+
+
+def _auto_map_differences(found: Any, expected: dict[str, str]) -> Iterator[Finding]:
+    if not isinstance(found, dict):
+        yield Finding(CONFIG, "has no auto_map", REMEDY_EXPORT)
+        return
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            rule = f"{expected[name]!r} is expected" if name in expected else "the release has no such entry"
+            yield Finding(CONFIG, f"auto_map[{name!r}] is {found.get(name)!r}; {rule}", REMEDY_EXPORT)
