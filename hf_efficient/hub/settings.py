@@ -24,7 +24,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
-from hf_efficient.registry import ARCHITECTURES, Architecture
+from hf_efficient.registry import Architecture
 
 REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf_efficient.export(folder)"
 _DTYPES = Literal["float32", "float16", "bfloat16", "float64"]
@@ -104,10 +104,6 @@ def check_config(config: dict[str, Any], architecture: Architecture, auto_map: d
     for field in fields(architecture.config_class):  # type: ignore[arg-type]
         # The annotations of transformers are texts; those of the package are types.
         kinds.setdefault(field.name, RopeParameters | None if field.name == "rope_parameters" else field.type)
-    for other in ARCHITECTURES:
-        # A conversion writes the fields of every patch; nothing reads those of an absent one.
-        for field in fields(other.config_class):  # type: ignore[arg-type]
-            kinds.setdefault(field.name, field.type)
     findings = _differing(CONFIG, config, TypedDict("Config", kinds, total=False))  # type: ignore[operator]
     known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     named = config.get("architectures")
