@@ -141,7 +141,7 @@ class ParallelTurn:
             segments[b, offset:] = row.segments[: length - offset]
             positions[b, offset:] = row.positions[: length - offset]
             row.fed = length - offset
-        device, cache = self.model.device, self.session.cache
+        device, cache = self.session.device, self.session.cache
         segment_ids = torch.from_numpy(segments).to(device)
         topology, padding = None, None
         if segments.max(initial=0) > 0:

@@ -318,15 +318,15 @@ class TopologySession:
 
     def __init__(self, model: Any, batch: int, capacity: int) -> None:
         self.batch = batch
-        self.device = model.device
-        self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, model.device)
+        self.device = execution_device(model)
+        self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, self.device)
         self.may_capture = capture_obstacle(model) == ""
         self.signature: tuple | None = None
         self._looked = False
         self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
         self._until_look = 0
         with torch.inference_mode(False):
-            self._chosen = torch.zeros(batch * MOST_CAPTURED_QUERIES, dtype=torch.int64, device=model.device)
+            self._chosen = torch.zeros(batch * MOST_CAPTURED_QUERIES, dtype=torch.int64, device=self.device)
         self._suppressed: tuple[int, ...] = ()
         self._suppressed_ids: Tensor | None = None
 
@@ -388,7 +388,7 @@ class TopologySession:
         """True when another call may go on with this memory."""
         dtype = self.cache.layers[0].dtype if self.cache.layers[0].is_initialized else model.dtype
         return (
-            (self.batch, self.device, dtype) == (batch, model.device, model.dtype)
+            (self.batch, self.device, dtype) == (batch, execution_device(model), model.dtype)
             and capacity <= self.cache.capacity
             and self.may_capture == (capture_obstacle(model) == "")
         )
@@ -406,6 +406,16 @@ class TopologySession:
         ]
 
 
+def execution_device(model: Any) -> torch.device:
+    """Where the model computes: its weights are elsewhere where accelerate's offloading keeps them."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    each = (hook for several in hooks for hook in getattr(several, "hooks", (several,)))
+    devices = (getattr(hook, "execution_device", None) for hook in each)
+    return torch.device(next((device for device in devices if device is not None), "meta"))
+
+
 def capture_obstacle(model: Any) -> str:
     """Why steps of this model are called and not captured, or an empty text."""
     tested = {
@@ -415,7 +425,8 @@ def capture_obstacle(model: Any) -> str:
         "another attention implementation is set": model.config._attn_implementation != TOPOLOGY_ATTENTION,
         "heads are wider than the kernel takes": (getattr(model.config, "head_dim", None) or 0) > MAX_WIDTH,
         "HFE_CHECK asks for checks that wait for the device": check_data(),
-        "gradients or autocast are on": torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type),
+        "gradients or autocast are on": torch.is_grad_enabled()
+        or torch.is_autocast_enabled(execution_device(model).type),
     }
     return next((reason for reason, holds in tested.items() if holds), "")
 
