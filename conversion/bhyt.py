@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
-from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -54,6 +54,14 @@ class Bhyt:
         "Converted without `--bhyt-bound`, lambda is so small that the model is its source to within rounding, and "
         "nothing is bounded either. **Converted with it the model is bounded, and the conversion lossy**: expect a "
         "clear loss of quality until the model has been recovered by training."
+    )
+
+    citation: ClassVar[str] = bibtex(
+        "byun2026bhyt",
+        "Bounded Hyperbolic Tangent: A Stable and Efficient Alternative to Pre-Layer Normalization in Large Language "
+        "Models",
+        "Byun, Hoyoon and Choi, Youngjun and Kim, Taero and Park, Sungrae and Song, Kyungwoo",
+        "2601.09719",
     )
 
     second_site: str = field(

@@ -51,6 +51,12 @@ class TensorChanges:
     dropped: list[str] = field(default_factory=list)
 
 
+def bibtex(key: str, title: str, authors: str, arxiv: str) -> str:
+    """The BibTeX entry of a paper on arXiv; its number begins with the year."""
+    fields = {"title": title, "author": authors, "year": f"20{arxiv[:2]}", "eprint": arxiv, "archivePrefix": "arXiv"}
+    return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
+
+
 class Patch(Protocol):
     """A change of architecture, with the options that a user chose for it.
 
@@ -61,6 +67,8 @@ class Patch(Protocol):
     name: ClassVar[str]
     # What a reader of the model card must know before using a converted checkpoint.
     card_note: ClassVar[str]
+    # BibTeX entry of the paper that describes the method.
+    citation: ClassVar[str]
 
     @property
     def needs_calibration(self) -> bool:

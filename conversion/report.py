@@ -26,8 +26,8 @@ class ConversionReport:
     """The account of one conversion. Nothing in it names a place on the machine that ran it.
 
     Attributes:
-        source: `name`, `model_type`, `base_model`, `revision`, `license`, and `fingerprint`, the SHA-256 of the
-            configuration, tensor headers and file sizes.
+        source: `name`, `model_name` where a GGUF file tells it, `model_type`, `base_model`, `revision`, `license`, and
+            `fingerprint`, the SHA-256 of the configuration, tensor headers and file sizes.
         model_type: of the result.
         patches: for each patch its `name`, `options`, `choices`, whether it was `calibrated` and what it `measured`;
             `summary` in the last holds texts by label, which the table shows. After a dry run `to_measure` holds the

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
 from hf_efficient.conversion.measuring.token_counts import occurrences
-from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.conversion.stem_layers import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem_tables import (
     INITIALISERS,
@@ -53,6 +53,14 @@ class Stem:
         "of the vocabulary (arXiv:2601.10639). **Converting a trained model to STEM is lossy**: the up-projection "
         "depends on the context and a table row does not, so no choice of rows gives the source model back. Expect a "
         "clear loss of quality until the model has been recovered by training."
+    )
+
+    citation: ClassVar[str] = bibtex(
+        "sadhukhan2026stem",
+        "STEM: Scaling Transformers with Embedding Modules",
+        "Sadhukhan, Ranajoy and Cao, Sheng and Dong, Harry and Zhao, Changsheng and Purpura-Pontoniere, Attiano and "
+        "Tian, Yuandong and Liu, Zechun and Chen, Beidi",
+        "2601.10639",
     )
 
     layers: str | list[int] = field(

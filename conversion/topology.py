@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.conversion.measuring.calibration import Calibration
-from hf_efficient.conversion.patch import TensorChanges
+from hf_efficient.conversion.patch import TensorChanges, bibtex
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange, add_tokens
 from hf_efficient.errors import HFEError, UsageError
@@ -138,6 +138,12 @@ class Multiverse(_TopologyPatch):
         "Multiverse (arXiv:2506.09991) thinks in blocks of parallel paths: paths do not see each other, what follows a "
         f"block sees all of them, and `generate` decodes them at the same time. {_CARD_END}"
     )
+    citation: ClassVar[str] = bibtex(
+        "yang2025multiverse",
+        "Multiverse: Your Language Models Secretly Decide How to Parallelize and Merge Generation",
+        "Yang, Xinyu and An, Yuwei and Liu, Hongyi and Chen, Tianqi and Chen, Beidi",
+        "2506.09991",
+    )
 
 
 @dataclass
@@ -152,6 +158,12 @@ class MedVerse(_TopologyPatch):
     card_note: ClassVar[str] = (
         "MedVerse (arXiv:2602.07529) writes a plan of steps with their dependencies and carries it out as a graph: a "
         f"step sees the steps it needs, and `generate` decodes independent steps at the same time. {_CARD_END}"
+    )
+    citation: ClassVar[str] = bibtex(
+        "chen2026medverse",
+        "MedVerse: Efficient and Reliable Medical Reasoning via DAG-Structured Parallel Execution",
+        "Chen, Jianwen and Yang, Xinyu and Xia, Peng and others",
+        "2602.07529",
     )
 
     mode: str = field(

@@ -19,7 +19,7 @@ import torch
 from hf_efficient import __version__
 from hf_efficient.conversion.convert import write_weights
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
-from hf_efficient.conversion.measuring.evaluation import LogitSource, checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.measuring.evaluation import PASS_DTYPE, LogitSource, checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
 from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
@@ -308,7 +308,7 @@ class _Conversion:
             self._logits(self.source.config, self.source.reader, 0),
             counts=text.token_counts() if calibrated else None,
         )
-        return self._remember("evaluation", measured.to_dict())
+        return self._remember("evaluation", {**measured.to_dict(), "dtype": PASS_DTYPE})
 
     def report(self, plan: ConversionPlan) -> ConversionReport:
         """The account of what is planned, with what is known of the rest."""
@@ -317,6 +317,7 @@ class _Conversion:
             source={
                 "name": source.name,
                 "model_type": source.stock_config.model_type,
+                "model_name": source.model_name,
                 "base_model": self.options.base_model or source.base_model,
                 "revision": source.revision,
                 "license": self.options.license or source.license,

@@ -22,6 +22,8 @@ from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 CONFIDENCE = 0.95
+# In which `checkpoint_logits` computes, whatever the dtype of the weights.
+PASS_DTYPE = "float32"
 
 # Logits of token ids [B, S]: pieces [n, V] of at most LOGIT_POSITIONS positions, sequence after sequence.
 LogitSource = Callable[[Tensor], Iterator[Tensor]]

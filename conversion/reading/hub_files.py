@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token, metadata_load, snapshot_download
 from huggingface_hub.errors import (
@@ -24,6 +25,13 @@ from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_
 
 # Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICEN?E*", "NOTICE*", "COPYING*", "README.md"]
+
+
+# The id of a model, or the address of its page.
+_HUB_ID = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?!datasets/|spaces/)([\w-][\w.-]*/[\w-][\w.-]*)(?:/|/tree/[\w.-]+)?",
+    re.ASCII,
+)
 
 
 def is_repo_id(location: str) -> bool:
@@ -115,6 +123,21 @@ def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
     if folder.parent.name != "snapshots" or match is None:
         return None, None
     return match[1].replace("--", "/"), folder.name
+
+
+def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Hub id of the model that a GGUF file holds, and its name, as far as the file tells.
+
+    The id is that of the model itself, else of what it was converted from, else of the one model that it is based on.
+    """
+    based_on_one = metadata.get("general.base_model.count") == 1
+    keys = (
+        *("general.repo_url", "general.source.huggingface.repository", "general.source.repo_url", "general.source.url"),
+        *(("general.base_model.0.repo_url", "general.base_model.0.url") if based_on_one else ()),
+    )
+    found = (_HUB_ID.fullmatch(value) for key in keys if isinstance(value := metadata.get(key), str))
+    name = metadata.get("general.name")
+    return next((match[1] for match in found if match), None), name if isinstance(name, str) and name else None
 
 
 def card_metadata(folder: Path) -> dict[str, str]:

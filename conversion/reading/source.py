@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from hf_efficient.conversion.reading.hub_files import (
     card_metadata,
     download_checkpoint,
     download_tokenizer,
+    gguf_names,
     is_repo_id,
     repo_of_snapshot,
 )
@@ -73,7 +73,7 @@ class Source:
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
         special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
         weight_files: the files that hold the weights.
-        base_model, license, revision: for the model card; None when the source does not say. Never a local path.
+        base_model, model_name, license, revision: for the model card; None when the source does not say. Never a path.
         warnings: what the user should know of how it was read.
     """
 
@@ -88,6 +88,7 @@ class Source:
     tokenizer_files: Path | None = None
     special_tokens: dict[str, int] = field(default_factory=dict)
     base_model: str | None = None
+    model_name: str | None = None
     license: str | None = None
     revision: str | None = None
     warnings: list[str] = field(default_factory=list)
@@ -246,8 +247,7 @@ def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
 
 def _open_gguf(location: str, path: Path) -> Source:
     reader = GGUFReader(path)
-    url = str(reader.file.metadata.get("general.repo_url", ""))
-    repo = re.fullmatch(r"https?://[^/]+/([\w.-]+/[\w.-]+)/?", url)
+    base_model, model_name = gguf_names(reader.file.metadata)
     return Source(
         location=location,
         files=path.parent,
@@ -257,7 +257,8 @@ def _open_gguf(location: str, path: Path) -> Source:
         weight_files=[path],
         gguf_file=path.name,
         special_tokens=gguf_special_tokens(reader.file),
-        base_model=repo[1] if repo else None,
+        base_model=base_model,
+        model_name=model_name,
         license=reader.file.metadata.get("general.license"),
     )
 

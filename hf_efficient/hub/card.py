@@ -6,21 +6,19 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from hf_efficient import __version__
 from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.report import REPORT_NAME
+from hf_efficient.hub.card_snippets import citations, note, usage
 from hf_efficient.hub.export import CONFIG
-from hf_efficient.registry import ARCHITECTURES, architecture_of
+from hf_efficient.registry import architecture_of
 
 CARD = "README.md"
-# Lowest versions that the exported code runs with; the same as in the package's own metadata.
-REQUIREMENTS = "torch >= 2.11 and transformers >= 5.17"
 # Our cards end with this line and the hash of all before it: a card that somebody edited is theirs, and stays.
 _SEAL = "<!-- written by hf-efficient, sha256 {} -->\n"
 _PIPELINE_TAGS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
@@ -32,8 +30,12 @@ _MEASURED = {
     "kl": "KL divergence from the source, nats per token",
     "top1_agreement": "share of positions where both predict the same token first",
 }
+# Those of the model index, by the name of their kind.
+_LOSSES = {"nll": "loss", "delta_nll": "loss_difference", "kl": "kl_divergence"}
 # An absolute path, or one from the home folder or the working folder; its last part is kept.
-_LOCAL_PATH = re.compile(r"(?:file://)?(?:[A-Za-z]:[\\/]|~|\.{1,2}[\\/]|(?<![\w.:/])/)[^\s,;'\"]*[\\/]([^\s,;'\"\\/]+)")
+_LOCAL_PATH = re.compile(
+    r"(?:file://|(?<![A-Za-z])[A-Za-z]:[\\/]|~|\.{1,2}[\\/]|(?<![\w.:/])/)[^\s,;'\"]*[\\/]([^\s,;'\"\\/]+)"
+)
 
 
 def write_card(folder: Path, repo_id: str | None = None) -> str:
@@ -58,19 +60,19 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     patches = [patch for patch in report.get("patches") or [] if isinstance(patch, dict) and patch.get("name")]
     names = [str(patch["name"]) for patch in patches]
     base = _repo_or_none(source.get("base_model"))
-    title = repo_id or (
-        f"{base.rpartition('/')[2]} on {config.get('model_type')}" if base else config.get("model_type")
-    )
+    all_names = _all_patches(names, source)
+    title = repo_id.rpartition("/")[2] if repo_id else _model_name(config, source, base, all_names)
     parts = [
-        _metadata(config, source, base, names),
+        _metadata(config, report, base, names, title),
         f"# {title}",
         _introduction(config, base, source, names),
-        *[_note(name) for name in _all_patches(names, source)],
-        _loading(config, repo_id or "OWNER/NAME"),
+        *[note(name) for name in all_names],
+        usage(folder, config, repo_id or "OWNER/NAME"),
         _measurements(report),
         _sizes(report),
         _patches(patches),
         _provenance(report, source),
+        citations(all_names),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
     return text + _SEAL.format(_digest(text))
@@ -85,7 +87,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _metadata(config: dict[str, Any], source: dict[str, Any], base: str | None, patches: list[str]) -> str:
+def _model_name(config: dict[str, Any], source: dict[str, Any], base: str | None, patches: list[str]) -> str:
+    """Name of a model that has no repository yet: the source's own, and the patches."""
+    named = _plain(source.get("model_name"))
+    name = base.rpartition("/")[2] if base else named if isinstance(named, str) else None
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.") if name else ""
+    return "-".join([name, *patches]) if name else str(config.get("model_type"))
+
+
+def _metadata(config: dict[str, Any], report: dict[str, Any], base: str | None, patches: list[str], title: str) -> str:
+    source = _mapping(report.get("source"))
     model_type = str(config.get("model_type"))
     class_name = str((config.get("architectures") or [""])[0])
     tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
@@ -95,9 +106,30 @@ def _metadata(config: dict[str, Any], source: dict[str, Any], base: str | None, 
         "license": _word_or_none(source.get("license")),
         "library_name": "transformers",
         "pipeline_tag": tag,
+        **({"model_name": title, "eval_results": results} if (results := _eval_results(report)) else {}),
         "tags": ["custom_code", "hf_efficient", model_type, *[name for name in patches if name != model_type]],
     }
     return f"---\n{ModelCardData(**entries).to_yaml()}\n---"
+
+
+def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
+    """The measured losses for the model index; None where nothing was measured."""
+    measured = _mapping(report.get("evaluation"))
+    text = _plain(measured.get("text"))
+    found = {key: _mapping(measured.get(key)).get("mean") for key in _LOSSES}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=text if isinstance(text, str) and text else "held-out text",
+            metric_type=metric,
+            metric_name=_MEASURED[key],
+            metric_value=round(float(found[key]), 6),
+        )
+        for key, metric in _LOSSES.items()
+        if _is_number(found[key])
+    ]
+    return results or None
 
 
 def _introduction(config: dict[str, Any], base: str | None, source: dict[str, Any], patches: list[str]) -> str:
@@ -118,37 +150,6 @@ def _all_patches(names: list[str], source: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*names, *([earlier.patch] if earlier and earlier.patch else [])]))
 
 
-def _note(patch: str) -> str:
-    """What the patch itself says to readers of a card."""
-    options = next((a.patch_options for a in ARCHITECTURES if a.patch == patch), None)
-    if options is None:
-        return ""
-    module, _, name = options.partition(":")
-    return str(getattr(import_module(module), name).card_note)
-
-
-def _loading(config: dict[str, Any], repo_id: str) -> str:
-    auto_map = _mapping(config.get("auto_map"))
-    saved = [str(name) for name in config.get("architectures") or []]
-    auto_class = next((name for name, cls in auto_map.items() if str(cls).rpartition(".")[2] in saved), "AutoModel")
-    return f"""## How to load it
-
-The code comes with the checkpoint, so nothing but {REQUIREMENTS} is needed.
-Triton kernels run where Triton and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code
-on your machine: pin the commit that you looked at.
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-repository, commit = "{repo_id}", "..."  # a full commit hash, from the page's history
-model = {auto_class}.from_pretrained(repository, revision=commit, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)
-```
-
-With hf-efficient installed, `hf-efficient verify {repo_id}` says whether the code is, byte for byte, that of the
-release, and `import hf_efficient` loads the checkpoint without `trust_remote_code`."""
-
-
 def _measurements(report: dict[str, Any]) -> str:
     if not report:
         return ""
@@ -161,6 +162,9 @@ def _measurements(report: dict[str, Any]) -> str:
     on = f"Held-out text: {text}" if text else "Held-out text"
     on += f", {tokens:,} tokens" if isinstance(tokens, int) else ""
     on += f" in {measured['sequences']} sequences" if isinstance(measured.get("sequences"), int) else ""
+    dtype = _word_or_none(measured.get("dtype"))
+    on += f". Computed in {dtype} from the weights as they are stored" if dtype else ""
+    on += f" ({stored})" if dtype and (stored := _word_or_none(report.get("dtype"))) else ""
     return f"## What was measured\n\n{on}.\n\n" + _table(("", "mean", "95 % confidence interval"), rows)
 
 

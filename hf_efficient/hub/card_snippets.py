@@ -1,0 +1,107 @@
+"""The parts of a model card that are run or cited: snippets, and the papers of the methods."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hf_efficient import __version__
+from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
+from hf_efficient.registry import ARCHITECTURES
+
+# Lowest versions that the exported code runs with; the same as in the package's own metadata.
+REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFORMERS[0]}"
+
+
+def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
+    """How to load the model, generate, chat where the tokenizer has a chat template, and fine-tune it with LoRA."""
+    auto_class = _auto_class(config)
+    tokenizer = (folder / "tokenizer_config.json").is_file()
+    imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
+    lines = [
+        f"from transformers import {imported}",
+        "",
+        f'repository, commit = "{repo_id}", "..."  # a full commit hash, from the page\'s history',
+        f"model = {auto_class}.from_pretrained(repository, revision=commit, trust_remote_code=True)",
+    ]
+    if tokenizer:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)")
+    parts = [_LOADING.format(requirements=REQUIREMENTS), _python("\n".join(lines))]
+    if auto_class == "AutoModelForCausalLM" and tokenizer:
+        parts += ["Text:", _python(_TEXT)]
+        if _has_chat_template(folder):
+            parts += ["Chat:", _python(_CHAT)]
+        parts += ["Fine-tuning with LoRA, and a merged checkpoint that loads in the same way:", _python(_LORA)]
+    oldest, newest = TESTED_TRANSFORMERS
+    tested = _VERSIONS.format(version=__version__, oldest=oldest, newest=newest, repo_id=repo_id)
+    return "\n\n".join([*parts, tested])
+
+
+def note(patch: str) -> str:
+    """What the patch itself says to readers of a card."""
+    options = _options_of(patch)
+    return str(options.card_note) if options else ""
+
+
+def citations(patches: list[str]) -> str:
+    """BibTeX of the papers that the patches come from."""
+    entries = [str(options.citation) for patch in patches if (options := _options_of(patch))]
+    return "## Citation\n\n```bibtex\n" + "\n\n".join(entries) + "\n```" if entries else ""
+
+
+_LOADING = """## How to use it
+
+The code comes with the checkpoint, so nothing but {requirements} is needed.
+Triton kernels run where Triton and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code
+on your machine: pin the commit that you looked at."""
+_TEXT = """inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+_CHAT = """messages = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+inputs = inputs.to(model.device)
+output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40)
+print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"""
+_LORA = """from peft import LoraConfig, get_peft_model
+
+model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+# ... train it, with transformers' Trainer or any other loop, then:
+model.merge_and_unload().save_pretrained("merged")
+tokenizer.save_pretrained("merged")"""
+_VERSIONS = """The code is that of hf-efficient {version}, tested with transformers {oldest} to {newest}. For a newer
+transformers, `pip install -U hf-efficient` and `hf-efficient export FOLDER` write the code of a newer release into a
+downloaded copy. `hf-efficient verify {repo_id}` says whether the code is, byte for byte, that of the release, and
+`import hf_efficient` loads the checkpoint without `trust_remote_code`."""
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    """The Auto class of the class that the checkpoint was saved from."""
+    auto_map = config.get("auto_map")
+    saved = [str(name) for name in config.get("architectures") or []]
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    return next((str(name) for name, cls in entries if str(cls).rpartition(".")[2] in saved), "AutoModel")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
+    # A broken file has no template to show; whoever loads the tokenizer is told of it.
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _options_of(patch: str) -> Any:
+    """The dataclass of a patch's options; None for a name that no architecture has."""
+    named = next((a.patch_options for a in ARCHITECTURES if a.patch == patch), None)
+    if named is None:
+        return None
+    module, _, name = named.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}\n```"
