@@ -51,6 +51,7 @@ _COMPUTES = re.compile(
     r"|head|expert|moe|router|mtp|nextn|block|parallel|sparse|kv|latent|lora|mup|fus|config|residual|conv|mamba|ssm|gate"
     r"|activation|act_|hidden|embed|proj|quant|cross|encoder|decoder|prefix|prune|skip|temperature|softmax|sink"
 )
+_TASKS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _EMPTY = (None, False, 0, 0.0, "", [], {})
 
 
@@ -91,6 +92,12 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
     warnings = []
     if unknown:
         warnings.append(f"config.json sets {', '.join(unknown)}, which the stock {model_type} does not read either")
+    stock = type(config).__name__.removesuffix("Config")
+    others_named = [name for name in config.architectures or [] if name not in {stock + task for task in _TASKS}]
+    if others_named and "hfe_format" not in declared:
+        warnings.append(
+            f"config.json names the class {others_named[0]}; its weights were read as those of a stock {model_type}"
+        )
     named = fields.get("auto_map")
     if isinstance(named, dict) and "AutoModelForCausalLM" in named and "hfe_format" not in declared:
         warnings.append(
