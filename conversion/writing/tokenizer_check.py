@@ -89,22 +89,19 @@ def _behaviour(tokenizer: Any) -> list[Any]:
         tokenizer.padding_side,
     ]
     for text in texts:
-        ids = _or_error(lambda text=text: tokenizer(text, add_special_tokens=False)["input_ids"])
-        found += [ids, _or_error(lambda text=text: tokenizer(text)["input_ids"])]
-        if isinstance(ids, list):
-            found += [_or_error(lambda ids=ids: tokenizer.decode(ids))]
-            found += [_or_error(lambda ids=ids: tokenizer.decode(ids, skip_special_tokens=True))]
+        ids = _or_error(tokenizer.encode, text, add_special_tokens=False)
+        found += [ids, _or_error(tokenizer.encode, text)]
+        found += [_or_error(tokenizer.decode, ids, skip_special_tokens=skip) for skip in (False, True)]
     if tokenizer.chat_template:
-        for options in ({}, {"add_generation_prompt": True}):
-            found.append(
-                _or_error(lambda options=options: tokenizer.apply_chat_template(_CHAT, tokenize=False, **options))
-            )
+        for prompt in (False, True):
+            render = tokenizer.apply_chat_template
+            found.append(_or_error(render, _CHAT, tokenize=False, add_generation_prompt=prompt))
     return found
 
 
-def _or_error(call: Callable[[], Any]) -> Any:
+def _or_error(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The result, or the kind of error: a tokenizer that fails on a text must fail on it from the result too."""
     try:
-        return call()
+        return call(*arguments, **options)
     except Exception as error:
         return type(error).__name__

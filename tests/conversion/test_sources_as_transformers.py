@@ -160,7 +160,9 @@ SAME: dict[str, tuple[str, Edit]] = {
     "layer_types": (
         "qwen2",
         fields(
-            use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention", "attention"]
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
     "Mistral whose layers are alike": ("mistral-window", fields(layer_types=["sliding_attention"] * 3)),
