@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "inspect": "Show a checkpoint's architecture, parameters and bytes without loading it.",
     "evaluate": "Measure a checkpoint's loss on held-out text, alone or against a reference.",
     "generate": "Generate text from a prompt.",
+    "serve": "Serve a checkpoint over HTTP, through transformers.",
     "verify": "Compare a checkpoint's code with the installed release, byte by byte.",
     "export": "Write the code of this release into a checkpoint.",
     "push": "Verify a checkpoint and upload it to the Hub.",
@@ -43,7 +44,7 @@ class LazyGroup(TyperGroup):
             return None
         module = importlib.import_module(f"hf_efficient.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(cmd_name)(module.command)
+        single.command(cmd_name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

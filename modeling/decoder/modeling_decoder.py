@@ -17,7 +17,6 @@ import sys
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
@@ -43,6 +42,7 @@ from hf_efficient.modeling.decoder.cache_compat import (
     check_arguments,
     one_cache,
 )
+from hf_efficient.modeling.decoder.class_lookup import offer_to_transformers
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
@@ -365,10 +365,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # `transformers serve` and pipelines look a checkpoint's class up there, by its name in config.json.
-        found = getattr(transformers, cls.__name__, None)
-        if found is None or getattr(found, "model_class", None) is not None:  # the latter of another copy of this code
-            setattr(transformers, cls.__name__, cls)
+        offer_to_transformers(cls)
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
