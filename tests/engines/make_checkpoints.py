@@ -6,6 +6,7 @@ python tests/engines/make_checkpoints.py FOLDER
 from __future__ import annotations
 
 import shutil
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,17 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 def write_source(folder: Path, config: PreTrainedConfig) -> Path:
-    """A random stock model with a byte-level tokenizer and a chat template."""
+    """A random stock model with a chat template, and a tokenizer whose tokens are one or two letters each.
+
+    Bytes that are no text on their own would come out of a stream otherwise than out of a whole answer.
+    """
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    visible = [chr(code) for code in range(33, 127)]
+    # What a byte-level tokenizer writes for a space and for a new line.
+    singles = ["<pad>", "<s>", "</s>", "\u0120", "\u010a", *visible]
+    pairs = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    vocabulary = {token: i for i, token in enumerate([*singles, *pairs][: SHAPE["vocab_size"]])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from hf_efficient.hub.export import export
 from hf_efficient.registry import ARCHITECTURES
@@ -27,27 +27,31 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("fields", [{}, COMPOSED], ids=["alone", "composed"])
-def test_generate_batch_gives_the_tokens_of_generate(
-    model_type: str, fields: dict, tiny_model: Callable, token_ids: Callable
-) -> None:
-    """With the default attention, which is set again afterwards."""
-    if fields and model_type != "hfe_decoder":
-        pytest.skip("only this architecture combines patches")
-    model = tiny_model(model_type, **fields)
+def compare_batch_with_generate(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     own = model.config._attn_implementation
     assert own in model.captured_attention
-    prompts = [token_ids(1, length)[0].tolist() for length in (3, 1, 20)]
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
     results = model.generate_batch(
         prompts, generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**SMALL)
     )
     assert model.config._attn_implementation == own
     found = [list(result.generated_tokens) for result in results.values()]
-    assert found == [
-        model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :].tolist()
-        for prompt in prompts
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :] for prompt in prompts
     ]
+    assert found == [tokens.tolist() for tokens in expected]
+
+
+def test_generate_batch_gives_the_tokens_of_generate(
+    model_type: str, tiny_model: Callable, token_ids: Callable
+) -> None:
+    """With the default attention, which is set again afterwards."""
+    compare_batch_with_generate(tiny_model(model_type), [token_ids(1, n)[0].tolist() for n in (3, 1, 20)])
+
+
+def test_generate_batch_of_composed_patches(tiny_model: Callable, token_ids: Callable) -> None:
+    model = tiny_model("hfe_decoder", **COMPOSED)
+    compare_batch_with_generate(model, [token_ids(1, n)[0].tolist() for n in (3, 1, 20)])
 
 
 def test_an_attention_that_the_user_chose_stays(tiny_model: Callable) -> None:
