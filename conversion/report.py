@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
+from hf_efficient.errors import HFEError
 
 REPORT_NAME = "conversion_report.json"
 # Runs of whole numbers in a line of the table.
@@ -68,9 +69,12 @@ class ConversionReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ConversionReport:
-        """The report that `to_dict` made plain."""
-        sizes = {key: ModelSize(**values[key]) for key in ("before", "after")}
-        return cls(**{**values, **sizes})
+        """The report that `to_dict` made plain; `HFEError` for anything else."""
+        try:
+            sizes = {key: ModelSize(**values[key]) for key in ("before", "after")}
+            return cls(**{**values, **sizes})
+        except (KeyError, TypeError) as error:
+            raise HFEError(f"{REPORT_NAME} is not a report of this release ({error})", "convert again") from error
 
     def table(self) -> str:
         """The report as text for a terminal."""

@@ -26,10 +26,11 @@ from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conv
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
 from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.companion_files import write_companions
-from hf_efficient.conversion.writing.durable_files import format_bytes, write_text
+from hf_efficient.conversion.writing.durable_files import disk_errors, format_bytes, write_text
 from hf_efficient.conversion.writing.output_folder import resolve_output
 from hf_efficient.conversion.writing.workspace import Workspace, check_output
 from hf_efficient.errors import HFEError, UsageError
@@ -152,14 +153,17 @@ def convert(
             report = conversion.report(conversion.plan(measure=measure))
             report.dry_run = True
             return report
-        with Workspace(output, conversion.identity(), resume=resume, overwrite=overwrite) as workspace:
+        with (
+            Workspace(output, conversion.identity(), resume=resume, overwrite=overwrite) as workspace,
+            disk_errors(workspace.folder),
+        ):
             if workspace.published:
                 workspace.discard()
             else:
                 conversion.write(workspace, started)
     if push_to_hub is not None:
         _push(output, push_to_hub, token)
-    return ConversionReport.from_dict(json.loads((output / REPORT_NAME).read_text(encoding="utf-8")))
+    return ConversionReport.from_dict(read_json(output / REPORT_NAME))
 
 
 def _push(output: Path, repo_id: str, token: str | None) -> None:

@@ -87,14 +87,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def source_config(fields: dict[str, Any]) -> PreTrainedConfig:
+def source_config(fields: dict[str, Any], origin: str = "config.json") -> PreTrainedConfig:
     """The configuration that `config.json` describes: of a supported stock family, or one of ours.
 
-    Code that the checkpoint may carry is never run: only `model_type` decides.
+    Code that the checkpoint may carry is never run: only `model_type` decides. `origin` is the file that the fields
+    come from, where it is another one.
 
     Raises:
         HFEError: unsupported family, mixture of experts, quantised weights, or a field of a wrong type or value.
     """
+    try:
+        return _source_config(fields)
+    except HFEError as error:
+        raise HFEError(*(part.replace("config.json", origin) for part in (error.problem, error.remedy))) from error
+
+
+def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
     model_type = fields.get("model_type")
     quantisation = fields.get("quantization_config")
     if quantisation:

@@ -157,7 +157,7 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
             fields[{"padding": "pad", "unknown": "unk"}.get(role, role) + "_token_id"] = token
     if not fields["num_experts"]:
         del fields["num_experts"]
-    return source_config(fields)
+    return source_config(fields, f"the metadata of {file.path.name}")
 
 
 def _refuse_parts(file: GGUFFile) -> None:

@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
+from hf_efficient.conversion.reading.families import source_config
+from hf_efficient.conversion.reading.json_file import is_whole
 from hf_efficient.conversion.reading.rotary_order import split_halves
+from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
 from hf_efficient.errors import HFEError
 
@@ -52,6 +55,8 @@ _IN_LAYER = {
 }
 _LAYER = re.compile(r"layers\.(\d+)\.([\w.]+)\.(weight)")
 _TABLE = re.compile(r"stem_embeddings\.(\d+)\.weight")
+# More than any number of the section `model`.
+_LARGEST = 1 << 24
 # Fields of the section `model` that change the network in ways which a decoder of ours, or the files, do not tell.
 _MUST_BE_EMPTY = {
     "rope_scaling": "some versions of the training code scale the rotary frequencies by it and others ignore it",
@@ -181,8 +186,9 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path.name} holds more than tensors and plain containers, and is not opened: that could run any code",
             "load it where you trust it and save its tensors again with torch.save",
         ) from error
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        cause = " ".join(str(error).split())[:200]
+    # A damaged pickle raises whatever the step does that it was damaged in.
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise HFEError(f"{path.name} cannot be read ({cause})", "copy it again") from error
     if not isinstance(content, dict):
         raise HFEError(f"{path.name} holds a {type(content).__name__}, not tensors by name", "copy it again")
@@ -193,7 +199,29 @@ def _backbone(path: Path) -> dict[str, Tensor]:
     content = _load(path)
     # Beside the model stands the optimiser, unless the model was saved alone.
     state = content["model"] if isinstance(content.get("model"), dict) else content
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for stored, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        name = _WRAPPERS.sub("", stored) if isinstance(stored, str) else str(stored)
+        if name in tensors:
+            raise HFEError(f"{path.name} holds the tensor {name} twice, under different wrappers", "save it again")
+        tensors[name] = _checked(name, tensor, path)
+    return tensors
+
+
+def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """`tensor` itself, once it is sure to hold its own numbers, as many as the file has bytes for."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
+        raise HFEError(
+            f"tensor {name} in {path.name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, or "
+            "not contiguous; a checkpoint holds contiguous numbers",
+            "save it again with torch.save, each tensor as .contiguous()",
+        )
+    if tensor.numel() * tensor.itemsize > path.stat().st_size:
+        raise HFEError(f"tensor {name} in {path.name} claims more bytes than the file has", "copy it again")
+    return tensor.detach()
 
 
 def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _Piece]:
@@ -203,6 +231,15 @@ def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dic
         tensor = state.pop(name)
         tables[_position(name)] = _Piece([tensor], backbone)
     columns = [{_position(name): tensor for name, tensor in _backbone(path).items()} for path in shards]
+    pieces = [
+        (path, position, tensor)
+        for path, part in zip(shards, columns, strict=True)
+        for position, tensor in part.items()
+    ]
+    pieces += [(backbone, position, piece.parts[0]) for position, piece in tables.items()]
+    for path, position, tensor in pieces:
+        if tensor.ndim != 2:
+            raise HFEError(f"table {position} in {path.name} has {tensor.ndim} dimensions, not 2", "copy it again")
     for path, part in zip(shards, columns, strict=True):
         if part.keys() != columns[0].keys():
             raise HFEError(
@@ -248,6 +285,8 @@ def _check_widths(tables: dict[int, _Piece], intermediate_size: int) -> None:
 def _embedding_rows(state: dict[str, Tensor], path: Path) -> int:
     if "tok_embeddings.weight" not in state:
         raise HFEError(f"{path.name} has no tok_embeddings.weight", "name the folder of a whole checkpoint")
+    if state["tok_embeddings.weight"].ndim != 2:
+        raise HFEError(f"tok_embeddings.weight in {path.name} is no matrix", "name the folder of a whole checkpoint")
     return len(state["tok_embeddings.weight"])
 
 
@@ -260,44 +299,62 @@ def _model_section(params: dict[str, Any]) -> dict[str, Any]:
         )
     kind = params.get("model_type", "llama")
     if kind != "llama":
-        raise HFEError(f"{PARAMS_NAME} names the model type {kind!r}", "only its llama is known")
+        raise HFEError(f"{PARAMS_NAME} names the model type {str(kind)[:80]!r}", "only its llama is known")
     for name, reason in _MUST_BE_EMPTY.items():
         if model.get(name) is not None:
             raise HFEError(
-                f"{PARAMS_NAME} sets {name} to {model[name]}; {reason}",
+                f"{PARAMS_NAME} sets {name} to {str(model[name])[:80]}; {reason}",
                 f"remove {name} from {PARAMS_NAME} if the model was trained without",
             )
     return model
 
 
-def _config(model: dict[str, Any], vocab_size: int) -> LlamaConfig:
+def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     """The backbone's configuration; what the section leaves out has Lingua's own default."""
-    dim, layers = (_whole_number(model, name) for name in ("dim", "n_layers"))
-    if not (model.get("head_dim") or model.get("n_heads")):
+    dim, layers = _whole_number(model, "dim"), _whole_number(model, "n_layers")
+    head_dim, heads = (_whole_number(model, name, optional=True) for name in ("head_dim", "n_heads"))
+    if not (head_dim or heads):
         raise HFEError(f"{PARAMS_NAME} names neither n_heads nor head_dim", "use the file of this training step")
-    head_dim = model.get("head_dim") or dim // model["n_heads"]
-    heads = model.get("n_heads") or dim // head_dim
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=dim,
-        intermediate_size=feed_forward_width(dim, model.get("ffn_dim_multiplier"), model.get("multiple_of", 256)),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=model.get("n_kv_heads") or heads,
-        head_dim=head_dim,
-        rms_norm_eps=model.get("norm_eps", 1e-5),
-        rope_theta=model.get("rope_theta", 10000.0),
-        max_position_embeddings=model.get("max_seqlen", 1024),
-        tie_word_embeddings=bool(model.get("weight_tying", False)),
-        bos_token_id=None,
-        eos_token_id=None,
+    head_dim = head_dim or dim // heads
+    heads = heads or dim // head_dim
+    return source_config(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": dim,
+            "intermediate_size": feed_forward_width(
+                dim, _factor(model), _whole_number(model, "multiple_of", optional=True) or 256
+            ),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _whole_number(model, "n_kv_heads", optional=True) or heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": model.get("norm_eps", 1e-5),
+            "rope_theta": model.get("rope_theta", 10000.0),
+            "max_position_embeddings": _whole_number(model, "max_seqlen", optional=True) or 1024,
+            "tie_word_embeddings": bool(model.get("weight_tying", False)),
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        PARAMS_NAME,
     )
 
 
-def _whole_number(model: dict[str, Any], name: str) -> int:
+def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
+    """A positive number of the section; with `optional` 0 where it has none, or has 0."""
     value = model.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise HFEError(f"{PARAMS_NAME} has {name}={value!r}, not a positive whole number", "correct the file")
+    if optional and (value is None or value == 0):
+        return 0
+    if not is_whole(value, 1, _LARGEST):
+        raise HFEError(f"{PARAMS_NAME} has {name}={str(value)[:80]}, not a positive whole number", "correct the file")
+    return int(value)
+
+
+def _factor(model: dict[str, Any]) -> float | None:
+    value = model.get("ffn_dim_multiplier")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+    if value is not None and not number:
+        raise HFEError(f"{PARAMS_NAME} has ffn_dim_multiplier={str(value)[:80]}, not a number", "correct the file")
     return value
 
 
@@ -314,10 +371,10 @@ def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
     named = model.get("stem_layers")
     if named is None:
         layers = list(range(1, model["n_layers"])) if tables else []
-    elif isinstance(named, list) and all(isinstance(index, int) for index in named):
+    elif isinstance(named, list) and all(map(is_whole, named)) and len(set(named)) == len(named):
         layers = sorted(named)
     else:
-        raise HFEError(f"{PARAMS_NAME} has stem_layers={named!r}, not a list of whole numbers", "correct the file")
+        raise HFEError(f"{PARAMS_NAME} has stem_layers={str(named)[:80]!r}, not a list of layers", "correct the file")
     if len(layers) != tables:
         raise HFEError(
             f"{PARAMS_NAME} has {len(layers)} STEM layers ({layers}), the files hold {tables} tables",

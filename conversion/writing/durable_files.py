@@ -46,12 +46,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk into one clear line."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except (OSError, HFEError) as error:
+        # What writes the code into a folder names the file that could not be written, and its cause the reason.
+        refused = error.__cause__ if isinstance(error, HFEError) else error
+        if isinstance(error, DiskFullError) or not isinstance(refused, OSError) or refused.errno not in _FULL:
             raise
         free = format_bytes(shutil.disk_usage(folder).free)
         raise DiskFullError(
-            f"the result cannot be written: {_FULL[error.errno]} ({free} free); OUTPUT was not touched",
+            f"the result cannot be written: {_FULL[refused.errno]} ({free} free); OUTPUT was not touched",
             "free some space and repeat the command with --resume",
         ) from error
 

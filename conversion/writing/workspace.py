@@ -12,6 +12,7 @@ A kill at any moment leaves OUTPUT as it was, or the new one complete; what is f
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.writing.durable_files import (
     DiskFullError,
     FinishedFile,
@@ -35,6 +37,7 @@ _FORMAT = 1
 # Room for tokenizer, code, report and the state file.
 _SPARE_BYTES = 64_000_000
 _LOCK, _STATE = "lock", "state.json"
+_SEAL = "sha256"
 
 
 def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
@@ -108,8 +111,9 @@ class Workspace:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Workspace:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(self.output.parent):
+        parent = next(folder for folder in self.output.parents if folder.exists())
+        with disk_errors(parent):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             try:
                 self._restore_replaced()
@@ -212,11 +216,13 @@ class Workspace:
             self._lock = None
 
     def _load_state(self) -> None:
-        path = self.folder / _STATE
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = read_json(self.folder / _STATE)
+        except HFEError:
             return  # killed before anything was finished
+        # What was changed since is not believed: everything is done again.
+        if state.pop(_SEAL, None) != _seal(state):
+            return
         differing = _differences(state.get("options", {}), self._options)
         if state.get("format") != _FORMAT or differing:
             raise HFEError(
@@ -236,7 +242,12 @@ class Workspace:
                 path.unlink()
 
     def _save_state(self) -> None:
-        write_text(self.folder / _STATE, json.dumps(self._state, indent=1))
+        write_text(self.folder / _STATE, json.dumps({**self._state, _SEAL: _seal(self._state)}, indent=1))
+
+
+def _seal(state: dict[str, Any]) -> str:
+    """SHA-256 of a state, by which it is known to be as it was written."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _lock_or_fail(lock: TextIO, output: Path) -> None:

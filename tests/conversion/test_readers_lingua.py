@@ -278,7 +278,7 @@ SHARD = "stem_shards/stem_model_mp{}.pt"
         (_edit_model(dim=None), "dim=None"),
         (_edit_model(n_heads=None), "neither n_heads nor head_dim"),
         (_edit_model(stem_layers=[1, 2, 3]), r"3 STEM layers \(\[1, 2, 3\]\), the files hold 2 tables"),
-        (_edit_model(stem_layers="1,3"), "stem_layers='1,3'"),
+        (_edit_model(stem_layers="1,3"), "stem_layers='1,3', not a list of layers"),
         (_edit_model(multiple_of=40), "128 columns in 3 shard.* feed-forward of 160"),
         (_edit_model(dim=64), "columns in 3 shard"),
         (_edit_model(rope_scaling={"factor": 2.0}), r"rope_scaling to \{'factor': 2\.0\}"),
