@@ -32,6 +32,7 @@ class Inspection:
         parameters: number of parameters by group.
         bytes: bytes of the weights in the files' own dtype (GGUF: dequantised).
         dtypes: number of tensors by dtype.
+        warnings: what was passed over in reading it.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Inspection:
     parameters: dict[str, int]
     bytes: int
     dtypes: dict[str, int]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +66,7 @@ class Inspection:
             ("parameters", f"{total:,} ({self.bytes / 1e9:.2f} GB, {', '.join(self.dtypes)})"),
             *((f"  {group}", f"{count:,} ({count / total:.1%})") for group, count in self.parameters.items()),
             ("can convert to", ", ".join(self.can_convert_to) or "nothing further"),
+            *(("warning", warning) for warning in self.warnings),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -113,6 +116,7 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
         parameters={group: count for group, count in parameters.items() if count},
         bytes=size,
         dtypes=dtypes,
+        warnings=opened.warnings,
     )
 
 

@@ -83,7 +83,8 @@ def _behaviour(tokenizer: Any) -> list[Any]:
     special = sorted(str(token) for token in tokenizer.get_added_vocab())
     texts = [*_TEXTS, *special, " x ".join(special), *(f"a{token}b" for token in special[:50])]
     found: list[Any] = [
-        sorted(tokenizer.get_added_vocab().items()),
+        tokenizer.get_vocab(),
+        tokenizer.get_added_vocab(),
         {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
         tokenizer.chat_template,
         tokenizer.padding_side,

@@ -347,3 +347,4 @@ def test_what_is_passed_over_is_said(
 ) -> None:
     folder = prepared("llama", fields(**changes), stock_folder, tmp_path)
     assert words in " ".join(open_source(str(folder)).warnings)
+    assert words in inspect(str(folder)).table()
