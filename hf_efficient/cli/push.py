@@ -30,3 +30,7 @@ def command(
         print_json(result.to_dict())
     else:
         typer.echo(f"Uploaded {folder} to {result.url} (commit {result.commit})")
+        if result.left_out:
+            shown, more = result.left_out[:5], len(result.left_out) - 5
+            rest = f" and {more} more" if more > 0 else ""
+            typer.echo(f"Left out, as no part of the model: {', '.join(ascii(name)[1:-1] for name in shown)}{rest}")

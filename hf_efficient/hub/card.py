@@ -16,6 +16,7 @@ from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.hub.card_snippets import citations, note, usage
 from hf_efficient.hub.export import CONFIG
+from hf_efficient.modeling.decoder.saved_code import replace_file
 from hf_efficient.registry import architecture_of
 
 CARD = "README.md"
@@ -46,9 +47,10 @@ def write_card(folder: Path, repo_id: str | None = None) -> str:
         repo_id: the repository that the card shows in its example; OWNER/NAME before it is known.
     """
     path = folder / CARD
-    if path.exists() and not _is_ours(path.read_text(encoding="utf-8", errors="replace")):
+    # What a link leads to is not the checkpoint's: it is neither published nor written to.
+    if path.exists() and not path.is_symlink() and not _is_ours(path.read_text(encoding="utf-8", errors="replace")):
         return "kept"
-    path.write_text(render_card(folder, repo_id), encoding="utf-8", newline="\n")
+    replace_file(path, render_card(folder, repo_id))
     return "written"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_efficient import __version__
 from hf_efficient.errors import UsageError
-from hf_efficient.hub.card import write_card
+from hf_efficient.hub.card import CARD, write_card
 from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_errors, hub_token
-from hf_efficient.hub.verify import verify
+from hf_efficient.hub.verify import verify_upload
 
 # What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale
 # weights. A commit deletes those that it does not write.
@@ -30,6 +31,7 @@ class PushResult:
         commit_url: the commit's page.
         private: whether the repository is private.
         card: `written` when README.md was written here, `kept` when it is the user's own.
+        left_out: files of the folder that are no part of the model, such as optimizer states; they were not uploaded.
     """
 
     repo_id: str
@@ -38,6 +40,7 @@ class PushResult:
     commit_url: str
     private: bool
     card: str
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON types."""
@@ -55,6 +58,7 @@ def push(
 ) -> PushResult:
     """Verify the checkpoint in `folder`, write its model card, and upload it in one commit.
 
+    Only files of the model are verified and uploaded; what training, an editor or the system left beside them stays.
     Code and weights of an earlier checkpoint in the same repository are replaced. A README.md that somebody edited is
     uploaded as it is.
 
@@ -75,7 +79,7 @@ def push(
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "name the folder that the conversion wrote")
     check_repo_id(repo_id)
-    report = verify(folder)
+    report, files = verify_upload(folder)
     report.raise_if_not_ok()
     api = HfApi(token=hub_token(token), library_name="hf-efficient", library_version=__version__)
     with hub_errors(repo_id, revision):
@@ -86,6 +90,8 @@ def push(
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
+            # By name: whatever else lies in the folder, secrets perhaps, is nobody's business.
+            allow_patterns=[glob.escape(name) for name in {*files, CARD}],
             revision=revision,
             commit_message=commit_message or f"{report.model_type} checkpoint, hf-efficient {__version__}",
             delete_patterns=list(_REPLACED),
@@ -97,6 +103,7 @@ def push(
         commit_url=commit.commit_url,
         private=is_private,
         card=card,
+        left_out=report.not_part,
     )
 
 

@@ -25,7 +25,7 @@ from hf_efficient.errors import HFEError, UsageError
 # Read whole, since their content is verified. Of any other file the first bytes tell what it is.
 _READ_WHOLE = (".json", ".py")
 _LARGEST_WHOLE = 1 << 28
-_FIRST_BYTES = 16
+FIRST_BYTES = 1 << 12
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -121,7 +121,7 @@ def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
     if file.path.endswith(".safetensors"):
         length = int.from_bytes(_read_range(url, 0, min(8, file.size), token), "little")
         return _read_range(url, 0, min(8 + length, file.size, _LARGEST_WHOLE), token)
-    return _read_range(url, 0, min(_FIRST_BYTES, file.size), token)
+    return _read_range(url, 0, min(FIRST_BYTES, file.size), token)
 
 
 def _read_range(url: str, start: int, stop: int, token: str | None) -> bytes:

@@ -20,14 +20,13 @@ from hf_efficient.hub.contents import FolderContents, folder_contents
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
-from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
+from hf_efficient.hub.repository import FIRST_BYTES, check_repo_id, fetch_skeleton
 from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
 from hf_efficient.hub.weights import check_weights
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
-_FIRST_BYTES = 1 << 12
 # What transformers does with files that are no part of our checkpoints, for the ones that it would load.
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
@@ -232,6 +231,6 @@ def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
 
 def _first_bytes(folder: UntrustedFolder, name: str) -> bytes:
     try:
-        return folder.read_start(name, _FIRST_BYTES)
+        return folder.read_start(name, FIRST_BYTES)
     except HFEError:
         return b""

@@ -140,7 +140,7 @@ result["old"] = attempt(push, folder, "tester/old")
 result["public"] = attempt(push, folder, "tester/public")
 result["allowed"] = attempt(push, folder, "tester/public", private=False)
 result["forbidden"] = attempt(push, folder, "tester/new", token="wrong-token")
-open(os.path.join(folder, "extra.py"), "w").close()
+open(os.path.join(folder, "hfe_errors.py"), "w").close()
 result["unverified"] = attempt(push, folder, "tester/new")
 print(json.dumps(result))
 """
@@ -153,8 +153,63 @@ print(json.dumps(result))
     assert "is public, and a private upload was asked for" in result["public"]["error"]
     assert result["allowed"]["private"] is False
     assert "refused access to tester/new (status 401)" in result["forbidden"]["error"]
-    assert "extra.py: is code" in result["unverified"]["error"]
+    assert "code altered: hfe_errors.py" in result["unverified"]["error"]
     assert "tester/new" not in hub.commits
+
+
+# What training, editors and people leave in a folder, by what a push may not take with it.
+LEFT_OUT = [
+    *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt"),
+    *(
+        "trainer_state.json",
+        "runs/today/events.out.tfevents.1",
+        "logs/train.log",
+        "wandb/run.json",
+        "checkpoint-1/x.bin",
+    ),
+    *(
+        ".env",
+        ".netrc",
+        ".ssh/id_ed25519",
+        "id_rsa",
+        "key.pem",
+        "token",
+        "token.txt",
+        "secrets.json",
+        "credentials.json",
+    ),
+    *(
+        ".cache/huggingface/token",
+        ".DS_Store",
+        ".ipynb_checkpoints/x.json",
+        "__pycache__/a.pyc",
+        "notes.txt",
+        "extra.py",
+    ),
+    *("pytorch_model.bin", "model.fp16.safetensors", "adapter_model.safetensors", "custom_generate/extra.py", "a.zip"),
+    *(".git/config", ".gitignore", ".modeling_stem.py.partial"),
+]
+
+
+def test_only_files_of_the_model_are_uploaded(checkpoint: Path, run_python: Runner, hub: Any, tmp_path: Path) -> None:
+    """By name, whatever lies beside them; a link in the place of the card is not followed."""
+    secret = tmp_path / "secret"
+    secret.write_text("hf_secret")
+    local = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    for name in LEFT_OUT:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text("hf_secret")
+    (checkpoint / CARD).symlink_to(secret)
+    (checkpoint / "LICENSE").symlink_to(secret)
+    script = PUSH + 'print(json.dumps([attempt(push, folder, "tester/stem"), attempt(verify, "tester/stem")]))'
+    pushed, verified = run_python(script, checkpoint, package=True, **hub.environment)
+    assert "error" not in pushed and verified["ok"], (pushed, verified["findings"])
+    files = hub.files("tester/stem")
+    assert files is not None and files.keys() == {*local, CARD, ".gitattributes"}
+    assert not any(b"hf_secret" in data for data in files.values()) and secret.read_text() == "hf_secret"
+    # git's and huggingface_hub's own records are no news to anybody.
+    silent = {name for name in LEFT_OUT if name.startswith((".git", ".cache/huggingface/"))}
+    assert {*LEFT_OUT, "LICENSE"} - silent <= set(pushed["left_out"])
 
 
 def test_without_a_network_or_a_token_the_error_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
