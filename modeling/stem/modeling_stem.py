@@ -38,6 +38,8 @@ from hf_efficient.modeling.stem.table_files import find_tensors, hub_arguments
 from hf_efficient.modeling.stem.table_offload import TableFetcher
 from hf_efficient.modeling.stem.token_rows import TokenRows
 
+# Attention implementations of serving engines, which build models of their own from the configuration.
+_ENGINES = ("vllm", "sglang")
 _TABLE_KEY = r"\.stem_embed\.weight$"
 # Not attributes of the models, which are copied and pickled; a stream is neither.
 _FETCHERS: WeakKeyDictionary[nn.Module, TableFetcher] = WeakKeyDictionary()
@@ -114,7 +116,13 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             init.normal_(module.weight, std=self.config.stem_init_std)
 
     def post_init(self) -> None:
-        if self.config.stem_offload == "disk":  # the tables are no parameters until they are mapped
+        placement, attention = self.config.stem_offload, self.config._attn_implementation
+        if placement != "none" and attention in _ENGINES:
+            raise HFEError(
+                f"config.json has stem_offload={placement!r}, and {attention} loads and places the tables itself",
+                "set it to 'none', as vLLM does with --hf-overrides '{\"stem_offload\": \"none\"}'",
+            )
+        if placement == "disk":  # the tables are no parameters until they are mapped
             self._keys_to_ignore_on_load_unexpected = [_TABLE_KEY]
         super().post_init()
 

@@ -123,14 +123,16 @@ def check_server(folder: Path) -> list[str]:
     """What the OpenAI-compatible server answers otherwise than transformers."""
     from transformers import AutoTokenizer
 
-    model, tokenizer = load_with_transformers(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_with_transformers(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     messages = [{"role": "user", "content": "Name three rivers."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     expected = tokenizer.decode(greedy(model, prompt), skip_special_tokens=True)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items() if value is not True]
     flags = [f"--{name.replace('_', '-')}" for name, value in ENGINE.items() if value is True]
-    vllm = Path(sys.executable).with_name("vllm")
-    server = subprocess.Popen([str(vllm), "serve", str(folder), "--host=127.0.0.1", f"--port={PORT}", *options, *flags])
+    # The command `vllm serve` of the CPU wheel asks for the version of a package `vllm`, which that wheel is not.
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    address = ["--host=127.0.0.1", f"--port={PORT}"]
+    server = subprocess.Popen([*module, f"--model={folder}", *address, *options, *flags])
     try:
         wait_until_ready(server)
         body = {"model": str(folder), "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}

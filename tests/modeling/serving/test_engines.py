@@ -361,6 +361,15 @@ def test_a_stage_with_the_embedding_never_guesses_ids(tiny_model: Callable, ids:
         serve(stages, whole.lm_head.weight, ids)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_is_told_that_it_places_the_tables(tiny_config: Callable, engine: str) -> None:
+    ALL_ATTENTION_FUNCTIONS.register(engine, engine_attention_forward)
+    config = tiny_config("hfe_stem", stem_offload="disk")
+    config._attn_implementation = engine
+    with pytest.raises(HFEError, match=f"stem_offload='disk', and {engine} loads and places the tables itself"):
+        AutoModel.from_config(config)
+
+
 def test_branch_variance_of_split_weights_stays_as_stored(tiny_model: Callable) -> None:
     """A rank sees a part of v_proj and o_proj only, so what the checkpoint says holds."""
     whole = tiny_model("hfe_bhyt").eval()
