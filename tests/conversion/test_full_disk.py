@@ -31,7 +31,7 @@ def test_every_file_that_a_conversion_puts_in_place(
     convert(stock_folder(), tmp_path / "whole", **QUIET)
     whole, count = folder_hashes(tmp_path / "whole"), len(done)
     assert count > 15  # weights, state, index, code, configuration, report
-    for full_at in range(0, count, max(1, count // 8)):
+    for full_at in range(0, count, max(1, count // 4)):
         output = tmp_path / f"out{full_at}"
         done.clear()
 
