@@ -1,7 +1,8 @@
 """Which layers of a model become STEM layers: the ones whose conversion raises the loss of a little text least.
 
-The probe is text that no table is fitted to. A table of every layer but 0 is fitted once, to the source's own stream,
-and only its rows of the probe's tokens are kept: ``R * intermediate_size`` fp32 numbers a layer, R distinct tokens.
+The probe is text that no table is fitted to. A table of every layer but 0 is fitted once, to the source's own stream of
+the calibration text's beginning, and only its rows of the probe's tokens are kept: ``R * intermediate_size`` fp32
+numbers a layer, R distinct tokens.
 Sets of layers are then compared by running the probe through the model with these layers converted.
 """
 
@@ -21,6 +22,9 @@ from hf_efficient.conversion.stem_tables import FittedTable, stem_feed_forward
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
+# Calibration tokens that the tables of the candidates are fitted to: more would make all of them better by nearly the
+# same, and it is their order that counts.
+FIT_TOKENS = 6_144
 # Candidates of a round of the greedy choice that are measured together; the round ends when no other can be better.
 _TOGETHER = 4
 
@@ -67,7 +71,8 @@ class LayerProbe:
         self.costs = self.rises((), self.layers)
 
     def _fit_rows(self, fitter: Callable[[LayerwisePass], FitLayer]) -> dict[int, Tensor]:
-        run = self._calibration.start(self._calibration.fit)
+        fit_text = self._calibration.fit
+        run = self._calibration.start(fit_text[: max(FIT_TOKENS // fit_text.shape[1], 1)])
         fit, rows = fitter(run), {}
         for index, layer in run.layers():
             table = fit(index, layer)

@@ -45,7 +45,7 @@ from hf_efficient.registry import ARCHITECTURES, Architecture
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
-_MEASURED_CHOICE_SECONDS = 80
+_MEASURED_CHOICE_SECONDS = 55
 _PLANNING = ("reading text", "choosing")
 # A model that grows by a larger factor is worth a warning.
 _GROWTH = 1.05

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_efficient.errors import HFEError
 from hf_efficient.logging import log_no_reported_warning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT = "What is the capital of France?"
 
@@ -35,11 +38,15 @@ def command(
 
     Example: hf-efficient demo
     """
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
     from hf_efficient.checkpoint import convert
     from hf_efficient.conversion.stem import Stem
     from hf_efficient.hub.verify import verify
 
     log_no_reported_warning()
+    disable_progress_bar()  # transformers' own: the models are small, and the answers are what one came to see
     source = small_model()
     _step(1, f"Convert SmolLM2-135M-Instruct to STEM: {output}")
     report = convert(
@@ -60,8 +67,9 @@ def command(
         raise typer.Exit(1)
 
     _step(3, f"Ask the source and the converted model: {PROMPT}")
-    for name, folder, gguf in (("source", source.parent, source.name), ("STEM", output, None)):
-        typer.echo(f"{name:>7}: {_answer(folder, gguf, max_new_tokens)}")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for name, load in (("source", lambda: source_model(source)), ("STEM", lambda: _converted_model(output))):
+        typer.echo(f"{name:>7}: {_answer(load(), tokenizer, max_new_tokens)}")
     typer.echo(
         "\nTables in place of dense layers lose quality, and no calibration can undo all of it: read the Δ nll above."
         "\nThe folder loads anywhere with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."
@@ -73,15 +81,26 @@ def _step(number: int, title: str) -> None:
     typer.secho(f"\n[{number}/3] {title}", bold=True)
 
 
-def _answer(folder: Path, gguf_file: str | None, max_new_tokens: int) -> str:
-    """Greedy answer of the model in `folder` to the demo's question."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+def source_model(source: Path) -> PreTrainedModel:
+    """The stock model of a source in fp32, with the weights as a conversion reads them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    disable_progress_bar()  # the models are small, and the answers are what one came to see
-    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **kwargs).eval()
+    from hf_efficient.conversion.reading.source import open_source
+
+    opened = open_source(str(source))
+    state = {name: opened.reader.read(name) for name in opened.reader.names()}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(opened.stock_config)]
+    return model_class.from_pretrained(None, config=opened.stock_config, state_dict=state, dtype="float32").eval()
+
+
+def _converted_model(folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+def _answer(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> str:
+    """Greedy answer of a model to the demo's question."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

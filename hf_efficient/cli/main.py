@@ -13,6 +13,7 @@ import traceback
 from typing import Annotated, Any
 
 import typer
+from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperGroup
 
 from hf_efficient.errors import HFEError, redact
@@ -74,6 +75,9 @@ def run(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A name of a file or a text of a model may hold what the terminal's encoding cannot show.
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        # transformers' and the Hub's bars draw over themselves, which no log file shows.
+        disable_progress_bar()
     try:
         status = app(arguments, prog_name="hf-efficient", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

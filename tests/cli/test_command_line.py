@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from hf_efficient.cli import main as command_line
+from hf_efficient.cli.demo import source_model
 from hf_efficient.cli.main import SUBCOMMANDS, run
 from hf_efficient.cli.options import build_patches, patch_classes
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
@@ -244,3 +246,21 @@ def test_env_tells_versions_and_why_a_backend_is_taken(capsys: pytest.CaptureFix
     assert found["tested"]["transformers"] == dict(zip(("oldest", "newest"), TESTED_TRANSFORMERS, strict=True))
     assert status_of("env") == 0
     assert f"Tested up to transformers {TESTED_TRANSFORMERS[1]} / torch {TESTED_TORCH[1]}" in capsys.readouterr().out
+
+
+def test_the_demos_source_is_the_stock_model(tiny_llama: Path) -> None:
+    model, stock = source_model(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    assert type(model) is type(stock)
+    ids = torch.randint(256, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_other_libraries_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(command_line, "disable_progress_bar", lambda: calls.append(True))
+    monkeypatch.setattr(command_line, "app", lambda *_, **__: 0)
+    monkeypatch.setattr(command_line.sys, "stderr", type("Stream", (), {"isatty": lambda self: terminal})())
+    assert status_of("env") == 0
+    assert bool(calls) is not terminal

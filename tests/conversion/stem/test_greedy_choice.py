@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from hf_efficient.conversion import stem_layers
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
 from hf_efficient.conversion.stem import Stem
 from hf_efficient.conversion.stem_layers import cheapest, greedy
@@ -135,3 +136,16 @@ def test_the_progress_of_a_choice_ends_at_its_end_and_never_goes_back(choosing):
     Stem(layers="greedy", max_layers=4).choose(source.config, calibration)
     assert told == sorted(told)
     assert told[-1] <= 1
+
+
+def test_candidates_are_fitted_to_the_beginning_of_the_text(choosing, monkeypatch):
+    source, calibration = choosing
+    sequences, length = calibration.fit.shape
+    monkeypatch.setattr(stem_layers, "FIT_TOKENS", length * (sequences // 2))
+    short = source.calibration(calibration.fit[: sequences // 2], probe=calibration.probe)
+    costs = []
+    for text in (calibration, short):
+        patch = Stem(max_layers=2)
+        patch.choose(source.config, text)
+        costs.append(patch.report()["single_layer_delta_nll"])
+    assert costs[0] == costs[1]
