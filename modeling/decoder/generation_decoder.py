@@ -72,7 +72,7 @@ class CapturedGeneration:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a cache may come under its name of any release."""
-        return super().generate(*args, **rename_cache(kwargs))  # type: ignore[misc]
+        return super().generate(*args, **rename_cache(kwargs))
 
     def captured_steps(self) -> list[dict[str, Any]]:
         """What `generate` keeps for its next calls: rows, columns and bytes of each captured step and its cache.
@@ -163,10 +163,10 @@ class CapturedGeneration:
         """As in transformers; an attention of ours gives way to `sdpa` or flash attention, which take its cache."""
         own = self.config._attn_implementation
         if own not in self.captured_attention:
-            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+            return super().init_continuous_batching(*args, **kwargs)
         self.set_attn_implementation("sdpa")
         try:
-            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+            manager = super().init_continuous_batching(*args, **kwargs)
         except BaseException:
             self.set_attn_implementation(own)
             raise
