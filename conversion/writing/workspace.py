@@ -7,6 +7,8 @@
         replaced/     the old OUTPUT, for the moment between two renames (--overwrite)
 
 A kill at any moment leaves OUTPUT as it was, or the new one complete; what is finished stays here for `--resume`.
+Only its owner may write there: in a folder that others may write to, somebody could have prepared it, with links to
+files that are not theirs. Such a folder is refused, whatever the flags, and left as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from contextlib import ExitStack, suppress
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from hf_efficient.conversion.reading.json_file import read_json
+from hf_efficient.conversion.reading.json_file import is_whole, read_json
 from hf_efficient.conversion.writing.durable_files import (
     DiskFullError,
     FinishedFile,
@@ -36,8 +41,10 @@ SUFFIX = ".hfe-partial"
 _FORMAT = 1
 # Room for tokenizer, code, report and the state file.
 _SPARE_BYTES = 64_000_000
-_LOCK, _STATE = "lock", "state.json"
+_LOCK, _STATE, _CHECKPOINT, _REPLACED = "lock", "state.json", "checkpoint", "replaced"
 _SEAL = "sha256"
+_MAX_STATE_BYTES = 1 << 28
+_FOREIGN_REMEDY = "look at it and remove it by hand, or name another OUTPUT"
 
 
 def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
@@ -46,13 +53,14 @@ def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -
     Raises:
         UsageError: OUTPUT holds the source; or it exists and is not an empty folder, or an unfinished conversion lies
             beside it, and no option says what to do about it.
-        HFEError: another process is converting to OUTPUT.
+        HFEError: the folder beside OUTPUT was not made by a conversion of this user, or another process is converting
+            to OUTPUT.
     """
     if source.exists() and source.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"OUTPUT {output} is or holds the source {source.name}", "name another folder")
     partial = partial_folder(output)
-    if (partial / _LOCK).exists():
-        with (partial / _LOCK).open("r+") as lock:
+    if os.path.lexists(partial):
+        with suppress(FileNotFoundError), _own_folder(partial) as folder, _open_lock(folder, os.O_RDWR) as lock:
             _lock_or_fail(lock, output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"OUTPUT {output} is a file", "name a folder that does not exist yet")
@@ -95,9 +103,9 @@ class Workspace:
     def __init__(self, output: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.output = output
         self.folder = partial_folder(output)
-        self.checkpoint = self.folder / "checkpoint"
+        self.checkpoint = self.folder / _CHECKPOINT
         self.resumed = False
-        self._replaced = self.folder / "replaced"
+        self._replaced = self.folder / _REPLACED
         self._options = json.loads(json.dumps(options))
         self._resume = resume
         self._overwrite = overwrite
@@ -156,7 +164,9 @@ class Workspace:
         """True when an earlier run finished this weight file and it is still as it was then."""
         recorded = self._state["shards"].get(name)
         path = self.checkpoint / name
-        return recorded is not None and path.is_file() and FinishedFile.of(path) == FinishedFile(**recorded)
+        if recorded is None or path.is_symlink() or not path.is_file():
+            return False
+        return FinishedFile.of(path) == FinishedFile(**recorded)
 
     def record_shard(self, name: str, file: FinishedFile) -> None:
         """Remember that a weight file is finished."""
@@ -199,13 +209,14 @@ class Workspace:
 
     def _take_lock(self) -> None:
         while True:
-            self.folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                self.folder.mkdir(mode=0o700)
             path = self.folder / _LOCK
             # The holder before us may remove the folder at any point until the lock is ours: then we begin again.
-            with suppress(FileNotFoundError), ExitStack() as stack:
-                lock = stack.enter_context(path.open("w"))
+            with suppress(FileNotFoundError), ExitStack() as stack, _own_folder(self.folder) as folder:
+                lock = stack.enter_context(_open_lock(folder, os.O_RDWR | os.O_CREAT))
                 _lock_or_fail(lock, self.output)
-                if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                if os.path.samestat(path.lstat(), os.fstat(lock.fileno())):
                     stack.pop_all()
                     self._lock = lock
                     return
@@ -217,11 +228,11 @@ class Workspace:
 
     def _load_state(self) -> None:
         try:
-            state = read_json(self.folder / _STATE)
+            state = read_json(self.folder / _STATE, limit=_MAX_STATE_BYTES)
         except HFEError:
             return  # killed before anything was finished
         # What was changed since is not believed: everything is done again.
-        if state.pop(_SEAL, None) != _seal(state):
+        if state.pop(_SEAL, None) != _seal(state) or not _is_state(state):
             return
         differing = _differences(state.get("options", {}), self._options)
         if state.get("format") != _FORMAT or differing:
@@ -236,7 +247,7 @@ class Workspace:
         """Keep the finished weight files only; everything else is written again."""
         self.checkpoint.mkdir(exist_ok=True)
         for path in self.checkpoint.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name not in self._state["shards"]:
                 path.unlink()
@@ -248,6 +259,89 @@ class Workspace:
 def _seal(state: dict[str, Any]) -> str:
     """SHA-256 of a state, by which it is known to be as it was written."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _own_folder(path: Path) -> Iterator[int]:
+    """Descriptor of a working folder in which nobody but its owner, who is the user, can have put anything.
+
+    Raises:
+        HFEError: it is a link, belongs to or may be written by somebody else, or holds what no conversion puts there.
+        FileNotFoundError: there is none.
+    """
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _foreign(path, f"cannot be opened as a folder ({error.strerror})") from None
+    try:
+        status = os.fstat(folder)
+        if status.st_uid != os.geteuid():
+            raise _foreign(path, f"belongs to the user {status.st_uid}, not to you")
+        if status.st_mode & 0o022:
+            raise _foreign(path, "may be written by others")
+        _check_entries(path, folder)
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _check_entries(path: Path, folder: int) -> None:
+    """Raise `HFEError` for a link, a second name of a file, a device or a file of somebody else in a working folder."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    folders = (_CHECKPOINT, _REPLACED)
+    for name, status in found.items():
+        if not (stat.S_ISDIR(status.st_mode) if name in folders else _is_own_file(status)):
+            raise _foreign(path, f"holds {name!r}, which is {_kind(status)}")
+    # What lies in the old OUTPUT is the user's, links included: it is moved or removed as a whole.
+    if _CHECKPOINT not in found:
+        return
+    for _, names, files, inner in os.fwalk(_CHECKPOINT, dir_fd=folder, follow_symlinks=False):
+        for name in [*names, *files]:
+            status = os.lstat(name, dir_fd=inner)
+            if not (stat.S_ISDIR(status.st_mode) or _is_own_file(status)):
+                raise _foreign(path, f"holds {name!r}, which is {_kind(status)}")
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    # What is written to a file of two names appears under both.
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
+
+
+def _kind(status: os.stat_result) -> str:
+    if stat.S_ISLNK(status.st_mode):
+        return "a link"
+    if stat.S_ISREG(status.st_mode):
+        return "a file of several names" if status.st_nlink > 1 else f"a file of the user {status.st_uid}"
+    return "neither an ordinary file nor a folder of a conversion"
+
+
+def _foreign(path: Path, problem: str) -> HFEError:
+    return HFEError(f"{path.name} beside OUTPUT {problem}: no conversion of yours left it so", _FOREIGN_REMEDY)
+
+
+def _open_lock(folder: int, flags: int) -> TextIO:
+    return os.fdopen(os.open(_LOCK, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder), "r+")
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether a state file has the form that `_save_state` gives it."""
+    shards = state.get("shards")
+    return (
+        all(isinstance(state.get(key), dict) for key in ("options", "shards", "results"))
+        and isinstance(state.get("complete"), bool)
+        and all(
+            name == Path(name).name
+            and isinstance(file, dict)
+            and set(file) == {"size", "sha256"}
+            and is_whole(file["size"])
+            and isinstance(file["sha256"], str)
+            and re.fullmatch("[0-9a-f]{64}", file["sha256"]) is not None
+            for name, file in shards.items()
+        )
+    )
 
 
 def _lock_or_fail(lock: TextIO, output: Path) -> None:

@@ -9,12 +9,18 @@ from fnmatch import fnmatchcase
 
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES, is_licence
+from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 
 _ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG, *TOKENIZER_FILES)
+_CODE_BYTES = 1 << 22
+_TEMPLATE_BYTES = 1 << 20
+# As much of a file as tells what it is.
+FIRST_BYTES = 1 << 12
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 # What the Trainer writes beside a model, and never reads unless training is resumed from the folder.
 _TRAINING = re.compile(
@@ -66,6 +72,22 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
             kind = "records" if _RECORDS.fullmatch(name) else "foreign"
         sorted_names[kind].append(name)
     return FolderContents(**{kind: tuple(found) for kind, found in sorted_names.items()})
+
+
+def largest(name: str) -> int:
+    """Bytes that a file of text which is read whole may have."""
+    if name.endswith(".py"):
+        return _CODE_BYTES
+    if name.endswith(".jinja"):
+        return _TEMPLATE_BYTES
+    return MAX_TOKENIZER_BYTES if name in TOKENIZER_JSON else MAX_JSON_BYTES
+
+
+def may_be_part(name: str) -> bool:
+    """Whether a file of this name can be part of the model of some architecture."""
+    weights = name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) or _is_shard(name)
+    code = name.endswith(".py") and name.rpartition("/")[0] in ("", "custom_generate")
+    return weights or code or _is_companion(name)
 
 
 def _is_shard(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -20,12 +21,14 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_id
 
 from hf_efficient.conversion.reading.hub_files import checked_token
+from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub.contents import FIRST_BYTES, largest, may_be_part
 
-# Read whole, since their content is verified. Of any other file the first bytes tell what it is.
+# Read whole, since their content is verified.
 _READ_WHOLE = (".json", ".py")
-_LARGEST_WHOLE = 1 << 28
-FIRST_BYTES = 1 << 12
+# More than any checkpoint has.
+_MOST_FILES = 2_000
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -92,36 +95,50 @@ def check_privacy(repo_id: str, *, private: bool, is_private: bool) -> None:
 def fetch_skeleton(repo_id: str, folder: Path, revision: str | None, token: str | None) -> str:
     """Lay a repository out in the empty `folder`: each file at its true size, but only what `verify` reads is fetched.
 
-    JSON and Python files are whole; a safetensors file has its header, any other file its first bytes, and the rest is
-    a hole. Returns the commit that was read.
+    JSON and Python files are whole, unless they are larger than such a file may be; a safetensors file has its header,
+    any other file its first bytes, and the rest is a hole. Nothing is fetched of a file whose name no checkpoint has.
+    Returns the commit that was read.
     """
     checked_token(token if token is not None else get_token())
     api = HfApi(token=token)
     with hub_errors(repo_id, revision):
         commit = api.model_info(repo_id, revision=revision).sha
-        files = [f for f in api.list_repo_tree(repo_id, recursive=True, revision=commit) if isinstance(f, RepoFile)]
+        listed = islice(api.list_repo_tree(repo_id, recursive=True, revision=commit), _MOST_FILES + 1)
+        files = [file for file in listed if isinstance(file, RepoFile)]
+        if len(files) > _MOST_FILES:
+            raise HFEError(f"{repo_id} has more than {_MOST_FILES:,} files", "name the repository of a checkpoint")
         for file in files:
             path = PurePosixPath(file.path)
             if path.is_absolute() or ".." in path.parts:
                 raise HFEError(f"{repo_id} lists the file {file.path!r}, outside itself", "do not use this repository")
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            url = hf_hub_url(repo_id, file.path, revision=commit)
-            with target.open("wb") as out:
-                out.write(_needed_bytes(url, file, token))
-                out.truncate(file.size)
+            needed = _needed_bytes(hf_hub_url(repo_id, file.path, revision=commit), file, token)
+            _lay_out(folder / path, needed, file.size, repo_id)
     return str(commit)
 
 
 def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
-    if file.path.endswith(_READ_WHOLE):
-        if file.size > _LARGEST_WHOLE:
-            raise HFEError(f"{file.path} has {file.size} bytes, too many for such a file", "inspect it by hand")
+    if not may_be_part(file.path):
+        return b""
+    if file.path.endswith(_READ_WHOLE) and file.size <= largest(file.path):
         return _read_range(url, 0, file.size, token)
     if file.path.endswith(".safetensors"):
         length = int.from_bytes(_read_range(url, 0, min(8, file.size), token), "little")
-        return _read_range(url, 0, min(8 + length, file.size, _LARGEST_WHOLE), token)
+        return _read_range(url, 0, min(8 + length, file.size, 8 + MAX_JSON_BYTES), token)
     return _read_range(url, 0, min(FIRST_BYTES, file.size), token)
+
+
+def _lay_out(target: Path, content: bytes, size: int, repo_id: str) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:
+            out.write(content)
+            out.truncate(size)
+    # Names that are too long, hold a NUL, or are a file and a folder at once.
+    except (OSError, ValueError) as error:
+        name = ascii(target.name)[:80]
+        raise HFEError(
+            f"{repo_id} lists the file {name}, which cannot be laid out ({error})", "do not use this repository"
+        ) from None
 
 
 def _read_range(url: str, start: int, stop: int, token: str | None) -> bytes:

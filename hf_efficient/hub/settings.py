@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_efficient.conversion.plan import ModelSize
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, parse_json
+from hf_efficient.conversion.reading.json_file import parse_json
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
 from hf_efficient.conversion.writing.known_settings import (
@@ -21,6 +21,7 @@ from hf_efficient.conversion.writing.known_settings import (
 )
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.errors import HFEError
+from hf_efficient.hub.contents import largest
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
@@ -90,9 +91,8 @@ class ReportTensors(TypedDict, total=False):
 
 def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
     """The JSON object in a listed file; what is wrong with it becomes a finding, and the object is empty."""
-    limit = MAX_TOKENIZER_BYTES if name in TOKENIZER_JSON else MAX_JSON_BYTES
     try:
-        return parse_json(name, folder.read(name, limit))
+        return parse_json(name, folder.read(name, largest(name)))
     except HFEError as error:
         findings.append(Finding(name, error.problem, error.remedy))
         return {}

@@ -13,20 +13,17 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient import __version__
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.hub.contents import FolderContents, folder_contents
+from hf_efficient.hub.contents import FIRST_BYTES, FolderContents, folder_contents, largest
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
-from hf_efficient.hub.repository import FIRST_BYTES, check_repo_id, fetch_skeleton
+from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
 from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
 from hf_efficient.hub.weights import check_weights
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
-_CODE_BYTES = 1 << 22
-_TEMPLATE_BYTES = 1 << 20
 # What transformers does with files that are no part of our checkpoints, for the ones that it would load.
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
@@ -145,7 +142,7 @@ def _compare_code(
             findings.append(Finding(name, "is missing", REMEDY_EXPORT))
             continue
         try:
-            found = folder.read(name, _CODE_BYTES)
+            found = folder.read(name, largest(name))
         except HFEError as error:
             findings.append(Finding(name, error.problem, error.remedy))
             continue
@@ -167,7 +164,7 @@ def _compare_code(
         # A manifest that is missing or cannot be read was reported where it was read.
         if not manifest:
             return "confirmed", []
-        expected, found = exported.manifest.encode(), folder.read(CODE_MANIFEST, MAX_JSON_BYTES)
+        expected, found = exported.manifest.encode(), folder.read(CODE_MANIFEST, largest(CODE_MANIFEST))
         if found == expected:
             return "confirmed", []
         findings = [_first_difference(CODE_MANIFEST, expected, found)]
@@ -218,7 +215,7 @@ def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
 
 def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
     """A text of the model that is none, or a chat template that is too large to be one."""
-    if name.endswith(".jinja") and folder.files[name] > _TEMPLATE_BYTES:
+    if name.endswith(".jinja") and folder.files[name] > largest(name):
         return Finding(name, f"has {folder.files[name]:,} bytes, too many for a chat template", REMEDY)
     if not (name.endswith((".jinja", ".md")) or is_licence(name)):
         return None

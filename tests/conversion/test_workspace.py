@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -205,5 +207,113 @@ def test_the_state_is_never_half_written(tmp_path: Path) -> None:
     state = partial_folder(tmp_path / "out") / "state.json"
     assert set(json.loads(state.read_text())["shards"]) == {"done"}
     state.write_text(state.read_text()[:-20])
+    with open_workspace(tmp_path / "out", resume=True) as workspace:
+        assert not workspace.resumed
+
+
+# A working folder that somebody else prepared
+
+
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "a link to the checkpoint": lambda p: (p / "checkpoint").symlink_to(p.parent / "home"),
+    "a link to the old output": lambda p: (p / "replaced").symlink_to(p.parent / "home"),
+    "a link for the lock": lambda p: (p / "lock").symlink_to(p.parent / "precious"),
+    "a link for the state": lambda p: (p / "state.json").symlink_to(p.parent / "precious"),
+    "a link for a temporary file": lambda p: (p / ".state.json.partial").symlink_to(p.parent / "precious"),
+    "a second name for the lock": lambda p: os.link(p.parent / "precious", p / "lock"),
+    "a pipe for the lock": lambda p: os.mkfifo(p / "lock"),
+    "a folder for the state": lambda p: (p / "state.json").mkdir(),
+    "a link in the checkpoint": lambda p: (
+        (p / "checkpoint").mkdir(),
+        (p / "checkpoint" / ".model.safetensors.partial").symlink_to(p.parent / "precious"),
+    ),
+    "a link deep in the checkpoint": lambda p: (
+        (p / "checkpoint" / "custom_generate").mkdir(parents=True),
+        (p / "checkpoint" / "custom_generate" / "more").symlink_to(p.parent / "home"),
+    ),
+    "a second name in the checkpoint": lambda p: (
+        (p / "checkpoint").mkdir(),
+        os.link(p.parent / "precious", p / "checkpoint" / "x"),
+    ),
+    "others may write": lambda p: p.chmod(0o777),
+    "a group may write": lambda p: p.chmod(0o775),
+    "the folder itself is a link": lambda p: (p.rmdir(), p.symlink_to(p.parent / "home")),
+    "the folder itself is a dangling link": lambda p: (p.rmdir(), p.symlink_to(p.parent / "nowhere")),
+    "the folder itself is a file": lambda p: (p.rmdir(), p.write_text("precious")),
+    "the folder itself is a pipe": lambda p: (p.rmdir(), os.mkfifo(p)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_prepared_folder_is_refused_and_nothing_is_touched(
+    tmp_path: Path, name: str, resume: bool, overwrite: bool
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "file").write_text("precious")
+    (tmp_path / "precious").write_text("precious")
+    partial = partial_folder(tmp_path / "out")
+    partial.mkdir(mode=0o755)
+    PLANTED[name](partial)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(HFEError, match="remove it by hand, or name another OUTPUT") as error:
+        check_output(tmp_path / "out", tmp_path / "stock", resume=resume, overwrite=overwrite)
+    assert "--overwrite" not in str(error.value) and "--resume" not in str(error.value)
+    with pytest.raises(HFEError, match="remove it by hand, or name another OUTPUT"):
+        open_workspace(tmp_path / "out", resume=resume, overwrite=overwrite).__enter__()
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "precious").read_text() == (tmp_path / "home" / "file").read_text() == "precious"
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "out")
+    monkeypatch.setattr(workspace_module.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(HFEError, match=f"belongs to the user {os.getuid()}, not to you"):
+        check_output(tmp_path / "out", tmp_path / "stock", resume=True, overwrite=True)
+
+
+def test_links_in_the_old_output_are_its_own(tmp_path: Path) -> None:
+    """They are moved back with it, or removed with it, and never followed."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "file").write_text("precious")
+    interrupted(tmp_path / "out")
+    replaced = partial_folder(tmp_path / "out") / "replaced"
+    replaced.mkdir()
+    (replaced / "link").symlink_to(tmp_path / "home")
+    with open_workspace(tmp_path / "out", overwrite=True):
+        assert (tmp_path / "out" / "link").is_symlink()
+    assert (tmp_path / "home" / "file").read_text() == "precious"
+
+
+def test_the_folder_is_private_and_the_output_is_not(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with open_workspace(tmp_path / "out") as workspace:
+            assert workspace.folder.stat().st_mode & 0o777 == 0o700
+            workspace.publish()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": {"../x": {"size": 1, "sha256": "0" * 64}}},
+        {"shards": {"x": {"size": "1", "sha256": "0" * 64}}},
+        {"shards": {"x": {"size": 1, "sha256": "0", "path": "/etc"}}},
+        {"shards": []},
+        {"results": None},
+        {"options": "x"},
+        {"complete": "yes"},
+    ],
+)
+def test_a_state_of_another_form_is_not_believed(tmp_path: Path, change: dict[str, object]) -> None:
+    """Even where its seal fits: then everything is done again."""
+    interrupted(tmp_path / "out")
+    path = partial_folder(tmp_path / "out") / "state.json"
+    state = {**json.loads(path.read_text()), **change}
+    state.pop(workspace_module._SEAL)
+    path.write_text(json.dumps({**state, workspace_module._SEAL: workspace_module._seal(state)}))
     with open_workspace(tmp_path / "out", resume=True) as workspace:
         assert not workspace.resumed
