@@ -64,6 +64,7 @@ class ReportSource(TypedDict, total=False):
 
     name: str
     model_type: str
+    model_name: str | None
     base_model: str | None
     revision: str | None
     license: str | None
