@@ -72,6 +72,8 @@ def test_only_the_head_of_a_causal_model_is_new_and_it_trains(
     again, info = auto(task).from_pretrained(tmp_path / "trained", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(scores(again.eval(), ids), after)
+    report = hf_efficient.verify(tmp_path / "trained")  # saved with its code, as any model of ours
+    assert report.code == "confirmed" and not report.findings
 
 
 @pytest.mark.parametrize("task", TASKS)
