@@ -118,7 +118,7 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
     """The measured losses for the model index; None where nothing was measured."""
     measured = _mapping(report.get("evaluation"))
     text = _plain(measured.get("text"))
-    found = {key: _mapping(measured.get(key)).get("mean") for key in _LOSSES}
+    means = {key: _mapping(measured.get(key)).get("mean") for key in _LOSSES}
     results = [
         EvalResult(
             task_type="text-generation",
@@ -126,10 +126,10 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
             dataset_name=text if isinstance(text, str) and text else "held-out text",
             metric_type=metric,
             metric_name=_MEASURED[key],
-            metric_value=round(float(found[key]), 6),
+            metric_value=round(float(mean), 6),
         )
         for key, metric in _LOSSES.items()
-        if _is_number(found[key])
+        if isinstance(mean := means[key], (int, float)) and _is_number(mean)
     ]
     return results or None
 

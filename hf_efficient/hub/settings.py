@@ -63,6 +63,7 @@ class ReportSource(TypedDict, total=False):
     """The source of a conversion."""
 
     name: str
+    model_name: str | None
     model_type: str
     model_name: str | None
     base_model: str | None

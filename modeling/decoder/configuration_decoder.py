@@ -5,15 +5,16 @@ Annotations are evaluated in this file and in those of the patches: `strict` doe
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_efficient.modeling.decoder.peft_targets import register_peft_targets
-from hf_efficient.modeling.decoder.saved_code import carried_code, is_ours
+from hf_efficient.modeling.decoder.saved_code import SavedCode, carried_code, is_ours
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
@@ -56,7 +57,7 @@ class DecoderConfig(PreTrainedConfig):
     peft_targets = "llama"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # The code to save with a configuration of a class. The installed package sets its exporter here.
-    code_source = staticmethod(carried_code)
+    code_source: ClassVar[Callable[[type], SavedCode | None]] = staticmethod(carried_code)
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

@@ -130,7 +130,7 @@ def test_its_files_belong_to_the_manifest_and_are_verified(trained: Path, tmp_pa
 
     (folder / "custom_generate" / "extra.py").write_text("print('hello')")
     report = verify(folder)
-    assert not report.ok and "custom_generate/extra.py: is custom generation code" in str(report.findings[0])
+    assert not report.ok and "custom_generate/extra.py: is code, not part" in str(report.findings[0])
     (folder / "custom_generate" / "extra.py").unlink()
 
     target = folder / "custom_generate" / "generate.py"
