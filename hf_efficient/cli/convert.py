@@ -103,3 +103,5 @@ def command(
         progress=not json,
     )
     show_report(report, json)
+    if not json and not dry_run:
+        typer.echo(f'\n{output} is complete. Next: hf-efficient generate {output} "Hello"')

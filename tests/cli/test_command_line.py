@@ -40,6 +40,7 @@ def converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     assert done.returncode == 0, done.stderr
     (output.parent / "stderr.txt").write_text(done.stderr, newline="")
+    assert done.stdout.endswith(f'{output} is complete. Next: hf-efficient generate {output} "Hello"\n')
     return output
 
 
