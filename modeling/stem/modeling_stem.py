@@ -235,6 +235,8 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
     ) -> Tensor | None:
         stem_input_ids = kwargs.pop("stem_input_ids", None)
         ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
+        if not self.config.stem_layers:
+            return ids
         if ids is None and len(here := self.layers_here()) < len(self.layers):
             missed = sorted(set(self.config.stem_layers) & set(here))
             if missed:
