@@ -27,7 +27,7 @@ from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.registry import Architecture
 
-REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf_efficient.export(folder)"
+REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf-efficient export FOLDER"
 _DTYPES = Literal["float32", "float16", "bfloat16", "float64"]
 # Fields that every configuration of transformers has; their annotations name types that JSON has not.
 _COMMON: dict[str, Any] = {
@@ -65,7 +65,6 @@ class ReportSource(TypedDict, total=False):
     name: str
     model_name: str | None
     model_type: str
-    model_name: str | None
     base_model: str | None
     revision: str | None
     license: str | None
