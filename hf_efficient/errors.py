@@ -28,6 +28,12 @@ def redact(text: str) -> str:
     return _HUB_TOKEN.sub("<token>", text)
 
 
+def one_line(text: str) -> str:
+    """`text` as a terminal may show it: without line breaks, control characters or tokens, whatever values it holds."""
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text))
+    return redact(shown)
+
+
 class HFEError(ValueError):
     """Something found in data or at run time. The command line exits with status 1.
 
@@ -39,8 +45,8 @@ class HFEError(ValueError):
     exit_code = 1
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = redact(problem)
-        self.remedy = redact(remedy)
+        self.problem = one_line(problem)
+        self.remedy = one_line(remedy)
         super().__init__(f"{self.problem}; {self.remedy}" if remedy else self.problem)
 
 

@@ -52,7 +52,7 @@ _COMPUTES = re.compile(
     r"|activation|act_|hidden|embed|proj|quant|cross|encoder|decoder|prefix|prune|skip|temperature|softmax|sink"
 )
 _TASKS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-_EMPTY = (None, False, 0, 0.0, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bool = True) -> list[str]:

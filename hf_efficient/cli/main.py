@@ -16,7 +16,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperGroup
 
-from hf_efficient.errors import HFEError, redact
+from hf_efficient.errors import HFEError, one_line, redact
 
 # Subcommand -> its help in the overview. The module of the same name in this folder is imported when it is called.
 SUBCOMMANDS = {
@@ -92,7 +92,7 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(status or 0)
 
 
-def _fail(error: Exception, debug: bool) -> int:
+def _fail(error: Any, debug: bool) -> int:
     """Print the error as one line, with --debug after its traceback; returns the exit status."""
     if debug:
         typer.echo(redact("".join(traceback.format_exception(error))), err=True)
@@ -115,8 +115,6 @@ def _fail(error: Exception, debug: bool) -> int:
         message = "this machine has too little memory for it"
     else:
         kind, message, hint = f"error ({type(error).__name__})", str(error), " (--debug shows the traceback)"
-    line = redact(" ".join(f"{kind}: {message}".split()))
-    # Nor may a name that a checkpoint gives move the cursor of the terminal.
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    shown = one_line(" ".join(f"{kind}: {message}".split()))
     typer.echo(shown + hint, err=True)
     return status

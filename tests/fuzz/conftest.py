@@ -43,6 +43,11 @@ ODD_VALUES: list[Any] = [
 ODD_TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, r'"\ud800"', "[" * 500 + "]" * 500, '{"a":1,"a":2}']
 
 
+def odd_values() -> st.SearchStrategy[Any]:
+    """Copies of them, since what is inside may be changed too."""
+    return st.sampled_from(ODD_VALUES).map(copy.deepcopy)
+
+
 @st.composite
 def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
     """`data` with a few bytes replaced, taken out, put in, repeated or cut off, mostly near the beginning."""
@@ -100,7 +105,7 @@ def changed_json(draw: st.DrawFn, value: dict[str, Any], extra_keys: tuple[str, 
             marks[mark] = draw(st.sampled_from(ODD_TEXTS))
             here[key] = mark
         else:
-            here[key] = draw(st.sampled_from(ODD_VALUES) | st.integers() | st.floats(allow_nan=False, width=32))
+            here[key] = draw(odd_values() | st.integers() | st.floats(allow_nan=False, allow_infinity=False, width=32))
     text = json.dumps(changed)
     for mark, odd in marks.items():
         text = text.replace(f'"{mark}"', odd)
