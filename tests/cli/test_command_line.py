@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,3 +266,23 @@ def test_bars_of_other_libraries_are_for_terminals(terminal: bool, monkeypatch: 
     monkeypatch.setattr(command_line.sys, "stderr", type("Stream", (), {"isatty": lambda self: terminal})())
     assert status_of("env") == 0
     assert bool(calls) is not terminal
+
+
+def test_export_writes_the_code_again_and_renews_the_card(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "model"))
+    (folder / "modeling_stem.py").write_text("# of another release\n")
+    (folder / "README.md").unlink()
+    assert status_of("export", str(folder)) == 0
+    oldest, newest = TESTED_TRANSFORMERS
+    assert f"tested with transformers {oldest} to {newest}" in capsys.readouterr().out
+    assert not (folder / "README.md").exists()  # a folder without a card gets none
+    shutil.copy(converted / "README.md", folder)
+    assert status_of("export", str(folder), "--json") == 0
+    assert "modeling_stem.py" in json.loads(capsys.readouterr().out)["files"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in converted.iterdir()
+    }
+    assert status_of("export", str(tmp_path)) == 1
+    assert "config.json cannot be read" in capsys.readouterr().err

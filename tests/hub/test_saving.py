@@ -94,8 +94,9 @@ def test_every_way_of_saving_leaves_the_code(checkpoint: Path, run_python: Runne
     copies = [tmp_path / f"copy{kind}" for kind in ("", " sharded", " config", " merged")]
     for folder in (*folders, trained, tmp_path / "config", *copies):
         assert code_of(folder) == exported, folder.name
-    for folder in (tmp_path / "merged", tmp_path / "copy merged"):
+    for folder in (tmp_path / "merged", tmp_path / "copy merged", tmp_path / "copy sharded", trained):
         assert verify(folder).ok, verify(folder).table()
+    assert {"training_args.bin", "optimizer.pt", "trainer_state.json"} <= set(verify(trained).not_part)
 
 
 def test_a_generate_of_its_own_is_saved_too(checkpoints: dict[str, Path], run_python: Runner, tmp_path: Path) -> None:
