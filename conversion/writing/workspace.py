@@ -328,7 +328,7 @@ def _open_lock(folder: int, flags: int) -> TextIO:
 
 def _is_state(state: dict[str, Any]) -> bool:
     """Whether a state file has the form that `_save_state` gives it."""
-    shards = state.get("shards")
+    shards: Any = state.get("shards")
     return (
         all(isinstance(state.get(key), dict) for key in ("options", "shards", "results"))
         and isinstance(state.get("complete"), bool)

@@ -102,7 +102,7 @@ def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -
 def check_config(config: dict[str, Any], architecture: Architecture, auto_map: dict[str, str]) -> list[Finding]:
     """Keys and values of `config.json` that are not those of the architecture's configuration."""
     kinds = {"model_type": str, "auto_map": dict[str, str], **_COMMON}
-    for field in fields(architecture.config_class):  # type: ignore[arg-type]
+    for field in fields(architecture.config_class):
         # The annotations of transformers are texts; those of the package are types.
         kinds.setdefault(field.name, RopeParameters | None if field.name == "rope_parameters" else field.type)
     findings = _differing(CONFIG, config, TypedDict("Config", kinds, total=False))  # type: ignore[operator]
@@ -118,7 +118,7 @@ def check_settings(folder: UntrustedFolder, names: tuple[str, ...]) -> list[Find
     report = {
         **get_type_hints(ConversionReport),
         **{"source": ReportSource, "patches": list[ReportPatch], "tensors": ReportTensors},
-        **dict.fromkeys(("before", "after"), TypedDict("Size", get_type_hints(ModelSize), total=False)),
+        **dict.fromkeys(("before", "after"), TypedDict("Size", get_type_hints(ModelSize), total=False)),  # type: ignore[operator]
     }
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,

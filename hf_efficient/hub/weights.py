@@ -56,7 +56,7 @@ def check_weights(
     if findings or not known:
         return len(stored), findings
     try:
-        layers = fields.get("num_hidden_layers")
+        layers: Any = fields.get("num_hidden_layers")
         if is_whole(layers) and layers > len(stored):
             raise HFEError(f"num_hidden_layers={layers} calls for more than the {len(stored)} tensors found")
         expected, tied = _expected_shapes(architecture, fields)
