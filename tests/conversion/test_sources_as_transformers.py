@@ -257,6 +257,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "per_layer_config",
     ),
     "fused modules": ("llama", fields(fusion_config={"x": True}), "fusion_config="),
+    "class names of another type": (
+        "llama",
+        fields(architectures=[True]),
+        "architectures=.*is not a list of the names",
+    ),
     "nested": ("llama", fields(text_config={"hidden_size": 8}), "text_config="),
     "renamed fields": ("llama", fields(attribute_map={"hidden_size": "vocab_size"}), "the key 'attribute_map'"),
     "embedded adapter": (
