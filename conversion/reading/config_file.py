@@ -54,6 +54,8 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
             raise _wrong(name, value, f"a number from 0 to {_NUMBERS[name]:g}")
         if name in _TOKEN_IDS and not all(map(_may_be_id, value if isinstance(value, list) else [value])):
             raise _wrong(name, value, "a token id")
+        if name == "architectures" and value is not None and not _are_texts(value):
+            raise _wrong(name, value, "a list of names")
         if name in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
             raise _wrong(name, value, "a dtype such as float32 or bfloat16")
     if kept.get("per_layer_config"):
@@ -100,6 +102,10 @@ def _wrong(name: str, value: Any, rule: str) -> HFEError:
 def _is_number(value: Any, most: float) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and 0 <= value <= most
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _may_be_id(value: Any) -> bool:
