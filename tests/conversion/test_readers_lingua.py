@@ -343,3 +343,43 @@ def test_the_width_of_a_feed_forward_follows_linguas_rule() -> None:
     """Llama-3.2-1B and MobileLLM-350M."""
     assert feed_forward_width(2048, 1.5, 256) == 8192
     assert feed_forward_width(960, None, 256) == 2560
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update({3: torch.ones(2)}), "holds tensor 3"),
+        (lambda state: state.update({"norm.weight": torch.ones(32).to_sparse()}), "norm.weight .* of layout"),
+        (lambda state: state.update({"norm.weight": torch.empty(32, device="meta")}), "norm.weight .* on meta"),
+        (lambda state: state.update({"norm.weight": torch.ones(1).expand(1 << 40)}), "not contiguous"),
+        (lambda state: state.update({"module.norm.weight": torch.ones(32)}), "tensor norm.weight twice"),
+        (
+            lambda state: state.update({"tok_embeddings.weight": torch.ones(())}),
+            "tok_embeddings.weight .* is no matrix",
+        ),
+    ],
+)
+def test_tensors_that_no_checkpoint_holds(
+    change: Callable[[dict[Any, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    step = Reference(MODEL).save(tmp_path / "step", 0)
+    path = next(step.rglob("consolidated.pth"))
+    content = torch.load(path)
+    change(content.get("model", content))
+    torch.save(content, path)
+    with pytest.raises(HFEError, match=message):
+        inspect(str(step))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("multiple_of", 0.5), ("n_heads", "4"), ("dim", 1 << 70), ("ffn_dim_multiplier", []), ("rope_theta", "a\nb")],
+)
+def test_values_of_params_that_are_no_numbers(name: str, value: Any, tmp_path: Path) -> None:
+    step = Reference(MODEL).save(tmp_path / "step", 0)
+    params = json.loads((step / "params.json").read_text())
+    params["model"][name] = value
+    (step / "params.json").write_text(json.dumps(params))
+    with pytest.raises(HFEError, match=rf"params.json has {name}=") as error:
+        inspect(str(step))
+    assert "\n" not in str(error.value)
