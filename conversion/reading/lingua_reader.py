@@ -342,12 +342,12 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 
 def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
     """A positive number of the section; with `optional` 0 where it has none, or has 0."""
-    value = model.get(name)
+    value: Any = model.get(name)
     if optional and (value is None or value == 0):
         return 0
     if not is_whole(value, 1, _LARGEST):
         raise HFEError(f"{PARAMS_NAME} has {name}={str(value)[:80]}, not a positive whole number", "correct the file")
-    return int(value)
+    return value
 
 
 def _factor(model: dict[str, Any]) -> float | None:
