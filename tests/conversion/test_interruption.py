@@ -115,6 +115,8 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, f
         "import signal, sys, time\n"
         "from hf_efficient.cli.main import run\n"
         "from hf_efficient.conversion import convert\n"
+        # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         # To this thread, and with time to arrive: sent to the process, another thread may get it, and this one go on.
         "convert._index = lambda shards: (signal.raise_signal(signal.SIGINT), time.sleep(60))\n"
         "run(['convert', *sys.argv[1:], '--patch', 'none', '--no-evaluate', '--max-shard-size', '20KB', '--json'])\n"

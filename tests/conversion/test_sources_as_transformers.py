@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "class names of another type": (
         "llama",
         fields(architectures=[True]),
-        "architectures=.*is not a list of the names",
+        "architectures=.*not a list of names",
     ),
     "nested": ("llama", fields(text_config={"hidden_size": 8}), "text_config="),
     "renamed fields": ("llama", fields(attribute_map={"hidden_size": "vocab_size"}), "the key 'attribute_map'"),
