@@ -256,11 +256,11 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
             )
             @given(st.data())
             def one_round(data: st.DataObject) -> None:
-                # A failure is looked at to its end, whatever the time.
-                if stop is not None and time.monotonic() > stop and not inputs.failed:
-                    return
                 name, contents = choices[data.draw(st.integers(0, len(choices) - 1), label="file")]
                 content = data.draw(contents, label=f"content of {name}")
+                # Only now, since every call must draw the same; a failure is shrunk to its end, whatever the time.
+                if stop is not None and time.monotonic() > stop and not inputs.failed:
+                    return
                 path = valid / name
                 try:
                     path.write_bytes(content)
