@@ -92,9 +92,7 @@ def changed_json(draw: st.DrawFn, value: dict[str, Any], extra_keys: tuple[str, 
         key = draw(st.sampled_from(keys)) if keys else None
         kind = draw(st.sampled_from(("value", "value", "value", "text", "drop", "rename", "extra")))
         if isinstance(here, dict) and (kind == "extra" or key is None):
-            here[draw(st.sampled_from((*extra_keys, "to_dict", "__class__", "a", "_x")))] = draw(
-                st.sampled_from(ODD_VALUES)
-            )
+            here[draw(st.sampled_from((*extra_keys, "to_dict", "__class__", "a", "_x")))] = draw(odd_values())
         elif key is None or kind == "drop":
             if key is not None:
                 del here[key]
