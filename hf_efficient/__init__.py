@@ -18,11 +18,20 @@ from hf_efficient.modeling.decoder.tested_releases import check_transformers  # 
 
 check_transformers()
 
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig  # noqa: E402
 from hf_efficient.registry import register_architectures  # noqa: E402
 
 __version__ = "0.1.0"
 
 register_architectures()
+
+
+def _installed_code(config_class: type) -> Any:
+    """The code that a saved configuration comes with; the exporter is imported when something is saved."""
+    return import_module("hf_efficient.hub.export").installed_code(config_class)
+
+
+DecoderConfig.code_source = staticmethod(_installed_code)
 
 # Public name -> the module that defines it. Resolved on first use, so that importing the package stays cheap.
 _PUBLIC = {

@@ -20,8 +20,6 @@ from transformers import (
 )
 
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM, BhytModel
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.modeling.decoder.saved_code import SavedCode
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
@@ -117,23 +115,13 @@ _AUTO_MODELS = {
 
 
 def register_architectures() -> None:
-    """Register every architecture with transformers' Auto classes. Calling it again changes nothing.
-
-    From now on a saved configuration comes with the code that loads it.
-    """
-    DecoderConfig.code_source = staticmethod(_installed_code)
+    """Register every architecture with transformers' Auto classes. Calling it again changes nothing."""
     for architecture in ARCHITECTURES:
         config_class = architecture.config_class
         AutoConfig.register(architecture.model_type, config_class, exist_ok=True)
         for auto_name, model_class in architecture.auto_classes.items():
             if auto_name != "AutoConfig":
                 _AUTO_MODELS[auto_name].register(config_class, model_class, exist_ok=True)
-
-
-def _installed_code(config_class: type) -> SavedCode | None:
-    from hf_efficient.hub.export import installed_code  # here, since the exporter reads this registry
-
-    return installed_code(config_class)
 
 
 def architecture_of(model_type: str) -> Architecture | None:
