@@ -21,7 +21,7 @@ from hf_efficient.conversion.measuring.evaluation import LogitSource
 from hf_efficient.conversion.reading.families import decoder_config, expected_tensors
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 # The released code rounds the vocabulary up to a multiple of this.
@@ -117,7 +117,7 @@ def add_tokens(source: Source, tokens: Sequence[str]) -> VocabularyChange:
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in lacking], special_tokens=True)
     # Tokenizers of other libraries raise errors of their own.
     except Exception as error:
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = error_text(error) or type(error).__name__
         raise HFEError(
             f"the tokenizer of {source.name}, a {type(before).__name__}, takes no new tokens ({cause})",
             "name a folder or Hub id with a tokenizer.json as tokenizer",

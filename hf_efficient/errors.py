@@ -34,6 +34,11 @@ def one_line(text: str) -> str:
     return redact(shown)
 
 
+def error_text(error: BaseException, *, named: bool = False, most: int | None = 200) -> str:
+    """The message of an error on one line, cut off after `most` characters; `named`: with its class before it."""
+    return " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())[:most]
+
+
 class HFEError(ValueError):
     """Something found in data or at run time. The command line exits with status 1.
 

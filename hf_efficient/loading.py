@@ -13,7 +13,7 @@ from hf_efficient.conversion.options import check_device
 from hf_efficient.conversion.reading.hub_files import checked_token, is_repo_id
 from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
-from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.errors import HFEError, UsageError, error_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -63,7 +63,7 @@ def _model_errors(checkpoint: str) -> Iterator[None]:
     except HFEError:
         raise
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        cause = error_text(error, named=True, most=300)
         raise HFEError(
             f"{checkpoint} cannot be loaded ({cause})", "`hf-efficient inspect` says what is wrong with a checkpoint"
         ) from error

@@ -59,7 +59,7 @@ class Architecture:
         return self.config_class.model_type
 
 
-# Heads that the modeling file of a causal language model has beside it.
+# Task heads that each modeling file defines beside its causal language model.
 _TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 

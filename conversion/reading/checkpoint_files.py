@@ -97,7 +97,7 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # by Python's version
-        raise HFEError(f"{name} is a link that leads in a circle", "copy the file into the folder") from error
+        raise HFEError(f"{name} is a loop of symbolic links", "copy the file into the folder") from error
     if not any(target.is_relative_to(place) for place in allowed):
         raise HFEError(
             f"{name} is a link that leads outside the checkpoint's folder",

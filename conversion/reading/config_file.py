@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_efficient.conversion.reading.json_file import is_whole
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.attention import DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
@@ -89,7 +89,7 @@ def check_decoder(config: DecoderConfig) -> None:
             frequencies = DecoderRotaryEmbedding(config).inv_freq
     # What is missing or of a wrong type depends on the kind, and each raises an error of its own.
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = error_text(error, named=True)
         raise HFEError(f"config.json has rope_parameters that cannot be used ({cause})", _REMEDY) from error
     if not bool(frequencies.isfinite().all()):
         raise HFEError(f"config.json has rope_parameters={str(rope)[:200]}, whose frequencies are not finite", _REMEDY)

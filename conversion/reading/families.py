@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_efficient.conversion.reading.config_file import check_decoder, checked_fields
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -126,7 +126,7 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
         return config
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type.
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = error_text(error, most=None)
         raise HFEError(f"config.json is not a valid {config_class.__name__}: {cause}", "correct config.json") from error
 
 
@@ -174,7 +174,7 @@ def _built(fields: dict[str, Any]) -> EfficientDecoderConfig:
         config = EfficientDecoderConfig(**fields)
     # huggingface_hub raises errors of its own for a field of a wrong type or value.
     except Exception as error:
-        cause = " ".join(str(error).split())
+        cause = error_text(error, most=None)
         raise HFEError(f"config.json does not describe a decoder of ours: {cause}", "correct config.json") from error
     check_decoder(config)
     return config

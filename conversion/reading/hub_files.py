@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_efficient.conversion.reading.checkpoint_files import CONFIG, read_config
-from hf_efficient.errors import HFEError, UsageError, hide_secret
+from hf_efficient.errors import HFEError, UsageError, error_text, hide_secret
 from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_names
 
 # Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
@@ -113,7 +113,7 @@ def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: st
             "check the network, unset HF_HUB_OFFLINE, or name a local folder",
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        cause = " ".join(str(error).split())[:200]
+        cause = error_text(error)
         raise HFEError(f"downloading {repo_id}{at} failed: {cause}", "check the network and try again") from error
 
 

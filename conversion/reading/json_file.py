@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_efficient.conversion.reading.tensor_file import open_file
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 
 # Objects of Python take several times the bytes of their JSON. An index of 100,000 tensors has 10 MB.
 MAX_JSON_BYTES = 1 << 24
@@ -56,7 +56,7 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
             parse_int=_whole,
         )
     except (ValueError, RecursionError) as error:
-        cause = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error_text(error)
         raise HFEError(f"{name} cannot be read as JSON ({cause})", _DAMAGED) from error
     if not isinstance(value, dict):
         raise HFEError(f"{name} holds a {type(value).__name__}, not an object", _DAMAGED)

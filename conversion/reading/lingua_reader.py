@@ -27,7 +27,7 @@ from hf_efficient.conversion.reading.json_file import is_whole
 from hf_efficient.conversion.reading.rotary_order import split_halves
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 
 PARAMS_NAME = "params.json"
 _BACKBONE = "consolidated.pth"
@@ -188,7 +188,7 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     # A damaged pickle raises whatever the step does that it was damaged in.
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = error_text(error, named=True)
         raise HFEError(f"{path.name} cannot be read ({cause})", "copy it again") from error
     if not isinstance(content, dict):
         raise HFEError(f"{path.name} holds a {type(content).__name__}, not tensors by name", "copy it again")

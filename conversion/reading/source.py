@@ -35,7 +35,7 @@ from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
@@ -127,7 +127,7 @@ class Source:
             return self._tokenizer
         # transformers raises many kinds of errors for a missing or broken tokenizer.
         except Exception as error:
-            cause = " ".join(str(error).split())[:200]
+            cause = error_text(error)
             raise HFEError(
                 f"{self.name if self.tokenizer_files is None else self.tokenizer_files.name} has no tokenizer that can "
                 f"be loaded ({cause})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 
 
 @contextmanager
@@ -19,5 +19,5 @@ def tokenizer_errors(problem: str, remedy: str) -> Iterator[None]:
         # The library tokenizers panics on some files, and its PanicException is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = error_text(error, named=True)
         raise HFEError(f"{problem} ({cause})", remedy) from error

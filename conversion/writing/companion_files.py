@@ -22,7 +22,7 @@ from hf_efficient.conversion.writing.known_settings import (
     without_unknown,
 )
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -80,7 +80,7 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
             settings = json.loads(stock.to_json_string(use_diff=True))
         # transformers raises many kinds of errors for a setting of a wrong type or value.
         except Exception as error:
-            cause = " ".join(str(error).split())[:200]
+            cause = error_text(error)
             raise HFEError(
                 f"the generation settings in config.json are not valid ({cause})", "correct or remove them"
             ) from error

@@ -263,7 +263,7 @@ def _seal(state: dict[str, Any]) -> str:
 
 @contextmanager
 def _own_folder(path: Path) -> Iterator[int]:
-    """Descriptor of a working folder in which nobody but its owner, who is the user, can have put anything.
+    """Descriptor of a working folder that belongs to the user and that no other user can write to.
 
     Raises:
         HFEError: it is a link, belongs to or may be written by somebody else, or holds what no conversion puts there.

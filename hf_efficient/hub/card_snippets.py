@@ -89,7 +89,7 @@ def _has_chat_template(folder: Path) -> bool:
         return True
     try:
         return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
-    # A broken file has no template to show; whoever loads the tokenizer is told of it.
+    # A broken file has no template to show; loading the tokenizer reports the fault.
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

@@ -58,7 +58,7 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
         code_files: the files that the export of the folder's architecture has: `render_code(architecture).files`.
     """
     names = sorted(set(paths))
-    # transformers prefers the single file: an index beside it, with its shards, is not read.
+    # transformers prefers the single file: it reads neither an index beside it nor its shards.
     weights = (
         {SAFE_WEIGHTS_NAME} if SAFE_WEIGHTS_NAME in names else {SAFE_WEIGHTS_INDEX_NAME, *filter(_is_shard, names)}
     )

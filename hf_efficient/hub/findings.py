@@ -19,7 +19,7 @@ class Finding:
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        # Names and values come from whoever made the checkpoint: they must not steer the terminal.
+        # Names and values come from an untrusted checkpoint: they must not hold terminal escape sequences.
         for name in ("file", "problem", "remedy"):
             object.__setattr__(self, name, _printable(getattr(self, name)))
 

@@ -1,4 +1,4 @@
-"""The files of a folder that nobody may trust: no link is followed, and nothing but regular files is opened."""
+"""The files of an untrusted folder: no symbolic link is followed, and only regular files are opened."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def push(
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            # By name: whatever else lies in the folder, secrets perhaps, is nobody's business.
+            # By name, since other files of the folder may hold secrets.
             allow_patterns=[glob.escape(name) for name in {*files, CARD}],
             revision=revision,
             commit_message=commit_message or f"{report.model_type} checkpoint, hf-efficient {__version__}",

@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_
 
 from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES
-from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.errors import HFEError, UsageError, error_text
 from hf_efficient.hub.contents import FIRST_BYTES, largest, may_be_part
 
 # Read whole, since their content is verified.
@@ -184,4 +184,4 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return error_text(error) or type(error).__name__

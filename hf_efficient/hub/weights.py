@@ -15,7 +15,7 @@ from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.conversion.reading.json_file import is_whole, read_weight_map
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
 from hf_efficient.conversion.writing.known_settings import misfits
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
@@ -62,7 +62,7 @@ def check_weights(
         expected, tied = _expected_shapes(architecture, fields)
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = error_text(error, most=300)
         return len(stored), [Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})")]
     return len(stored), _differences(expected, tied, stored)
 

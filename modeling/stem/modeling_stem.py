@@ -268,7 +268,7 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
         if token_ids is None or not tables:
             return token_ids
         trained = [t for t in tables if torch.is_grad_enabled() and t.resident_weight.requires_grad]
-        # Where a table is not to stay on the host, whoever keeps it elsewhere brings it.
+        # Without `stem_offload` another library, such as accelerate, moves the table to the device.
         on_host = tables[0].placement != "none" and tables[0].resident_weight.device != token_ids.device
         if on_host and not all(table.sparse for table in trained):
             raise HFEError(
