@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import RESULTS, describe_machine
-from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 
 NEW = 256

@@ -38,7 +38,7 @@ from hf_efficient.kernels.topology_attention.api import topology_attention
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS, BlockLists
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 PARTS = ("attention", "preparation", "builder")
 MODES = ("forward", "forward+backward")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.harness import ROTATION_BYTES
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
-from hf_efficient.modeling.topology.grammar import MULTIVERSE
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 WIDTH = 128
 CHECKED_ROWS = 2048  # of the scores of one head in float64, at a time

@@ -36,10 +36,10 @@ from benchmarks.harness import RESULTS, describe_machine, read, write
 from benchmarks.plot import load_pyplot
 from benchmarks.topology_transcripts import Transcript, medverse, multiverse, tokenizer_of
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
-from hf_efficient.modeling.topology.generation_topology import parallel_generate
-from hf_efficient.modeling.topology.grammar import GRAMMARS, token_ids_of
-from hf_efficient.modeling.topology.sampling import ScriptedSampler
-from hf_efficient.modeling.topology.topology_step import TopologyStep
+from hf_efficient.modeling.topology.generation.generation_topology import parallel_generate
+from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
+from hf_efficient.modeling.topology.grammar.control_tokens import GRAMMARS, token_ids_of
 
 PARTS = ("transcripts", "branches")
 IDENTITY = ("part", "model", "case", "batch")

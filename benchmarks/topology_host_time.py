@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_efficient.modeling.topology.builder import TopologyBuilder
-from hf_efficient.modeling.topology.forced_text import ForcedText
-from hf_efficient.modeling.topology.grammar import MULTIVERSE
-from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
-from hf_efficient.modeling.topology.topology_step import TopologyStep
+from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
+from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 
 TOKEN_IDS = {tag: i for i, tag in enumerate(MULTIVERSE)}
 # (rows, branches of each)

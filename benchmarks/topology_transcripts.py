@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_efficient.modeling.topology.branches import BranchPath
-from hf_efficient.modeling.topology.forced_text import ForcedText, encoder_of
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, token_ids_of
+from hf_efficient.modeling.topology.generation.branches import BranchPath
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, token_ids_of
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encoder_of
 
 EOS = "<eos>"
 _WORDS = " and so the other one is seen from here with care while some of them wait"

@@ -21,7 +21,7 @@ _PATCH_MEMBERS = ("name", "needs_calibration", "measures_choice", "check", "choo
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Checked options; `hf_efficient.checkpoint.convert` says what each one means.
+    """Checked options; `hf_efficient.convert` says what each one means.
 
     Raises:
         UsageError: an option is wrong; the message names its value and the rule.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_efficient.conversion.families.decoder import check_tensors, expected_tensors, float32_tensors, skeleton
 from hf_efficient.conversion.patch import NewTensor, Patch
-from hf_efficient.conversion.reading.families import check_tensors, expected_tensors, float32_tensors, skeleton
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards

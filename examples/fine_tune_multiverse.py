@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import hf_efficient
 from hf_efficient import Multiverse, TopologyDataCollator, mark_topology_trained, to_multiverse
-from hf_efficient.modeling.topology.grammar import decoder_of
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.control_tokens import decoder_of
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 THINGS = ["apples", "figs", "grapes", "kiwis", "lemons", "limes", "mangos", "melons", "nuts", "onions", "pears"]
 BUYERS = ["Anna", "Ben", "Carla", "Dan", "Eva", "Finn", "Gina", "Hugo"]

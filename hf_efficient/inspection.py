@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_efficient.conversion.reading.families import check_tensors
+from hf_efficient.conversion.families.decoder import check_tensors
 from hf_efficient.conversion.reading.source import open_source
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 from hf_efficient.registry import ARCHITECTURES
 
 # Groups of parameters in the order of a table, each with the parts of a tensor's name that put it there.

@@ -77,19 +77,19 @@ def _causal_lm(
     return Architecture(patch, classes, options, generation)
 
 
-_PARALLEL = "hf_efficient.modeling.topology.generation_topology"
+_PARALLEL = "hf_efficient.modeling.topology.generation.generation_topology"
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     _causal_lm(None, EfficientDecoderConfig, EfficientDecoderModel, EfficientDecoderForCausalLM),
-    _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem:Stem"),
-    _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM, "hf_efficient.conversion.bhyt:Bhyt"),
+    _causal_lm("stem", StemConfig, StemModel, StemForCausalLM, "hf_efficient.conversion.stem.patch:Stem"),
+    _causal_lm("bhyt", BhytConfig, BhytModel, BhytForCausalLM, "hf_efficient.conversion.bhyt.patch:Bhyt"),
     _causal_lm(
         "multiverse",
         MultiverseConfig,
         MultiverseModel,
         MultiverseForCausalLM,
-        "hf_efficient.conversion.topology:Multiverse",
+        "hf_efficient.conversion.topology.patch:Multiverse",
         _PARALLEL,
     ),
     _causal_lm(
@@ -97,7 +97,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         MedVerseConfig,
         MedVerseModel,
         MedVerseForCausalLM,
-        "hf_efficient.conversion.topology:MedVerse",
+        "hf_efficient.conversion.topology.patch:MedVerse",
         _PARALLEL,
     ),
 )

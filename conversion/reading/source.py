@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_efficient.conversion.reading.bhyt_release import (
+from hf_efficient.conversion.bhyt.release_reader import (
     GAMMA_FOLDED,
     BhytReleaseReader,
     is_bhyt_release,
     release_config,
 )
+from hf_efficient.conversion.families.decoder import decoder_config, source_config
 from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
 from hf_efficient.conversion.reading.config_fields import check_fields
-from hf_efficient.conversion.reading.families import decoder_config, source_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.reading.hub_files import (
     card_metadata,
@@ -32,9 +32,9 @@ from hf_efficient.conversion.reading.hub_files import (
     repo_of_snapshot,
 )
 from hf_efficient.conversion.reading.json_file import read_json
-from hf_efficient.conversion.reading.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
+from hf_efficient.conversion.stem.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.families import expected_tensors
+from hf_efficient.conversion.families.decoder import expected_tensors
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 if TYPE_CHECKING:

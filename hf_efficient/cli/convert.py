@@ -71,7 +71,7 @@ def command(
 
     Example: hf-efficient convert HuggingFaceTB/SmolLM2-135M-Instruct smollm-stem --patch stem --stem-layers 1,4,7
     """
-    from hf_efficient.checkpoint import convert
+    from hf_efficient.convert_checkpoint import convert
 
     if not patch:
         raise UsageError(

@@ -41,8 +41,8 @@ def command(
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_efficient.checkpoint import convert
-    from hf_efficient.conversion.stem import Stem
+    from hf_efficient.conversion.stem.patch import Stem
+    from hf_efficient.convert_checkpoint import convert
     from hf_efficient.hub.verify import verify
 
     log_no_reported_warning()

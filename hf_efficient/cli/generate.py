@@ -10,7 +10,7 @@ import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.modeling.topology.grammar import is_trained
+from hf_efficient.modeling.topology.grammar.control_tokens import is_trained
 
 
 def command(

@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig, length_dependent_rope
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, GRAMMARS, MODES
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, GRAMMARS, MODES
 
 _DEFAULTS: dict[str, Any] = {
     "grammar": None,

@@ -17,10 +17,8 @@ from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument, one_cache
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
-from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
-from hf_efficient.modeling.topology.generation_topology import ParallelGeneration
-from hf_efficient.modeling.topology.topology_interface import TOPOLOGY_ATTENTION
-from hf_efficient.modeling.topology.topology_mask import (
+from hf_efficient.modeling.topology.attention.topology_interface import TOPOLOGY_ATTENTION
+from hf_efficient.modeling.topology.attention.topology_mask import (
     TopologyMask,
     TopologyQueries,
     additive_mask,
@@ -28,6 +26,8 @@ from hf_efficient.modeling.topology.topology_mask import (
     dense_mask,
     flex_mask,
 )
+from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
+from hf_efficient.modeling.topology.generation.generation_topology import ParallelGeneration
 
 
 class TopologyPreTrainedModel(DecoderPreTrainedModel):

@@ -18,9 +18,9 @@ from hf_efficient.cli import main as command_line
 from hf_efficient.cli.demo import source_model
 from hf_efficient.cli.main import SUBCOMMANDS, run
 from hf_efficient.cli.options import build_patches, patch_classes
+from hf_efficient.data.topology_collator import mark_topology_trained
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.training.topology_collator import mark_topology_trained
 
 
 def status_of(*arguments: str) -> int:

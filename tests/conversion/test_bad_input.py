@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_efficient.checkpoint import convert
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 
 WEIGHTS = "model.safetensors"

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 
 TEXT = "the fox \u00e9t\u00e9 e\u0301te\u0301  1234\n <s> x </s>"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from hf_efficient.conversion.reading.families import check_tensors, decoder_config, source_config
+from hf_efficient.conversion.families.decoder import check_tensors, decoder_config, source_config
 from hf_efficient.errors import HFEError
 
 STOCK = {

@@ -17,11 +17,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from hf_efficient import checkpoint
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
+from hf_efficient import convert_checkpoint
+from hf_efficient.conversion.bhyt.patch import Bhyt
 from hf_efficient.conversion.report import ConversionReport, _ranges
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import UsageError
 
 StockFolder = Callable[..., Path]
@@ -295,7 +295,7 @@ def test_calibrated_and_measured(talking_stock: Path, tmp_path: Path) -> None:
 def test_a_dry_run_tells_what_is_to_be_measured_and_does_not_measure_it(
     patch: Callable[[], Any], known: str, talking_stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "prepare_calibration", lambda *_, **__: pytest.fail("text was read"))
+    monkeypatch.setattr(convert_checkpoint, "prepare_calibration", lambda *_, **__: pytest.fail("text was read"))
     report = convert(talking_stock, tmp_path / "out", [patch()], dry_run=True, progress=False)
     assert f"chosen by measurement during conversion, {known}\n" in report.table()
     (told,) = report.patches
@@ -360,11 +360,11 @@ def test_nothing_measured_is_measured_again(
     """Killed while the last files were written: choice, tables and losses of the first run are taken over."""
     options = {"calibration": tmp_path / "text.txt", "progress": False}
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "export_code", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(convert_checkpoint, "export_code", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], **options)
     for name in ("prepare_calibration", "evaluate_logits"):
-        monkeypatch.setattr(checkpoint, name, lambda *_, **__: pytest.fail("measured again"))
+        monkeypatch.setattr(convert_checkpoint, name, lambda *_, **__: pytest.fail("measured again"))
     resumed = convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], resume=True, **options)
     monkeypatch.undo()
     quiet = convert(talking_stock, tmp_path / "quiet", [Stem(max_layers=1)], **options)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.writing.durable_files import DiskFullError
 from hf_efficient.conversion.writing.workspace import partial_folder
+from hf_efficient.convert_checkpoint import convert
 
 QUIET = {"evaluate": False, "progress": False, "max_shard_size": "20KB"}
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion import convert as convert_module
 from hf_efficient.conversion.reading.source import SafetensorsReader
+from hf_efficient.conversion.writing import checkpoint_writer
 from hf_efficient.conversion.writing.durable_files import DiskFullError
 from hf_efficient.conversion.writing.workspace import partial_folder
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 
 QUIET: dict[str, Any] = {"evaluate": False, "progress": False, "max_shard_size": "20KB"}
@@ -70,7 +70,7 @@ def test_a_finished_patch_is_not_computed_again(
 ) -> None:
     convert(stock, tmp_path / "whole", [tables], **QUIET)
     with monkeypatch.context() as patched:
-        patched.setattr(convert_module, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(checkpoint_writer, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(stock, tmp_path / "out", [type(tables)()], **QUIET)
     second = type(tables)()
@@ -114,7 +114,7 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, f
     script = (
         "import signal, sys, time\n"
         "from hf_efficient.cli.main import run\n"
-        "from hf_efficient.conversion import convert\n"
+        "from hf_efficient.conversion.writing import checkpoint_writer as convert\n"
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         # To this thread, and with time to arrive: sent to the process, another thread may get it, and this one go on.
@@ -139,7 +139,7 @@ torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = sys.modules["tiny"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
-from hf_efficient.checkpoint import convert
+from hf_efficient.convert_checkpoint import convert
 
 def run(source, output, resume, overwrite):
     convert(source, output, [tiny.RandomTables()], evaluate=False, progress=False, max_shard_size="20KB",

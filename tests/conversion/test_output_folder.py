@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.writing.output_folder import resolve_output
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import UsageError
 
 

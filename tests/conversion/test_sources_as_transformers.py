@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.plan import check_source
 from hf_efficient.conversion.reading.source import open_source
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 from hf_efficient.inspection import inspect
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM

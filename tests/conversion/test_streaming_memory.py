@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from hf_efficient.conversion.families.decoder import decoder_config, expected_tensors
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
-from hf_efficient.conversion.reading.families import decoder_config, expected_tensors
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 
 LIMIT = 480 * 2**20
@@ -33,8 +33,8 @@ _SCRIPT = f"""
 import re, resource, sys
 import torch
 torch.set_num_threads(1)
-from hf_efficient.checkpoint import convert
-import hf_efficient.conversion.stem, hf_efficient.hub.card
+from hf_efficient.convert_checkpoint import convert
+import hf_efficient.conversion.stem.patch, hf_efficient.hub.card
 used = dict(re.findall(r"(VmSize|VmData):\\s+(\\d+)", open("/proc/self/status").read()))
 spare = {LIMIT} - int(used["VmData"]) * 1024
 assert spare > 0, f"the imports alone use {{used}}"

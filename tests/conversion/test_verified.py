@@ -14,10 +14,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.stem import Stem
-from hf_efficient.conversion.topology import MedVerse, Multiverse
+from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.conversion.topology.patch import MedVerse, Multiverse
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.hub.verify import verify
 
 

@@ -21,11 +21,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.conversion.measuring.text import load_text
 from hf_efficient.conversion.plan import check_source
 from hf_efficient.conversion.reading.source import open_source
 from hf_efficient.conversion.writing.workspace import partial_folder
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.hub.export import export
 from hf_efficient.hub.verify import verify
 from hf_efficient.inspection import inspect
@@ -322,7 +322,7 @@ def test_state_of_an_interrupted_conversion(fuzz: Fuzz, stock: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hf_efficient.checkpoint.write_card", killed)
+        patched.setattr("hf_efficient.convert_checkpoint.write_card", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(stock, out, **QUIET)
     partial = partial_folder(out).rename(kept)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.environment import triton_interpreted
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder import generation_decoder

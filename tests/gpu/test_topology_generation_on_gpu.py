@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology import parallel_turn, topology_step
-from hf_efficient.modeling.topology.branches import BranchPath
-from hf_efficient.modeling.topology.generation_topology import TopologyGenerateOutput
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
-from hf_efficient.modeling.topology.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.generation import parallel_turn, topology_step
+from hf_efficient.modeling.topology.generation.branches import BranchPath
+from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput
+from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 
 EOS = 1
 SHAPE: dict[str, Any] = {

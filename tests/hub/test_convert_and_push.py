@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 _CONVERT = """
 import json, sys
-from hf_efficient.checkpoint import convert
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 
 def attempt(source, output, repo_id, **options):

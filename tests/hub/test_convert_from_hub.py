@@ -20,7 +20,7 @@ _CONVERT = """
 import json, sys
 from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
-from hf_efficient.checkpoint import convert
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError
 results = []
 for arguments in json.loads(sys.argv[1]):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_efficient.hub.export import CODE_MANIFEST, export
 from hf_efficient.hub.verify import verify
-from hf_efficient.modeling.topology.grammar import MULTIVERSE
+from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
 
 PROMPT = "Q<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
 SHAPE = {
@@ -91,7 +91,7 @@ shutil.copytree(Path(trained, "custom_generate"), both / "custom_generate")
 model = load(both)
 result["beside"] = text(model.generate(ids, tokenizer=tokenizer, **settings))
 result["beside plain"] = text(model.generate(ids, parallel=False, **settings))
-package = "hf_efficient.modeling.topology.generation_topology"
+package = "hf_efficient.modeling.topology.generation.generation_topology"
 result["package"] = sys.modules.get(package) is not None
 print(json.dumps(result))
 """

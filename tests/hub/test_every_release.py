@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.stem import Stem
-from hf_efficient.conversion.topology import Multiverse
+from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.conversion.topology.patch import Multiverse
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.environment import TESTED_TRANSFORMERS
 
 OTHERS = [named for named in os.environ.get("HFE_TEST_TRANSFORMERS", "").split(os.pathsep) if named]

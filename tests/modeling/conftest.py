@@ -18,9 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
-from hf_efficient.modeling.topology.grammar import MEDVERSE, MULTIVERSE
+from hf_efficient.modeling.topology.grammar.control_tokens import MEDVERSE, MULTIVERSE
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 # The wide initial weights keep greedy choices of a random model far from ties.

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_efficient  # noqa: F401  (registers the model types)
-from hf_efficient.modeling.topology.grammar import MULTIVERSE
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 TAGS = {tag: 1 + number for number, tag in enumerate(MULTIVERSE)}
 ONE, TWO, COLON, FIRST, SECOND, SECRET, AND = range(13, 20)

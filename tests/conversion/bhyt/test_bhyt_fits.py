@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.bhyt_fits import ChannelGains, MeanSquareLine, after_attention, mean_square
+from hf_efficient.conversion.bhyt.fits import ChannelGains, MeanSquareLine, after_attention, mean_square
+from hf_efficient.conversion.bhyt.patch import Bhyt
 from hf_efficient.conversion.measuring.calibration import prepare_calibration
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.reading.source import open_source
+from hf_efficient.convert_checkpoint import convert
 
 A, EPS = 0.1, 1e-5
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False, "calibration_tokens": 2048}

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import safe_open
 from torch import Tensor
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
+from hf_efficient.conversion.bhyt.patch import Bhyt
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, nll_by_position
 from hf_efficient.conversion.measuring.text import load_text, pack
 from hf_efficient.conversion.reading.source import Source, open_source
+from hf_efficient.convert_checkpoint import convert
 
 pytestmark = pytest.mark.real_model
 EVALUATED, FITTED = 1024, 1024

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import hf_efficient
-from hf_efficient.checkpoint import convert
 from hf_efficient.cli.options import build_patches
-from hf_efficient.conversion.bhyt import Bhyt
+from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError, UsageError
 
 QUIET: dict[str, Any] = {"progress": False, "evaluate": False}

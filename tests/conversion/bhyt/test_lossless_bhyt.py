@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import UsageError
 from hf_efficient.inspection import inspect
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.conversion.measuring.calibration import Calibration
-from hf_efficient.conversion.reading.families import decoder_config
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderConfig
 
 VOCABULARY = 97

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from hf_efficient.conversion import stem_layers
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
-from hf_efficient.conversion.stem import Stem
-from hf_efficient.conversion.stem_layers import cheapest, greedy
+from hf_efficient.conversion.stem import layer_choice
+from hf_efficient.conversion.stem.layer_choice import cheapest, greedy
+from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import HFEError
 
 
@@ -141,7 +141,7 @@ def test_the_progress_of_a_choice_ends_at_its_end_and_never_goes_back(choosing):
 def test_candidates_are_fitted_to_the_beginning_of_the_text(choosing, monkeypatch):
     source, calibration = choosing
     sequences, length = calibration.fit.shape
-    monkeypatch.setattr(stem_layers, "FIT_TOKENS", length * (sequences // 2))
+    monkeypatch.setattr(layer_choice, "FIT_TOKENS", length * (sequences // 2))
     short = source.calibration(calibration.fit[: sequences // 2], probe=calibration.probe)
     costs = []
     for text in (calibration, short):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass, read_token_rows
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 

@@ -17,7 +17,7 @@ from hf_efficient.conversion.measuring.evaluation import (
     model_logits,
     student_quantile,
 )
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.evaluation import evaluate
 

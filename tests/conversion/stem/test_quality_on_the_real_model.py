@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.convert_checkpoint import convert
 
 EVERY_THIRD = list(range(1, 30, 3))
 # What `layers="greedy"` chooses on the web text. Named, since the choice takes longer than the conversion.

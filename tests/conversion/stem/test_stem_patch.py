@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
-from hf_efficient.conversion.stem import Stem
+from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import HFEError, UsageError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
-from hf_efficient.conversion.stem import Stem
-from hf_efficient.conversion.stem_tables import observe_feed_forward
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.conversion.stem.tables import observe_feed_forward
 from hf_efficient.errors import HFEError
 
 FITTED = ["gated_mean", "mean"]
@@ -230,8 +230,8 @@ def output_error(source, ids, gate, up, rows, layer):
 
 def test_the_output_fit_is_closest_in_what_the_feed_forward_gives_out(source, text, monkeypatch):
     """Once it has converged: no other initialiser and no change of its own rows comes closer."""
-    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit.STEPS", 300)
-    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._TOLERANCE", 1e-5)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit.STEPS", 300)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit._TOLERANCE", 1e-5)
     layer = 1
     ids, gate, up = feed_forward(source, text, layer)
     errors = {}
@@ -250,8 +250,8 @@ def test_the_output_fit_is_closest_in_what_the_feed_forward_gives_out(source, te
 
 def test_the_output_fit_solves_its_normal_equations(tiny_source, text, monkeypatch):
     """Shrinkage included, against a direct solution in fp64 for every token."""
-    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit.STEPS", 300)
-    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._TOLERANCE", 1e-5)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit.STEPS", 300)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit._TOLERANCE", 1e-5)
     source, layer, shrinkage = tiny_source(), 2, 3.0
     patched = source.convert(Stem(layers=[layer], init="output_ls", shrinkage=shrinkage), source.calibration(text))
     prior = expected_prior(source, text, layer, "gated_mean", shrinkage)
@@ -279,7 +279,7 @@ def test_the_output_fit_is_the_gated_mean_where_channels_do_not_mix(tiny_source,
 
 
 def test_the_output_fit_says_what_memory_it_would_take(tiny_source, text, monkeypatch):
-    monkeypatch.setattr("hf_efficient.conversion.stem_output_fit._MOST_BYTES", 1 << 10)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit._MOST_BYTES", 1 << 10)
     source = tiny_source()
     with pytest.raises(HFEError, match=r"keeps the gates of 192 tokens of 48 channels.*fewer tokens"):
         source.convert(Stem(layers=[1], init="output_ls"), source.calibration(text))

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hf_efficient
-from hf_efficient.checkpoint import convert
-from hf_efficient.conversion import convert as convert_module
-from hf_efficient.conversion.bhyt import Bhyt
-from hf_efficient.conversion.stem import Stem
-from hf_efficient.conversion.topology import MedVerse, Multiverse
+from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.conversion.stem.patch import Stem
+from hf_efficient.conversion.topology.patch import MedVerse, Multiverse
+from hf_efficient.conversion.writing import checkpoint_writer
+from hf_efficient.convert_checkpoint import convert
+from hf_efficient.data.topology_collator import mark_topology_trained
 from hf_efficient.errors import HFEError
 from hf_efficient.evaluation import evaluate
 from hf_efficient.modeling.decoder import generation_decoder
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, MULTIVERSE, token_ids_of
-from hf_efficient.training.topology_collator import mark_topology_trained
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MULTIVERSE, token_ids_of
 
 Stock = Callable[..., Path]
 QUIET: dict[str, Any] = {"evaluate": False, "progress": False}
@@ -397,7 +397,7 @@ def test_an_interrupted_conversion_ends_in_the_same_bytes(
     options = {**QUIET, "max_shard_size": "20KB"}
     convert(stock("llama"), tmp_path / "whole", [Multiverse()], **options)
     with monkeypatch.context() as patched:
-        patched.setattr(convert_module, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(checkpoint_writer, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(stock("llama"), tmp_path / "out", [Multiverse()], **options)
     report = convert(stock("llama"), tmp_path / "out", [Multiverse()], resume=True, **options)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_efficient.checkpoint import convert
 from hf_efficient.cli.options import build_patches
 from hf_efficient.conversion.options import ConversionOptions
 from hf_efficient.conversion.reading.source import Source
-from hf_efficient.conversion.topology import MedVerse, Multiverse
+from hf_efficient.conversion.topology.patch import MedVerse, Multiverse
+from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.inspection import inspect
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 
 class ToyVocabulary:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
-from hf_efficient.modeling.topology.builder import TopologyBuilder
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS, MODES, decoder_of, token_ids_of
-from hf_efficient.modeling.topology.plan import step_schedule
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MODES, decoder_of, token_ids_of
+from hf_efficient.modeling.topology.grammar.plan import step_schedule
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 GRAMMARS = list(CONTROL_TOKENS)
 TEXTS = 500

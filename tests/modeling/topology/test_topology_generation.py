@@ -25,12 +25,12 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
 )
-from hf_efficient.modeling.topology import parallel_turn
-from hf_efficient.modeling.topology.branches import Branch, canonical_columns
-from hf_efficient.modeling.topology.generation_topology import TopologyGenerateOutput, parallel_generate
-from hf_efficient.modeling.topology.sampling import Choice, Sampler, ScriptedSampler, most_likely
-from hf_efficient.modeling.topology.topology import Topology
-from hf_efficient.modeling.topology.topology_mask import TopologyMask
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
+from hf_efficient.modeling.topology.generation import parallel_turn
+from hf_efficient.modeling.topology.generation.branches import Branch, canonical_columns
+from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput, parallel_generate
+from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler, ScriptedSampler, most_likely
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hf_efficient.modeling.topology.parallel_turn import ParallelTurn
-from hf_efficient.modeling.topology.sampling import ScriptedSampler
-from hf_efficient.modeling.topology.topology_cache import TopologyCache
-from hf_efficient.modeling.topology.topology_step import TopologySession
+from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
+from hf_efficient.modeling.topology.generation.parallel_turn import ParallelTurn
+from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
+from hf_efficient.modeling.topology.generation.topology_step import TopologySession
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"

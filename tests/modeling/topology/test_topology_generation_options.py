@@ -27,17 +27,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology import generation_topology
-from hf_efficient.modeling.topology.branches import Branch, BranchPath
-from hf_efficient.modeling.topology.generation_topology import parallel_generate
-from hf_efficient.modeling.topology.sampling import (
+from hf_efficient.modeling.topology.generation import generation_topology
+from hf_efficient.modeling.topology.generation.branches import Branch, BranchPath
+from hf_efficient.modeling.topology.generation.generation_topology import parallel_generate
+from hf_efficient.modeling.topology.generation.sampling import (
     ProcessedSampler,
     ScriptedSampler,
     branch_key,
     draw,
     uniform,
 )
-from hf_efficient.modeling.topology.streaming import BranchStreamer
+from hf_efficient.modeling.topology.generation.streaming import BranchStreamer
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
@@ -198,7 +198,7 @@ def test_a_criterion_ends_its_branch_alone(
     criterion = Ends(tokenizer.encode("!"))
     options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([criterion])}
     if by == "string":
-        module = "hf_efficient.modeling.topology.generation_topology.StopStringCriteria"
+        module = "hf_efficient.modeling.topology.generation.generation_topology.StopStringCriteria"
         # The toy tokenizer is none of transformers'.
         monkeypatch.setattr(module, lambda tokenizer, strings: Ends(tokenizer.encode(strings)))
         options = {"stop_strings": "!"}

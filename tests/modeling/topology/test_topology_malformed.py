@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from hf_efficient.errors import TopologyError
-from hf_efficient.modeling.topology.builder import TopologyBuilder
-from hf_efficient.modeling.topology.cursor import MAX_DEPTH
-from hf_efficient.modeling.topology.segment_graph import MAX_SEGMENTS
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
+from hf_efficient.modeling.topology.grammar.cursor import MAX_DEPTH
+from hf_efficient.modeling.topology.grammar.segment_graph import MAX_SEGMENTS
 
 GOAL = "<Goal><Outline>1: x</Outline><Outline>2: y</Outline></Goal>"
 TWO = f"<Parallel>{GOAL}<Path>1: a</Path><Path>2: b</Path>"

@@ -16,10 +16,10 @@ from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology.grammar import CONTROL_TOKENS
-from hf_efficient.modeling.topology.topology import Topology
-from hf_efficient.modeling.topology.topology_interface import TOPOLOGY_ATTENTION
-from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQueries, dense_mask
+from hf_efficient.modeling.topology.attention.topology_interface import TOPOLOGY_ATTENTION
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, TopologyQueries, dense_mask
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 OURS = ["hfe_multiverse", "hfe_medverse", "hfe_decoder"]
 IDS = {tag: 20 + i for i, tag in enumerate(CONTROL_TOKENS["multiverse"])}

@@ -12,10 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from transformers.cache_utils import DynamicCache
 
 import hf_efficient  # noqa: F401  registers the attention implementation
-from hf_efficient.conversion.reading.families import decoder_config
+from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
-from hf_efficient.modeling.topology.topology import Topology
-from hf_efficient.modeling.topology.topology_mask import TopologyMask, TopologyQueries, additive_mask, dense_mask
+from hf_efficient.modeling.topology.attention.topology_mask import (
+    TopologyMask,
+    TopologyQueries,
+    additive_mask,
+    dense_mask,
+)
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -10,8 +10,8 @@ import torch
 
 from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
-from hf_efficient.modeling.topology.topology import Topology
-from hf_efficient.modeling.topology.topology_mask import TopologyMask, dense_mask, flex_mask, seen_pairs
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, dense_mask, flex_mask, seen_pairs
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 DIAMOND = [(3, []), (2, [0]), (4, [0]), (1, [1, 2])]
 

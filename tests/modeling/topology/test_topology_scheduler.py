@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_efficient.errors import HFEError, TopologyError, UsageError
-from hf_efficient.modeling.topology.branches import Branch, all_branches
-from hf_efficient.modeling.topology.builder import TopologyBuilder
-from hf_efficient.modeling.topology.forced_text import ForcedText
-from hf_efficient.modeling.topology.scheduler import Limits, RowScheduler
-from hf_efficient.modeling.topology.topology import Topology
+from hf_efficient.modeling.topology.generation.branches import Branch, all_branches
+from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
+from hf_efficient.modeling.topology.grammar.topology import Topology
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"

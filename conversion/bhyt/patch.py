@@ -1,0 +1,318 @@
+"""Stock checkpoint -> BHyT: a bounded hyperbolic tangent takes the place of RMSNorm.
+
+With z the normalised row and a = lambda / kappa, a converted site gives ``weight * out_scale * tanh(a z)``. The weight
+is the source's, bit for bit, so dropping `lam` and `out_scale` gives the source back.
+
+- Lossless: a so small that tanh is its argument to below the rounding of bfloat16, ``out_scale = 1 / a``. Since
+  ``|z| <= sqrt(D)``, the relative error of an output is at most ``(a sqrt(D))^2 / 3`` for every input there is.
+- Bounded: a as given, and a gain for each channel, fitted to text, in `out_scale`.
+
+`bhyt_fits` has the formulas of what is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.bhyt.fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
+from hf_efficient.conversion.measuring.calibration import Calibration, prepared
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
+from hf_efficient.errors import UsageError
+from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
+
+_SECOND_SITES = ("exact", "affine")
+_FINAL_NORMS = ("rms", "bhyt")
+_LEAVES = ("input_layernorm", "post_attention_layernorm")
+# tanh(u) and u differ by u^2 / 3 of themselves: at this u by half a unit in the last place of bfloat16.
+_LARGEST_ARGUMENT = 0.0765
+_LARGEST_A = 2.0**-10
+# The attention of the first layers adds most to the stream, and what it adds follows no line. Nor does that of some
+# layers above: those are estimated whose line misses the scale by no more than this.
+_ALWAYS_EXACT = (0, 1)
+_LARGEST_MISS = 0.03
+
+
+@dataclass
+class Bhyt:
+    """Options of the BHyT patch.
+
+    Raises:
+        UsageError: an option is malformed here, or does not suit the model in `check`.
+    """
+
+    name: ClassVar[str] = "bhyt"
+    card_note: ClassVar[str] = (
+        "BHyT (arXiv:2601.09719) puts a bound on what RMSNorm gives: `gamma * tanh(lambda / kappa * x / rms(x))`. "
+        "Converted without `--bhyt-bound`, lambda is so small that the model is its source to within rounding, and "
+        "nothing is bounded either. **Converted with it the model is bounded, and the conversion lossy**: expect a "
+        "clear loss of quality until the model has been recovered by training."
+    )
+
+    citation: ClassVar[str] = bibtex(
+        "byun2026bhyt",
+        "Bounded Hyperbolic Tangent: A Stable and Efficient Alternative to Pre-Layer Normalization in Large Language "
+        "Models",
+        "Byun, Hoyoon and Choi, Youngjun and Kim, Taero and Park, Sungrae and Song, Kyungwoo",
+        "2601.09719",
+    )
+
+    second_site: str = field(
+        default="exact",
+        metadata={
+            "help": "mean square of a layer's second norm: exact; affine: a line fitted to that of the first, which "
+            "saves a sum over the row (needs text)"
+        },
+    )
+    exact_layers: str | list[int] = field(
+        default="auto",
+        metadata={
+            "help": "with affine: layers whose second norm stays exact, such as 0,1,5, or none; auto: 0, 1 and those "
+            f"where a line misses the scale by more than {_LARGEST_MISS:.0%}"
+        },
+    )
+    bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "lambda: bounds a norm at |x / rms| = kappa / lambda, with gains fitted to text; lossy (default: "
+            "none, which is lossless)"
+        },
+    )
+    kappa: float = field(default=10.0, metadata={"help": "what lambda is divided by"})
+    final: str = field(default="rms", metadata={"help": "the final norm: rms keeps it, bhyt converts it too"})
+
+    def __post_init__(self) -> None:
+        for name, words in (("second_site", _SECOND_SITES), ("final", _FINAL_NORMS)):
+            if getattr(self, name) not in words:
+                raise UsageError(f"bhyt {name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
+        for name in ("bound", "kappa"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and value > 0 and math.isfinite(value)
+            if not number and (name, value) != ("bound", None):
+                raise UsageError(
+                    f"bhyt {name}={value!r} must be a positive number", "the paper's lambda is 1, its kappa 10"
+                )
+        if self.exact_layers != "auto":
+            self.exact_layers = _parse_layers(self.exact_layers)
+            if self.second_site == "exact":
+                raise UsageError(
+                    f"bhyt exact_layers={self.exact_layers} goes with second_site=affine; every layer is exact already",
+                    "leave it out",
+                )
+        self._misses: dict[int, float] = {}
+        self._summary: dict[str, str] = {}
+        self._sites: dict[str, dict[str, Any]] = {}
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.bound is not None or self.second_site == "affine"
+
+    @property
+    def measures_choice(self) -> bool:
+        return self.second_site == "affine" and self.exact_layers == "auto"
+
+    def check(self, config: DecoderConfig) -> None:
+        if "bhyt" in config.active_patches:
+            raise UsageError(
+                f"the source is a BHyT checkpoint already ({config.model_type}, source {config.source_model_type})",
+                "convert its stock source again, with the options you want",
+            )
+        named = self.exact_layers if isinstance(self.exact_layers, list) else []
+        outside = [index for index in named if index >= config.num_hidden_layers]
+        if outside:
+            raise UsageError(
+                f"bhyt exact_layers {outside} do not exist", f"the model has layers 0 to {config.num_hidden_layers - 1}"
+            )
+
+    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        exact = self.exact_layers if isinstance(self.exact_layers, list) else []
+        if self.measures_choice:
+            self._misses = _line_misses(prepared(calibration))
+            exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
+        if not self.needs_calibration:
+            u = self._lambda(config) / self.kappa * math.sqrt(config.hidden_size)
+            self._summary["bhyt"] = f"lossless: a norm's outputs are within {u * u / 3:.1e} of the source's"
+        return self._fields(config, exact)
+
+    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        count = config.num_hidden_layers
+        exact = [index for index in _ALWAYS_EXACT if index < count]
+        known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
+        # The fewer are exact, the more lines are stored.
+        return ExpectedChoice(
+            self._fields(config, exact), {"bhyt_exact_layers": f"{known}; sizes are those of {len(exact)}"}
+        )
+
+    def _fields(self, config: DecoderConfig, exact: list[int]) -> dict[str, Any]:
+        bound = self._lambda(config)
+        return {
+            "bhyt_layers": list(range(config.num_hidden_layers)),
+            "bhyt_second_site": self.second_site,
+            "bhyt_exact_layers": exact,
+            "bhyt_lambda_input": bound,
+            "bhyt_lambda_post": bound,
+            # A lossless lambda is a hundredth of what an optimiser's steps suit, and all it does the weight does too.
+            "bhyt_learnable_lambda": self.bound is not None,
+            "bhyt_kappa": self.kappa,
+            # RMSNorm's own: another eps would be another norm where the stream is small.
+            "bhyt_eps": config.rms_norm_eps,
+            "bhyt_final": self.final,
+            **({"bhyt_lambda_final": bound} if self.final == "bhyt" else {}),
+            "bhyt_output_scale": True,
+        }
+
+    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        width = (config.hidden_size,)
+        origin = "1 / a" if self.bound is None else "gains fitted to text"
+        added = {}
+        for prefix, index in _sites(config):
+            added[f"{prefix}.out_scale"] = NewTensor(width, torch.float32, origin)
+            if prefix.endswith(_LEAVES[1]) and config.bhyt_estimate(index) == "affine":
+                added[f"{prefix}.affine"] = NewTensor((2,), torch.float32, "line fitted to text")
+        # Last, since they may be narrower than what is before them.
+        added |= {f"{prefix}.lam": NewTensor((1,), dtype, "lambda") for prefix, _ in _sites(config)}
+        return TensorChanges(added)
+
+    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        # As the checkpoint stores it: the gains must go with that.
+        lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
+        if self.needs_calibration:
+            yield from self._fitted(config, prepared(calibration), lam)
+        else:
+            for prefix, _ in _sites(config):
+                yield f"{prefix}.out_scale", self._plain_gain(config, lam)
+        for prefix, _ in _sites(config):
+            yield f"{prefix}.lam", lam
+
+    def report(self) -> dict[str, Any]:
+        return {"sites": self._sites, "line_misses": self._misses, "summary": self._summary}
+
+    def _lambda(self, config: DecoderConfig) -> float:
+        if self.bound is not None:
+            return self.bound
+        # A power of two, so that a weight keeps all its digits when it is multiplied by 1 / a.
+        largest = min(_LARGEST_A, _LARGEST_ARGUMENT / math.sqrt(config.hidden_size))
+        return self.kappa * 2.0 ** math.floor(math.log2(largest))
+
+    def _fitted(self, config: DecoderConfig, calibration: Calibration, lam: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """`out_scale` and `affine` of every site, in the order of the layers.
+
+        The text passes through the layers with the converted norms fitted so far and, where they are bounded, once more
+        with the source's. A gain draws what a converted norm makes of its own stream to what the source's made of its
+        own, so each layer makes good for some of what those below it have lost.
+        """
+        run = calibration.start(calibration.fit)
+        (converted,) = run.streams
+        source = None if self.bound is None else converted.fork()
+        for index, layer in run.layers():
+            stock = {"input": layer.input_layernorm, "post": layer.post_attention_layernorm}
+            first, second = (f"model.layers.{index}.{leaf}" for leaf in _LEAVES)
+            gain = self._gain(first, config, lam, converted.hidden, None if source is None else source.hidden)
+            yield f"{first}.out_scale", gain
+            parts = {_LEAVES[0]: _norm(config, "input", index, stock["input"], lam, gain)}
+            with replaced(layer, **parts):
+                ahead = after_attention(run, index, layer, converted)
+            target = None if source is None else after_attention(run, index, layer, source)
+            gain = self._gain(second, config, lam, ahead, target)
+            yield f"{second}.out_scale", gain
+            line = None
+            if config.bhyt_estimate(index) == "affine":
+                line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(ahead))
+                self._sites[second] = {**self._sites.get(second, {}), **line.report}
+                yield f"{second}.affine", line.tensor
+            parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
+            with replaced(layer, **parts):
+                run.push(index, layer, converted)
+            if source is not None:
+                run.push(index, layer, source)
+            calibration.progress("calibrate", index + 1, config.num_hidden_layers)
+        if config.bhyt_final == "bhyt":
+            gain = self._gain("model.norm", config, lam, converted.hidden, None if source is None else source.hidden)
+            yield "model.norm.out_scale", gain
+        self._summarise()
+
+    def _gain(self, site: str, config: DecoderConfig, lam: Tensor, converted: Tensor, source: Tensor | None) -> Tensor:
+        """`out_scale` of a site [D] for these streams before it [B, S, D]; without that of the source 1 / a."""
+        if source is None:
+            return self._plain_gain(config, lam)
+        fit = ChannelGains.fit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
+        self._sites[site] = fit.report
+        return fit.gain
+
+    def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
+        return torch.full((config.hidden_size,), self.kappa / lam.item())
+
+    def _summarise(self) -> None:
+        """The few figures of the sites that the report's table shows."""
+        sites = self._sites
+        if self.bound is not None:
+            errors = sorted((found["relative_error"], site) for site, found in sites.items())
+            shares = [found["saturated"] for found in sites.values()]
+            self._summary |= {
+                "bhyt, error of a norm": f"median {errors[len(errors) // 2][0]:.1%}, most {errors[-1][0]:.1%} in "
+                f"{errors[-1][1]}",
+                "bhyt, |tanh| above 0.9": f"{sum(shares) / len(shares):.2%} of all, {max(shares):.2%} of one norm's",
+                "bhyt, largest |x| / rms": f"{max(found['max_over_rms'] for found in sites.values()):.1f}",
+            }
+        lines = sorted((found["miss"], site) for site, found in sites.items() if "slope" in found)
+        if lines:
+            self._summary["bhyt, miss of a line"] = f"at most {lines[-1][0]:.1%} of the scale, in {lines[-1][1]}"
+            from_zero = sum(sites[site]["through_origin"] for _, site in lines)
+            if from_zero:
+                self._summary["bhyt, lines from zero"] = (
+                    f"{from_zero} of {len(lines)}: the best line falls, or begins below zero"
+                )
+
+
+def _line_misses(calibration: Calibration) -> dict[int, float]:
+    """For each layer of the source, by how much of the scale a line misses on a little text, root mean square."""
+    run = calibration.start(calibration.probe)
+    (stream,) = run.streams
+    misses = {}
+    for index, layer in run.layers():
+        ahead = after_attention(run, index, layer, stream)
+        misses[index] = MeanSquareLine.fit(mean_square(stream.hidden), mean_square(ahead)).miss
+        run.push(index, layer, stream)
+        calibration.progress("choose layers", index + 1, calibration.config.num_hidden_layers)
+    return misses
+
+
+def _norm(
+    config: DecoderConfig,
+    site: str,
+    index: int,
+    stock: DecoderRMSNorm,
+    lam: Tensor,
+    gain: Tensor,
+    line: MeanSquareLine | None = None,
+) -> BhytNorm:
+    """A site as the converted model has it, in fp32."""
+    tensors = {"weight": stock.weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})}
+    norm = BhytNorm(config, site, index).to(stock.weight.device).requires_grad_(False)
+    norm.load_state_dict(tensors)
+    return norm
+
+
+def _sites(config: DecoderConfig) -> list[tuple[str, int]]:
+    """Names of the norms that are converted, each with its layer; the final norm, last, has the number of layers."""
+    sites = [(f"model.layers.{index}.{leaf}", index) for index in config.bhyt_layers for leaf in _LEAVES]
+    return [*sites, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else sites
+
+
+def _parse_layers(layers: str | list[int]) -> list[int]:
+    if isinstance(layers, str) and layers.strip() == "none":
+        return []
+    parsed = layer_indices(layers)
+    if parsed is None or any(index < 0 for index in parsed):
+        raise UsageError(
+            f"bhyt exact_layers={layers!r} must be none, or different whole numbers from 0 on, separated by commas",
+            "for example 0,1",
+        )
+    return parsed

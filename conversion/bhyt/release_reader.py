@@ -1,0 +1,287 @@
+"""Checkpoints that the BHyT authors' training code writes, as checkpoints of our decoder.
+
+They call themselves `llama`. What sets them apart are fields of `config.json`, first of all `norm_type`, and tensors
+beside the stock ones: `lam` of every BHyT norm, without dimensions where it was not learnt, and for some estimates of
+the second site's mean square a scalar or two in each layer. Three things that no file tells are fixed in their code:
+the eps of a BHyT norm is 1e-6 whatever `rms_norm_eps` says, the statistics of the final norm are its own, and
+`bhytstar` always ends in RMSNorm.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.bhyt.branch_variance import branch_variance
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+if TYPE_CHECKING:
+    from hf_efficient.conversion.reading.source import TensorReader
+
+# In config.json: the projections hold the gammas of the norms before them. Their code leaves no sign of it.
+GAMMA_FOLDED = "bhyt_gamma_folded"
+_EPS = 1e-6
+_ESTIMATED = ("bhyt", "bhytline")
+_EXACT = "bhytstar"
+# Method -> the scalars of a layer that are added to 1 for the slope, and that stand for the intercept.
+_METHODS: dict[str, tuple[str | None, str | None]] = {
+    "baseline": (None, None),
+    "beta": (None, "var_beta"),
+    "eta": ("var_eta", None),
+    "residual_aware": ("var_cross_beta", "var_alpha"),
+}
+# Fields that change the network in ways which our decoder does not take, and what they do.
+_UNSUPPORTED = {
+    "use_shared_scale": "scales the embedding by a learnt number",
+    "use_gamma_var": "weights the estimate of the second site by the gammas of the first",
+    "bhyt_kappa_schedule": "gives every layer a kappa of its own",
+    "var_approx_calibration": "corrects the estimates after training, which its own decoding ignores",
+}
+# An estimate's slope must exceed this: the operation takes no mean square below a thousandth of the first site's.
+_LEAST_SLOPE = 1e-3
+_BACKUP = "_bhyt_norm_fold_backup_"
+# What norm_fold multiplies by the gamma of which norm; it leaves the final norm alone.
+_FOLDED = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def is_bhyt_release(fields: dict[str, Any]) -> bool:
+    """True for the `config.json` of a model that the authors' code trained with a norm other than RMSNorm."""
+    return fields.get("model_type") == "llama" and fields.get("norm_type") not in (None, "rms")
+
+
+def release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> EfficientDecoderConfig:
+    """The decoder configuration of a release checkpoint.
+
+    Args:
+        fields: its `config.json`.
+        stock: what the same file describes when it is read as that of a plain Llama.
+
+    Raises:
+        HFEError: a field is missing or wrong, or asks for something that our decoder does not have.
+    """
+    for name, effect in _UNSUPPORTED.items():
+        if fields.get(name):
+            raise HFEError(
+                f"config.json sets {name}={fields[name]!r}, which {effect}; a conversion does not take that",
+                f"choose a checkpoint trained without {name}",
+            )
+    norm_type, count = fields["norm_type"], stock.num_hidden_layers
+    kinds = [_layer_kind(fields, index) for index in range(count)]
+    estimated = [index for index in range(count) if kinds[index] in _ESTIMATED and not _is_exact(fields, index)]
+    method = _method(fields)
+    own_fields = {
+        "bhyt_layers": [index for index in range(count) if kinds[index] != "rms"],
+        "bhyt_second_site": "approx" if estimated else "exact",
+        "bhyt_exact_layers": [i for i in range(count) if estimated and kinds[i] != "rms" and i not in estimated],
+        "bhyt_lambda_input": _positive(fields, "input_layer_lam"),
+        "bhyt_lambda_post": _positive(fields, "post_layer_lam"),
+        "bhyt_learnable_lambda": bool(fields.get("learnable_lam", False)),
+        "bhyt_kappa": _positive(fields, "bhyt_kappa", 10.0),
+        "bhyt_eps": _EPS,
+        "bhyt_learnable_estimate": bool(estimated) and method != "baseline",
+    }
+    # Zero stands for RMSNorm.
+    if norm_type in _ESTIMATED and fields.get("last_layer_lam"):
+        own_fields |= {"bhyt_final": "bhyt", "bhyt_lambda_final": _positive(fields, "last_layer_lam")}
+    if estimated:
+        own_fields["bhyt_seq_len"] = _sequence_length(fields)
+        if stock.attention_bias and method != "eta":
+            raise HFEError(
+                "config.json sets attention_bias beside an estimated second site; their estimate leaves the bias of "
+                "the values out, ours does not, so the model would not be the same",
+                "choose a checkpoint trained without attention_bias",
+            )
+    config = copy.deepcopy(stock)
+    try:
+        for name, value in own_fields.items():
+            setattr(config, name, value)
+        return decoder_config(config)  # once more, for its rules
+    # huggingface_hub raises errors of its own for a field of a wrong type or value.
+    except Exception as error:
+        raise HFEError(f"config.json is not valid ({' '.join(str(error).split())})", "correct config.json") from error
+
+
+def _layer_kind(fields: dict[str, Any], index: int) -> str:
+    """The norm of a layer: `rms`, `bhyt`, `bhytline` or `bhytstar`."""
+    kind, bounds = fields.get("norm_type", "rms"), fields.get("bhyt_layer_range")
+    if bounds is not None and kind in _ESTIMATED:
+        if not (isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int) for bound in bounds)):
+            raise HFEError(
+                f"config.json has bhyt_layer_range={bounds!r}, not the first and the last layer", "correct config.json"
+            )
+        if not bounds[0] <= index <= bounds[1]:
+            kind = fields.get("fallback_norm_type", "rms")
+    known = ("rms", *_ESTIMATED, _EXACT)
+    if kind not in known:
+        raise HFEError(
+            f"config.json names the norm {kind!r}; of the BHyT authors' norms a conversion takes {', '.join(known)}",
+            "choose a checkpoint trained with one of these",
+        )
+    return kind
+
+
+def _is_exact(fields: dict[str, Any], index: int) -> bool:
+    """True where the second site of a layer takes its own mean square although the others estimate it."""
+    first, listed = fields.get("var_approx_exact_layers") or 0, fields.get("var_approx_exact_layer_list")
+    try:
+        named = {int(part) for part in str("" if listed is None else listed).split(",") if part.strip()}
+        return index < int(first) or index in named
+    except (TypeError, ValueError):
+        raise HFEError(
+            f"config.json has var_approx_exact_layers={first!r} and var_approx_exact_layer_list={listed!r}, not a "
+            "number of layers and indices separated by commas",
+            "correct config.json",
+        ) from None
+
+
+def _method(fields: dict[str, Any]) -> str:
+    method = fields.get("var_approx_method") or "baseline"
+    if method not in _METHODS:
+        raise HFEError(
+            f"config.json has var_approx_method={method!r}; a conversion takes {', '.join(_METHODS)}",
+            "choose a checkpoint trained with one of these",
+        )
+    return method
+
+
+def _positive(fields: dict[str, Any], name: str, default: float | None = None) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise HFEError(f"config.json has {name}={value!r}, not a positive number", "correct config.json")
+    return float(value)
+
+
+def _sequence_length(fields: dict[str, Any]) -> int:
+    length = fields.get("seq_len")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise HFEError(
+            f"config.json has seq_len={length!r}; without it their estimate of the second site depends on the length "
+            "of the first batch that the model ever sees",
+            "set seq_len to the length of the training sequences (their cutoff_len)",
+        )
+    return length
+
+
+class BhytReleaseReader:
+    """A `TensorReader` over a release checkpoint, under the names and in the shapes of our decoder.
+
+    Args:
+        stored: the checkpoint's tensors as they lie in its files.
+        fields: its `config.json`.
+        config: what `release_config` made of it; of a model with RMSNorm alone its plain configuration.
+        gamma_folded: the projections hold the gammas of the norms before them (`norm_fold`), which are therefore
+            divided out of them: applied twice, they would ruin the model. To set them to 1 would not do, since the
+            estimate of the second site is made of the projections as they were trained.
+
+    Raises:
+        HFEError: the checkpoint bears signs of `norm_fold` and nobody said so, or it does not go with the norms.
+    """
+
+    def __init__(
+        self, stored: TensorReader, fields: dict[str, Any], config: EfficientDecoderConfig, *, gamma_folded: bool
+    ) -> None:
+        backups = [name for name in stored.names() if _BACKUP in name]
+        if backups and not gamma_folded:
+            raise HFEError(
+                f"the checkpoint holds {backups[0]}, which norm_fold makes: its projections hold the gammas already",
+                "convert with --gamma-folded, or save the model again after revert_norm_fold",
+            )
+        if gamma_folded and fields.get("model_type") != "llama":
+            raise HFEError(
+                f"gamma_folded speaks of Llamas of the BHyT authors' code, and this is a {fields.get('model_type')}",
+                "leave it out",
+            )
+        if gamma_folded and any(_layer_kind(fields, i) == _EXACT for i in range(config.num_hidden_layers)):
+            raise HFEError("gammas of norm_type bhytstar are never folded: norm_fold passes over it", "leave it out")
+        self._stored = stored
+        self._config: Any = config  # typed with None, which no field of a configuration is once it is built
+        layers = config.bhyt_layers or []
+        leaves = self._slope, self._intercept = _METHODS[_method(fields)]
+        # Every layer has them; where its second site is exact they do nothing.
+        scalars = {f"model.layers.{index}.{leaf}": index for index in layers for leaf in leaves if leaf is not None}
+        estimated = [index for index in layers if config.bhyt_estimate(index) == "approx"]
+        absent = [name for name, index in scalars.items() if index in estimated and name not in stored.names()]
+        if absent:
+            raise HFEError(
+                f"the checkpoint lacks tensor {absent[0]}, which config.json calls for", "use the whole checkpoint"
+            )
+        self._names = [name for name in stored.names() if name not in scalars and name not in backups]
+        self._gamma_of = {
+            f"model.layers.{index}.{projection}.weight": f"model.layers.{index}.{norm}.weight"
+            for index in range(config.num_hidden_layers if gamma_folded else 0)
+            for norm, projections in _FOLDED.items()
+            for projection in projections
+        }
+        kinds = ("branch", "affine") if config.bhyt_learnable_estimate else ("branch",)
+        self._computed = {
+            f"model.layers.{index}.post_attention_layernorm.{kind}": (index, kind)
+            for index in estimated
+            for kind in kinds
+        }
+
+    def names(self) -> list[str]:
+        return [*self._names, *self._computed]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (2,) if name in self._computed else self._stored.shape(name) or (1,)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._computed else self._stored.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        if name in self._computed:
+            index, kind = self._computed[name]
+            return self._branch(index) if kind == "branch" else self._affine(index)
+        return self._unfolded(name, self._stored.read(name).view(self.shape(name)))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._computed or self._stored.shape(name) == ():
+            return self.read(name)[start:stop]
+        return self._unfolded(name, self._stored.read_rows(name, start, stop))
+
+    def warnings(self) -> list[str]:
+        """What the user should know of how the tensors are read."""
+        norms = len(set(self._gamma_of.values()))
+        return [f"the gammas of {norms} norms were divided out of the projections after them"] if norms else []
+
+    def _unfolded(self, name: str, tensor: Tensor) -> Tensor:
+        """A projection without the gammas that norm_fold multiplied its columns by; any other tensor as it is."""
+        if name not in self._gamma_of:
+            return tensor
+        gamma = self._stored.read(self._gamma_of[name]).float()
+        # Of a column that was multiplied by zero nothing is left, nor does the norm let anything through to it.
+        return (tensor.float() / gamma.where(gamma != 0, 1.0)).to(tensor.dtype)
+
+    def _branch(self, index: int) -> Tensor:
+        """What a layer's attention is expected to add to the mean square [2], fp32."""
+        attention = f"model.layers.{index}.self_attn"
+        bias = f"{attention}.v_proj.bias"
+        return branch_variance(
+            self.read(f"{attention}.v_proj.weight"),
+            self.read(f"{attention}.o_proj.weight"),
+            self.read(bias) if bias in self._names else None,
+            head_dim=self._config.head_dim,
+            seq_len=self._config.bhyt_seq_len,
+        )
+
+    def _affine(self, index: int) -> Tensor:
+        """Slope and intercept of a layer's estimate [2], fp32."""
+        slope, intercept = 1 + self._scalar(index, self._slope), self._scalar(index, self._intercept)
+        if not slope > _LEAST_SLOPE:
+            raise HFEError(
+                f"layer {index} estimates its second mean square as {slope:.3g} times the first, and our decoder takes "
+                f"no less than {_LEAST_SLOPE} of it",
+                "train the estimate further, or choose another checkpoint",
+            )
+        return torch.tensor([slope, intercept], dtype=torch.float32)
+
+    def _scalar(self, index: int, leaf: str | None) -> float:
+        return 0.0 if leaf is None else self._stored.read(f"model.layers.{index}.{leaf}").item()

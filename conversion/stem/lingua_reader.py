@@ -1,0 +1,383 @@
+"""STEM checkpoints as the authors' training code writes them, based on Meta Lingua, as stock checkpoints.
+
+A folder of one training step:
+
+    params.json                               the training configuration; its section `model` is the architecture
+    consolidated/consolidated.pth             the backbone; or consolidated.pth in the folder itself
+    stem_shards/stem_model_mp{r}.pt           columns of every table, one file for each rank r of the tables' group
+
+These are pickles. They are opened by `torch.load` with `weights_only=True`, which builds tensors and plain containers
+and nothing else, and mapped into memory, so that only what is read takes room.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hf_efficient.conversion.families.decoder import source_config
+from hf_efficient.conversion.reading.json_file import is_whole
+from hf_efficient.conversion.reading.rotary_order import split_halves
+from hf_efficient.conversion.reading.safetensors_reader import DTYPES
+from hf_efficient.conversion.reading.tensor_file import check_finite
+from hf_efficient.errors import HFEError, error_text
+
+PARAMS_NAME = "params.json"
+_BACKBONE = "consolidated.pth"
+_BACKBONE_FOLDER = "consolidated"
+_SHARDS_FOLDER = "stem_shards"
+_SHARD = re.compile(r"stem_(?:model_)?mp(\d+)\.pt")
+# Wrappers of the model leave their names before those of its parts.
+_WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|model|lm_transformer)\.)+")
+_TOP_LEVEL = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "output.tied_module.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+_LAYER = re.compile(r"layers\.(\d+)\.([\w.]+)\.(weight)")
+_TABLE = re.compile(r"stem_embeddings\.(\d+)\.weight")
+# More than any number of the section `model`.
+_LARGEST = 1 << 24
+# Fields of the section `model` that change the network in ways which a decoder of ours, or the files, do not tell.
+_MUST_BE_EMPTY = {
+    "rope_scaling": "some versions of the training code scale the rotary frequencies by it and others ignore it",
+    "sliding_window": "some of the training code's attentions apply it and others ignore it",
+}
+
+
+def is_lingua(folder: Path) -> bool:
+    """True for a folder that holds a checkpoint of this format, whole or not, and no `config.json`."""
+    signs = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
+    return not (folder / "config.json").exists() and any((folder / sign).exists() for sign in signs)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors side by side that make up one tensor of the checkpoint, and the file of the first."""
+
+    parts: list[Tensor]
+    path: Path
+
+
+class LinguaReader:
+    """A `TensorReader` over the files of a training step, under stock names.
+
+    Attributes:
+        paths: the files that hold weights.
+        config: transformers' configuration of the backbone, without special tokens: the files name none.
+        stem_layers: the layers that have tables; empty for a dense checkpoint.
+    """
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        backbone = _backbone_file(folder)
+        shards = _shard_files(folder)
+        self.paths = [backbone, *shards]
+        state = _backbone(backbone)
+        tables = _tables(shards, state, backbone)
+        model = _model_section(params)
+        self.config = _config(model, vocab_size=_embedding_rows(state, backbone))
+        self.stem_layers = _stem_layers(model, len(tables))
+        _check_widths(tables, self.config.intermediate_size)
+        self._pieces = {stock_name(name): _Piece([tensor], backbone) for name, tensor in state.items()}
+        for position, index in enumerate(self.stem_layers):
+            self._pieces[f"model.layers.{index}.mlp.stem_embed.weight"] = tables[position]
+
+    def names(self) -> list[str]:
+        return list(self._pieces)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        parts = self._pieces[name].parts
+        return (*parts[0].shape[:1], sum(part.shape[1] for part in parts)) if len(parts) > 1 else tuple(parts[0].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._pieces[name].parts[0].dtype
+
+    def read(self, name: str) -> Tensor:
+        heads = self._interleaved_heads(name)
+        tensor = self._columns(name, slice(None))
+        return tensor if heads is None else split_halves(tensor, heads)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if self._interleaved_heads(name) is not None:
+            return self.read(name)[start:stop].clone()
+        return self._columns(name, slice(start, stop))
+
+    def _columns(self, name: str, rows: slice) -> Tensor:
+        piece = self._pieces[name]
+        parts = [part[rows] for part in piece.parts]
+        return check_finite(name, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone(), piece.path)
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        if ".self_attn.q_proj." in name:
+            return self.config.num_attention_heads
+        return self.config.num_key_value_heads if ".self_attn.k_proj." in name else None
+
+
+def stock_name(name: str) -> str:
+    """The stock name of a backbone tensor; a name without one is returned as it is and reported as unknown later."""
+    if name in _TOP_LEVEL:
+        return _TOP_LEVEL[name]
+    in_layer = _LAYER.fullmatch(name)
+    if in_layer and in_layer[2] in _IN_LAYER:
+        return f"model.layers.{in_layer[1]}.{_IN_LAYER[in_layer[2]]}.{in_layer[3]}"
+    return name
+
+
+def _backbone_file(folder: Path) -> Path:
+    for path in (folder / _BACKBONE_FOLDER / _BACKBONE, folder / _BACKBONE):
+        if path.is_file():
+            return path
+    if any(folder.glob("*.distcp")):
+        raise HFEError(
+            f"{folder.name} holds its backbone as a distributed checkpoint, whose index is a pickle that can run any "
+            "code when it is opened",
+            "where you trust it, run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{folder.name} {folder.name}/{_BACKBONE}` and convert again",
+        )
+    raise HFEError(
+        f"{folder.name} has {PARAMS_NAME} but no {_BACKBONE}, here or in {_BACKBONE_FOLDER}/",
+        "name the folder of one training step, such as checkpoints/0000010000",
+    )
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The files of the tables' columns, in the order of their ranks: mp10 comes after mp2."""
+    # The consolidated backbone has a folder of its own, inside that of the step; either may be named.
+    places = [folder, *([folder.parent] if folder.name == _BACKBONE_FOLDER else [])]
+    shards = next((place / _SHARDS_FOLDER for place in places if (place / _SHARDS_FOLDER).is_dir()), None)
+    if shards is None:
+        return []
+    ranks = {int(match[1]): path for path in shards.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
+    if missing or not ranks:
+        raise HFEError(
+            f"{_SHARDS_FOLDER} lacks stem_model_mp{missing[0] if missing else 0}.pt: the columns of the tables are "
+            f"spread over all ranks from 0 on, and {len(ranks)} file(s) are there",
+            "copy all of them",
+        )
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The dictionary in a file of tensors, its tensors mapped."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise HFEError(
+            f"{path.name} holds more than tensors and plain containers, and is not opened: that could run any code",
+            "load it where you trust it and save its tensors again with torch.save",
+        ) from error
+    # A damaged pickle raises whatever the step does that it was damaged in.
+    except Exception as error:
+        cause = error_text(error, named=True)
+        raise HFEError(f"{path.name} cannot be read ({cause})", "copy it again") from error
+    if not isinstance(content, dict):
+        raise HFEError(f"{path.name} holds a {type(content).__name__}, not tensors by name", "copy it again")
+    return content
+
+
+def _backbone(path: Path) -> dict[str, Tensor]:
+    content = _load(path)
+    # Beside the model stands the optimiser, unless the model was saved alone.
+    state = content["model"] if isinstance(content.get("model"), dict) else content
+    tensors: dict[str, Tensor] = {}
+    for stored, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        name = _WRAPPERS.sub("", stored) if isinstance(stored, str) else str(stored)
+        if name in tensors:
+            raise HFEError(f"{path.name} holds the tensor {name} twice, under different wrappers", "save it again")
+        tensors[name] = _checked(name, tensor, path)
+    return tensors
+
+
+def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """`tensor` itself, once it is sure to hold its own numbers, as many as the file has bytes for."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
+        raise HFEError(
+            f"tensor {name} in {path.name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, or "
+            "not contiguous; a checkpoint holds contiguous numbers",
+            "save it again with torch.save, each tensor as .contiguous()",
+        )
+    if tensor.numel() * tensor.itemsize > path.stat().st_size:
+        raise HFEError(f"tensor {name} in {path.name} claims more bytes than the file has", "copy it again")
+    return tensor.detach()
+
+
+def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _Piece]:
+    """Tables by their position among the STEM layers; what the backbone's file holds of them is taken out of it."""
+    tables: dict[int, _Piece] = {}
+    for name in [name for name in state if _TABLE.fullmatch(name)]:
+        tensor = state.pop(name)
+        tables[_position(name)] = _Piece([tensor], backbone)
+    columns = [{_position(name): tensor for name, tensor in _backbone(path).items()} for path in shards]
+    pieces = [
+        (path, position, tensor)
+        for path, part in zip(shards, columns, strict=True)
+        for position, tensor in part.items()
+    ]
+    pieces += [(backbone, position, piece.parts[0]) for position, piece in tables.items()]
+    for path, position, tensor in pieces:
+        if tensor.ndim != 2:
+            raise HFEError(f"table {position} in {path.name} has {tensor.ndim} dimensions, not 2", "copy it again")
+    for path, part in zip(shards, columns, strict=True):
+        if part.keys() != columns[0].keys():
+            raise HFEError(
+                f"{path.name} holds the tables {sorted(part)}, {shards[0].name} the tables {sorted(columns[0])}",
+                "use the shards of one training step",
+            )
+    for position in sorted(columns[0]) if columns else []:
+        parts = [part[position] for part in columns]
+        rows = {path.name: len(part) for path, part in zip(shards, parts, strict=True)}
+        if len(set(rows.values())) > 1:
+            odd = next(name for name, count in rows.items() if count != len(parts[0]))
+            raise HFEError(
+                f"table {position} has {len(parts[0])} rows in {shards[0].name} and {rows[odd]} in {odd}",
+                "use the shards of one training step",
+            )
+        tables[position] = _Piece(parts, shards[0])
+    if sorted(tables) != list(range(len(tables))):
+        raise HFEError(
+            f"the files hold the tables {sorted(tables)}; they are counted from 0 without gaps",
+            "use the shards of one training step",
+        )
+    return tables
+
+
+def _position(name: str) -> int:
+    match = _TABLE.fullmatch(name)
+    if match is None:
+        raise HFEError(f"a STEM shard holds {name!r}, which is no table", "use the files stem_model_mp*.pt")
+    return int(match[1])
+
+
+def _check_widths(tables: dict[int, _Piece], intermediate_size: int) -> None:
+    for position, piece in tables.items():
+        width = sum(part.shape[1] for part in piece.parts)
+        if width != intermediate_size:
+            raise HFEError(
+                f"table {position} has {width} columns in {len(piece.parts)} shard(s); {PARAMS_NAME} calls for a "
+                f"feed-forward of {intermediate_size}",
+                f"copy all shards, with the {PARAMS_NAME} that belongs to them",
+            )
+
+
+def _embedding_rows(state: dict[str, Tensor], path: Path) -> int:
+    if "tok_embeddings.weight" not in state:
+        raise HFEError(f"{path.name} has no tok_embeddings.weight", "name the folder of a whole checkpoint")
+    if state["tok_embeddings.weight"].ndim != 2:
+        raise HFEError(f"tok_embeddings.weight in {path.name} is no matrix", "name the folder of a whole checkpoint")
+    return len(state["tok_embeddings.weight"])
+
+
+def _model_section(params: dict[str, Any]) -> dict[str, Any]:
+    model = params.get("model")
+    if not isinstance(model, dict):
+        raise HFEError(
+            f"{PARAMS_NAME} has no section `model`, so this is no checkpoint of Lingua",
+            "convert Meta's own releases from their safetensors on the Hub",
+        )
+    kind = params.get("model_type", "llama")
+    if kind != "llama":
+        raise HFEError(f"{PARAMS_NAME} names the model type {str(kind)[:80]!r}", "only its llama is known")
+    for name, reason in _MUST_BE_EMPTY.items():
+        if model.get(name) is not None:
+            raise HFEError(
+                f"{PARAMS_NAME} sets {name} to {str(model[name])[:80]}; {reason}",
+                f"remove {name} from {PARAMS_NAME} if the model was trained without",
+            )
+    return model
+
+
+def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+    """The backbone's configuration; what the section leaves out has Lingua's own default."""
+    dim, layers = _whole_number(model, "dim"), _whole_number(model, "n_layers")
+    head_dim, heads = (_whole_number(model, name, optional=True) for name in ("head_dim", "n_heads"))
+    if not (head_dim or heads):
+        raise HFEError(f"{PARAMS_NAME} names neither n_heads nor head_dim", "use the file of this training step")
+    head_dim = head_dim or dim // heads
+    heads = heads or dim // head_dim
+    return source_config(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": dim,
+            "intermediate_size": feed_forward_width(
+                dim, _factor(model), _whole_number(model, "multiple_of", optional=True) or 256
+            ),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _whole_number(model, "n_kv_heads", optional=True) or heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": model.get("norm_eps", 1e-5),
+            "rope_theta": model.get("rope_theta", 10000.0),
+            "max_position_embeddings": _whole_number(model, "max_seqlen", optional=True) or 1024,
+            "tie_word_embeddings": bool(model.get("weight_tying", False)),
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        PARAMS_NAME,
+    )
+
+
+def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
+    """A positive number of the section; with `optional` 0 where it has none, or has 0."""
+    value: Any = model.get(name)
+    if optional and (value is None or value == 0):
+        return 0
+    if not is_whole(value, 1, _LARGEST):
+        raise HFEError(f"{PARAMS_NAME} has {name}={str(value)[:80]}, not a positive whole number", "correct the file")
+    return value
+
+
+def _factor(model: dict[str, Any]) -> float | None:
+    value = model.get("ffn_dim_multiplier")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+    if value is not None and not number:
+        raise HFEError(f"{PARAMS_NAME} has ffn_dim_multiplier={str(value)[:80]}, not a number", "correct the file")
+    return value
+
+
+def feed_forward_width(dim: int, multiplier: float | None, multiple_of: int) -> int:
+    """Lingua's rule: ``int(k * int(2 * 4 * dim / 3))``, rounded up to a multiple; k is 1 where none is given."""
+    width = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
+    """The layers that have tables, in order; by the training code's default all but the first."""
+    named = model.get("stem_layers")
+    if named is None:
+        layers = list(range(1, model["n_layers"])) if tables else []
+    elif isinstance(named, list) and all(map(is_whole, named)) and len(set(named)) == len(named):
+        layers = sorted(named)
+    else:
+        raise HFEError(f"{PARAMS_NAME} has stem_layers={str(named)[:80]!r}, not a list of layers", "correct the file")
+    if len(layers) != tables:
+        raise HFEError(
+            f"{PARAMS_NAME} has {len(layers)} STEM layers ({layers}), the files hold {tables} tables",
+            f"copy {_SHARDS_FOLDER} too, with the {PARAMS_NAME} that belongs to it",
+        )
+    return layers

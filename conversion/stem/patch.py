@@ -1,0 +1,255 @@
+"""Stock checkpoint -> STEM: the up-projections of chosen layers become tables of one row for each token.
+
+The conversion is lossy: a row cannot know the token's context. `stem_tables` holds the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_efficient.conversion.measuring.calibration import Calibration, prepared
+from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.token_counts import occurrences
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
+from hf_efficient.conversion.stem.layer_choice import FitLayer, LayerProbe, Round, cheapest, greedy
+from hf_efficient.conversion.stem.tables import (
+    INITIALISERS,
+    EmbeddingRegression,
+    FittedTable,
+    TableError,
+    fit_table,
+    observe_feed_forward,
+    observed_push,
+    stem_feed_forward,
+)
+from hf_efficient.errors import UsageError
+from hf_efficient.logging import get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+
+# Ways of choosing layers by measurement.
+_CHOICES = ("auto", "greedy")
+# Held-out tokens on which each layer's errors are measured.
+_ERROR_TOKENS = 2_048
+
+
+@dataclass
+class Stem:
+    """Options of the STEM patch.
+
+    Raises:
+        UsageError: an option is malformed here, or does not suit the model in `check`.
+    """
+
+    name: ClassVar[str] = "stem"
+    needs_calibration: ClassVar[bool] = True
+    card_note: ClassVar[str] = (
+        "STEM replaces the up-projection of the feed-forward in chosen layers by a table with one row for each token "
+        "of the vocabulary (arXiv:2601.10639). **Converting a trained model to STEM is lossy**: the up-projection "
+        "depends on the context and a table row does not, so no choice of rows gives the source model back. Expect a "
+        "clear loss of quality until the model has been recovered by training."
+    )
+
+    citation: ClassVar[str] = bibtex(
+        "sadhukhan2026stem",
+        "STEM: Scaling Transformers with Embedding Modules",
+        "Sadhukhan, Ranajoy and Cao, Sheng and Dong, Harry and Zhao, Changsheng and Purpura-Pontoniere, Attiano and "
+        "Tian, Yuandong and Liu, Zechun and Chen, Beidi",
+        "2601.10639",
+    )
+
+    layers: str | list[int] = field(
+        default="auto",
+        metadata={
+            "help": "layers to convert, such as 1,4,7; auto: those whose conversion costs least, measured one by one; "
+            "greedy: added one by one, by the measured loss of all together (slower)"
+        },
+    )
+    init: str = field(
+        default="gated_mean",
+        metadata={
+            "help": f"how rows are computed: {', '.join(INITIALISERS)} (embed needs no text and ruins the model)"
+        },
+    )
+    shrinkage: float = field(
+        default=4.0, metadata={"help": "how many average occurrences of a token its prior counts for"}
+    )
+    ridge: float = field(
+        default=0.05, metadata={"help": "ridge of the prior, as a share of the mean diagonal of its Gram matrix"}
+    )
+    sequential: bool = field(
+        default=True,
+        metadata={"help": "fit each layer to the gates that the converted layers below it give, not to the source's"},
+    )
+    max_layers: int | None = field(
+        default=None,
+        metadata={"help": "with auto and greedy: at most so many layers (default: a third of the model's)"},
+    )
+    max_delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "at most so many nats per token: with auto the chosen layers' own costs added up, with greedy the "
+            "measured rise with all of them"
+        },
+    )
+    keep_up_proj: bool = field(
+        default=False, metadata={"help": "keep the stock up-projections beside the tables, for training against them"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.measures_choice:
+            self.layers = _parse_layers(self.layers)
+        if self.init not in INITIALISERS:
+            raise UsageError(f"stem init={self.init!r} is unknown", f"choose one of {', '.join(INITIALISERS)}")
+        if not self.shrinkage >= 0:
+            raise UsageError(f"stem shrinkage={self.shrinkage} must be 0 or more", "the default is 4")
+        if not self.ridge > 0:
+            raise UsageError(f"stem ridge={self.ridge} must be positive", "the default is 0.05")
+        if self.max_layers is not None and self.max_layers < 1:
+            raise UsageError(f"stem max_layers={self.max_layers} must be at least 1", "leave it out for a third")
+        if self.max_delta is not None and not self.max_delta > 0:
+            raise UsageError(f"stem max_delta={self.max_delta} must be positive nats", "leave it out for no limit")
+        if not self.measures_choice and not (self.max_layers is None and self.max_delta is None):
+            raise UsageError("stem max_layers and max_delta choose among layers, and layers are named", "leave one out")
+        self._costs: dict[int, float] = {}
+        self._rounds: list[Round] = []
+        self._layer_reports: dict[int, dict[str, Any]] = {}
+
+    @property
+    def measures_choice(self) -> bool:
+        return self.layers in _CHOICES
+
+    def check(self, config: DecoderConfig) -> None:
+        count = config.num_hidden_layers
+        if getattr(config, "stem_layers", None):
+            raise UsageError(
+                f"the source is a STEM checkpoint already (layers {config.stem_layers})",
+                "convert its stock source again, with all the layers you want",
+            )
+        if count < 2 and self.measures_choice:
+            raise UsageError(f"the model has one layer, and {self.layers} leaves layer 0 as it is", "name it: layers=0")
+        if isinstance(self.layers, list):
+            outside = [i for i in self.layers if not 0 <= i < count]
+            if outside:
+                raise UsageError(f"stem layers {outside} do not exist", f"the model has layers 0 to {count - 1}")
+            if 0 in self.layers:
+                get_logger().warning("STEM in layer 0: its rows are needed at once, so they cannot be fetched ahead")
+        if self.init == "embed":
+            get_logger().warning("stem init=embed is worse than no feed-forward at all; gated_mean is the default")
+
+    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        layers = self._choose(prepared(calibration)) if self.measures_choice else self.layers
+        return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
+
+    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        most = min(self._limit(config), config.num_hidden_layers - 1)
+        count = f"{most} layer{'s' if most > 1 else ''}"
+        if self.max_delta is not None and most > 1:
+            count = f"1 to {count}; sizes are those of {most}"
+        # Every layer is as large as any other.
+        fields = {"stem_layers": list(range(1, most + 1)), "stem_keep_up_proj": self.keep_up_proj}
+        return ExpectedChoice(fields, {"stem_layers": count})
+
+    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        changes = TensorChanges()
+        shape = (config.vocab_size, config.intermediate_size)
+        for index in config.stem_layers:
+            changes.added[_table_name(index)] = NewTensor(shape, dtype, f"STEM table, {self.init}")
+            if not self.keep_up_proj:
+                parts = ("weight", "bias") if config.mlp_bias else ("weight",)
+                changes.dropped += [f"model.layers.{index}.mlp.up_proj.{part}" for part in parts]
+        return changes
+
+    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        calibration = prepared(calibration)
+        sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
+        run = calibration.start(calibration.fit, calibration.held_out[:sequences])
+        fit, held_out = run.streams
+        converted: Stream | None = None
+        regression = self._regression(run, fit)
+        last = max(config.stem_layers)
+        for index, layer in run.layers():
+            if index not in config.stem_layers:
+                for stream in filter(None, (fit, held_out, converted)):
+                    run.push(index, layer, stream)
+            else:
+                if self.sequential and converted is None:
+                    converted = fit.fork()
+                sums = observed_push(self.init, run, index, layer, fit, converted)
+                table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
+                rows = table.at(run.vocabulary, run.embeddings)
+                errors = TableError(layer.mlp, rows, sums.count)
+                with observe_feed_forward(layer.mlp, errors.add):
+                    run.push(index, layer, held_out)
+                self._layer_reports[index] = {
+                    "relative_error": errors.overall(),
+                    "relative_error_by_count": errors.by_count(),
+                    "within_token_share": sums.within_token_share(layer.mlp.up_proj),
+                }
+                if converted is not None:
+                    with stem_feed_forward(run, layer, rows):
+                        run.push(index, layer, converted)
+                dtype = config.dtype or torch.float32
+                yield _table_name(index), table.write(calibration.reader, config.vocab_size, dtype)
+            calibration.progress("calibrate", index + 1, last + 1)
+            if index == last:
+                return
+
+    def report(self) -> dict[str, Any]:
+        rounds = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
+        return {
+            "init": self.init,
+            "shrinkage": self.shrinkage,
+            "ridge": self.ridge,
+            "sequential": self.sequential,
+            "single_layer_delta_nll": self._costs,
+            "greedy_rounds": [asdict(r) for r in self._rounds],
+            "summary": {"added, Δ nll of all": rounds} if rounds else {},
+            "layers": self._layer_reports,
+        }
+
+    def _regression(self, run: LayerwisePass, stream: Stream) -> EmbeddingRegression:
+        count, _ = occurrences(stream.slots, len(run.vocabulary))
+        return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
+
+    def _fitter(self, run: LayerwisePass) -> FitLayer:
+        """Fits the layers of a pass of the calibration text to the source's own stream."""
+        (stream,) = run.streams
+        regression = self._regression(run, stream)
+
+        def fit(index: int, layer: DecoderLayer) -> FittedTable:
+            sums = observed_push(self.init, run, index, layer, stream)
+            return fit_table(self.init, self.shrinkage, layer, run, sums, regression)
+
+        return fit
+
+    def _limit(self, config: DecoderConfig) -> int:
+        return self.max_layers or max(config.num_hidden_layers // 3, 1)
+
+    def _choose(self, calibration: Calibration) -> list[int]:
+        limit = self._limit(calibration.config)
+        probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
+        self._costs = probe.costs
+        if self.layers == "auto":
+            return cheapest(probe.costs, limit, self.max_delta)
+        self._rounds = greedy(probe, limit, self.max_delta)
+        return sorted(r.layer for r in self._rounds)
+
+
+def _parse_layers(layers: str | list[int]) -> list[int]:
+    parsed = layer_indices(layers)
+    if not parsed:
+        raise UsageError(
+            f"stem layers={layers!r} must be auto, greedy, or different whole numbers separated by commas",
+            "for example 1,4,7",
+        )
+    return parsed
+
+
+def _table_name(index: int) -> str:
+    return f"model.layers.{index}.mlp.stem_embed.weight"

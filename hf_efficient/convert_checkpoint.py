@@ -1,0 +1,400 @@
+"""Conversion of a checkpoint, from the name of its source to the finished folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_efficient import __version__
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
+from hf_efficient.conversion.measuring.evaluation import PASS_DTYPE, LogitSource, checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.options import ConversionOptions, patch_fields
+from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
+from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
+from hf_efficient.conversion.progress import Progress
+from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
+from hf_efficient.conversion.reading.json_file import read_json
+from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
+from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
+from hf_efficient.conversion.writing.checkpoint_writer import write_weights
+from hf_efficient.conversion.writing.companion_files import write_companions
+from hf_efficient.conversion.writing.durable_files import disk_errors, format_bytes, write_text
+from hf_efficient.conversion.writing.output_folder import resolve_output
+from hf_efficient.conversion.writing.workspace import Workspace, check_output
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.hub.card import write_card
+from hf_efficient.hub.export import export_code
+from hf_efficient.hub.push import push
+from hf_efficient.hub.repository import check_access
+from hf_efficient.logging import IN_REPORT, get_logger
+from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.registry import ARCHITECTURES, Architecture
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
+# Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
+_STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
+_MEASURED_CHOICE_SECONDS = 55
+_PLANNING = ("reading text", "choosing")
+# A model that grows by a larger factor is worth a warning.
+_GROWTH = 1.05
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    patches: Sequence[Patch] = (),
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    max_shard_size: str | int = "5GB",
+    base_model: str | None = None,
+    license: str | None = None,
+    tokenizer: str | Path | None = None,
+    gamma_folded: bool = False,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    evaluate: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    measure: bool = False,
+    push_to_hub: str | None = None,
+    progress: bool = True,
+) -> ConversionReport:
+    """Convert a checkpoint to a patched architecture, tensor by tensor.
+
+    OUTPUT appears by one rename when it is complete: weights, configuration, tokenizer, code, model card and report.
+    Until then the work lies in `OUTPUT.hfe-partial` beside it, from which `resume=True` continues.
+
+    Args:
+        source: Hub id, local folder, or local `.gguf` file; the folder may also be a training step of the STEM authors'
+            code, which is based on Meta Lingua, or a checkpoint of the BHyT authors' code.
+        output: folder to make.
+        patches: what to change, e.g. `[Stem(layers=[1, 4])]`. One patch on a stock model gives that patch's own
+            architecture; none or several give the decoder that takes any combination.
+        dtype: `auto` keeps every tensor's own (GGUF: float32), or float32, bfloat16, float16.
+        revision, token: of a Hub repository.
+        device: where calibration and measurement run.
+        seed: of everything random.
+        max_shard_size: largest weight file.
+        base_model, license: for the model card; by default what the source says of itself.
+        tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
+        gamma_folded: the source was written by the BHyT authors' code while `norm_fold` was applied, of which it leaves
+            no sign: the projections hold the gammas of the norms before them, which are divided out of them.
+        calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
+            the documentation that comes with Python.
+        calibration_tokens: tokens to calibrate on, at most.
+        evaluate: measure the loss against the source on held-out text.
+        resume: continue an interrupted conversion with the same options.
+        overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
+        dry_run: plan only; nothing is written, and nothing measured: the report says what a conversion will measure.
+        measure: with `dry_run`, measure what the patches choose by, such as the layers; takes as long as that.
+        push_to_hub: repository, OWNER/NAME, to upload OUTPUT to at the end; a new one is private. Before the source is
+            read the Hub is asked whether it may be written.
+        progress: show a bar, or, where standard error is no terminal, a few lines.
+
+    Raises:
+        UsageError: an option is wrong, or OUTPUT exists; the source was not read.
+        HFEError: the source or the machine does not allow it; OUTPUT is as it was. Or the upload failed; OUTPUT is
+            complete then.
+    """
+    started = time.perf_counter()
+    if measure and not dry_run:
+        raise UsageError("measure goes with dry_run, and a conversion measures anyway", "leave it out, or add dry_run")
+    output = resolve_output(output)
+    options = ConversionOptions(
+        patches=patches,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        seed=seed,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        evaluate=evaluate,
+        base_model=base_model,
+        license=license,
+        tokenizer=tokenizer,
+        gamma_folded=gamma_folded,
+    )
+    if not dry_run:
+        check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
+    if push_to_hub is not None:
+        check_access(push_to_hub, token=token)
+    opened = open_source(
+        str(source),
+        revision=revision,
+        token=token,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        gamma_folded=gamma_folded,
+    )
+    shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
+    if any(patch.measures_choice for patch in options.patches):
+        shares["choosing"] = _MEASURED_CHOICE_SECONDS
+    show = progress and (measure or not dry_run)
+    with Progress(shares, show=show) as bar, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        conversion = _Conversion(opened, options, bar)
+        if dry_run:
+            report = conversion.report(conversion.plan(measure=measure))
+            report.dry_run = True
+            return report
+        with (
+            Workspace(output, conversion.identity(), resume=resume, overwrite=overwrite) as workspace,
+            disk_errors(workspace.folder),
+        ):
+            if workspace.published:
+                workspace.discard()
+            else:
+                conversion.write(workspace, started)
+    if push_to_hub is not None:
+        _push(output, push_to_hub, token)
+    return ConversionReport.from_dict(read_json(output / REPORT_NAME))
+
+
+def _push(output: Path, repo_id: str, token: str | None) -> None:
+    """Upload the finished folder; an error says how to do that again."""
+    try:
+        result = push(output, repo_id, token=token)
+    except HFEError as error:
+        raise HFEError(
+            f"{output} is complete, but was not uploaded: {error}", f"hf-efficient push {output} {repo_id}"
+        ) from error
+    get_logger().warning("uploaded %s to %s (commit %s)", output, result.url, result.commit)
+
+
+class _Conversion:
+    """The steps of one conversion of an opened source."""
+
+    def __init__(self, source: Source, options: ConversionOptions, progress: Progress) -> None:
+        self.source = source
+        self.options = options
+        self.patches = options.patches
+        self.progress = progress
+        self.left_out = check_source(source)
+        for patch in self.patches:
+            patch.check(source.config)
+        adding = [patch for patch in self.patches if isinstance(patch, VocabularyPatch)]
+        self.vocabulary = adding[0].vocabulary(source) if adding else None
+        self.workspace: Workspace | None = None
+        self._found: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        for warning in source.warnings:
+            self.warn(warning)
+        self.choices: dict[str, dict[str, Any]] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the result: a conversion is resumed only where this is the same."""
+        text = Path(self.options.calibration or "")
+        return {
+            **self.options.to_dict(),
+            "source": self.source.fingerprint,
+            "source files changed at": [path.stat().st_mtime_ns for path in self.source.weight_files],
+            "calibration file changed at": text.stat().st_mtime_ns if text.is_file() else None,
+            "added tokens": self.vocabulary and sorted(self.vocabulary.rows.items()),
+            "hf_efficient": __version__,
+        }
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Text and source model for calibration and measurement; prepared when first needed."""
+        options = self.options
+        prepared = prepare_calibration(
+            self.source,
+            None if options.calibration is None else str(options.calibration),
+            tokens=options.calibration_tokens,
+            device=options.device,
+            progress=self.progress.step,
+        )
+        self._remember("calibration", prepared.summary())
+        return prepared
+
+    def plan(self, *, measure: bool = True) -> ConversionPlan:
+        """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over.
+
+        Without `measure` no text is read, and what the patches would measure is planned as they expect it.
+        """
+        self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
+        undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
+        measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
+        with self.progress.stage("reading text"):
+            # Also for what comes last: a missing tokenizer should be found now, not after the weights are written.
+            if measures or (measure and any(patch.needs_calibration for patch in undecided)):
+                _ = self.calibration
+        with self.progress.stage("choosing"):
+            for patch in undecided:
+                unmeasured: dict[str, str] = {}
+                if not measure and patch.measures_choice and isinstance(patch, MeasuringPatch):
+                    expected = patch.expected_choice(self.source.config)
+                    chosen, unmeasured = expected.fields, expected.measured
+                else:
+                    text = self.calibration if measure and patch.needs_calibration else None
+                    chosen = patch.choose(self.source.config, text)
+                # What was measured for the choice is lost with the process, so it is kept with the choice.
+                found = {"fields": chosen, "measured": patch.report(), "to_measure": unmeasured}
+                self.choices[patch.name] = self._remember(f"choice:{patch.name}", found)
+        plan = plan_conversion(
+            self.source,
+            self.patches,
+            {name: value for choice in self.choices.values() for name, value in choice["fields"].items()},
+            self.architecture.config_class,
+            dtype=self.options.torch_dtype,
+            max_shard_bytes=self.options.max_shard_bytes,
+            left_out=self.left_out,
+        )
+        if plan.after.bytes > _GROWTH * plan.before.bytes:
+            self.warn(f"the model grows from {format_bytes(plan.before.bytes)} to {format_bytes(plan.after.bytes)}")
+        return plan
+
+    def write(self, workspace: Workspace, started: float) -> None:
+        """Make the checkpoint in the workspace and publish it."""
+        self.workspace = workspace
+        folder = workspace.checkpoint
+        # First of all, since here the source may turn out to be one that cannot be taken over.
+        for warning in write_companions(self.source, folder, self.vocabulary):
+            self.warn(warning)
+        plan = self.plan()
+        needs = f"{format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.peak_memory_bytes)} of memory for weights"
+        get_logger().info("the conversion needs %s", needs)
+        workspace.check_space(plan.disk_bytes)
+        write_weights(
+            plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress, self.vocabulary
+        )
+        with self.progress.stage("measuring"):
+            evaluation = self.measure(plan, folder) if self.options.evaluate else None
+        with self.progress.stage("finishing"):
+            plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
+            write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
+            export_code(folder, self.architecture)
+            report = self.report(plan)
+            report.evaluation = evaluation
+            report.seconds = round(time.perf_counter() - started, 1)
+            report.peak_memory_bytes = _peak_memory_bytes()
+            write_text(folder / REPORT_NAME, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            write_card(folder)
+            workspace.publish()
+
+    @property
+    def architecture(self) -> Architecture:
+        """A single patch on a stock model has an architecture of its own; the decoder takes every other combination.
+
+        A model that others trained with a patch is one on a stock model too.
+        """
+        patches = [*self.source.config.active_patches, *(patch.name for patch in self.patches)]
+        single = patches[0] if len(patches) == 1 and not self.source.patched else None
+        return next(architecture for architecture in ARCHITECTURES if architecture.patch == single)
+
+    def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any]:
+        """Loss of the written weights against the source on held-out text."""
+        known = self._recall("evaluation")
+        if known is not None:
+            return known
+        text = self.calibration
+        calibrated = any(patch.needs_calibration for patch in self.patches)
+        measured = evaluate_logits(
+            text.held_out,
+            text.held_out_name,
+            self._logits(decoder_config(plan.config), open_folder_reader(folder), 1),
+            self._logits(self.source.config, self.source.reader, 0),
+            counts=text.token_counts() if calibrated else None,
+        )
+        return self._remember("evaluation", {**measured.to_dict(), "dtype": PASS_DTYPE})
+
+    def report(self, plan: ConversionPlan) -> ConversionReport:
+        """The account of what is planned, with what is known of the rest."""
+        source = self.source
+        return ConversionReport(
+            source={
+                "name": source.name,
+                "model_type": source.stock_config.model_type,
+                "model_name": source.model_name,
+                "base_model": self.options.base_model or source.base_model,
+                "revision": source.revision,
+                "license": self.options.license or source.license,
+                "fingerprint": source.fingerprint,
+            },
+            model_type=self.architecture.model_type,
+            patches=[self._patch_report(patch) for patch in self.patches],
+            tensors={
+                "copied": len(plan.copied),
+                "computed": {name: new.origin for added in plan.computed.values() for name, new in added.items()},
+                "dropped": plan.dropped,
+                "left_out": plan.left_out,
+            },
+            before=plan.before,
+            after=plan.after,
+            dtype=str(plan.config.dtype).removeprefix("torch."),
+            options=self.options.to_dict(),
+            versions=_versions(),
+            estimate={"disk_bytes": plan.disk_bytes, "peak_memory_bytes": plan.peak_memory_bytes},
+            warnings=self.warnings,
+            calibration=self._recall("calibration"),
+        )
+
+    def warn(self, message: str) -> None:
+        """Tell the user now and in the report."""
+        get_logger().warning(message, extra={IN_REPORT: True})
+        self.warnings.append(message)
+
+    def _logits(self, config: DecoderConfig, reader: TensorReader, turn: int) -> LogitSource:
+        """Logits of one of the two models that are compared; `turn` is its place in the stage's progress."""
+
+        def advance(done: int, total: int) -> None:
+            self.progress.advance(turn * total + done, 2 * total)
+
+        logits = checkpoint_logits(config, reader, device=self.options.device, progress=advance)
+        # The source gives no probability to tokens that it does not have.
+        return self.vocabulary.shared_logits(logits) if self.vocabulary and self.vocabulary.rows else logits
+
+    def _patch_report(self, patch: Patch) -> dict[str, Any]:
+        choice, final = self.choices[patch.name], self._recall(f"patch:{patch.name}") or {}
+        kept = {name: value for name, value in choice["measured"].items() if not final.get(name)}
+        return {
+            "name": patch.name,
+            "options": patch_fields(patch),
+            "calibrated": patch.needs_calibration,
+            "choices": {name: value for name, value in choice["fields"].items() if name not in choice["to_measure"]},
+            "measured": {**final, **kept},
+            **({"to_measure": choice["to_measure"]} if choice["to_measure"] else {}),
+        }
+
+    def _recall(self, key: str) -> Any:
+        """What this or an interrupted run found; None when nobody did."""
+        return self.workspace.result(key) if self.workspace else self._found.get(key)
+
+    def _remember(self, key: str, value: Any) -> Any:
+        """Keep a finding for the report and for a resumed run, as plain JSON."""
+        plain = json.loads(json.dumps(value))
+        if self.workspace:
+            self.workspace.record_result(key, plain)
+        self._found[key] = plain
+        return plain
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what took part in the conversion."""
+    versions = {"hf_efficient": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

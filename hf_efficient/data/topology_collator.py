@@ -1,0 +1,256 @@
+"""Batches of structured texts for training, and the mark that training is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.modeling.topology.generation.scheduler import is_whole
+from hf_efficient.modeling.topology.grammar.control_tokens import Decode, check_grammar, decoder_of, token_ids_of
+from hf_efficient.modeling.topology.grammar.topology import Topology
+
+IGNORED = -100
+_LABEL_MODES = ("topology", "reference")
+_BACKENDS = ("topology", "sdpa")
+
+
+class _Row(NamedTuple):
+    """Token ids [S], which of them are to be learnt [S], and their topology."""
+
+    ids: np.ndarray
+    learnt: np.ndarray
+    topology: Topology
+
+
+@dataclass
+class TopologyDataCollator:
+    """Makes batches of structured texts for a Multiverse or MedVerse model.
+
+        collator = TopologyDataCollator(tokenizer, "multiverse", max_length=2048)
+        trainer = Trainer(model, args, data_collator=collator, …)  # args: remove_unused_columns=False
+
+    A sample is `{"prompt", "completion"}` or `{"input_ids", "labels"?}`. The prompt is a text, or messages for the
+    tokenizer's chat template; it is not learnt, and the EOS token follows the completion. Of given `labels` only those
+    that are -100 count.
+
+    A batch holds `input_ids`, `labels` and `position_ids`, int64 [B, S], and `segment_ids`, int32 [B, S], with `anc`,
+    int64 [B, N, W]: see `TopologyBatch`. Texts are padded on the right.
+
+    What decides the labels: transformers learns token i from what stands before it in the row. The first token of a
+    segment follows another token in the topology, so it is not learnt; nor, by default, is what generation writes
+    without asking the model: path and step headers, separators, the tags around a join.
+
+    Args:
+        tokenizer: with the grammar's control tokens.
+        grammar, mode: those of the model's `config.topology`.
+        max_length: longer texts are cut; a block may be open then.
+        mask_forced: do not learn what generation forces.
+        label_mode: `topology`, as above; `reference`, every token of the completion, as the released code does.
+        packing: put several texts into a row of `max_length` tokens; they do not see each other.
+        pad_to_multiple_of: pad rows to such a length.
+        backend: `topology`; `sdpa`: for a stock model, `attention_mask`, bool [B, 1, S, S], in place of the last two.
+        strict: a malformed text is an error; else it is read as generation would read it.
+
+    Raises:
+        UsageError: an option is wrong.
+        TopologyError: the tokenizer lacks the tokens, or a text is malformed; the sample is named.
+    """
+
+    tokenizer: Any
+    grammar: str
+    mode: str = "dag"
+    max_length: int | None = None
+    mask_forced: bool = True
+    label_mode: str = "topology"
+    packing: bool = False
+    pad_to_multiple_of: int = 1
+    backend: str = "topology"
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        check_grammar(self.grammar, self.mode)
+        for name, words in (("label_mode", _LABEL_MODES), ("backend", _BACKENDS)):
+            if getattr(self, name) not in words:
+                raise UsageError(f"{name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
+        if self.max_length is not None and (not is_whole(self.max_length) or self.max_length < 1):
+            raise UsageError(
+                f"max_length={self.max_length!r} must be a whole number, at least 1", "leave it out for no limit"
+            )
+        if self.packing and self.max_length is None:
+            raise UsageError("packing needs to know how long a row may be", "give max_length")
+        if self.pad_to_multiple_of < 1:
+            raise UsageError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1", "leave it out")
+        _ = self._token_ids
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not features:
+            raise HFEError("there are no samples to make a batch of", "give at least one")
+        rows = [self._row(feature, place) for place, feature in enumerate(features)]
+        if self.packing:
+            rows = self._packed(rows)
+        longest = max(len(row.ids) for row in rows)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        topologies = [row.topology for row in rows]
+        batch = Topology.stack(topologies, pad_to=width)
+        pad = self.tokenizer.pad_token_id
+        filled = {
+            "input_ids": _padded([row.ids for row in rows], width, 0 if pad is None else pad),
+            "labels": _padded([np.where(row.learnt, row.ids, IGNORED) for row in rows], width, IGNORED),
+            "position_ids": batch.position_ids,
+        }
+        if self.backend == "sdpa":
+            return {**filled, "attention_mask": _dense_masks(topologies, width)}
+        return {**filled, "segment_ids": batch.segment_ids, "anc": batch.anc}
+
+    @cached_property
+    def _token_ids(self) -> dict[str, int]:
+        return token_ids_of(self.tokenizer, self.grammar)
+
+    @cached_property
+    def _decode(self) -> Decode:
+        return decoder_of(self.tokenizer)
+
+    def _row(self, feature: Mapping[str, Any], place: int) -> _Row:
+        ids, learnt = self._tokens(feature, place)
+        topology = Topology.from_token_ids(
+            ids,
+            self.grammar,
+            self._token_ids,
+            mode=self.mode,
+            strict=self.strict,
+            decode=self._decode,
+            row=place,
+        )
+        if self.max_length is not None and len(ids) > self.max_length:
+            # Cut after reading: a step whose header is cut still has its place.
+            ids, learnt, topology = ids[: self.max_length], learnt[: self.max_length], _cut(topology, self.max_length)
+        if self.label_mode == "topology":
+            learnt = learnt & ~topology.forced if self.mask_forced else learnt.copy()
+            learnt[1:] &= topology.segment_ids[1:] == topology.segment_ids[:-1]
+        return _Row(ids, learnt, topology)
+
+    def _tokens(self, feature: Mapping[str, Any], place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and which of them are to be learnt, before anything is cut."""
+        if "input_ids" in feature:
+            ids = _vector(feature["input_ids"], f"input_ids of sample {place}")
+            labels = ids if feature.get("labels") is None else _vector(feature["labels"], f"labels of sample {place}")
+            if len(labels) != len(ids):
+                raise HFEError(f"sample {place} has {len(ids)} input_ids and {len(labels)} labels", "give as many")
+            learnt = labels != IGNORED
+        elif "prompt" in feature and "completion" in feature:
+            if not isinstance(feature["prompt"], Sequence) or not isinstance(feature["completion"], str):
+                raise HFEError(
+                    f"sample {place} has a prompt that is a {type(feature['prompt']).__name__} and a completion that "
+                    f"is a {type(feature['completion']).__name__}",
+                    "give a text or messages as the prompt, and a text as the completion",
+                )
+            prompt, completion = self._prompt_ids(feature["prompt"]), self._completion_ids(feature["completion"])
+            ids = np.array([*prompt, *completion], dtype=np.int64)
+            learnt = np.arange(len(ids)) >= len(prompt)
+        else:
+            raise HFEError(
+                f"sample {place} has the fields {', '.join(feature) or 'none'}",
+                "give prompt and completion, or input_ids; Trainer keeps them with remove_unused_columns=False",
+            )
+        if not len(ids):
+            raise HFEError(f"sample {place} is empty", "leave it out")
+        return ids, learnt
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _completion_ids(self, completion: str) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return [*self.tokenizer(completion, add_special_tokens=False).input_ids, *([] if end is None else [end])]
+
+    def _packed(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Each text goes into the first row that has room for it."""
+        bins: list[list[_Row]] = []
+        for row in rows:
+            room = self.max_length - len(row.ids)  # type: ignore[operator]
+            found = next((those for those in bins if sum(len(other.ids) for other in those) <= room), None)
+            if found is None:
+                bins.append(found := [])
+            found.append(row)
+        return [_joined(those) for those in bins]
+
+
+def mark_topology_trained(model: Any) -> None:
+    """Say that a model has learnt to write control tokens: `generate` suppresses them no more and decodes in parallel.
+
+    Call it on the trained model before it is saved. It looks through wrappers of PEFT, Accelerate and `torch.compile`.
+
+    Raises:
+        HFEError: it is no Multiverse or MedVerse model.
+    """
+    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
+        model = inner
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    topology = getattr(model.config, "topology", None)
+    if not topology:
+        raise HFEError(
+            f"{type(model).__name__} has no topology in its configuration",
+            "convert the model with `hf-efficient convert --patch multiverse` or `--patch medverse`",
+        )
+    model.config.topology = {**topology, "trained": True}
+    control = set(topology["token_ids"].values())
+    kept = [token_id for token_id in model.generation_config.suppress_tokens or [] if token_id not in control]
+    model.generation_config.suppress_tokens = kept or None
+
+
+def _cut(topology: Topology, length: int) -> Topology:
+    """The topology of the first `length` tokens: no token's place depends on what follows."""
+    segments = topology.segment_ids[:length]
+    count = int(segments.max(initial=-1)) + 1
+    return Topology(
+        segments,
+        topology.position_ids[:length],
+        topology.parents[:count],
+        topology.labels[:count],
+        topology.forced[:length],
+    )
+
+
+def _joined(rows: Sequence[_Row]) -> _Row:
+    """Several texts as one row. The first token of each has nothing before it to be learnt from."""
+    learnt = [row.learnt.copy() for row in rows]
+    for flags in learnt[1:]:
+        flags[0] = False
+    ids = np.concatenate([row.ids for row in rows])
+    return _Row(ids, np.concatenate(learnt), Topology.pack([row.topology for row in rows]))
+
+
+def _vector(values: Any, name: str) -> np.ndarray:
+    vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
+    if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
+        raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "give one list of whole numbers")
+    return vector.astype(np.int64)
+
+
+def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:
+    filled = torch.full((len(rows), width), value, dtype=torch.int64)
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row)] = torch.from_numpy(row)
+    return filled
+
+
+def _dense_masks(topologies: Sequence[Topology], width: int) -> Tensor:
+    """Bool [B, 1, S, S], true where a token sees another. Padding sees itself: a softmax over nothing is no number."""
+    masks = torch.eye(width, dtype=torch.bool).repeat(len(topologies), 1, 1, 1)
+    for mask, topology in zip(masks, topologies, strict=True):
+        mask[0, : len(topology), : len(topology)] = topology.dense_mask()
+    return masks
+
+
+__all__ = ["IGNORED", "TopologyDataCollator", "mark_topology_trained"]

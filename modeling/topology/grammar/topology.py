@@ -1,0 +1,201 @@
+"""The topology of one row of tokens: segments, what each sees, and positions. Host side, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_efficient.errors import UsageError
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
+from hf_efficient.modeling.topology.grammar.control_tokens import Decode
+from hf_efficient.modeling.topology.grammar.segment_graph import SegmentGraph, bitmap_bytes, with_ancestors
+
+
+class TopologyBatch(NamedTuple):
+    """Rows of tokens as a model takes them.
+
+    Attributes:
+        segment_ids: int32 [B, S], -1 at padding.
+        position_ids: int64 [B, S], 0 at padding.
+        anc: int64 [B, N, W]: bit t of row s is set where segment s sees segment t.
+    """
+
+    segment_ids: Tensor
+    position_ids: Tensor
+    anc: Tensor
+
+    def to_mask(self) -> TopologyMask:
+        """What a model or an attention implementation takes as `topology`."""
+        return TopologyMask(self.segment_ids, self.anc)
+
+
+@dataclass
+class Topology:
+    """Segments and positions of S tokens.
+
+    Token i sees token j iff both have a segment, that of j is that of i or an ancestor of it, and ``j <= i``.
+
+    Attributes:
+        segment_ids: int32 [S], -1 at holes.
+        position_ids: int64 [S].
+        parents: segments that each segment follows; all have smaller numbers.
+        labels: name of each segment.
+        forced: bool [S], true for tokens that generation writes without asking the model.
+        warnings: what was malformed in the text, where it was read leniently.
+    """
+
+    segment_ids: np.ndarray
+    position_ids: np.ndarray
+    parents: list[list[int]]
+    labels: list[str] = field(default_factory=list)
+    forced: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.forced) != len(self.segment_ids):
+            self.forced = np.zeros(len(self.segment_ids), dtype=bool)
+        if not self.labels:
+            self.labels = [str(segment) for segment in range(len(self.parents))]
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        ids: Sequence[int] | np.ndarray | Tensor,
+        grammar: str,
+        token_ids: dict[str, int],
+        *,
+        mode: str = "dag",
+        strict: bool = True,
+        decode: Decode | None = None,
+        allow_truncated: bool = False,
+        row: int | None = None,
+    ) -> Topology:
+        """Read the topology from the control tokens of a text; arguments as for `TopologyBuilder`.
+
+        Args:
+            allow_truncated: blocks may be open at the end.
+
+        Raises:
+            TopologyError: the text is malformed and `strict`.
+        """
+        builder = TopologyBuilder(grammar, token_ids, mode=mode, strict=strict, decode=decode, row=row)
+        placed = builder.feed_many(ids.cpu().numpy() if isinstance(ids, Tensor) else ids)
+        builder.finish(allow_truncated)
+        graph = builder.graph
+        return cls(*placed[:2], graph.parents, graph.labels, placed.forced, builder.warnings)
+
+    @classmethod
+    def from_spec(cls, segments: Sequence[tuple[int, Sequence[int]]]) -> Topology:
+        """Segments given as (number of tokens, segments that it follows), one after the other."""
+        graph = SegmentGraph()
+        for count, parents in segments:
+            if count < 0:
+                raise UsageError(f"segment {len(graph)} has {count} tokens", "give each 0 tokens or more")
+            graph.append(graph.new(parents, str(len(graph))), count)
+        counts = [count for count, _ in segments]
+        segment_ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        positions = [np.arange(end + 1 - count, end + 1) for end, count in zip(graph.end, counts, strict=True)]
+        position_ids = np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, dtype=np.int64)
+        return cls(segment_ids, position_ids, graph.parents, graph.labels)
+
+    @property
+    def n_segments(self) -> int:
+        return len(self.parents)
+
+    def __len__(self) -> int:
+        return len(self.segment_ids)
+
+    @property
+    def first_tokens(self) -> np.ndarray:
+        """Index of the first token of each segment but segment 0, ascending.
+
+        What stands before it in the row is not what comes before it in the topology, so it cannot be learnt from there.
+        """
+        segments, first = np.unique(self.segment_ids, return_index=True)
+        return np.sort(first[segments > 0])
+
+    @property
+    def critical_path(self) -> int:
+        """Number of tokens on the longest chain of segments: the steps that decoding takes at least."""
+        return int(self.position_ids[self.segment_ids >= 0].max(initial=-1)) + 1
+
+    def closure(self) -> list[int]:
+        """Ancestors of each segment and itself, as bits of an integer."""
+        closure: list[int] = []
+        for parents in self.parents:
+            closure.append(with_ancestors(parents, closure))
+        return closure
+
+    def reachable(self, segment: int, other: int) -> bool:
+        """True when `segment` sees `other`."""
+        return bool(self.closure()[segment] >> other & 1)
+
+    def bitmaps(self) -> Tensor:
+        """`closure` as int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``."""
+        words = max(1, -(-self.n_segments // 64))
+        data = bitmap_bytes(self.closure(), words)
+        return torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, words))
+
+    def dense_mask(self) -> Tensor:
+        """Bool [S, S]: row i tells which tokens token i sees."""
+        words = self.bitmaps().numpy()
+        numbers = np.arange(self.n_segments)
+        sees = (words[:, numbers // 64] >> (numbers % 64) & 1).astype(bool)
+        segments = self.segment_ids
+        mask = np.tri(len(segments), dtype=bool) & (segments >= 0)[:, None] & (segments >= 0)
+        if self.n_segments:
+            mask &= sees[np.maximum(segments, 0)[:, None], np.maximum(segments, 0)]
+        return torch.from_numpy(mask)
+
+    def to_mask(self) -> TopologyMask:
+        """What a model or an attention implementation takes as `topology`, for this row alone."""
+        return Topology.stack([self]).to_mask()
+
+    @staticmethod
+    def pack(topologies: Sequence[Topology]) -> Topology:
+        """Several rows as one, which do not see each other: each keeps its root."""
+        offsets = np.cumsum([0, *(each.n_segments for each in topologies)]).tolist()
+        shifted = [
+            np.where(each.segment_ids >= 0, each.segment_ids + offset, -1)
+            for each, offset in zip(topologies, offsets, strict=False)
+        ]
+        return Topology(
+            np.concatenate(shifted).astype(np.int32),
+            np.concatenate([each.position_ids for each in topologies]),
+            [
+                [p + o for p in parents]
+                for each, o in zip(topologies, offsets, strict=False)
+                for parents in each.parents
+            ],
+            [label for each in topologies for label in each.labels],
+            np.concatenate([each.forced for each in topologies]),
+            [warning for each in topologies for warning in each.warnings],
+        )
+
+    @staticmethod
+    def stack(topologies: Sequence[Topology], pad_to: int | None = None, side: str = "right") -> TopologyBatch:
+        """Rows of a batch, padded on one side to the longest, or to `pad_to` tokens."""
+        longest = max((len(each) for each in topologies), default=0)
+        width = longest if pad_to is None else pad_to
+        if width < longest or side not in ("left", "right"):
+            raise UsageError(
+                f"pad_to={pad_to}, side={side!r}", f"pad to {longest} tokens or more, on the side 'left' or 'right'"
+            )
+        rows = len(topologies)
+        segment_ids = torch.full((rows, width), -1, dtype=torch.int32)
+        position_ids = torch.zeros(rows, width, dtype=torch.int64)
+        bitmaps = [each.bitmaps() for each in topologies]
+        most = max((len(words) for words in bitmaps), default=0)
+        anc = torch.zeros(rows, most, max((words.shape[1] for words in bitmaps), default=1), dtype=torch.int64)
+        for row, (each, words) in enumerate(zip(topologies, bitmaps, strict=True)):
+            filled = slice(width - len(each), width) if side == "left" else slice(0, len(each))
+            segment_ids[row, filled] = torch.from_numpy(each.segment_ids)
+            position_ids[row, filled] = torch.from_numpy(each.position_ids)
+            anc[row, : len(words), : words.shape[1]] = words
+        return TopologyBatch(segment_ids, position_ids, anc)
