@@ -82,7 +82,7 @@ def draw_branches(
         "q": query.normal_(generator=generator),
         "q_pos": (length - branches + numbers).expand(batch, -1).contiguous(),
         "col_seg": segments.expand(batch, -1).contiguous(),
-        "anc": (1 | torch.ones(branches, dtype=torch.int64, device=device) << 1 + numbers.long())
+        "segment_visibility": (1 | torch.ones(branches, dtype=torch.int64, device=device) << 1 + numbers.long())
         .expand(batch, -1)[..., None]
         .contiguous(),
     }

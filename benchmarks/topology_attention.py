@@ -53,15 +53,15 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Providers. Each makes, of a problem, the function that is timed.
 
 
-def mask_function(segment_ids: Tensor, anc: Tensor, table: Tensor) -> Callable[..., Tensor]:
+def mask_function(segment_ids: Tensor, segment_visibility: Tensor, table: Tensor) -> Callable[..., Tensor]:
     """FlexAttention's: one shift a pair where the ancestors fit into a narrow word, else one look-up."""
     segments = segment_ids[0]
-    if anc.shape[1] > 31:
+    if segment_visibility.shape[1] > 31:
 
         def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return table[segments[q], segments[k]] & (k <= q)
     else:
-        words = anc[0, :, 0].to(torch.int32)[segments]
+        words = segment_visibility[0, :, 0].to(torch.int32)[segments]
 
         def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (((words[q] >> segments[k]) & 1) == 1) & (k <= q)
@@ -97,7 +97,7 @@ class Flex:
 
     def seen(self) -> Callable[..., Tensor]:
         problem = self.problem
-        return mask_function(problem.segment_ids, problem.anc, problem.table)
+        return mask_function(problem.segment_ids, problem.segment_visibility, problem.table)
 
     def created(self, create: Any) -> BlockMask:
         problem = self.problem
@@ -107,20 +107,22 @@ class Flex:
         return block_mask_of_lists(self.problem, blocks, self.seen())
 
     def new_lists(self) -> BlockMask:
-        return self.of_lists(topology_blocks(self.problem.segment_ids, self.problem.anc))
+        return self.of_lists(topology_blocks(self.problem.segment_ids, self.problem.segment_visibility))
 
     def with_mask(self, mask: Callable[[], BlockMask]) -> Attention:
         return lambda q, k, v: self.attention(q, k, v, block_mask=mask(), enable_gqa=self.grouped)
 
 
 def _ours(problem: Problem, flex: Flex) -> Attention:
-    return lambda q, k, v: topology_attention(q, k, v, problem.segment_ids, problem.anc, blocks=problem.blocks)
+    return lambda q, k, v: topology_attention(
+        q, k, v, problem.segment_ids, problem.segment_visibility, blocks=problem.blocks
+    )
 
 
 def _ours_new(problem: Problem, flex: Flex) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = topology_blocks(problem.segment_ids, problem.anc)
-        return topology_attention(q, k, v, problem.segment_ids, problem.anc, blocks=blocks)
+        blocks = topology_blocks(problem.segment_ids, problem.segment_visibility)
+        return topology_attention(q, k, v, problem.segment_ids, problem.segment_visibility, blocks=blocks)
 
     return attend
 
@@ -379,11 +381,11 @@ def measure_preparation(layout: Layout, device: torch.device) -> list[dict[str, 
     problem = Problem(layout, device)
     flex = Flex(problem)
     calls: dict[str, Callable[[], Any]] = {
-        "topology_blocks": lambda: topology_blocks(problem.segment_ids, problem.anc),
+        "topology_blocks": lambda: topology_blocks(problem.segment_ids, problem.segment_visibility),
         "topology_blocks, then flex's mask": flex.new_lists,
         "create_block_mask, compiled": lambda: flex.created(flex.create),
         "create_block_mask": lambda: flex.created(create_block_mask),
-        "dense mask": lambda: visible_pairs(problem.segment_ids, problem.anc),
+        "dense mask": lambda: visible_pairs(problem.segment_ids, problem.segment_visibility),
     }
     lines = []
     for name, call in calls.items():

@@ -88,11 +88,11 @@ class Problem:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         batch = Topology.stack([layout.topology])
-        self.segment_ids, self.anc = batch.segment_ids.to(device), batch.anc.to(device)
+        self.segment_ids, self.segment_visibility = batch.segment_ids.to(device), batch.segment_visibility.to(device)
         self.length = layout.length
-        self.blocks = topology_blocks(self.segment_ids, self.anc)
+        self.blocks = topology_blocks(self.segment_ids, self.segment_visibility)
         # Of a visible pair of segments: bool [N, N].
-        bits = self.anc[0].cpu().numpy().astype(np.uint64)[..., None] >> np.arange(64, dtype=np.uint64)
+        bits = self.segment_visibility[0].cpu().numpy().astype(np.uint64)[..., None] >> np.arange(64, dtype=np.uint64)
         table = torch.from_numpy((bits & 1).astype(bool).reshape(len(bits), -1)[:, : len(bits)])
         self.table = table.to(device)
 

@@ -40,8 +40,8 @@ class TopologyDataCollator:
     tokenizer's chat template; it is not learnt, and the EOS token follows the completion. Of given `labels` only those
     that are -100 count.
 
-    A batch holds `input_ids`, `labels` and `position_ids`, int64 [B, S], and `segment_ids`, int32 [B, S], with `anc`,
-    int64 [B, N, W]: see `TopologyBatch`. Texts are padded on the right.
+    A batch holds `input_ids`, `labels` and `position_ids`, int64 [B, S], and `segment_ids`, int32 [B, S], with
+    `segment_visibility`, int64 [B, N, W]: see `TopologyBatch`. Texts are padded on the right.
 
     What decides the labels: transformers learns token i from what stands before it in the row. The first token of a
     segment follows another token in the topology, so it is not learnt; nor, by default, is what generation writes
@@ -107,7 +107,7 @@ class TopologyDataCollator:
         }
         if self.backend == "sdpa":
             return {**filled, "attention_mask": _dense_masks(topologies, width)}
-        return {**filled, "segment_ids": batch.segment_ids, "anc": batch.anc}
+        return {**filled, "segment_ids": batch.segment_ids, "segment_visibility": batch.segment_visibility}
 
     @cached_property
     def _token_ids(self) -> dict[str, int]:

@@ -30,7 +30,7 @@ def decode_attention(
     q_pos: Tensor,
     window: int | None = None,
     col_seg: Tensor | None = None,
-    anc: Tensor | None = None,
+    segment_visibility: Tensor | None = None,
     *,
     scale: float | None = None,
     backend: str | None = None,
@@ -44,8 +44,8 @@ def decode_attention(
     - ``j > q_pos[b, i] - window``, where a window is given;
     - ``col_seg[b, j] >= 0``, where segments are given: other columns are holes, as left padding is, and may hold
       anything;
-    - bit ``col_seg[b, j]`` of ``anc[b, i]`` is set, where ancestors are given: bit s is bit s % 64 of word s // 64, and
-      segments that the words do not reach are not seen.
+    - bit ``col_seg[b, j]`` of ``segment_visibility[b, i]`` is set, where it is given: bit s is bit s % 64 of word
+      s // 64, and segments that the words do not reach are not seen.
 
     A query that sees nothing gets zeros. Softmax and sums are in float32 (float64 where q has it), and the result is
     rounded to the dtype of `q`; the Triton kernel also rounds the weights to the dtype of `v` before it multiplies. Two
@@ -63,7 +63,7 @@ def decode_attention(
         q_pos: [B, Q] or [1, Q], int32 or int64: the column of each query.
         window: columns that a query sees, its own included; at least 1.
         col_seg: [B, L] or [1, L], int32 or int64: segment of each column; columns from L on are holes.
-        anc: [B, Q, W] or [1, Q, W], int64: bitmap of the segments that each query sees. Needs `col_seg`.
+        segment_visibility: [B, Q, W] or [1, Q, W], int64: bitmap of the segments that each query sees. Needs `col_seg`.
         scale: factor of the scores; ``D ** -0.5`` by default.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
@@ -85,18 +85,20 @@ def decode_attention(
         >>> decode_attention(q, torch.zeros_like(cache), cache, kv_len=2, q_pos=torch.tensor([[1]]))[0, 0]
         tensor([[2., 3., 4., 5.]])
     """
-    _check(q, k, v, kv_len, q_pos, window, col_seg, anc)
+    _check(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility)
     width = q.shape[3]
     if scale is None:
         scale = width**-0.5
     if select_backend(OP, backend, q.device) == "reference":
-        return reference_decode_attention(q, k, v, kv_len, q_pos, window, col_seg, anc, scale=scale)
+        return reference_decode_attention(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility, scale=scale)
     if q.dtype == torch.float64:
         raise BackendError(f"{OP}: the Triton kernel does not compute in float64", "pass backend='reference'")
     from hf_efficient.kernels.decode_attention.op import decode_attention_forward
 
     lengths, columns = (kv_len, k.shape[2]) if isinstance(kv_len, Tensor) else (None, kv_len)
-    return decode_attention_forward(q, k, v, lengths, q_pos, col_seg, anc, columns, window, scale).transpose(1, 2)
+    return decode_attention_forward(
+        q, k, v, lengths, q_pos, col_seg, segment_visibility, columns, window, scale
+    ).transpose(1, 2)
 
 
 def _check(
@@ -107,7 +109,7 @@ def _check(
     q_pos: Tensor,
     window: int | None,
     col_seg: Tensor | None,
-    anc: Tensor | None,
+    segment_visibility: Tensor | None,
 ) -> None:
     """Refuse what the operation cannot take. Called for every layer of every token, so the usual case is quick."""
     tensors = {"q": q, "k": k, "v": v, "q_pos": q_pos}
@@ -115,8 +117,8 @@ def _check(
         tensors["kv_len"] = kv_len
     if col_seg is not None:
         tensors["col_seg"] = col_seg
-    if anc is not None:
-        tensors["anc"] = anc
+    if segment_visibility is not None:
+        tensors["segment_visibility"] = segment_visibility
     check_tensors(OP, tensors)
     check_dtype(OP, "q", q, FLOATS)
     check_rank(OP, "q", q, 4, 4, "[B, Hq, Q, D]")
@@ -150,12 +152,21 @@ def _check(
     if col_seg is not None:
         check_dtype(OP, "col_seg", col_seg, INTEGERS)
         _check_rows(OP, "col_seg", col_seg, batch, None, "[B, L] or [1, L]")
-    if anc is not None:
+    if segment_visibility is not None:
         if col_seg is None:
-            raise HFEError(f"{OP}: `anc` is given without `col_seg`", "pass the segment of each column too")
-        check_dtype(OP, "anc", anc, (torch.int64,))
-        check_rank(OP, "anc", anc, 3, 3, "[B, Q, W] or [1, Q, W]")
-        _check_rows(OP, "anc", anc, batch, (queries, anc.shape[2]), "[B, Q, W] or [1, Q, W]")
+            raise HFEError(
+                f"{OP}: `segment_visibility` is given without `col_seg`", "pass the segment of each column too"
+            )
+        check_dtype(OP, "segment_visibility", segment_visibility, (torch.int64,))
+        check_rank(OP, "segment_visibility", segment_visibility, 3, 3, "[B, Q, W] or [1, Q, W]")
+        _check_rows(
+            OP,
+            "segment_visibility",
+            segment_visibility,
+            batch,
+            (queries, segment_visibility.shape[2]),
+            "[B, Q, W] or [1, Q, W]",
+        )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise HFEError(
             f"{OP} is for inference and has no backward pass, but an argument requires a gradient",

@@ -14,14 +14,14 @@ def _launch(
     kv_len: Tensor | None,
     q_pos: Tensor,
     col_seg: Tensor | None,
-    anc: Tensor | None,
+    segment_visibility: Tensor | None,
     columns: int,
     window: int | None,
     scale: float,
 ) -> Tensor:
     from hf_efficient.kernels.decode_attention.triton_kernels import launch
 
-    return launch(q, k, v, kv_len, q_pos, col_seg, anc, columns, window, scale)
+    return launch(q, k, v, kv_len, q_pos, col_seg, segment_visibility, columns, window, scale)
 
 
 def _fake(
@@ -31,7 +31,7 @@ def _fake(
     kv_len: Tensor | None,
     q_pos: Tensor,
     col_seg: Tensor | None,
-    anc: Tensor | None,
+    segment_visibility: Tensor | None,
     columns: int,
     window: int | None,
     scale: float,

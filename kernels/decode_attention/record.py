@@ -98,19 +98,24 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "a row of holes": draw(col_seg=integers([-1] * 67, [0] * 67)),
         "segments of fewer columns": draw(col_seg=segments(1, 40, 3), window=50),
         "segments of more columns": draw(col_seg=segments(2, 80, 3)),
-        "ancestors in one word": draw(forest, col_seg=segments(2, 97, 64), anc=bitmaps(2, 5, 1)),
-        "ancestors in two words": draw(forest, col_seg=segments(2, 97, 128), anc=bitmaps(2, 5, 2)),
+        "ancestors in one word": draw(forest, col_seg=segments(2, 97, 64), segment_visibility=bitmaps(2, 5, 1)),
+        "ancestors in two words": draw(forest, col_seg=segments(2, 97, 128), segment_visibility=bitmaps(2, 5, 2)),
         "ancestors at the edges of a word": draw(
             _Shape(queries=4, columns=64),
             col_seg=integers([0, 1, 62, 63, 64, 65, 127, -1] * 8),
-            anc=integers([[1, 0], [-(2**63), 0], [0, -(2**63) + 1], [2**62, 2]], dtype=torch.int64),
+            segment_visibility=integers([[1, 0], [-(2**63), 0], [0, -(2**63) + 1], [2**62, 2]], dtype=torch.int64),
             q_pos=integers([63] * 4),
         ),
         "segments that no word holds": draw(
-            forest, col_seg=segments(1, 97, 200), anc=integers([[ALL_BITS]] * 5, dtype=torch.int64), window=64
+            forest,
+            col_seg=segments(1, 97, 200),
+            segment_visibility=integers([[ALL_BITS]] * 5, dtype=torch.int64),
+            window=64,
         ),
         "a query that sees no ancestor": draw(
-            forest, col_seg=segments(2, 97, 3), anc=integers([[0], [1], [2], [4], [0]], dtype=torch.int64)
+            forest,
+            col_seg=segments(2, 97, 3),
+            segment_visibility=integers([[0], [1], [2], [4], [0]], dtype=torch.int64),
         ),
         "a scale of its own": draw(scale=0.01),
         "one column": draw(_Shape(columns=1)),
@@ -148,7 +153,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
     good = _draw(device, torch.float32, _Shape(heads=4, kv_heads=2))
     q, k, v, q_pos = good["q"], good["k"], good["v"], good["q_pos"]
     seg = torch.zeros(2, 67, dtype=torch.int32, device=device)
-    anc = torch.ones(2, 1, 1, dtype=torch.int64, device=device)
+    segment_visibility = torch.ones(2, 1, 1, dtype=torch.int64, device=device)
     wide = torch.zeros(2, 2, 67, 272, device=device)
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
@@ -175,9 +180,23 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("more columns than there are", "`kv_len`", "68", "67 columns", kv_len=68),
         bad("an empty window", "`window` is 0", "None", window=0),
         bad("segments of other rows", "`col_seg`", "(3, 67)", "[B, L]", col_seg=seg[:1].expand(3, 67)),
-        bad("ancestors without segments", "`anc`", "`col_seg`", anc=anc),
-        bad("ancestors in half words", "`anc`", "int32", "int64", col_seg=seg, anc=anc.int()),
-        bad("ancestors of more queries", "`anc`", "(2, 3, 1)", "[B, Q, W]", col_seg=seg, anc=anc.expand(2, 3, 1)),
+        bad("ancestors without segments", "`segment_visibility`", "`col_seg`", segment_visibility=segment_visibility),
+        bad(
+            "ancestors in half words",
+            "`segment_visibility`",
+            "int32",
+            "int64",
+            col_seg=seg,
+            segment_visibility=segment_visibility.int(),
+        ),
+        bad(
+            "ancestors of more queries",
+            "`segment_visibility`",
+            "(2, 3, 1)",
+            "[B, Q, W]",
+            col_seg=seg,
+            segment_visibility=segment_visibility.expand(2, 3, 1),
+        ),
         bad("positions on another device", "on meta", "one device", q_pos=q_pos.to("meta")),
         bad("a gradient", "gradient", "torch.no_grad()", k=k.clone().requires_grad_()),
         bad("an unknown backend", "'cutlass'", "reference, triton", error=BackendError, backend="cutlass"),
@@ -192,7 +211,7 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
         *(arguments[name] for name in ("q", "k", "v")),
         lengths if isinstance(lengths, Tensor) else None,
         arguments["q_pos"],
-        *(arguments.get(name) for name in ("col_seg", "anc")),
+        *(arguments.get(name) for name in ("col_seg", "segment_visibility")),
         columns,
         arguments.get("window"),
         arguments.get("scale", arguments["q"].shape[3] ** -0.5),
@@ -207,7 +226,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     names = attend_kernel.arg_names
     rows = ("out", "partial", "q", "k", "v")
-    optional = {"kv_len": "*i64", "col_seg": "*i32", "anc": "*i64", "window": "i32", "partial": "*fp32"}
+    optional = {"kv_len": "*i64", "col_seg": "*i32", "segment_visibility": "*i64", "window": "i32", "partial": "*fp32"}
     cases = (
         # Tiles of 16 rows and the largest; those of 32 need less than these.
         *(("bf16", width, 4, queries, True) for width in (64, 256) for queries in (1, 64)),
@@ -267,7 +286,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 def _seen(arguments: Arguments) -> Tensor:
     """bool [B, Q, C]: which column each query sees."""
     q, k = arguments["q"], arguments["k"]
-    others = {name: arguments.get(name) for name in ("window", "col_seg", "anc")}
+    others = {name: arguments.get(name) for name in ("window", "col_seg", "segment_visibility")}
     seen = visible_columns(k.shape[2], arguments["kv_len"], arguments["q_pos"], **others)
     return seen.expand(q.shape[0], -1, -1)
 
@@ -290,11 +309,11 @@ def sdpa(
     q_pos: Tensor,
     window: int | None = None,
     col_seg: Tensor | None = None,
-    anc: Tensor | None = None,
+    segment_visibility: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """What stock models do with a static cache: PyTorch's attention over all of it, under a boolean mask."""
-    mask = visible_columns(k.shape[2], kv_len, q_pos, window, col_seg, anc)[:, None]
+    mask = visible_columns(k.shape[2], kv_len, q_pos, window, col_seg, segment_visibility)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 

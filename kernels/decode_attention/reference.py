@@ -16,7 +16,7 @@ def visible_columns(
     q_pos: Tensor,
     window: int | None = None,
     col_seg: Tensor | None = None,
-    anc: Tensor | None = None,
+    segment_visibility: Tensor | None = None,
 ) -> Tensor:
     """Which of `columns` cache columns each query sees: bool [B or 1, Q, columns]. Arguments as of the operation."""
     column = torch.arange(columns, device=q_pos.device)
@@ -32,16 +32,16 @@ def visible_columns(
     known = min(columns, col_seg.shape[1])
     segment[:, :known] = col_seg[:, :known]
     seen = seen & (segment >= 0)[:, None, :]
-    if anc is None:
+    if segment_visibility is None:
         return seen
-    rows, queries, words = anc.shape
+    rows, queries, words = segment_visibility.shape
     if words == 0:
         return seen & False
     rows = max(rows, segment.shape[0])
     word = (segment // WORD).clamp(0, words - 1)[:, None, :].expand(rows, queries, columns)
     bit = (segment % WORD)[:, None, :]
     # The shift carries the sign of bit 63 along; the last bit is right all the same.
-    ancestor = ((anc.expand(rows, -1, -1).gather(2, word) >> bit) & 1).bool()
+    ancestor = ((segment_visibility.expand(rows, -1, -1).gather(2, word) >> bit) & 1).bool()
     return seen & ancestor & (segment < WORD * words)[:, None, :]
 
 
@@ -53,7 +53,7 @@ def decode_attention(
     q_pos: Tensor,
     window: int | None = None,
     col_seg: Tensor | None = None,
-    anc: Tensor | None = None,
+    segment_visibility: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> Tensor:
@@ -61,7 +61,7 @@ def decode_attention(
     batch, heads, queries, width = q.shape
     kv_heads, columns = k.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    seen = visible_columns(columns, kv_len, q_pos, window, col_seg, anc)
+    seen = visible_columns(columns, kv_len, q_pos, window, col_seg, segment_visibility)
     # What nobody sees may hold anything, NaN included, which a weight of zero would not keep out.
     nobody = ~seen.any(dim=1)[:, None, :, None]
     k, v = (x.to(wide).masked_fill(nobody, 0.0) for x in (k, v))

@@ -40,7 +40,7 @@ if HAVE_TRITON:
         return known
 
     # Differ from call to call, and no code is better for knowing them; of the tensors, where in memory they begin.
-    _VARYING = ("columns", "segments", "queries", "splits", "kv_len", "q_pos", "col_seg", "anc")
+    _VARYING = ("columns", "segments", "queries", "splits", "kv_len", "q_pos", "col_seg", "segment_visibility")
     _VARYING_STRIDES = ("kv_len_stride", "q_pos_stride", "col_seg_stride")
 
     @triton.jit(do_not_specialize=[*_VARYING, *_VARYING_STRIDES])
@@ -53,7 +53,7 @@ if HAVE_TRITON:
         kv_len,
         q_pos,
         col_seg,
-        anc,
+        segment_visibility,
         columns,
         segments,
         queries,
@@ -106,10 +106,10 @@ if HAVE_TRITON:
             length = tl.minimum(tl.load(kv_len + batch * kv_len_stride).to(tl.int32), columns)
         q_at = q + batch * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_q
         q_tile = tl.load(q_at[:, None] + dim[None, :], mask=inside_rows[:, None] & inside_width[None, :], other=0.0)
-        if anc is not None:
+        if segment_visibility is not None:
             word = tl.arange(0, WORDS_PADDED)
             bitmaps = tl.load(
-                anc + ((batch * queries + query) * WORDS)[:, None] + word[None, :],
+                segment_visibility + ((batch * queries + query) * WORDS)[:, None] + word[None, :],
                 mask=inside_rows[:, None] & (word < WORDS)[None, :],
                 other=0,
             )
@@ -146,7 +146,7 @@ if HAVE_TRITON:
                 seen &= (segment >= 0)[None, :]
                 # A hole may hold NaN, which a weight of zero would not keep out.
                 v_tile = tl.where((segment >= 0)[:, None], v_tile, 0.0)
-                if anc is not None:
+                if segment_visibility is not None:
                     seen &= _is_ancestor(bitmaps, segment, WORDS, WORDS_PADDED)
             score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * score_scale
             score = tl.where(seen, score, float("-inf"))
@@ -222,7 +222,7 @@ def launch(
     kv_len: Tensor | None,
     q_pos: Tensor,
     col_seg: Tensor | None,
-    anc: Tensor | None,
+    segment_visibility: Tensor | None,
     columns: int,
     window: int | None,
     scale: float,
@@ -245,9 +245,9 @@ def launch(
         q_pos = q_pos.contiguous()
     if col_seg is not None and col_seg.stride(1) != 1:
         col_seg = col_seg.contiguous()
-    if anc is not None:
-        anc = anc.expand(batch, -1, -1).contiguous()
-    words = 0 if anc is None else anc.shape[2]
+    if segment_visibility is not None:
+        segment_visibility = segment_visibility.expand(batch, -1, -1).contiguous()
+    words = 0 if segment_visibility is None else segment_visibility.shape[2]
     group = heads // kv_heads
     if config is None:
         config = launch_config(queries * group, width, q.element_size())
@@ -270,7 +270,7 @@ def launch(
         kv_len,
         q_pos,
         col_seg,
-        anc,
+        segment_visibility,
         columns,
         0 if col_seg is None else col_seg.shape[1],
         queries,

@@ -30,7 +30,7 @@ def topology_attention(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     *,
     blocks: BlockLists | None = None,
     scale: float | None = None,
@@ -39,9 +39,9 @@ def topology_attention(
     """Attention under a topology: ``softmax(scale * q kᵀ over the keys that a query sees) v`` for each query.
 
     Query i sees key j if j <= i, neither is a hole, and the segment of j is that of i or an ancestor of it: bit
-    ``segment_ids[b, j]`` of ``anc[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros. Softmax and
-    sums are in float32 (float64 where q has it); the Triton kernel rounds the weights to the dtype of `v`, and in the
-    backward pass the gradients of the scores to that of `q`, before it multiplies.
+    ``segment_ids[b, j]`` of ``segment_visibility[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros.
+    Softmax and sums are in float32 (float64 where q has it); the Triton kernel rounds the weights to the dtype of `v`,
+    and in the backward pass the gradients of the scores to that of `q`, before it multiplies.
 
     Blocks of 128 keys of which a block of 128 queries sees nothing cost nothing; those that it sees wholly need no
     mask. Two runs agree bit for bit, gradients included: no atomics.
@@ -50,10 +50,10 @@ def topology_attention(
         q: [B, Hq, S, D], float16, bfloat16 or float32 (float64 for the reference); D <= 256.
         k, v: [B, Hkv, S, D], the dtype of `q`. Hq is a multiple of Hkv; query heads that share one are neighbours.
         segment_ids: [B, S] or [1, S], int32: segment of each token, negative for padding and other holes.
-        anc: [B, N, W] or [1, N, W], int64: bitmap of the segments that each segment sees, itself among them; bit s is
-            bit s % 64 of word s // 64.
-        blocks: what `topology_blocks` gives for `segment_ids` and `anc`; None computes it. One result serves every
-            layer of a model.
+        segment_visibility: [B, N, W] or [1, N, W], int64: bitmap of the segments that each segment sees, itself
+            among them; bit s is bit s % 64 of word s // 64.
+        blocks: what `topology_blocks` gives for `segment_ids` and `segment_visibility`; None computes it. One
+            result serves every layer of a model.
         scale: factor of the scores, positive; ``D ** -0.5`` by default.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere. The reference needs memory for [B, Hq, S, S] scores.
@@ -80,19 +80,19 @@ def topology_attention(
                 [0.5000, 0.0000, 0.5000, 0.0000],
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    _check(q, k, v, segment_ids, anc, blocks, scale)
+    _check(q, k, v, segment_ids, segment_visibility, blocks, scale)
     if scale is None:
         scale = q.shape[3] ** -0.5
     if select_backend(OP, backend, q.device) == "reference":
-        return reference_topology_attention(q, k, v, segment_ids, anc, scale=scale)
+        return reference_topology_attention(q, k, v, segment_ids, segment_visibility, scale=scale)
     if q.dtype == torch.float64:
         raise BackendError(f"{OP}: the Triton kernel does not compute in float64", "pass backend='reference'")
     from hf_efficient.kernels.topology_attention.op import attend
 
     if blocks is None:
-        blocks = topology_blocks(segment_ids, anc, backend="triton")
+        blocks = topology_blocks(segment_ids, segment_visibility, backend="triton")
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
-    return attend(q, k, v, segment_ids, anc, blocks, scale).transpose(1, 2)
+    return attend(q, k, v, segment_ids, segment_visibility, blocks, scale).transpose(1, 2)
 
 
 def _check(
@@ -100,11 +100,11 @@ def _check(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     blocks: BlockLists | None,
     scale: float | None,
 ) -> None:
-    tensors = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "anc": anc}
+    tensors = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "segment_visibility": segment_visibility}
     check_tensors(OP, tensors)
     check_dtype(OP, "q", q, FLOATS)
     check_rank(OP, "q", q, 4, 4, "[B, Hq, S, D]")
@@ -121,7 +121,7 @@ def _check(
         )
     if not 0 < width <= MAX_WIDTH:
         raise HFEError(f"{OP}: the heads are {width} wide", f"1 to {MAX_WIDTH} are supported; use torch's attention")
-    check_segments(OP, segment_ids, anc)
+    check_segments(OP, segment_ids, segment_visibility)
     if segment_ids.shape[0] not in (1, batch) or segment_ids.shape[1] != length:
         raise HFEError(
             f"{OP}: `segment_ids` has shape {tuple(segment_ids.shape)} for `q` of shape {tuple(q.shape)}",
@@ -133,4 +133,6 @@ def _check(
         rows, count = segment_ids.shape[0], -(-length // BLOCK)
         check_tensors(OP, {"q": q, "blocks.counts": blocks.counts})
         check_shape(OP, "blocks.lists", blocks.lists, (rows, 4, count, count), "that of topology_blocks for these ids")
-        check_shape(OP, "blocks.present", blocks.present, (rows, count, anc.shape[2]), "[B, NB, W] for these ids")
+        check_shape(
+            OP, "blocks.present", blocks.present, (rows, count, segment_visibility.shape[2]), "[B, NB, W] for these ids"
+        )

@@ -17,7 +17,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     counts: Tensor,
     lists: Tensor,
     present: Tensor,
@@ -25,10 +25,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from hf_efficient.kernels.topology_attention.triton_kernels import launch_forward
 
-    return launch_forward(q, k, v, segment_ids, anc, counts, lists, present, scale)
+    return launch_forward(q, k, v, segment_ids, segment_visibility, counts, lists, present, scale)
 
 
-def _fake_forward(q, k, v, segment_ids, anc, counts, lists, present, scale):
+def _fake_forward(q, k, v, segment_ids, segment_visibility, counts, lists, present, scale):
     batch, heads, length, width = q.shape
     rows = lists.shape[2] * BLOCK
     return q.new_empty((batch, length, heads, width)), q.new_empty((batch, heads, rows), dtype=torch.float32)
@@ -42,7 +42,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     counts: Tensor,
     lists: Tensor,
     present: Tensor,
@@ -50,10 +50,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from hf_efficient.kernels.topology_attention.triton_gradients import launch_backward
 
-    return launch_backward(dout, q, k, v, out, lse, segment_ids, anc, counts, lists, present, scale)
+    return launch_backward(dout, q, k, v, out, lse, segment_ids, segment_visibility, counts, lists, present, scale)
 
 
-def _fake_backward(dout, q, k, v, out, lse, segment_ids, anc, counts, lists, present, scale):
+def _fake_backward(dout, q, k, v, out, lse, segment_ids, segment_visibility, counts, lists, present, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -73,13 +73,13 @@ class _TopologyAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         segment_ids: Tensor,
-        anc: Tensor,
+        segment_visibility: Tensor,
         counts: Tensor,
         lists: Tensor,
         present: Tensor,
         scale: float,
     ) -> Tensor:
-        topology = (segment_ids, anc, counts, lists, present)
+        topology = (segment_ids, segment_visibility, counts, lists, present)
         out, lse = topology_attention_forward(q, k, v, *topology, scale)
         ctx.save_for_backward(q, k, v, out, lse, *topology)
         ctx.scale = scale
@@ -93,10 +93,10 @@ class _TopologyAttention(torch.autograd.Function):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, anc: Tensor, blocks: BlockLists, scale: float
+    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, segment_visibility: Tensor, blocks: BlockLists, scale: float
 ) -> Tensor:
     """Output [B, S, Hq, D], contiguous, differentiable where a gradient is wanted."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _TopologyAttention.apply(q, k, v, segment_ids, anc, *blocks, scale)
+        return _TopologyAttention.apply(q, k, v, segment_ids, segment_visibility, *blocks, scale)
     # Autograd's bookkeeping costs more than a small kernel.
-    return topology_attention_forward(q, k, v, segment_ids, anc, *blocks, scale)[0]
+    return topology_attention_forward(q, k, v, segment_ids, segment_visibility, *blocks, scale)[0]

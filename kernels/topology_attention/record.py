@@ -40,17 +40,20 @@ def _nested(device: torch.device) -> Arguments:
     """Two rows: a path with a block of its own, and a graph of steps; padding after, and before, with holes between."""
     lengths = [[30, 40, 20, 25, 15, 33, 27, 10], [-25, 50, 31, 44, 20, 20, 10, 0]]
     parents = [[[], [0], [1], [1], [2, 3], [0], [4, 5], []], [[], [0], [0], [1], [1, 2], [3, 4], [0], []]]
-    segments, anc = torch.full((2, 210), -1, dtype=torch.int32), torch.zeros(2, 8, 8, dtype=torch.bool)
+    segments, segment_visibility = torch.full((2, 210), -1, dtype=torch.int32), torch.zeros(2, 8, 8, dtype=torch.bool)
     for row in range(2):
         at = max(0, -lengths[row][0])
         for segment, length in enumerate(map(abs, lengths[row][:-1])):
             segments[row, at : at + length] = segment
             at += length
-            anc[row, segment, segment] = True
+            segment_visibility[row, segment, segment] = True
             for parent in parents[row][segment]:
-                anc[row, segment] |= anc[row, parent]
+                segment_visibility[row, segment] |= segment_visibility[row, parent]
     segments[1, 130] = -1
-    return {"segment_ids": segments.to(device), "anc": torch.stack([bitmaps(a) for a in anc]).to(device)}
+    return {
+        "segment_ids": segments.to(device),
+        "segment_visibility": torch.stack([bitmaps(a) for a in segment_visibility]).to(device),
+    }
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -73,7 +76,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         ),
         "seventy paths, two words": draw(fan(70, 10, 2, device)),
         "a hundred and forty paths, three words": draw(fan(140, 5, 1, device)),
-        "segments in no order": draw({"segment_ids": scattered, "anc": bitmaps(members)[None].to(device)}),
+        "segments in no order": draw(
+            {"segment_ids": scattered, "segment_visibility": bitmaps(members)[None].to(device)}
+        ),
         "a group of seven": draw(fan(2, 20, 15, device), heads=7),
         "width 96": draw(width=96),
         "an odd width": draw(width=7),
@@ -108,8 +113,10 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
     """Calls that must be refused before anything is launched."""
     topology = fan(2, 10, 5, device, rows=2)
     good = _draw(device, torch.float32, topology, heads=4, kv_heads=2)
-    q, k, v, segments, anc = (good[name] for name in ("q", "k", "v", "segment_ids", "anc"))
-    lists = topology_blocks(segments, anc, backend="reference")
+    q, k, v, segments, segment_visibility = (
+        good[name] for name in ("q", "k", "v", "segment_ids", "segment_visibility")
+    )
+    lists = topology_blocks(segments, segment_visibility, backend="reference")
     wide = torch.zeros(2, 2, 30, 272, device=device)
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
@@ -127,8 +134,20 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("long segments", "`segment_ids`", "int64", "int32", segment_ids=segments.long()),
         bad("segments of fewer tokens", "`segment_ids`", "(2, 29)", "[B, S]", segment_ids=segments[:, 1:]),
         bad("segments of other rows", "`segment_ids`", "(3, 30)", segment_ids=segments[:1].expand(3, -1)),
-        bad("bitmaps in half words", "`anc`", "int32", "int64", anc=anc.int()),
-        bad("bitmaps without rows", "`anc`", "(4, 1)", "[B, N, W]", anc=anc[0]),
+        bad(
+            "bitmaps in half words",
+            "`segment_visibility`",
+            "int32",
+            "int64",
+            segment_visibility=segment_visibility.int(),
+        ),
+        bad(
+            "bitmaps without rows",
+            "`segment_visibility`",
+            "(4, 1)",
+            "[B, N, W]",
+            segment_visibility=segment_visibility[0],
+        ),
         bad("a negative scale", "`scale` is -1", "positive", scale=-1.0),
         bad("lists of another length", "blocks.lists", "topology_blocks", blocks=BlockLists(*(x[:1] for x in lists))),
         bad("segments on another device", "on meta", "one device", segment_ids=segments.to("meta")),
@@ -138,11 +157,13 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
     """The operators, with arguments as the public function hands them over."""
-    q, k, v, segment_ids, anc = (arguments[name] for name in ("q", "k", "v", "segment_ids", "anc"))
+    q, k, v, segment_ids, segment_visibility = (
+        arguments[name] for name in ("q", "k", "v", "segment_ids", "segment_visibility")
+    )
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
-    blocks = arguments.get("blocks") or topology_blocks(segment_ids, anc, backend="reference")
+    blocks = arguments.get("blocks") or topology_blocks(segment_ids, segment_visibility, backend="reference")
     scale = arguments.get("scale", q.shape[3] ** -0.5)
-    topology = (segment_ids, anc, *blocks)
+    topology = (segment_ids, segment_visibility, *blocks)
     out, lse = topology_attention_forward(q, k, v, *topology, scale)
     return [
         (topology_attention_forward, (q, k, v, *topology, scale)),
@@ -165,7 +186,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         "key_gradient": (key_gradient_kernel, ("q", "dout")),
     }
     fixed = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "score_scale": "fp32"}
-    fixed |= {"segment_ids": "*i32", "counts": "*i32", "lists": "*i32", "anc": "*i64", "present": "*i64"}
+    fixed |= {"segment_ids": "*i32", "counts": "*i32", "lists": "*i32", "segment_visibility": "*i64", "present": "*i64"}
     tensors = ("out", "q", "k", "v", "dout", "dq", "dk", "dv")
     odd = ("fp16", 96, 2)
     plain = [("bf16", 64, 1), ("bf16", 256, 1)]
@@ -210,7 +231,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 def _sizes(arguments: Arguments) -> tuple[int, int, int, int]:
     """Bytes of q, of k and of v together, visible pairs of all heads, and the head width."""
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
-    pairs = int(visible_pairs(arguments["segment_ids"], arguments["anc"]).sum()) * q.shape[1]
+    pairs = int(visible_pairs(arguments["segment_ids"], arguments["segment_visibility"]).sum()) * q.shape[1]
     pairs *= q.shape[0] // arguments["segment_ids"].shape[0] if len(arguments["segment_ids"]) else 1
     return q.nbytes, k.nbytes + v.nbytes, pairs, q.shape[3]
 
@@ -232,12 +253,12 @@ def sdpa(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     blocks: BlockLists | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """What stock models do: PyTorch's attention under a dense boolean mask."""
-    mask = visible_pairs(segment_ids, anc)[:, None]
+    mask = visible_pairs(segment_ids, segment_visibility)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 

@@ -10,13 +10,15 @@ from hf_efficient.kernels.topology_blocks.block_lists import BlockLists
 from hf_efficient.kernels.topology_blocks.reference import seen_segments, segment_bits
 
 
-def visible_pairs(segment_ids: Tensor, anc: Tensor) -> Tensor:
-    """Which keys each query sees: bool [B, S, S], queries first, for segment_ids [B, S] and anc [B, N, W].
+def visible_pairs(segment_ids: Tensor, segment_visibility: Tensor) -> Tensor:
+    """Which keys each query sees: bool [B, S, S], queries first.
+
+    `segment_ids` is [B, S], `segment_visibility` [B, N, W].
 
     A key is seen that is not later and whose segment is the query's own or an ancestor of it.
     """
-    words, length = anc.shape[2], segment_ids.shape[1]
-    queries, keys = seen_segments(segment_ids, anc), segment_bits(segment_ids, words)
+    words, length = segment_visibility.shape[2], segment_ids.shape[1]
+    queries, keys = seen_segments(segment_ids, segment_visibility), segment_bits(segment_ids, words)
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
     seen = torch.zeros((*segment_ids.shape, length), dtype=torch.bool, device=segment_ids.device)
     for word in range(words):
@@ -29,7 +31,7 @@ def topology_attention(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     *,
     blocks: BlockLists | None = None,
     scale: float | None = None,
@@ -38,7 +40,7 @@ def topology_attention(
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
-    seen = visible_pairs(segment_ids, anc)[:, None, None]
+    seen = visible_pairs(segment_ids, segment_visibility)[:, None, None]
     # What holes hold must not matter, NaN included, which a weight of zero would not keep out.
     hole = (segment_ids < 0)[:, None, :, None]
     q, k, v = (x.to(wide).masked_fill(hole, 0.0) for x in (q, k, v))

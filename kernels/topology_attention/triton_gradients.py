@@ -48,7 +48,7 @@ if HAVE_TRITON:
         dout,
         lse,
         segment_ids,
-        anc,
+        segment_visibility,
         counts,
         lists,
         present,
@@ -74,7 +74,7 @@ if HAVE_TRITON:
         dout_stride_h,
         dout_stride_s,
         segment_stride,
-        anc_stride,
+        segment_visibility_stride,
         GROUP: tl.constexpr,
         WIDTH: tl.constexpr,
         WORDS: tl.constexpr,
@@ -137,7 +137,7 @@ if HAVE_TRITON:
             gradient = tl.dot(dscore.to(k_tile.dtype), k_tile, gradient, input_precision="ieee")
 
         segment_ids += row * segment_stride
-        anc += row * anc_stride
+        segment_visibility += row * segment_visibility_stride
         query_segment = segments_of(segment_ids, query, length, segments)
         lists += blocks.to(tl.int64) * blocks
         for at in tl.range(0, tl.load(counts + blocks) * PARTS, num_stages=1):
@@ -146,7 +146,14 @@ if HAVE_TRITON:
             key = first + tl.arange(0, BLOCK_KEYS)
             key_segment = segments_of(segment_ids, key, length, segments)
             seen = visible(
-                query, key, query_segment, key_segment, anc, present + (row * blocks + key_block) * WORDS, WORDS, False
+                query,
+                key,
+                query_segment,
+                key_segment,
+                segment_visibility,
+                present + (row * blocks + key_block) * WORDS,
+                WORDS,
+                False,
             )
             known = (key_segment >= 0)[:, None]
             k_tile = load_tile(
@@ -180,7 +187,7 @@ if HAVE_TRITON:
         dout,
         lse,
         segment_ids,
-        anc,
+        segment_visibility,
         counts,
         lists,
         present,
@@ -209,7 +216,7 @@ if HAVE_TRITON:
         dout_stride_h,
         dout_stride_s,
         segment_stride,
-        anc_stride,
+        segment_visibility_stride,
         GROUP: tl.constexpr,
         WIDTH: tl.constexpr,
         WORDS: tl.constexpr,
@@ -235,7 +242,7 @@ if HAVE_TRITON:
         counts += (row * 4 + 2) * blocks + block
         lists += ((row * 4 + 2) * blocks + block) * blocks
         segment_ids += row * segment_stride
-        anc += row * anc_stride
+        segment_visibility += row * segment_visibility_stride
         present += (row * blocks + block) * WORDS
         key_segment = segments_of(segment_ids, key, length, segments)
         k_tile = load_tile(
@@ -281,7 +288,7 @@ if HAVE_TRITON:
                 first = tl.load(partial_lists + at // PARTS) * BLOCK + (at % PARTS) * BLOCK_QUERIES
                 query = first + tl.arange(0, BLOCK_QUERIES)
                 query_segment = segments_of(segment_ids, query, length, segments)
-                seen = visible(query, key, query_segment, key_segment, anc, present, WORDS, True)
+                seen = visible(query, key, query_segment, key_segment, segment_visibility, present, WORDS, True)
                 q_tile = load_tile(
                     q, batch, head, first, length, q_stride_b, q_stride_h, q_stride_s,
                     BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
@@ -319,7 +326,7 @@ def launch_backward(
     out: Tensor,
     lse: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     counts: Tensor,
     lists: Tensor,
     present: Tensor,
@@ -335,12 +342,12 @@ def launch_backward(
         return dq, dk, dv
     delta = torch.empty_like(lse)
     dout = dout.transpose(1, 2)
-    rest = (counts, lists, present, length, lists.shape[2], anc.shape[1])
+    rest = (counts, lists, present, length, lists.shape[2], segment_visibility.shape[1])
     scales = (scale, scale * math.log2(math.e))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
 
     config = query_config or launch_config("query_gradient", width, q.element_size(), capability_of(q.device))
-    shared = shared_launch(config, segment_ids, anc, q, k, v, dout)
+    shared = shared_launch(config, segment_ids, segment_visibility, q, k, v, dout)
     query_gradient_kernel[(lists.shape[2] * (BLOCK // config.block_queries), batch * heads)](
         dq,
         delta,
@@ -360,7 +367,7 @@ def launch_backward(
         **shared.constants,
     )
     config = key_config or launch_config("key_gradient", width, q.element_size(), capability_of(q.device))
-    shared = shared_launch(config, segment_ids, anc, q, k, v, dout)
+    shared = shared_launch(config, segment_ids, segment_visibility, q, k, v, dout)
     key_gradient_kernel[(triton.cdiv(length, config.block_keys), batch * kv_heads)](
         dk,
         dv,

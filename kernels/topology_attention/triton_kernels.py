@@ -55,21 +55,23 @@ if HAVE_TRITON:
         keys,
         query_segment,
         key_segment,
-        anc,
+        segment_visibility,
         present,
         WORDS: tl.constexpr,
         KEYS_FIRST: tl.constexpr,
     ):
         """Which keys [N] each query [M] sees: [M, N], or [N, M] with KEYS_FIRST.
 
-        `anc` is that of the batch row, `present` the bitmap of the segments in the block of the keys.
+        `segment_visibility` is that of the batch row, `present` the bitmap of the segments in the block of the keys.
         """
         bit = (key_segment & 63).to(tl.int64)
         seen = keys[:, None] <= queries[None, :] if KEYS_FIRST else queries[:, None] >= keys[None, :]
         descends = seen & False
         for word in range(WORDS):
             if WORDS == 1 or tl.load(present + word) != 0:
-                ancestors = tl.load(anc + query_segment.to(tl.int64) * WORDS + word, mask=query_segment >= 0, other=0)
+                ancestors = tl.load(
+                    segment_visibility + query_segment.to(tl.int64) * WORDS + word, mask=query_segment >= 0, other=0
+                )
                 mine = (key_segment >> 6) == word
                 if KEYS_FIRST:
                     descends |= mine[:, None] & (((ancestors[None, :] >> bit[:, None]) & 1) != 0)
@@ -79,7 +81,7 @@ if HAVE_TRITON:
 
     @triton.jit
     def segments_of(segment_ids, index, length, count):
-        """Segments of the tokens at `index`; -1 for holes, past the end, and for those that `anc` has no row for."""
+        """Segments of the tokens at `index`; -1 for holes, past the end, and without a row in the bitmaps."""
         segment = tl.load(segment_ids + index, mask=index < length, other=-1)
         return tl.where(segment < count, segment, -1)
 
@@ -91,7 +93,7 @@ if HAVE_TRITON:
         k,
         v,
         segment_ids,
-        anc,
+        segment_visibility,
         counts,
         lists,
         present,
@@ -110,7 +112,7 @@ if HAVE_TRITON:
         v_stride_h,
         v_stride_s,
         segment_stride,
-        anc_stride,
+        segment_visibility_stride,
         GROUP: tl.constexpr,
         WIDTH: tl.constexpr,
         WORDS: tl.constexpr,
@@ -167,7 +169,7 @@ if HAVE_TRITON:
         # Blocks that need a mask: few.
         query = start + tl.arange(0, BLOCK_QUERIES)
         segment_ids += row * segment_stride
-        anc += row * anc_stride
+        segment_visibility += row * segment_visibility_stride
         query_segment = segments_of(segment_ids, query, length, segments)
         lists += blocks.to(tl.int64) * blocks
         for at in tl.range(0, tl.load(counts + blocks) * PARTS, num_stages=1):
@@ -176,7 +178,14 @@ if HAVE_TRITON:
             key = first + tl.arange(0, BLOCK_KEYS)
             key_segment = segments_of(segment_ids, key, length, segments)
             seen = visible(
-                query, key, query_segment, key_segment, anc, present + (row * blocks + key_block) * WORDS, WORDS, False
+                query,
+                key,
+                query_segment,
+                key_segment,
+                segment_visibility,
+                present + (row * blocks + key_block) * WORDS,
+                WORDS,
+                False,
             )
             k_tile = load_tile(
                 k, batch, kv_head, first, length, k_stride_b, k_stride_h, k_stride_s,
@@ -224,15 +233,17 @@ class SharedLaunch(NamedTuple):
     constants: dict[str, Any]
 
 
-def shared_launch(config: LaunchConfig, segment_ids: Tensor, anc: Tensor, *tiled: Tensor) -> SharedLaunch:
+def shared_launch(
+    config: LaunchConfig, segment_ids: Tensor, segment_visibility: Tensor, *tiled: Tensor
+) -> SharedLaunch:
     """Topology, its strides and the constants of a launch; `tiled` are the tensors that it loads in tiles, `q` first
     and `k` second."""
     width = tiled[0].shape[3]
-    segment_ids, anc = segment_ids.contiguous(), anc.contiguous()
+    segment_ids, segment_visibility = segment_ids.contiguous(), segment_visibility.contiguous()
     constants = {
         "GROUP": tiled[0].shape[1] // tiled[1].shape[1],
         "WIDTH": width,
-        "WORDS": anc.shape[2],
+        "WORDS": segment_visibility.shape[2],
         "BLOCK_WIDTH": padded_width(width),
         "BLOCK_QUERIES": config.block_queries,
         "BLOCK_KEYS": config.block_keys,
@@ -242,8 +253,8 @@ def shared_launch(config: LaunchConfig, segment_ids: Tensor, anc: Tensor, *tiled
         "num_warps": config.num_warps,
     }
     # One row may stand for all.
-    strides = tuple(0 if x.shape[0] == 1 else x.stride(0) for x in (segment_ids, anc))
-    return SharedLaunch((segment_ids, anc), strides, constants)
+    strides = tuple(0 if x.shape[0] == 1 else x.stride(0) for x in (segment_ids, segment_visibility))
+    return SharedLaunch((segment_ids, segment_visibility), strides, constants)
 
 
 def _may_describe(x: Tensor) -> bool:
@@ -265,7 +276,7 @@ def launch_forward(
     k: Tensor,
     v: Tensor,
     segment_ids: Tensor,
-    anc: Tensor,
+    segment_visibility: Tensor,
     counts: Tensor,
     lists: Tensor,
     present: Tensor,
@@ -283,7 +294,7 @@ def launch_forward(
     if out.numel() == 0:
         return out, lse
     config = config or launch_config("forward", width, q.element_size(), capability_of(q.device))
-    shared = shared_launch(config, segment_ids, anc, q, k, v)
+    shared = shared_launch(config, segment_ids, segment_visibility, q, k, v)
     forward_kernel[(blocks * (BLOCK // config.block_queries), batch * heads)](
         out,
         lse,
@@ -296,7 +307,7 @@ def launch_forward(
         present,
         length,
         blocks,
-        anc.shape[1],
+        segment_visibility.shape[1],
         heads,
         scale * math.log2(math.e),
         *q.stride()[:3],

@@ -14,7 +14,7 @@ from hf_efficient.kernels.validate import check_dtype, check_rank, check_tensors
 OP = "topology_blocks"
 
 
-def topology_blocks(segment_ids: Tensor, anc: Tensor, *, backend: str | None = None) -> BlockLists:
+def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor, *, backend: str | None = None) -> BlockLists:
     """Lists of the blocks of 128 tokens that see each other, for `topology_attention`, which skips the others.
 
     With ``present`` the segments of a key block and ``some``, ``every`` those that some, and that all, queries of a
@@ -24,9 +24,9 @@ def topology_blocks(segment_ids: Tensor, anc: Tensor, *, backend: str | None = N
 
     Args:
         segment_ids: [B, S], int32: segment of each token, negative for padding and other holes.
-        anc: [B, N, W] or [1, N, W], int64: bitmap of the segments that each segment sees, itself among them; bit s is
-            bit s % 64 of word s // 64. Segments from N on see nothing, and those that the words do not reach are not
-            seen.
+        segment_visibility: [B, N, W] or [1, N, W], int64: bitmap of the segments that each segment sees, itself
+            among them; bit s is bit s % 64 of word s // 64. Segments from N on see nothing, and
+            those that the words do not reach are not seen.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
 
@@ -45,23 +45,24 @@ def topology_blocks(segment_ids: Tensor, anc: Tensor, *, backend: str | None = N
         >>> topology_blocks(segments, torch.tensor([[[0b001], [0b011], [0b101]]])).counts[0, :2].tolist()
         [[0, 1, 1], [1, 1, 1]]
     """
-    check_segments(OP, segment_ids, anc)
+    check_segments(OP, segment_ids, segment_visibility)
     if select_backend(OP, backend, segment_ids.device) == "reference":
-        return reference_topology_blocks(segment_ids, anc)
+        return reference_topology_blocks(segment_ids, segment_visibility)
     from hf_efficient.kernels.topology_blocks.op import topology_blocks_forward
 
-    return BlockLists(*topology_blocks_forward(segment_ids, anc))
+    return BlockLists(*topology_blocks_forward(segment_ids, segment_visibility))
 
 
-def check_segments(op: str, segment_ids: Tensor, anc: Tensor) -> None:
+def check_segments(op: str, segment_ids: Tensor, segment_visibility: Tensor) -> None:
     """Refuse segments and bitmaps of a wrong shape, dtype or device."""
-    check_tensors(op, {"segment_ids": segment_ids, "anc": anc})
+    check_tensors(op, {"segment_ids": segment_ids, "segment_visibility": segment_visibility})
     check_dtype(op, "segment_ids", segment_ids, (torch.int32,))
-    check_dtype(op, "anc", anc, (torch.int64,))
+    check_dtype(op, "segment_visibility", segment_visibility, (torch.int64,))
     check_rank(op, "segment_ids", segment_ids, 2, 2, "[B, S]")
-    check_rank(op, "anc", anc, 3, 3, "[B, N, W] or [1, N, W]")
-    if anc.shape[0] not in (1, segment_ids.shape[0]):
+    check_rank(op, "segment_visibility", segment_visibility, 3, 3, "[B, N, W] or [1, N, W]")
+    if segment_visibility.shape[0] not in (1, segment_ids.shape[0]):
         raise HFEError(
-            f"{op}: `anc` has shape {tuple(anc.shape)} for {segment_ids.shape[0]} rows of `segment_ids`",
+            f"{op}: `segment_visibility` has shape {tuple(segment_visibility.shape)} for {segment_ids.shape[0]} rows "
+            "of `segment_ids`",
             "its shape must be [B, N, W] or [1, N, W]",
         )

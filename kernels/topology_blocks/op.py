@@ -8,17 +8,21 @@ from hf_efficient.kernels.operators import define_operator
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
 
 
-def _launch(segment_ids: Tensor, anc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(segment_ids: Tensor, segment_visibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from hf_efficient.kernels.topology_blocks.triton_kernels import launch
 
-    counts, lists, present = launch(segment_ids, anc)
+    counts, lists, present = launch(segment_ids, segment_visibility)
     return counts, lists, present
 
 
-def _fake(segment_ids: Tensor, anc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(segment_ids: Tensor, segment_visibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, blocks = segment_ids.shape[0], -(-segment_ids.shape[1] // BLOCK)
     counts = segment_ids.new_empty((rows, 4, blocks))
-    return counts, segment_ids.new_empty((rows, 4, blocks, blocks)), anc.new_empty((rows, blocks, anc.shape[2]))
+    return (
+        counts,
+        segment_ids.new_empty((rows, 4, blocks, blocks)),
+        segment_visibility.new_empty((rows, blocks, segment_visibility.shape[2])),
+    )
 
 
 # The fields of `BlockLists`.

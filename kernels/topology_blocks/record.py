@@ -24,7 +24,7 @@ def fan(paths: int, shared: int, each: int, device: torch.device, rows: int = 1)
     members = torch.zeros(paths + 2, paths + 2, dtype=torch.bool)
     members[:, 0] = members[paths + 1] = True
     members.fill_diagonal_(True)
-    return {"segment_ids": segments.to(device), "anc": bitmaps(members)[None].to(device)}
+    return {"segment_ids": segments.to(device), "segment_visibility": bitmaps(members)[None].to(device)}
 
 
 def bitmaps(members: Tensor) -> Tensor:
@@ -38,8 +38,10 @@ def _random(device: torch.device, rows: int, length: int, segments: int, words: 
     generator = torch.Generator().manual_seed(3)
     drawn = torch.randint(-1, segments, (rows, length), generator=generator, dtype=torch.int32)
     bounds = torch.iinfo(torch.int64)
-    anc = torch.randint(bounds.min, bounds.max, (1 if shared else rows, segments, words), generator=generator)
-    return {"segment_ids": drawn.sort(dim=1).values.to(device), "anc": anc.to(device)}
+    segment_visibility = torch.randint(
+        bounds.min, bounds.max, (1 if shared else rows, segments, words), generator=generator
+    )
+    return {"segment_ids": drawn.sort(dim=1).values.to(device), "segment_visibility": segment_visibility.to(device)}
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -57,8 +59,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "more blocks than a program looks at": fan(2, 33 * BLOCK, 32 * BLOCK, device),
         "no row": _random(device, 0, 130, 3, 1),
         "no token": _random(device, 2, 0, 3, 1),
-        "no segment": {**plain, "anc": plain["anc"][:, :0]},
-        "no word": {**plain, "anc": plain["anc"][..., :0]},
+        "no segment": {**plain, "segment_visibility": plain["segment_visibility"][:, :0]},
+        "no word": {**plain, "segment_visibility": plain["segment_visibility"][..., :0]},
         "only holes": {**plain, "segment_ids": torch.full_like(plain["segment_ids"], -1)},
     }
     padded = plain["segment_ids"].clone()
@@ -67,7 +69,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     cases["padding before, and a hole"] = {**plain, "segment_ids": padded}
     cases["every other element in memory"] = {
         "segment_ids": torch.stack((plain["segment_ids"],) * 2, -1)[..., 0],
-        "anc": torch.stack((plain["anc"],) * 2, -1)[..., 1],
+        "segment_visibility": torch.stack((plain["segment_visibility"],) * 2, -1)[..., 1],
     }
     interleaved = plain["segment_ids"].view(-1)[torch.randperm(776, generator=torch.Generator().manual_seed(1))]
     cases["segments in no order"] = {**plain, "segment_ids": interleaved[None]}
@@ -77,26 +79,44 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 def bad_inputs(device: torch.device) -> list[BadInput]:
     """Calls that must be refused before anything is launched."""
     good = fan(2, 100, 50, device, rows=2)
-    segments, anc = good["segment_ids"], good["anc"]
+    segments, segment_visibility = good["segment_ids"], good["segment_visibility"]
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
         return BadInput(label, {**good, **changes}, error, words)
 
     return [
-        bad("no bitmaps", "`anc`", "NoneType", anc=None),
+        bad("no bitmaps", "`segment_visibility`", "NoneType", segment_visibility=None),
         bad("long segments", "`segment_ids`", "int64", "int32", segment_ids=segments.long()),
-        bad("bitmaps in half words", "`anc`", "int32", "int64", anc=anc.int()),
+        bad(
+            "bitmaps in half words",
+            "`segment_visibility`",
+            "int32",
+            "int64",
+            segment_visibility=segment_visibility.int(),
+        ),
         bad("segments without rows", "`segment_ids`", "(300,)", "[B, S]", segment_ids=segments[0]),
-        bad("bitmaps without rows", "`anc`", "(4, 1)", "[B, N, W]", anc=anc[0]),
-        bad("bitmaps of other rows", "`anc`", "(3, 4, 1)", "2 rows", anc=anc.expand(3, -1, -1)),
-        bad("bitmaps on another device", "on meta", "one device", anc=anc.to("meta")),
+        bad(
+            "bitmaps without rows",
+            "`segment_visibility`",
+            "(4, 1)",
+            "[B, N, W]",
+            segment_visibility=segment_visibility[0],
+        ),
+        bad(
+            "bitmaps of other rows",
+            "`segment_visibility`",
+            "(3, 4, 1)",
+            "2 rows",
+            segment_visibility=segment_visibility.expand(3, -1, -1),
+        ),
+        bad("bitmaps on another device", "on meta", "one device", segment_visibility=segment_visibility.to("meta")),
         bad("an unknown backend", "'cutlass'", "reference, triton", error=BackendError, backend="cutlass"),
     ]
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Tensor, ...]]]:
     """The operator, with arguments as the public function hands them over."""
-    return [(topology_blocks_forward, (arguments["segment_ids"], arguments["anc"]))]
+    return [(topology_blocks_forward, (arguments["segment_ids"], arguments["segment_visibility"]))]
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
@@ -107,7 +127,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         "present": "*i64",
         "seen": "*i64",
         "segment_ids": "*i32",
-        "anc": "*i64",
+        "segment_visibility": "*i64",
         "counts": "*i32",
         "lists": "*i32",
     }
@@ -128,11 +148,14 @@ def compilations(capability: int) -> Iterator[Compilation]:
 
 def forward_cost(arguments: Arguments) -> Cost:
     """Segments and bitmaps once, and the lists; a few word operations for each pair of blocks, in both directions."""
-    segments, anc = arguments["segment_ids"], arguments["anc"]
+    segments, segment_visibility = arguments["segment_ids"], arguments["segment_visibility"]
     rows, length = segments.shape
     blocks = -(-length // BLOCK)
-    written = rows * 4 * (4 * blocks * (blocks + 1)) + 8 * rows * blocks * anc.shape[2]
-    return Cost(bytes=segments.nbytes + anc.nbytes + written, flops=2 * 5 * rows * blocks**2 * anc.shape[2])
+    written = rows * 4 * (4 * blocks * (blocks + 1)) + 8 * rows * blocks * segment_visibility.shape[2]
+    return Cost(
+        bytes=segments.nbytes + segment_visibility.nbytes + written,
+        flops=2 * 5 * rows * blocks**2 * segment_visibility.shape[2],
+    )
 
 
 RECORD = KernelRecord(

@@ -19,11 +19,15 @@ def segment_bits(segment_ids: Tensor, words: int) -> Tensor:
     return torch.where(mine & (segment >= 0), bit, 0)
 
 
-def seen_segments(segment_ids: Tensor, anc: Tensor) -> Tensor:
+def seen_segments(segment_ids: Tensor, segment_visibility: Tensor) -> Tensor:
     """Bitmap of the segments that each token sees: int64 [B, S, W] for [B, S] and [B, N, W]; none for holes."""
     segment = segment_ids.long()
-    index = segment.clamp(min=0)[..., None].expand(*segment.shape, anc.shape[2])
-    seen = anc.expand(segment.shape[0], -1, -1).gather(1, index) if anc.shape[1] else index * 0
+    index = segment.clamp(min=0)[..., None].expand(*segment.shape, segment_visibility.shape[2])
+    seen = (
+        segment_visibility.expand(segment.shape[0], -1, -1).gather(1, index)
+        if segment_visibility.shape[1]
+        else index * 0
+    )
     return seen.masked_fill((segment < 0)[..., None], 0)
 
 
@@ -36,11 +40,11 @@ def _join(words: Tensor, union: bool) -> Tensor:
     return words[:, :, 0]
 
 
-def topology_blocks(segment_ids: Tensor, anc: Tensor) -> BlockLists:
-    """Block lists of segment_ids [B, S] and anc [B, N, W]; see `api.py`."""
+def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor) -> BlockLists:
+    """Block lists of segment_ids [B, S] and segment_visibility [B, N, W]; see `api.py`."""
     batch, length = segment_ids.shape
-    words, blocks = anc.shape[2], -(-length // BLOCK)
-    anc = anc.expand(batch, -1, -1)
+    words, blocks = segment_visibility.shape[2], -(-length // BLOCK)
+    segment_visibility = segment_visibility.expand(batch, -1, -1)
     # Past the end there are no keys; what a query there would see is never looked at.
     padded = torch.nn.functional.pad(segment_ids.long(), (0, blocks * BLOCK - length), value=-1)
     past_end = torch.arange(blocks * BLOCK, device=segment_ids.device) >= length
@@ -48,7 +52,7 @@ def topology_blocks(segment_ids: Tensor, anc: Tensor) -> BlockLists:
     def by_block(x: Tensor) -> Tensor:
         return x.unflatten(1, (blocks, BLOCK))
 
-    seen = seen_segments(padded, anc)
+    seen = seen_segments(padded, segment_visibility)
     present = _join(by_block(segment_bits(padded, words)), union=True)
     some = _join(by_block(seen), union=True)
     every = _join(by_block(seen.masked_fill(past_end[None, :, None], _ALL)), union=False)

@@ -32,13 +32,13 @@ if HAVE_TRITON:
         present,
         seen,
         segment_ids,
-        anc,
+        segment_visibility,
         length,
         blocks,
         segments,
         words,
         segment_stride,
-        anc_stride,
+        segment_visibility_stride,
         BLOCK: tl.constexpr,
     ):
         """Of one block: bitmap of its segments; of what some and what every query sees; and whether it has a hole."""
@@ -48,7 +48,7 @@ if HAVE_TRITON:
         inside = token < length
         segment = tl.load(segment_ids + row * segment_stride + token, mask=inside, other=-1)
         known = (segment >= 0) & (segment < segments)
-        at = anc + row * anc_stride + segment.to(tl.int64) * words
+        at = segment_visibility + row * segment_visibility_stride + segment.to(tl.int64) * words
         bit = tl.full([BLOCK], 1, tl.int64) << (segment & 63).to(tl.int64)
         present += (row * blocks + block) * words
         seen += (row * blocks + block) * (2 * words + 1)
@@ -109,10 +109,10 @@ if HAVE_TRITON:
             tl.store(partial_list + other, 0, mask=inside & (other >= partial_count))
 
 
-def launch(segment_ids: Tensor, anc: Tensor) -> BlockLists:
-    """Block lists of segment_ids [B, S], int32, and anc [B or 1, N, W], int64."""
+def launch(segment_ids: Tensor, segment_visibility: Tensor) -> BlockLists:
+    """Block lists of segment_ids [B, S], int32, and segment_visibility [B or 1, N, W], int64."""
     rows, length = segment_ids.shape
-    segments, words = anc.shape[1:]
+    segments, words = segment_visibility.shape[1:]
     blocks = triton.cdiv(length, BLOCK)
     device = segment_ids.device
     present = torch.empty((rows, blocks, words), dtype=torch.int64, device=device)
@@ -121,18 +121,18 @@ def launch(segment_ids: Tensor, anc: Tensor) -> BlockLists:
     if counts.numel() == 0:
         return BlockLists(counts, lists, present)
     seen = torch.empty((rows, blocks, 2 * words + 1), dtype=torch.int64, device=device)
-    segment_ids, anc = segment_ids.contiguous(), anc.contiguous()
+    segment_ids, segment_visibility = segment_ids.contiguous(), segment_visibility.contiguous()
     summarise_kernel[(blocks, rows)](
         present,
         seen,
         segment_ids,
-        anc,
+        segment_visibility,
         length,
         blocks,
         segments,
         words,
         length,
-        0 if anc.shape[0] == 1 else segments * words,
+        0 if segment_visibility.shape[0] == 1 else segments * words,
         BLOCK=BLOCK,
         num_warps=SUMMARISE_WARPS,
     )

@@ -155,7 +155,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
             self._refresh(strict=True)
         return self
 
-    def begin_call(
+    def prepare_token_inputs(
         self,
         token_ids: Tensor | None,
         attention_mask: Any,
@@ -165,7 +165,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
     ) -> Any:
         if not self.training and not torch.compiler.is_compiling():
             self._follow_weights(strict=True)
-        return super().begin_call(token_ids, attention_mask, position_ids, past_key_values, kwargs)
+        return super().prepare_token_inputs(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
     def _approximate_layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Index and parts of each layer that is here and whose second site is approximate."""

@@ -1,8 +1,8 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
 It knows no patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`, `build_mlp`,
-`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `begin_call`, `begin_lookup`); the overrides call
-`super()`, so that patches compose.
+`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `prepare_token_inputs`, `begin_lookup`); the
+overrides call `super()`, so that patches compose.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
         return input_ids
 
-    def begin_call(
+    def prepare_token_inputs(
         self,
         token_ids: Tensor | None,
         attention_mask: Any,
@@ -299,7 +299,7 @@ class DecoderModel(DecoderPreTrainedModel):
         token_ids = self.resolve_token_ids(input_ids, inputs_embeds, kwargs)
         if token_ids is not None:
             self.check_token_ids(token_ids)
-        looked_up = self.begin_call(token_ids, attention_mask, position_ids, cache, kwargs)
+        token_inputs = self.prepare_token_inputs(token_ids, attention_mask, position_ids, cache, kwargs)
         check_arguments(self, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -332,7 +332,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                token_ids=looked_up,
+                token_ids=token_inputs,
                 carry_residual=carry,
                 **cache_argument(cache),
                 **kwargs,

@@ -85,7 +85,7 @@ class StemEditing:
         check_tokens(self.base_model, [token for tokens in plan.replacements for token in tokens])
         return Override(plan, row, frozenset(table_weights(self.base_model, plan.layers)))
 
-    def begin_call(
+    def prepare_token_inputs(
         self,
         token_ids: Tensor | None,
         attention_mask: Any,
@@ -93,7 +93,7 @@ class StemEditing:
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the layers of this call look up; see `DecoderModel.begin_call`."""
+        """What the layers of this call look up; see `DecoderModel.prepare_token_inputs`."""
         prompt_rows = kwargs.pop("stem_prompt_rows", None)
         if not self._overrides or token_ids is None:
             return self.begin_lookup(token_ids)

@@ -172,7 +172,7 @@ def replacement_rows(
             one = {layer: row[0] for layer, row in given.items()}
         else:
             targets = check_tokens(model, list(value) if isinstance(value, Sequence) else [value])
-            one = {layer: _mean(looked_up) for layer, looked_up in read_rows(weights, targets).items()}
+            one = {layer: _mean(token_inputs) for layer, token_inputs in read_rows(weights, targets).items()}
         for layer, row in one.items():
             found[layer].append(row.to(weights[layer].dtype))
     return {layer: torch.stack(several) for layer, several in found.items()}

@@ -54,14 +54,14 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
-        anc: Tensor | None = None,
+        segment_visibility: Tensor | None = None,
         topology: TopologyMask | TopologyQueries | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As `DecoderModel`; `segment_ids` and `anc`, or `topology`, as for `TopologyForCausalLM`."""
+        """As `DecoderModel`; `segment_ids` and `segment_visibility`, or `topology`, as for `TopologyForCausalLM`."""
         cache = one_cache(past_key_values, cache, kwargs)
-        given = _as_topology(segment_ids, anc, topology)
+        given = _as_topology(segment_ids, segment_visibility, topology)
         if given is not None:
             tokens = input_ids if input_ids is not None else inputs_embeds
             given = self._check_topology(given, tokens, attention_mask, position_ids)
@@ -112,9 +112,9 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
                 )
             hidden = attention_mask.to(topology.segment_ids.device) == 0
             segment_ids = topology.segment_ids.masked_fill(hidden, -1)
-            topology = TopologyMask(segment_ids, topology.anc)
+            topology = TopologyMask(segment_ids, topology.segment_visibility)
         if isinstance(topology, TopologyMask):
-            check_segments("topology", topology.segment_ids, topology.anc)
+            check_segments("topology", topology.segment_ids, topology.segment_visibility)
         self._check_values(topology, position_ids)
         return topology
 
@@ -124,9 +124,13 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             return
         if position_ids.device.type != "cpu" and not check_data():
             return
-        if isinstance(topology, TopologyMask) and int(topology.segment_ids.max()) >= topology.anc.shape[1]:
+        if (
+            isinstance(topology, TopologyMask)
+            and int(topology.segment_ids.max()) >= topology.segment_visibility.shape[1]
+        ):
             raise TopologyError(
-                f"segment_ids names segment {int(topology.segment_ids.max())}, and anc has {topology.anc.shape[1]}",
+                f"segment_ids names segment {int(topology.segment_ids.max())}, and segment_visibility has "
+                f"{topology.segment_visibility.shape[1]}",
                 "give both as Topology.stack makes them",
             )
         longest = int(position_ids.max())
@@ -153,19 +157,19 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
 
 
 def _as_topology(
-    segment_ids: Tensor | None, anc: Tensor | None, topology: TopologyMask | TopologyQueries | None
+    segment_ids: Tensor | None, segment_visibility: Tensor | None, topology: TopologyMask | TopologyQueries | None
 ) -> TopologyMask | TopologyQueries | None:
     """The one topology that a call gives, in either of two ways."""
-    if (segment_ids is None) != (anc is None) or (segment_ids is not None and topology is not None):
+    if (segment_ids is None) != (segment_visibility is None) or (segment_ids is not None and topology is not None):
         raise TopologyError(
-            "a call gives its topology as segment_ids and anc, both of them, or as topology",
+            "a call gives its topology as segment_ids and segment_visibility, both of them, or as topology",
             "pass what the collator or Topology.stack gives, or a TopologyMask",
         )
-    if segment_ids is None or anc is None:
+    if segment_ids is None or segment_visibility is None:
         if topology is not None:
             check_is_topology(topology)
         return topology
-    return TopologyMask(segment_ids, anc)
+    return TopologyMask(segment_ids, segment_visibility)
 
 
 class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderForCausalLM, GenerationMixin):
@@ -185,7 +189,7 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
-        anc: Tensor | None = None,
+        segment_visibility: Tensor | None = None,
         topology: TopologyMask | TopologyQueries | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -195,7 +199,7 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
         Args:
             position_ids: int64 [B, S], those of the topology; needed with one.
             segment_ids: int32 [B, S], segment of each token, -1 at padding.
-            anc: int64 [B, N, W], bitmap of the segments that each segment sees.
+            segment_visibility: int64 [B, N, W], bitmap of the segments that each segment sees.
             topology: the same as a `TopologyMask`; or, for tokens that follow a cache, `TopologyQueries`.
         """
         return super().forward(
@@ -208,7 +212,7 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             segment_ids=segment_ids,
-            anc=anc,
+            segment_visibility=segment_visibility,
             topology=topology,
             cache=cache,
             **kwargs,

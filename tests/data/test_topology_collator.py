@@ -151,7 +151,7 @@ def test_rows_are_padded_on_the_right(tokenizer: Any) -> None:
     length = len(tokenizer("short").input_ids) + 1
     assert {name: (value.dtype, value.shape[0]) for name, value in batch.items()} == {
         **dict.fromkeys(("input_ids", "labels", "position_ids"), (torch.int64, 2)),
-        **{"segment_ids": (torch.int32, 2), "anc": (torch.int64, 2)},
+        **{"segment_ids": (torch.int32, 2), "segment_visibility": (torch.int64, 2)},
     }
     assert batch["input_ids"].shape[1] % 64 == 0
     assert (batch["input_ids"][0, length:] == tokenizer.pad_token_id).all()
@@ -161,7 +161,7 @@ def test_rows_are_padded_on_the_right(tokenizer: Any) -> None:
     topology = Topology.from_token_ids(ids, "multiverse", token_ids_of(tokenizer, "multiverse"))
     assert batch["segment_ids"][1, : len(ids)].tolist() == topology.segment_ids.tolist()
     assert batch["position_ids"][1, : len(ids)].tolist() == topology.position_ids.tolist()
-    assert torch.equal(batch["anc"][1], topology.bitmaps())
+    assert torch.equal(batch["segment_visibility"][1], topology.bitmaps())
 
 
 @pytest.mark.parametrize("grammar", ["multiverse", "medverse"])
@@ -173,9 +173,9 @@ def test_long_texts_are_cut_anywhere(grammar: str, tokenizer: Any) -> None:
         batch = TopologyDataCollator(tokenizer, grammar, max_length=length)(features)
         for name in ("input_ids", "segment_ids", "position_ids"):
             assert torch.equal(batch[name], whole[name][:, :length])
-        segments = batch["anc"].shape[1]
+        segments = batch["segment_visibility"].shape[1]
         assert segments == int(batch["segment_ids"].max()) + 1
-        assert torch.equal(batch["anc"], whole["anc"][:, :segments])
+        assert torch.equal(batch["segment_visibility"], whole["segment_visibility"][:, :segments])
 
 
 # Losses

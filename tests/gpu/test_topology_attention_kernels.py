@@ -68,7 +68,9 @@ def test_topology_attention_looks_at_no_block_that_is_not_listed(device: torch.d
 def test_topology_attention_of_one_segment_is_causal_attention(device: torch.device, width: int) -> None:
     q, k, v, dout = _draw(device, torch.bfloat16, 8, 2, 3000, width)
     segments = torch.zeros(1, 3000, dtype=torch.int32, device=device)
-    found = _results(q, k, v, dout, segment_ids=segments, anc=torch.ones(1, 1, 1, dtype=torch.int64, device=device))
+    found = _results(
+        q, k, v, dout, segment_ids=segments, segment_visibility=torch.ones(1, 1, 1, dtype=torch.int64, device=device)
+    )
     leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
     out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     for one, other in zip(found, [out, *torch.autograd.grad(out, leaves, dout.float())], strict=True):
@@ -105,10 +107,10 @@ def test_topology_attention_reaches_past_two_to_the_31_elements(device: torch.de
     q, k, v, dout = _draw(device, torch.bfloat16, heads, heads, length, 128)
     assert q.numel() > 2**31
     segments = (torch.arange(length, device=device, dtype=torch.int32) // BLOCK)[None]
-    anc = bitmaps(torch.eye(count, dtype=torch.bool))[None].to(device)
-    found = _results(q, k, v, dout, segment_ids=segments, anc=anc)
+    segment_visibility = bitmaps(torch.eye(count, dtype=torch.bool))[None].to(device)
+    found = _results(q, k, v, dout, segment_ids=segments, segment_visibility=segment_visibility)
     last = [x[:, -2:, -BLOCK:] for x in (q, k, v, dout)]
-    alone = _results(*last, segment_ids=segments[:, :BLOCK], anc=anc[:, :1])
+    alone = _results(*last, segment_ids=segments[:, :BLOCK], segment_visibility=segment_visibility[:, :1])
     for one, other in zip(found, alone, strict=True):
         assert relative_error(one[:, -2:, -BLOCK:], other) < 1e-2
 
@@ -116,5 +118,5 @@ def test_topology_attention_reaches_past_two_to_the_31_elements(device: torch.de
 def test_topology_blocks_of_segments_that_words_do_not_reach(device: torch.device) -> None:
     """Neither seen nor seeing, as holes; the lists say so."""
     segments = torch.full((1, 2 * BLOCK), 70, dtype=torch.int32, device=device)
-    anc = torch.full((1, 80, 1), -1, dtype=torch.int64, device=device)
-    assert int(topology_blocks(segments, anc, backend="triton").counts.sum()) == 0
+    segment_visibility = torch.full((1, 80, 1), -1, dtype=torch.int64, device=device)
+    assert int(topology_blocks(segments, segment_visibility, backend="triton").counts.sum()) == 0

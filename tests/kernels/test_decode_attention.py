@@ -33,8 +33,8 @@ def test_it_is_the_formula_column_by_column() -> None:
         [[[sum((s < 64) << s for s in one), sum((s >= 64) << (s % 64) for s in one)] for one in row] for row in sees],
         dtype=torch.uint64,
     )
-    anc = words.view(torch.int64)
-    out = decode_attention(q, k, v, kv_len, q_pos, window, col_seg, anc)
+    segment_visibility = words.view(torch.int64)
+    out = decode_attention(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility)
     for b in range(batch):
         for i in range(queries):
             here = q_pos[b, i].item()
@@ -82,8 +82,8 @@ def test_branches_in_one_cache_are_the_sequences_they_stand_for() -> None:
     q, k, v = _draw(1, 4, 2, 3, 12, 8)
     col_seg = torch.tensor([[0, 0, 0, 1, 2, 1, 2, 1, -1, 2, 3, 3]], dtype=torch.int32)
     q_pos = torch.tensor([[7, 9, 11]])
-    anc = torch.tensor([[[0b0011], [0b0101], [0b1111]]])
-    together = decode_attention(q, k, v, 12, q_pos, col_seg=col_seg, anc=anc)
+    segment_visibility = torch.tensor([[[0b0011], [0b0101], [0b1111]]])
+    together = decode_attention(q, k, v, 12, q_pos, col_seg=col_seg, segment_visibility=segment_visibility)
     for i, past in enumerate(([0, 1, 2, 3, 5, 7], [0, 1, 2, 4, 6, 9], [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11])):
         alone = decode_attention(
             q[:, :, i : i + 1], k[:, :, past], v[:, :, past], len(past), torch.tensor([[len(past) - 1]])

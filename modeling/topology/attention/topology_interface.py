@@ -80,7 +80,7 @@ def topology_attention_forward(
                 "give whole texts with a TopologyMask, and tokens that follow a cache with TopologyQueries",
             )
         output = topology_attention(
-            query, key, value, topology.segment_ids, topology.anc, blocks=topology.blocks, scale=scaling
+            query, key, value, topology.segment_ids, topology.segment_visibility, blocks=topology.blocks, scale=scaling
         )
         return output.transpose(1, 2), None
 
@@ -92,7 +92,7 @@ def topology_attention_forward(
             topology.kv_len,
             topology.columns[:, start : start + MAX_QUERIES],
             col_seg=topology.col_seg,
-            anc=topology.anc[:, start : start + MAX_QUERIES],
+            segment_visibility=topology.segment_visibility[:, start : start + MAX_QUERIES],
             scale=scaling,
         )
         for start in range(0, query.shape[2], MAX_QUERIES)

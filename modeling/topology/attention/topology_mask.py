@@ -16,26 +16,33 @@ from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, P
 
 
 class TopologyMask(NamedTuple):
-    """Whole texts: token i sees token j iff ``j <= i`` and bit ``segment_ids[j]`` of ``anc[segment_ids[i]]`` is set.
+    """Whole texts: token i sees token j iff ``j <= i`` and the segment of i sees that of j.
+
+    That is bit ``segment_ids[j]`` of ``segment_visibility[segment_ids[i]]``.
 
     Attributes:
         segment_ids: int32 [B, S], -1 at padding and other holes, which see nothing and are not seen.
-        anc: int64 [B, N, W]: bit t of row s (bit ``t % 64`` of word ``t // 64``) is set where segment s sees segment t.
+        segment_visibility: int64 [B, N, W]: bit t of row s (bit ``t % 64`` of word ``t // 64``) is set where segment s
+            sees segment t.
         blocks: what `topology_blocks` gives for these, so that a model's layers need not compute it one by one.
     """
 
     segment_ids: Tensor
-    anc: Tensor
+    segment_visibility: Tensor
     blocks: BlockLists | None = None
 
     def with_blocks(self) -> TopologyMask:
         """The same with its block lists."""
-        return self if self.blocks is not None else self._replace(blocks=topology_blocks(self.segment_ids, self.anc))
+        return (
+            self
+            if self.blocks is not None
+            else self._replace(blocks=topology_blocks(self.segment_ids, self.segment_visibility))
+        )
 
     def to(self, device: torch.device | str) -> TopologyMask:
         """The same on another device."""
         blocks = None if self.blocks is None else BlockLists(*(part.to(device) for part in self.blocks))
-        return TopologyMask(self.segment_ids.to(device), self.anc.to(device), blocks)
+        return TopologyMask(self.segment_ids.to(device), self.segment_visibility.to(device), blocks)
 
 
 class TopologyQueries(NamedTuple):
@@ -47,13 +54,13 @@ class TopologyQueries(NamedTuple):
         columns: int32 [B, Q], the column of each token; -1 for a dummy, which is written nowhere and sees nothing.
         kv_len: int32 [B], filled columns once the call's tokens are written.
         col_seg: int32 [B, C], segment of each column, -1 at holes.
-        anc: int64 [B, Q, W], bitmap of the segments that each token sees.
+        segment_visibility: int64 [B, Q, W], bitmap of the segments that each token sees.
     """
 
     columns: Tensor
     kv_len: Tensor
     col_seg: Tensor
-    anc: Tensor
+    segment_visibility: Tensor
 
 
 def check_is_topology(given: Any) -> None:
@@ -68,9 +75,11 @@ def check_is_topology(given: Any) -> None:
 def seen_pairs(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:
     """Bool [B, S, S], or [B, Q, C] with C = `columns`, by default those of `col_seg`: who sees whom."""
     if isinstance(topology, TopologyMask):
-        return visible_pairs(topology.segment_ids, topology.anc)
+        return visible_pairs(topology.segment_ids, topology.segment_visibility)
     width = topology.col_seg.shape[1] if columns is None else columns
-    return visible_columns(width, topology.kv_len, topology.columns, None, topology.col_seg, topology.anc)
+    return visible_columns(
+        width, topology.kv_len, topology.columns, None, topology.col_seg, topology.segment_visibility
+    )
 
 
 def dense_mask(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:
@@ -95,18 +104,18 @@ def flex_mask(topology: TopologyMask) -> BlockMask:
     """The same for FlexAttention, from the block lists, without a mask of every pair."""
     batch, length = topology.segment_ids.shape
     blocks = topology.blocks
-    counts, lists, _ = topology_blocks(topology.segment_ids, topology.anc) if blocks is None else blocks
+    counts, lists, _ = topology_blocks(topology.segment_ids, topology.segment_visibility) if blocks is None else blocks
     # The last block may reach past the end.
     segments = torch.nn.functional.pad(topology.segment_ids.long(), (0, -length % BLOCK), value=-1)
-    known = (segments >= 0) & (segments < 64 * topology.anc.shape[2])
-    known_query = known & (segments < topology.anc.shape[1])
+    known = (segments >= 0) & (segments < 64 * topology.segment_visibility.shape[2])
+    known_query = known & (segments < topology.segment_visibility.shape[1])
     safe = torch.where(known, segments, 0)
-    anc = topology.anc.expand(batch, -1, -1)
+    segment_visibility = topology.segment_visibility.expand(batch, -1, -1)
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         segment = safe[row, key]
         own = torch.where(known_query[row, query], safe[row, query], 0)
-        bit = anc[row, own, segment // 64] >> (segment % 64) & 1
+        bit = segment_visibility[row, own, segment // 64] >> (segment % 64) & 1
         return (bit != 0) & known_query[row, query] & known[row, key] & (key <= query)
 
     return BlockMask.from_kv_blocks(

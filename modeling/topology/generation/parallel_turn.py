@@ -147,13 +147,15 @@ class ParallelTurn:
         if segments.max(initial=0) > 0:
             count = int(segments.max()) + 1
             words = -(-count // 64)
-            anc = np.zeros((batch, count, words), dtype=np.int64)
+            segment_visibility = np.zeros((batch, count, words), dtype=np.int64)
             for b, row in enumerate(self.rows):
                 known = min(count, len(row.graph))
-                anc[b, :known] = np.frombuffer(row.bitmaps(range(known), words), dtype="<i8").reshape(-1, words)
-            topology = TopologyMask(segment_ids, torch.from_numpy(anc).to(device))
+                segment_visibility[b, :known] = np.frombuffer(row.bitmaps(range(known), words), dtype="<i8").reshape(
+                    -1, words
+                )
+            topology = TopologyMask(segment_ids, torch.from_numpy(segment_visibility).to(device))
             if getattr(self.model, "takes_topology", False):
-                topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.anc))
+                topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.segment_visibility))
         elif any(self.offsets):
             padding = (segment_ids >= 0).long()
         cache.place(None)

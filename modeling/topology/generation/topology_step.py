@@ -184,7 +184,7 @@ class TopologyStep:
         self._transfers = [_Transfer(sizes, batch, queries, words, chosen.is_cuda) for _ in range(2)]
         with torch.inference_mode(False):
             self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=chosen.device)
-        self.tokens, self.positions, self.anc, self.columns, self.segments, self.kv_len = _sections(
+        self.tokens, self.positions, self.segment_visibility, self.columns, self.segments, self.kv_len = _sections(
             self._device, sizes, batch, queries, words
         )
         self._width = 0  # columns that are filled once the step has run
@@ -224,7 +224,7 @@ class TopologyStep:
         places: list[int] = []
         fields: tuple[list[int], ...] = ([], [], [], [])  # as long as `places`, so that numpy is called once for each
         maps: list[bytes] = []
-        tokens, positions, anc, columns, segments, kv_len = transfer.views
+        tokens, positions, segment_visibility, columns, segments, kv_len = transfer.views
         for b, (row, offset, of) in enumerate(zip(rows, offsets, queries, strict=True)):
             kv_len[b] = offset + of.end
             if of.tokens:
@@ -237,7 +237,9 @@ class TopologyStep:
         columns.fill(-1)
         for view, values in zip((tokens, positions, columns, segments), fields, strict=True):
             view.reshape(-1)[places] = values
-        anc.reshape(-1, self.words)[places] = np.frombuffer(b"".join(maps), dtype="<i8").reshape(-1, self.words)
+        segment_visibility.reshape(-1, self.words)[places] = np.frombuffer(b"".join(maps), dtype="<i8").reshape(
+            -1, self.words
+        )
         self._width = int(kv_len.max())
         transfer.send(self._device)
 
@@ -251,7 +253,7 @@ class TopologyStep:
         cache.segments.scatter_(1, slots, self.segments)
         width = None if model.config._attn_implementation == TOPOLOGY_ATTENTION else self._width
         cache.place(slots, width)
-        queries = TopologyQueries(self.columns, self.kv_len, cache.segments[:, :-1], self.anc)
+        queries = TopologyQueries(self.columns, self.kv_len, cache.segments[:, :-1], self.segment_visibility)
         tokens = torch.where(self.tokens < 0, self._chosen[(-1 - self.tokens).clamp(min=0)], self.tokens)
         self.logits = forward(model, tokens, self.positions, queries, cache, self.queries)
         if self._suppressed is not None:

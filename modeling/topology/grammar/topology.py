@@ -23,16 +23,16 @@ class TopologyBatch(NamedTuple):
     Attributes:
         segment_ids: int32 [B, S], -1 at padding.
         position_ids: int64 [B, S], 0 at padding.
-        anc: int64 [B, N, W]: bit t of row s is set where segment s sees segment t.
+        segment_visibility: int64 [B, N, W]: bit t of row s is set where segment s sees segment t.
     """
 
     segment_ids: Tensor
     position_ids: Tensor
-    anc: Tensor
+    segment_visibility: Tensor
 
     def to_mask(self) -> TopologyMask:
         """What a model or an attention implementation takes as `topology`."""
-        return TopologyMask(self.segment_ids, self.anc)
+        return TopologyMask(self.segment_ids, self.segment_visibility)
 
 
 @dataclass
@@ -192,10 +192,12 @@ class Topology:
         position_ids = torch.zeros(rows, width, dtype=torch.int64)
         bitmaps = [each.bitmaps() for each in topologies]
         most = max((len(words) for words in bitmaps), default=0)
-        anc = torch.zeros(rows, most, max((words.shape[1] for words in bitmaps), default=1), dtype=torch.int64)
+        segment_visibility = torch.zeros(
+            rows, most, max((words.shape[1] for words in bitmaps), default=1), dtype=torch.int64
+        )
         for row, (each, words) in enumerate(zip(topologies, bitmaps, strict=True)):
             filled = slice(width - len(each), width) if side == "left" else slice(0, len(each))
             segment_ids[row, filled] = torch.from_numpy(each.segment_ids)
             position_ids[row, filled] = torch.from_numpy(each.position_ids)
-            anc[row, : len(words), : words.shape[1]] = words
-        return TopologyBatch(segment_ids, position_ids, anc)
+            segment_visibility[row, : len(words), : words.shape[1]] = words
+        return TopologyBatch(segment_ids, position_ids, segment_visibility)

@@ -524,7 +524,7 @@ def test_compiled_prompts_are_refused(stem: PreTrainedModel, tokenizer: Any, mon
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
     with pytest.raises(HFEError, match="eager calls only"), stem.stem_override(plan):
-        stem.model.begin_call(ids, None, None, None, {})
+        stem.model.prepare_token_inputs(ids, None, None, None, {})
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -140,8 +140,8 @@ def test_other_ids_for_the_tables_act_on_the_prompt_only(
     others = ids.flip(1)
     expected = ids
     for _ in range(4):
-        looked_up = torch.cat((others, expected[:, 7:]), 1)
-        step = logits(stem, expected, stem_input_ids=looked_up)[:, -1:].argmax(-1)
+        token_inputs = torch.cat((others, expected[:, 7:]), 1)
+        step = logits(stem, expected, stem_input_ids=token_inputs)[:, -1:].argmax(-1)
         expected = torch.cat((expected, step), 1)
     found = stem.generate(
         ids, stem_input_ids=others, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=use_cache

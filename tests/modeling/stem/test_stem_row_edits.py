@@ -67,8 +67,8 @@ def test_an_edit_acts_on_generated_tokens_too(stem: PreTrainedModel, token_ids: 
 
     def by_hand(ids: Tensor) -> Tensor:
         for _ in range(8):
-            looked_up = torch.where(ids == generated, T, ids)
-            ids = torch.cat((ids, logits(stem, ids, stem_input_ids=looked_up)[:, -1:].argmax(-1)), 1)
+            token_inputs = torch.where(ids == generated, T, ids)
+            ids = torch.cat((ids, logits(stem, ids, stem_input_ids=token_inputs)[:, -1:].argmax(-1)), 1)
         return ids
 
     expected = by_hand(ids)

@@ -46,7 +46,7 @@ def test_the_kernels_read_the_bitmaps_as_they_are_meant(grammar: str, toy: Calla
     for seed in range(20):
         topology = toy(grammar).parse(random_text(grammar, seed, True))
         batch = Topology.stack([topology])
-        assert torch.equal(visible_pairs(batch.segment_ids, batch.anc)[0], topology.dense_mask())
+        assert torch.equal(visible_pairs(batch.segment_ids, batch.segment_visibility)[0], topology.dense_mask())
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)

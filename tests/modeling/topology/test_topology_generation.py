@@ -469,7 +469,9 @@ def test_the_model_takes_a_topology_of_prompts(model_of: Callable) -> None:
     batch = Topology.stack([topology])
     ids = torch.arange(20, 28)[None]
     with torch.no_grad():
-        given = model(ids, position_ids=batch.position_ids, topology=TopologyMask(batch.segment_ids, batch.anc)).logits
+        given = model(
+            ids, position_ids=batch.position_ids, topology=TopologyMask(batch.segment_ids, batch.segment_visibility)
+        ).logits
     output = TopologyGenerateOutput(
         sequences=ids, segment_ids=batch.segment_ids, position_ids=batch.position_ids, parents=[topology.parents]
     )

@@ -172,7 +172,7 @@ def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the
         step = session.step_for(2, 2, 1, False)
         step.tokens[:] = torch.tensor([-1, -2])  # the two that the last step chose
         step.positions[:] = step.columns[:] = torch.tensor([0, 1])
-        step.anc[:], step.kv_len[:] = 1, 2
+        step.segment_visibility[:], step.kv_len[:] = 1, 2
         session.execute(step, model)
         return step.logits
 

@@ -186,7 +186,10 @@ def test_rows_of_a_batch_are_what_each_is_alone(model: Any) -> None:
         real = batch.segment_ids >= 0
         padded[real] = torch.cat([each[0] for each in ids])
         with torch.no_grad():
-            inputs = {"topology": TopologyMask(batch.segment_ids, batch.anc), "position_ids": batch.position_ids}
+            inputs = {
+                "topology": TopologyMask(batch.segment_ids, batch.segment_visibility),
+                "position_ids": batch.position_ids,
+            }
             if not isinstance(model, EfficientDecoderForCausalLM):
                 inputs["attention_mask"] = torch.ones_like(padded)
             found = model(padded, use_cache=False, **inputs).logits

@@ -67,10 +67,13 @@ def test_padding_sees_nothing_and_is_not_seen(side: str, toy: Callable, random_t
     many = Topology.from_spec([(1, []), *((1, [0]) for _ in range(80))])
     rows.append(many)
     batch = Topology.stack(rows, pad_to=300, side=side)
-    assert batch.segment_ids.dtype == torch.int32 and batch.position_ids.dtype == batch.anc.dtype == torch.int64
+    assert (
+        batch.segment_ids.dtype == torch.int32
+        and batch.position_ids.dtype == batch.segment_visibility.dtype == torch.int64
+    )
     assert batch.segment_ids.shape == batch.position_ids.shape == (4, 300)
-    assert batch.anc.shape == (4, max(row.n_segments for row in rows), 2)
-    seen = visible_pairs(batch.segment_ids, batch.anc)
+    assert batch.segment_visibility.shape == (4, max(row.n_segments for row in rows), 2)
+    seen = visible_pairs(batch.segment_ids, batch.segment_visibility)
     for index, row in enumerate(rows):
         real = slice(300 - len(row), 300) if side == "left" else slice(0, len(row))
         assert torch.equal(seen[index, real, real], row.dense_mask())
@@ -126,7 +129,7 @@ def test_the_mask_of_flex_attention_is_the_same(length: int) -> None:
     ]
     rows = [Topology.from_spec(spec), Topology.from_spec([(int(generator.integers(1, length + 1)), [])])]
     batch = Topology.stack(rows)
-    mask = TopologyMask(batch.segment_ids, batch.anc)
+    mask = TopologyMask(batch.segment_ids, batch.segment_visibility)
     blocks, seen = flex_mask(mask), seen_pairs(mask)
     width = batch.segment_ids.shape[1]
     index = torch.arange(width)
