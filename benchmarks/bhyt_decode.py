@@ -94,7 +94,7 @@ def our_step(model: Any) -> tuple[Step, Step]:
 
     def set_back() -> None:
         cache.lengths.fill_(FILLED)
-        step.begin(FILLED, torch.full((1,), FILLED, device=device), None)
+        step.reset(FILLED, torch.full((1,), FILLED, device=device), None)
 
     set_back()
     if device.type != "cuda":

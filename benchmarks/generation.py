@@ -132,7 +132,7 @@ def decode_steps(
         cache = DecodeCache(ours.config, batch, capacity, torch.bfloat16, device)
         fill(cache, stock.config, batch, context, device)
         step = DecodeStep(cache, set(ours.config.layer_types), padded=False)
-        step.begin(context, torch.full((batch,), context, device=device), None)
+        step.reset(context, torch.full((batch,), context, device=device), None)
         step.tokens.random_(3, SHAPE["vocab_size"])
         if name.endswith("eager"):
             return lambda: (step.run(ours, cache), cache)

@@ -109,7 +109,7 @@ def _step(model: StemForCausalLM, batch: int, tokens: Tensor, device: torch.devi
     cache = DecodeCache(model.config, batch, CONTEXT + 8 * STEPS * ROUNDS, torch.bfloat16, device)
     fill(cache, model.config, batch, CONTEXT, device)
     step = DecodeStep(cache, set(model.config.layer_types), padded=False)
-    step.begin(CONTEXT, torch.full((batch,), CONTEXT, device=device), None)
+    step.reset(CONTEXT, torch.full((batch,), CONTEXT, device=device), None)
     signature = step_signature(model)
     assert signature is not None
     step.capture(model, cache, signature)

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_efficient.kernels.rotary_cache.api import rotary_cache
 from hf_efficient.modeling.decoder.cache_compat import check_arguments, one_cache, update_cache
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.modeling.decoder.decode_interface import is_decode_mask, query_columns
+from hf_efficient.modeling.decoder.decode_interface import is_decode_mask, query_slots
 from hf_efficient.modeling.decoder.fused_steps import fused_linear, linear, may_fuse
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, may_fuse_norm
 
@@ -134,7 +134,7 @@ class DecoderAttention(nn.Module):
         cache = one_cache(past_key_values, cache, kwargs)
         check_arguments(self, kwargs)
         q, k, v = self.project(hidden_states)
-        place = place_in_cache(cache, self.layer_idx, attention_mask, q.shape[1])
+        place = find_cache_write(cache, self.layer_idx, attention_mask, q.shape[1])
         if place is not None and self.may_write_cache(q):
             q, k, v = self.write_cache(q, k, v, position_embeddings, place)
         else:
@@ -180,7 +180,7 @@ class DecoderAttention(nn.Module):
         return may_fuse(q) and all(may_fuse_norm(norm, q) for norm in norms)
 
     def write_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], place: CachePlace
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], place: CacheWrite
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, Hq, S, D] that are ready to attend, and the cache with the step's keys and values in it."""
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
@@ -200,7 +200,7 @@ class DecoderAttention(nn.Module):
         return q, place.keys, place.values
 
 
-class CachePlace(NamedTuple):
+class CacheWrite(NamedTuple):
     """Where the tokens of a call go in one layer of a cache that keeps every column in its place.
 
     Attributes:
@@ -215,14 +215,14 @@ class CachePlace(NamedTuple):
     length: Tensor | None = None
 
 
-def place_in_cache(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CachePlace | None:
+def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CacheWrite | None:
     """Where `queries` tokens go in a static cache, as its packed mask says, or in one that says so itself; or None."""
-    if hasattr(cache, "place_of_call"):
-        return cache.place_of_call(layer_idx)
+    if hasattr(cache, "next_write"):
+        return cache.next_write(layer_idx)
     layer = static_layer(cache, layer_idx) if is_decode_mask(mask) else None
     if layer is None:
         return None
-    return CachePlace(layer.keys, layer.values, query_columns(mask, queries), layer.cumulative_length)
+    return CacheWrite(layer.keys, layer.values, query_slots(mask, queries), layer.cumulative_length)
 
 
 def static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:

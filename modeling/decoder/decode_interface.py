@@ -78,7 +78,7 @@ def is_decode_mask(mask: Any) -> bool:
     return is_packed(mask) and mask.shape[2] < 3
 
 
-def query_columns(mask: Tensor, queries: int) -> Tensor:
+def query_slots(mask: Tensor, queries: int) -> Tensor:
     """Columns of the cache that the queries of a decode mask stand at [Q], the same in every row."""
     return mask[0, 0, 0, :queries]
 

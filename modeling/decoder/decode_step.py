@@ -223,7 +223,7 @@ class DecodeStep:
         """True when the cache's memory is still the one that the step was made for."""
         return _addresses(cache) == self._memory
 
-    def begin(self, length: int, positions: Tensor, columns: Tensor | None) -> None:
+    def reset(self, length: int, positions: Tensor, columns: Tensor | None) -> None:
         """Stand behind `length` columns.
 
         Args:
@@ -324,7 +324,7 @@ class StepPool:
 
 
 # Steps of caches that users hold, found again when a cache comes back for another turn.
-STEPS_OF_RETURNED_CACHES: WeakKeyDictionary[Cache, DecodeStep] = WeakKeyDictionary()
+RETURNED_CACHE_STEPS: WeakKeyDictionary[Cache, DecodeStep] = WeakKeyDictionary()
 # Not attributes of the models, which are copied, pickled and moved; a graph is none of these.
 _POOLS: WeakKeyDictionary[nn.Module, StepPool] = WeakKeyDictionary()
 MOST_IDLE_STEPS = 4

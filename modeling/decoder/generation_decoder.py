@@ -31,7 +31,7 @@ from hf_efficient.modeling.decoder.cache_compat import cache_argument, cache_of_
 from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import (
-    STEPS_OF_RETURNED_CACHES,
+    RETURNED_CACHE_STEPS,
     DecodeCache,
     DecodeStep,
     round_capacity,
@@ -41,7 +41,7 @@ from hf_efficient.modeling.decoder.decode_step import (
 
 # Tokens between two looks at whether all rows have ended, and at whether a callback changed the model meanwhile.
 # Looking takes the host a millisecond or two, and tokens past the end are computed in vain.
-TOKENS_BETWEEN_LOOKS = 8
+STOP_CHECK_INTERVAL = 8
 # What may come with a prompt without changing what a step computes.
 _STEP_ARGUMENTS = {
     "attention_mask",
@@ -141,7 +141,7 @@ class CapturedGeneration:
         if signature is not None and not obstacle:
             try:
                 # Ids on another device stay there in transformers; here they are the step's own.
-                turn = _Turn(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
+                turn = GraphDecodeLoop(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
             except torch.OutOfMemoryError:
                 obstacle = f"a cache for max_length={generation_config.max_length} tokens does not fit into memory"
         if turn is None:
@@ -193,7 +193,7 @@ def _can_use(cache: Cache | None) -> bool:
     )
 
 
-class _Turn:
+class GraphDecodeLoop:
     """One call of `generate`: its cache, its step, and the tokens so far."""
 
     length: int  # columns of the cache that the prompt fills, with what was there before
@@ -255,7 +255,7 @@ class _Turn:
 
     def _find_step(self) -> DecodeStep:
         """The step of this turn's cache: one that fits it already, or a new one."""
-        step = self._pooled or STEPS_OF_RETURNED_CACHES.get(self.cache)
+        step = self._pooled or RETURNED_CACHE_STEPS.get(self.cache)
         padded = self.columns is not None
         if step is None or not step.fits(self.cache) or (padded and not step.padded):
             step = DecodeStep(self.cache, set(self.model.config.layer_types), padded)
@@ -269,7 +269,7 @@ class _Turn:
         logits = self._prefill()
         foreign = _needs_every_token(processors, criteria)
         every_token = streamer is not None or foreign or self._is_full(self.most_tokens - 1)
-        lookout = _Lookout(ids, streamer, every_token)
+        lookout = AsyncStopCheck(ids, streamer, every_token)
         unfinished = ids.new_ones(ids.shape[0])
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor.to(ids.device) if ends_rows else None
@@ -307,7 +307,7 @@ class _Turn:
                     f"give it max_cache_len={self.length + self.most_tokens - self.prompt_length} or fewer new tokens",
                 )
             # The device has its next step before the host asks about the last one.
-            logits = self._advance(token, look_over=length % TOKENS_BETWEEN_LOOKS == 0)
+            logits = self._advance(token, look_over=length % STOP_CHECK_INTERVAL == 0)
             if lookout.sees_the_end():
                 break
         return self._finish(lookout.finish(), scores_kept, logits_kept)
@@ -319,7 +319,7 @@ class _Turn:
         )
         self.length = int(self.cache.get_seq_length())
         self.step = self._find_step()
-        self.step.begin(self.length, self._next_positions(), self.columns)
+        self.step.reset(self.length, self._next_positions(), self.columns)
         return outputs.logits[:, -1]
 
     def _is_full(self, length: int) -> bool:
@@ -352,7 +352,7 @@ class _Turn:
         if self.keeps_cache:
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.length + steps - 1)  # the last token has not been fed
-            STEPS_OF_RETURNED_CACHES[self.cache] = self.step
+            RETURNED_CACHE_STEPS[self.cache] = self.step
         elif self.step.signature is not None:
             step_pool(self.model).put(self.cache, self.step)
         if not self.config.return_dict_in_generate:
@@ -373,7 +373,7 @@ def _needs_every_token(processors: LogitsProcessorList, criteria: StoppingCriter
     )
 
 
-class _Lookout:
+class AsyncStopCheck:
     """Sees from afar that all rows have ended, and hands tokens to a streamer, while the device works on.
 
     Args:
@@ -392,7 +392,7 @@ class _Lookout:
     @property
     def is_due(self) -> bool:
         """True after a token whose mark was set."""
-        return self.every_token or self._tokens % TOKENS_BETWEEN_LOOKS == 0
+        return self.every_token or self._tokens % STOP_CHECK_INTERVAL == 0
 
     def count(self, unfinished: Tensor) -> None:
         """Count a step if any row was unfinished before it; `unfinished` [B] is 1 or 0."""

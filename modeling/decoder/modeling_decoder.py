@@ -121,7 +121,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             return self.mlp(normed, token_ids, residual=hidden_states)
         return hidden_states + self.mlp(normed, token_ids)
 
-    def is_watched(self) -> bool:
+    def has_output_hooks(self) -> bool:
         """True when a hook or wrapper wants the layer's own output: any but those that look on only when asked to."""
         # Those that record outputs stay once they were asked to; those that shard weights take any output.
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
@@ -351,7 +351,7 @@ class DecoderModel(DecoderPreTrainedModel):
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if not self.config.carry_residual or recorded or len(self.layers_here()) < len(self.layers):
             return False
-        return not any(layer.is_watched() for layer in layers)
+        return not any(layer.has_output_hooks() for layer in layers)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):

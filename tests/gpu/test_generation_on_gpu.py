@@ -412,7 +412,7 @@ def test_a_replay_equals_the_same_kernels_launched_one_by_one(
             step = DecodeStep(cache, set(config.layer_types), padded)
             columns = torch.ones(rows, 9, dtype=torch.bool, device=device)
             columns[-1, :4] = False
-            step.begin(9, torch.full((rows,), 9, device=device), columns if padded else None)
+            step.reset(9, torch.full((rows,), 9, device=device), columns if padded else None)
             if replayed:
                 step.capture(ours, cache, step_signature(ours))
             logits = []

@@ -171,7 +171,7 @@ def test_passes_begun_ahead_are_those_that_waited(device: torch.device, monkeypa
     for _ in range(3):  # the first captures its steps
         ahead = generate(model, tokenizer, inputs, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(topology_step.TopologySession, "runs_ahead", lambda session: False)
+        patched.setattr(topology_step.TopologySession, "can_speculate", lambda session: False)
         waited = generate(model, tokenizer, inputs, **options)
     assert torch.equal(ahead.sequences, waited.sequences) and ahead.branch_info == waited.branch_info
     assert ahead.num_forward_passes > waited.num_forward_passes, "some passes were begun in vain"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hf_efficient.modeling.decoder.attention import CachePlace
+from hf_efficient.modeling.decoder.attention import CacheWrite
 from hf_efficient.modeling.decoder.decode_step import round_capacity
 
 
@@ -26,7 +26,7 @@ class TopologyLayer(CacheLayerMixin):
 
     def __init__(self, cache: TopologyCache) -> None:
         super().__init__()
-        self._cache_columns = cache.columns_of_call
+        self._cache_columns = cache.next_slots
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -107,26 +107,26 @@ class TopologyCache(Cache):
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, device: torch.device) -> None:
-        self.columns_of_call = _Columns(round_capacity(capacity))
+        self.next_slots = _Columns(round_capacity(capacity))
         super().__init__(layers=[TopologyLayer(self) for _ in range(layers)])
         with torch.inference_mode(False):  # the cache may outlive the caller's inference mode
             self.segments = torch.full((batch, self.capacity + 1), -1, dtype=torch.int32, device=device)
 
     @property
     def capacity(self) -> int:
-        return self.columns_of_call.capacity
+        return self.next_slots.capacity
 
     def place(self, slots: Tensor | None, width: int | None = None) -> None:
         """Where the tokens of the coming call go, and how many columns its queries may look at; None: all."""
-        self.columns_of_call.slots = slots
-        self.columns_of_call.width = self.capacity if width is None else width
+        self.next_slots.slots = slots
+        self.next_slots.width = self.capacity if width is None else width
 
-    def place_of_call(self, layer_idx: int) -> CachePlace | None:
+    def next_write(self, layer_idx: int) -> CacheWrite | None:
         """Where a kernel may write the coming call's tokens itself; None for a prompt or a part of the columns."""
-        layer, call = self.layers[layer_idx], self.columns_of_call
+        layer, call = self.layers[layer_idx], self.next_slots
         if not layer.is_initialized or call.slots is None or call.width != call.capacity:
             return None
-        return CachePlace(layer.keys, layer.values, call.slots)
+        return CacheWrite(layer.keys, layer.values, call.slots)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -139,7 +139,7 @@ class TopologyCache(Cache):
         segments = self.segments.new_full((self.segments.shape[0], capacity + 1), -1)
         segments[:, : self.capacity] = self.segments[:, :-1]
         self.segments = segments
-        self.columns_of_call.capacity = capacity
+        self.next_slots.capacity = capacity
 
     def reset(self) -> None:
         """Forget everything, for another prompt in the same memory; keys and values stay until they are overwritten."""

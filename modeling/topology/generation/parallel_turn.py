@@ -20,7 +20,7 @@ from hf_efficient.modeling.topology.generation.scheduler import Limits, RowSched
 from hf_efficient.modeling.topology.generation.streaming import StreamFeed
 from hf_efficient.modeling.topology.generation.topology_step import (
     MOST_CAPTURED_QUERIES,
-    Queries,
+    RowQueries,
     TopologySession,
     TopologyStep,
     check_attention,
@@ -48,7 +48,7 @@ class _Flight:
 
     step: TopologyStep
     branches: list[Branch]
-    queries: Sequence[Queries]
+    queries: Sequence[RowQueries]
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]] | None
 
 
@@ -180,7 +180,7 @@ class ParallelTurn:
         the next one overwrites. None where the device would wait for the host in any case.
         """
         session, rows, width = self.session, self.rows, flight.step.queries
-        if flight.read is None or not session.runs_ahead() or width > MOST_CAPTURED_QUERIES:
+        if flight.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
             return None
         columns = max(offset + len(row.tokens) + len(row.live) for row, offset in zip(rows, self.offsets, strict=True))
         if columns > session.cache.capacity:
@@ -192,8 +192,8 @@ class ParallelTurn:
         for b, row in enumerate(rows):
             end, count = len(row.tokens), len(row.live)
             queries.append(
-                Queries(
-                    [flight.step.chosen_at(b, place) for place in range(width - count, width)]
+                RowQueries(
+                    [flight.step.placeholder_token(b, place) for place in range(width - count, width)]
                     if foretold is None
                     else foretold[at : at + count],
                     [branch.position for branch in row.live],
@@ -211,11 +211,11 @@ class ParallelTurn:
         with_logprobs = self.keeps_logprobs and not self.sampler.needs_logits
         return self.session.step_for(columns, queries, max(len(row.graph) for row in self.rows), with_logprobs)
 
-    def _fly(self, step: TopologyStep, queries: Sequence[Queries]) -> _Flight:
+    def _fly(self, step: TopologyStep, queries: Sequence[RowQueries]) -> _Flight:
         result = self.session.execute(step, self.model)
         self.passes += 1
         branches = [branch for row in self.rows for branch in row.live]
-        return _Flight(step, branches, queries, None if self.sampler.needs_logits else step.ask(result))
+        return _Flight(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
 
     def _land(self, flight: _Flight) -> None:
         """Take the tokens of a pass, and what follows from them."""

@@ -37,7 +37,7 @@ from hf_efficient.modeling.topology.generation.scheduler import RowScheduler
 # Queries of each row that a captured step may take; more are rare (many headers at once) and run as a call.
 MOST_CAPTURED_QUERIES = 64
 # Steps between two looks at whether a callback has changed the model.
-STEPS_BETWEEN_LOOKS = 8
+SIGNATURE_CHECK_INTERVAL = 8
 
 
 def check_attention(model: Any) -> None:
@@ -95,7 +95,7 @@ def forward(
             # A mask of rank 4 is handed through; without one the model would make its own in vain.
             mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
     elif topology is not None:
-        columns = cache.columns_of_call.width if isinstance(topology, TopologyQueries) else None
+        columns = cache.next_slots.width if isinstance(topology, TopologyQueries) else None
         eager = implementation == "eager"
         mask = additive_mask(topology, model.dtype, columns) if eager else dense_mask(topology, columns)
     return model(
@@ -110,7 +110,7 @@ def forward(
     ).logits
 
 
-class Queries(NamedTuple):
+class RowQueries(NamedTuple):
     """What a row wants computed: tokens, their positions, columns and segments; and how many columns it then has."""
 
     tokens: Sequence[int]
@@ -206,7 +206,7 @@ class TopologyStep:
                 order = [*(column for column in range(row.fed, end) if column not in last), *order]
             row.fed = end
             queries.append(
-                Queries(
+                RowQueries(
                     [row.tokens[column] for column in order],
                     [row.positions[column] for column in order],
                     order,
@@ -216,8 +216,8 @@ class TopologyStep:
             )
         self.send(rows, offsets, queries)
 
-    def send(self, rows: Sequence[RowScheduler], offsets: Sequence[int], queries: Sequence[Queries]) -> None:
-        """Send each row's queries. A token below zero is one that the step before has chosen: see `chosen_at`."""
+    def send(self, rows: Sequence[RowScheduler], offsets: Sequence[int], queries: Sequence[RowQueries]) -> None:
+        """Send each row's queries. A token below zero is one that the step before has chosen: see `placeholder_token`."""
         self._transfers.reverse()
         transfer = self._transfers[0]
         transfer.clear()
@@ -243,7 +243,7 @@ class TopologyStep:
         self._width = int(kv_len.max())
         transfer.send(self._device)
 
-    def chosen_at(self, row: int, place: int) -> int:
+    def placeholder_token(self, row: int, place: int) -> int:
         """What stands, in the next step's tokens, for the one that this step chooses at a place of a row's queries."""
         return -1 - (row * self.queries + place)
 
@@ -284,7 +284,7 @@ class TopologyStep:
         self.logits = self._recorded_logits
         return self._result
 
-    def ask(self, result: Tensor) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
+    def fetch_async(self, result: Tensor) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
         """Begin to fetch a result; a function that waits for it.
 
         It gives the most likely tokens [B, Q], and their log-probabilities where they are wanted.
@@ -337,7 +337,7 @@ class TopologySession:
         self._suppressed: tuple[int, ...] = ()
         self._suppressed_ids: Tensor | None = None
 
-    def runs_ahead(self) -> bool:
+    def can_speculate(self) -> bool:
         """True where a step may be computed before the host knows the tokens of the last: where the device computes
         while the host goes on."""
         return self.may_capture and self.signature is not None
@@ -379,7 +379,7 @@ class TopologySession:
     def _look(self, model: Any) -> None:
         """See whether steps of the model may be replayed, and which."""
         self.signature = step_signature(model)
-        self._looked, self._until_look = True, STEPS_BETWEEN_LOOKS
+        self._looked, self._until_look = True, SIGNATURE_CHECK_INTERVAL
 
     def begin(self, suppressed: tuple[int, ...]) -> None:
         """Stand ready for a prompt, and for steps that never choose these ids."""
@@ -405,7 +405,7 @@ class TopologySession:
         return self.cache.nbytes() + sum(step.graph_bytes for step in self._steps.values())
 
     def report(self) -> list[dict[str, int]]:
-        """Queries, words and bytes of each captured step."""
+        """RowQueries, words and bytes of each captured step."""
         return [
             {"batch": self.batch, "queries": step.queries, "words": step.words, "graph_bytes": step.graph_bytes}
             for step in self._steps.values()

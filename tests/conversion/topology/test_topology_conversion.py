@@ -192,10 +192,12 @@ def test_nor_does_it_in_the_loop_of_captured_steps(
 ) -> None:
     """The loop that serves CUDA graphs; here its steps are called, with the reference of the attention."""
     turns: list[Any] = []
-    generate = generation_decoder._Turn.generate
+    generate = generation_decoder.GraphDecodeLoop.generate
     monkeypatch.setattr(generation_decoder, "_may_capture", lambda device: True)
     monkeypatch.setattr(
-        generation_decoder._Turn, "generate", lambda turn, *given: turns.append(turn) or generate(turn, *given)
+        generation_decoder.GraphDecodeLoop,
+        "generate",
+        lambda turn, *given: turns.append(turn) or generate(turn, *given),
     )
     convert(stock("llama"), tmp_path / "out", [Multiverse()], **QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="hfe_decode").eval()

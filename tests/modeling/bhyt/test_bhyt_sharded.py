@@ -52,7 +52,7 @@ alone = BhytForCausalLM.from_pretrained(folder).train()
 model = sharded(BhytForCausalLM.from_pretrained(folder, carry_residual=True).train())
 weight = model.model.layers[0].self_attn.v_proj.weight
 assert weight.to_local().shape[0] * 2 == weight.shape[0], "each rank holds half of the rows"
-assert not any(layer.is_watched() for layer in model.model.layers), "sharding keeps no layer from carrying"
+assert not any(layer.has_output_hooks() for layer in model.model.layers), "sharding keeps no layer from carrying"
 first = stored(model)
 optimizers = [torch.optim.AdamW(each.parameters(), lr=0.02) for each in (alone, model)]
 for each, optimizer in zip((alone, model), optimizers):

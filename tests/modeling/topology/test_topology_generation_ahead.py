@@ -39,7 +39,7 @@ def guesses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(came_true(turn, ahead))
         return found[-1]
 
-    monkeypatch.setattr(TopologySession, "runs_ahead", lambda session: True)
+    monkeypatch.setattr(TopologySession, "can_speculate", lambda session: True)
     monkeypatch.setattr(ParallelTurn, "_came_true", watched)
     return found
 
@@ -68,7 +68,7 @@ def test_branches_and_joins_whose_tokens_are_known_beforehand(
     ahead = _run(model, tokenizer, ids, sampler=sampler)
     assert True in guesses and False in guesses
     with monkeypatch.context() as patched:
-        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        patched.setattr(TopologySession, "can_speculate", lambda session: False)
         one_by_one = _run(model, tokenizer, ids, sampler=sampler)
     _same(ahead, one_by_one)
     # Each pass in vain is one pass more, and there is nothing else to pay.
@@ -84,7 +84,7 @@ def test_a_prompt_that_ends_where_branches_begin_goes_on_with_the_device_s_own_t
     ahead = _run(model, tokenizer, ids, branch_max_new_tokens=9)
     assert guesses.count(True) > 8 and False in guesses
     with monkeypatch.context() as patched:
-        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        patched.setattr(TopologySession, "can_speculate", lambda session: False)
         _same(ahead, _run(model, tokenizer, ids, branch_max_new_tokens=9))
 
 
@@ -118,7 +118,7 @@ def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
         }
         ahead = _run(model, tokenizer, ids, **options)
         with monkeypatch.context() as patched:
-            patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+            patched.setattr(TopologySession, "can_speculate", lambda session: False)
             _same(ahead, _run(model, tokenizer, ids, **options))
     assert guesses.count(True) > 50 and guesses.count(False) > 5
 
@@ -154,7 +154,7 @@ def test_a_sampler_that_foretells_other_tokens_than_it_settles_on_gets_its_own(
     ahead = _run(model, tokenizer, ids, sampler=sampler)
     assert False in guesses
     with monkeypatch.context() as patched:
-        patched.setattr(TopologySession, "runs_ahead", lambda session: False)
+        patched.setattr(TopologySession, "can_speculate", lambda session: False)
         _same(ahead, _run(model, tokenizer, ids, sampler=sampler))
 
 
