@@ -14,7 +14,7 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").exists() and (_here.parent / "pyproject.toml").is_file():
     __path__.append(str(_here.parent))
 
-from hf_efficient.modeling.decoder.tested_releases import check_transformers  # noqa: E402  (needs the path above)
+from hf_efficient.modeling.base.tested_releases import check_transformers  # noqa: E402  (needs the path above)
 
 check_transformers()
 

@@ -16,7 +16,7 @@ from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.hub.card_snippets import citations, note, usage
 from hf_efficient.hub.export import CONFIG
-from hf_efficient.modeling.decoder.saved_code import replace_file
+from hf_efficient.modeling.base.saved_code import replace_file
 from hf_efficient.registry import architecture_of
 
 CARD = "README.md"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hf_efficient import __version__
 from hf_efficient.hub.flatten import FlatCode, file_header, flat_name
-from hf_efficient.modeling.decoder.saved_code import GENERATE
+from hf_efficient.modeling.base.saved_code import GENERATE
 from hf_efficient.registry import Architecture
 
 # `model` must be a keyword: transformers binds it before the prompt comes by position.

@@ -13,8 +13,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from hf_efficient.modeling.decoder.peft_targets import register_peft_targets
-from hf_efficient.modeling.decoder.saved_code import SavedCode, carried_code, is_ours
+from hf_efficient.modeling.base.peft_targets import register_peft_targets
+from hf_efficient.modeling.base.saved_code import SavedCode, carried_code, is_ours
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 

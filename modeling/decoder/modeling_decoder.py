@@ -8,7 +8,7 @@ overrides call `super()`, so that patches compose.
 from __future__ import annotations
 
 # ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
-from hf_efficient.modeling.decoder.tested_releases import check_transformers
+from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
@@ -34,6 +34,8 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TokenIdError
 from hf_efficient.logging import warn_once
+from hf_efficient.modeling.base.class_lookup import offer_to_transformers
+from hf_efficient.modeling.base.saved_code import is_ours
 from hf_efficient.modeling.decoder.attention import DecoderAttention, DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.cache_compat import (
     CACHE_ARGUMENT,
@@ -42,13 +44,11 @@ from hf_efficient.modeling.decoder.cache_compat import (
     check_arguments,
     one_cache,
 )
-from hf_efficient.modeling.decoder.class_lookup import offer_to_transformers
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
 from hf_efficient.modeling.decoder.generation_decoder import CapturedGeneration
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
-from hf_efficient.modeling.decoder.saved_code import is_ours
 
 # Tensors of a stock family without which the attention computes something else.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")

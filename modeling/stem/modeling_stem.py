@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
-from hf_efficient.modeling.decoder.tested_releases import check_transformers
+from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 

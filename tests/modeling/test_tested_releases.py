@@ -12,7 +12,7 @@ import transformers
 
 from hf_efficient import environment
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder.tested_releases import check_transformers
+from hf_efficient.modeling.base.tested_releases import check_transformers
 
 OLDEST, NEWEST = environment.TESTED_TRANSFORMERS
 
