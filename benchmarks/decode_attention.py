@@ -25,7 +25,7 @@ from benchmarks.plot import plot
 from hf_efficient.kernels.contract import Arguments, relative_error
 from hf_efficient.kernels.decode_attention.configs import LaunchConfig, launch_config, multiprocessor_count, split_count
 from hf_efficient.kernels.decode_attention.record import RECORD
-from hf_efficient.kernels.decode_attention.reference import visible_columns
+from hf_efficient.kernels.decode_attention.reference import visible_slots
 
 HEADS, KV_HEADS = 32, 8
 WIDTHS = (64, 128)
@@ -81,7 +81,7 @@ def draw_branches(
     return arguments | {
         "q": query.normal_(generator=generator),
         "q_pos": (length - branches + numbers).expand(batch, -1).contiguous(),
-        "col_seg": segments.expand(batch, -1).contiguous(),
+        "kv_segment_ids": segments.expand(batch, -1).contiguous(),
         "segment_visibility": (1 | torch.ones(branches, dtype=torch.int64, device=device) << 1 + numbers.long())
         .expand(batch, -1)[..., None]
         .contiguous(),
@@ -112,7 +112,7 @@ def masked() -> Callable[..., torch.Tensor]:
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **seen: torch.Tensor) -> torch.Tensor:
         if id(k) not in masks:
-            masks[id(k)] = visible_columns(k.shape[2], **seen)[:, None]
+            masks[id(k)] = visible_slots(k.shape[2], **seen)[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[id(k)], enable_gqa=True)
 
     return attend

@@ -49,7 +49,7 @@ def cases(record: KernelRecord, device: torch.device) -> list[Case]:
                 drawn: Any = functools.partial(draw_add_rms_norm, rows, hidden, device)
             else:
                 shape = {"rows": rows, "q_heads": heads[0], "kv_heads": heads[1], "width": width}
-                sizes = {"batch": rows, "queries": 1, "heads": heads, "width": width, "columns": CACHE}
+                sizes = {"batch": rows, "queries": 1, "heads": heads, "width": width, "cache_len": CACHE}
                 sizes["normalised"] = normalised
                 drawn = functools.partial(_draw_seeded, sizes, device)
             found.append(Case(f"{model} {rows} rows", "decode", shape, torch.bfloat16, drawn))

@@ -29,7 +29,7 @@ def decode_attention(
     kv_len: Tensor | int,
     q_pos: Tensor,
     window: int | None = None,
-    col_seg: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
     segment_visibility: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -42,10 +42,10 @@ def decode_attention(
     - ``j < kv_len[b]``: the columns from there on are empty; they are never read, and may hold anything;
     - ``j <= q_pos[b, i]``: its own column is the last; a negative `q_pos` marks a padded query, which sees nothing;
     - ``j > q_pos[b, i] - window``, where a window is given;
-    - ``col_seg[b, j] >= 0``, where segments are given: other columns are holes, as left padding is, and may hold
+    - ``kv_segment_ids[b, j] >= 0``, where segments are given: other columns are holes, as left padding is, and may hold
       anything;
-    - bit ``col_seg[b, j]`` of ``segment_visibility[b, i]`` is set, where it is given: bit s is bit s % 64 of word
-      s // 64, and segments that the words do not reach are not seen.
+    - bit ``kv_segment_ids[b, j]`` of ``segment_visibility[b, i]`` is set, where it is given: bit s is bit s % 64 of
+      word s // 64, and segments that the words do not reach are not seen.
 
     A query that sees nothing gets zeros. Softmax and sums are in float32 (float64 where q has it), and the result is
     rounded to the dtype of `q`; the Triton kernel also rounds the weights to the dtype of `v` before it multiplies. Two
@@ -62,8 +62,9 @@ def decode_attention(
         kv_len: filled columns: int32 or int64, [B], [1] or [], or a number at most C. Values above C count as C.
         q_pos: [B, Q] or [1, Q], int32 or int64: the column of each query.
         window: columns that a query sees, its own included; at least 1.
-        col_seg: [B, L] or [1, L], int32 or int64: segment of each column; columns from L on are holes.
-        segment_visibility: [B, Q, W] or [1, Q, W], int64: bitmap of the segments that each query sees. Needs `col_seg`.
+        kv_segment_ids: [B, L] or [1, L], int32 or int64: segment of each column; columns from L on are holes.
+        segment_visibility: [B, Q, W] or [1, Q, W], int64: bitmap of the segments that each query sees. Needs
+            `kv_segment_ids`.
         scale: factor of the scores; ``D ** -0.5`` by default.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
@@ -85,19 +86,21 @@ def decode_attention(
         >>> decode_attention(q, torch.zeros_like(cache), cache, kv_len=2, q_pos=torch.tensor([[1]]))[0, 0]
         tensor([[2., 3., 4., 5.]])
     """
-    _check(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility)
+    _check(q, k, v, kv_len, q_pos, window, kv_segment_ids, segment_visibility)
     width = q.shape[3]
     if scale is None:
         scale = width**-0.5
     if select_backend(OP, backend, q.device) == "reference":
-        return reference_decode_attention(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility, scale=scale)
+        return reference_decode_attention(
+            q, k, v, kv_len, q_pos, window, kv_segment_ids, segment_visibility, scale=scale
+        )
     if q.dtype == torch.float64:
         raise BackendError(f"{OP}: the Triton kernel does not compute in float64", "pass backend='reference'")
     from hf_efficient.kernels.decode_attention.op import decode_attention_forward
 
     lengths, columns = (kv_len, k.shape[2]) if isinstance(kv_len, Tensor) else (None, kv_len)
     return decode_attention_forward(
-        q, k, v, lengths, q_pos, col_seg, segment_visibility, columns, window, scale
+        q, k, v, lengths, q_pos, kv_segment_ids, segment_visibility, columns, window, scale
     ).transpose(1, 2)
 
 
@@ -108,15 +111,15 @@ def _check(
     kv_len: Tensor | int,
     q_pos: Tensor,
     window: int | None,
-    col_seg: Tensor | None,
+    kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
 ) -> None:
     """Refuse what the operation cannot take. Called for every layer of every token, so the usual case is quick."""
     tensors = {"q": q, "k": k, "v": v, "q_pos": q_pos}
     if not isinstance(kv_len, int):
         tensors["kv_len"] = kv_len
-    if col_seg is not None:
-        tensors["col_seg"] = col_seg
+    if kv_segment_ids is not None:
+        tensors["kv_segment_ids"] = kv_segment_ids
     if segment_visibility is not None:
         tensors["segment_visibility"] = segment_visibility
     check_tensors(OP, tensors)
@@ -149,13 +152,13 @@ def _check(
         raise HFEError(f"{OP}: `kv_len` is {kv_len} and the cache has {columns} columns", "pass at most those")
     if window is not None and window < 1:
         raise HFEError(f"{OP}: `window` is {window}", "pass 1 or more, or None for no window")
-    if col_seg is not None:
-        check_dtype(OP, "col_seg", col_seg, INTEGERS)
-        _check_rows(OP, "col_seg", col_seg, batch, None, "[B, L] or [1, L]")
+    if kv_segment_ids is not None:
+        check_dtype(OP, "kv_segment_ids", kv_segment_ids, INTEGERS)
+        _check_rows(OP, "kv_segment_ids", kv_segment_ids, batch, None, "[B, L] or [1, L]")
     if segment_visibility is not None:
-        if col_seg is None:
+        if kv_segment_ids is None:
             raise HFEError(
-                f"{OP}: `segment_visibility` is given without `col_seg`", "pass the segment of each column too"
+                f"{OP}: `segment_visibility` is given without `kv_segment_ids`", "pass the segment of each column too"
             )
         check_dtype(OP, "segment_visibility", segment_visibility, (torch.int64,))
         check_rank(OP, "segment_visibility", segment_visibility, 3, 3, "[B, Q, W] or [1, Q, W]")

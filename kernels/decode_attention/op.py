@@ -13,7 +13,7 @@ def _launch(
     v: Tensor,
     kv_len: Tensor | None,
     q_pos: Tensor,
-    col_seg: Tensor | None,
+    kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
     columns: int,
     window: int | None,
@@ -21,7 +21,7 @@ def _launch(
 ) -> Tensor:
     from hf_efficient.kernels.decode_attention.triton_kernels import launch
 
-    return launch(q, k, v, kv_len, q_pos, col_seg, segment_visibility, columns, window, scale)
+    return launch(q, k, v, kv_len, q_pos, kv_segment_ids, segment_visibility, columns, window, scale)
 
 
 def _fake(
@@ -30,7 +30,7 @@ def _fake(
     v: Tensor,
     kv_len: Tensor | None,
     q_pos: Tensor,
-    col_seg: Tensor | None,
+    kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
     columns: int,
     window: int | None,

@@ -15,7 +15,7 @@ from hf_efficient.kernels.decode_attention.api import decode_attention
 from hf_efficient.kernels.decode_attention.configs import MERGE_TILE, launch_config, padded_width
 from hf_efficient.kernels.decode_attention.op import decode_attention_forward
 from hf_efficient.kernels.decode_attention.reference import decode_attention as reference_decode_attention
-from hf_efficient.kernels.decode_attention.reference import visible_columns
+from hf_efficient.kernels.decode_attention.reference import visible_slots
 
 ALL_BITS = -1  # every bit of an int64 is set
 
@@ -80,7 +80,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     cases = {
         "prime sizes": draw(_Shape(2, 14, 2, 2, 71, 24)),
         "dynamic cache, one length for all": draw(single, kv_len=131),
-        "left padding": draw(col_seg=padded),
+        "left padding": draw(kv_segment_ids=padded),
         "static cache, lengths of their own": poisoned(
             draw(_Shape(batch=3, columns=90), q_pos=integers([64], [0], [-1])), integers(65, 1, 0)
         ),
@@ -94,27 +94,29 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "window": draw(window=9),
         "window of one column": draw(window=1),
         "window, queries far apart": draw(_Shape(queries=3), window=20, q_pos=integers([66, 30, -1], [5, 0, 21])),
-        "holes": draw(_Shape(queries=2), col_seg=segments(2, 67, 2)),
-        "a row of holes": draw(col_seg=integers([-1] * 67, [0] * 67)),
-        "segments of fewer columns": draw(col_seg=segments(1, 40, 3), window=50),
-        "segments of more columns": draw(col_seg=segments(2, 80, 3)),
-        "ancestors in one word": draw(forest, col_seg=segments(2, 97, 64), segment_visibility=bitmaps(2, 5, 1)),
-        "ancestors in two words": draw(forest, col_seg=segments(2, 97, 128), segment_visibility=bitmaps(2, 5, 2)),
+        "holes": draw(_Shape(queries=2), kv_segment_ids=segments(2, 67, 2)),
+        "a row of holes": draw(kv_segment_ids=integers([-1] * 67, [0] * 67)),
+        "segments of fewer columns": draw(kv_segment_ids=segments(1, 40, 3), window=50),
+        "segments of more columns": draw(kv_segment_ids=segments(2, 80, 3)),
+        "ancestors in one word": draw(forest, kv_segment_ids=segments(2, 97, 64), segment_visibility=bitmaps(2, 5, 1)),
+        "ancestors in two words": draw(
+            forest, kv_segment_ids=segments(2, 97, 128), segment_visibility=bitmaps(2, 5, 2)
+        ),
         "ancestors at the edges of a word": draw(
             _Shape(queries=4, columns=64),
-            col_seg=integers([0, 1, 62, 63, 64, 65, 127, -1] * 8),
+            kv_segment_ids=integers([0, 1, 62, 63, 64, 65, 127, -1] * 8),
             segment_visibility=integers([[1, 0], [-(2**63), 0], [0, -(2**63) + 1], [2**62, 2]], dtype=torch.int64),
             q_pos=integers([63] * 4),
         ),
         "segments that no word holds": draw(
             forest,
-            col_seg=segments(1, 97, 200),
+            kv_segment_ids=segments(1, 97, 200),
             segment_visibility=integers([[ALL_BITS]] * 5, dtype=torch.int64),
             window=64,
         ),
         "a query that sees no ancestor": draw(
             forest,
-            col_seg=segments(2, 97, 3),
+            kv_segment_ids=segments(2, 97, 3),
             segment_visibility=integers([[0], [1], [2], [4], [0]], dtype=torch.int64),
         ),
         "a scale of its own": draw(scale=0.01),
@@ -134,7 +136,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "v": packed["v"][1::2, :, ::2, 16:],
         "kv_len": integers(30, 99, 20, 99)[::2],
         "q_pos": integers([31, 7], [29, 7]).t()[:1].t(),
-        "col_seg": segments(68, 2, 3).t(),
+        "kv_segment_ids": segments(68, 2, 3).t(),
     }
     shared = draw(_Shape(batch=1))
     cases["one cache for all rows"] = {
@@ -179,14 +181,19 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("a length too many", "`kv_len`", "(3,)", "[B] (here 2)", kv_len=seg[0, :3]),
         bad("more columns than there are", "`kv_len`", "68", "67 columns", kv_len=68),
         bad("an empty window", "`window` is 0", "None", window=0),
-        bad("segments of other rows", "`col_seg`", "(3, 67)", "[B, L]", col_seg=seg[:1].expand(3, 67)),
-        bad("ancestors without segments", "`segment_visibility`", "`col_seg`", segment_visibility=segment_visibility),
+        bad("segments of other rows", "`kv_segment_ids`", "(3, 67)", "[B, L]", kv_segment_ids=seg[:1].expand(3, 67)),
+        bad(
+            "ancestors without segments",
+            "`segment_visibility`",
+            "`kv_segment_ids`",
+            segment_visibility=segment_visibility,
+        ),
         bad(
             "ancestors in half words",
             "`segment_visibility`",
             "int32",
             "int64",
-            col_seg=seg,
+            kv_segment_ids=seg,
             segment_visibility=segment_visibility.int(),
         ),
         bad(
@@ -194,7 +201,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
             "`segment_visibility`",
             "(2, 3, 1)",
             "[B, Q, W]",
-            col_seg=seg,
+            kv_segment_ids=seg,
             segment_visibility=segment_visibility.expand(2, 3, 1),
         ),
         bad("positions on another device", "on meta", "one device", q_pos=q_pos.to("meta")),
@@ -211,7 +218,7 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
         *(arguments[name] for name in ("q", "k", "v")),
         lengths if isinstance(lengths, Tensor) else None,
         arguments["q_pos"],
-        *(arguments.get(name) for name in ("col_seg", "segment_visibility")),
+        *(arguments.get(name) for name in ("kv_segment_ids", "segment_visibility")),
         columns,
         arguments.get("window"),
         arguments.get("scale", arguments["q"].shape[3] ** -0.5),
@@ -226,7 +233,13 @@ def compilations(capability: int) -> Iterator[Compilation]:
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     names = attend_kernel.arg_names
     rows = ("out", "partial", "q", "k", "v")
-    optional = {"kv_len": "*i64", "col_seg": "*i32", "segment_visibility": "*i64", "window": "i32", "partial": "*fp32"}
+    optional = {
+        "kv_len": "*i64",
+        "kv_segment_ids": "*i32",
+        "segment_visibility": "*i64",
+        "window": "i32",
+        "partial": "*fp32",
+    }
     cases = (
         # Tiles of 16 rows and the largest; those of 32 need less than these.
         *(("bf16", width, 4, queries, True) for width in (64, 256) for queries in (1, 64)),
@@ -286,8 +299,8 @@ def compilations(capability: int) -> Iterator[Compilation]:
 def _seen(arguments: Arguments) -> Tensor:
     """bool [B, Q, C]: which column each query sees."""
     q, k = arguments["q"], arguments["k"]
-    others = {name: arguments.get(name) for name in ("window", "col_seg", "segment_visibility")}
-    seen = visible_columns(k.shape[2], arguments["kv_len"], arguments["q_pos"], **others)
+    others = {name: arguments.get(name) for name in ("window", "kv_segment_ids", "segment_visibility")}
+    seen = visible_slots(k.shape[2], arguments["kv_len"], arguments["q_pos"], **others)
     return seen.expand(q.shape[0], -1, -1)
 
 
@@ -308,12 +321,12 @@ def sdpa(
     kv_len: Tensor | int,
     q_pos: Tensor,
     window: int | None = None,
-    col_seg: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
     segment_visibility: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """What stock models do with a static cache: PyTorch's attention over all of it, under a boolean mask."""
-    mask = visible_columns(k.shape[2], kv_len, q_pos, window, col_seg, segment_visibility)[:, None]
+    mask = visible_slots(k.shape[2], kv_len, q_pos, window, kv_segment_ids, segment_visibility)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 

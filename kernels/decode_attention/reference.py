@@ -10,12 +10,12 @@ from hf_efficient.kernels.precision import without_autocast
 WORD = 64  # segments that one word of an ancestor bitmap holds
 
 
-def visible_columns(
+def visible_slots(
     columns: int,
     kv_len: Tensor | int,
     q_pos: Tensor,
     window: int | None = None,
-    col_seg: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
     segment_visibility: Tensor | None = None,
 ) -> Tensor:
     """Which of `columns` cache columns each query sees: bool [B or 1, Q, columns]. Arguments as of the operation."""
@@ -25,12 +25,12 @@ def visible_columns(
     seen = (column < length) & (column <= position)
     if window is not None:
         seen = seen & (column > position - window)
-    if col_seg is None:
+    if kv_segment_ids is None:
         return seen
-    # Columns past the end of `col_seg` have no segment: holes, as those of a negative one.
-    segment = col_seg.new_full((col_seg.shape[0], columns), -1).long()
-    known = min(columns, col_seg.shape[1])
-    segment[:, :known] = col_seg[:, :known]
+    # Columns past the end of `kv_segment_ids` have no segment: holes, as those of a negative one.
+    segment = kv_segment_ids.new_full((kv_segment_ids.shape[0], columns), -1).long()
+    known = min(columns, kv_segment_ids.shape[1])
+    segment[:, :known] = kv_segment_ids[:, :known]
     seen = seen & (segment >= 0)[:, None, :]
     if segment_visibility is None:
         return seen
@@ -52,7 +52,7 @@ def decode_attention(
     kv_len: Tensor | int,
     q_pos: Tensor,
     window: int | None = None,
-    col_seg: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
     segment_visibility: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -61,7 +61,7 @@ def decode_attention(
     batch, heads, queries, width = q.shape
     kv_heads, columns = k.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    seen = visible_columns(columns, kv_len, q_pos, window, col_seg, segment_visibility)
+    seen = visible_slots(columns, kv_len, q_pos, window, kv_segment_ids, segment_visibility)
     # What nobody sees may hold anything, NaN included, which a weight of zero would not keep out.
     nobody = ~seen.any(dim=1)[:, None, :, None]
     k, v = (x.to(wide).masked_fill(nobody, 0.0) for x in (k, v))

@@ -40,8 +40,8 @@ if HAVE_TRITON:
         return known
 
     # Differ from call to call, and no code is better for knowing them; of the tensors, where in memory they begin.
-    _VARYING = ("columns", "segments", "queries", "splits", "kv_len", "q_pos", "col_seg", "segment_visibility")
-    _VARYING_STRIDES = ("kv_len_stride", "q_pos_stride", "col_seg_stride")
+    _VARYING = ("columns", "segments", "queries", "splits", "kv_len", "q_pos", "kv_segment_ids", "segment_visibility")
+    _VARYING_STRIDES = ("kv_len_stride", "q_pos_stride", "kv_segment_ids_stride")
 
     @triton.jit(do_not_specialize=[*_VARYING, *_VARYING_STRIDES])
     def attend_kernel(
@@ -52,7 +52,7 @@ if HAVE_TRITON:
         v,
         kv_len,
         q_pos,
-        col_seg,
+        kv_segment_ids,
         segment_visibility,
         columns,
         segments,
@@ -72,7 +72,7 @@ if HAVE_TRITON:
         v_stride_c,
         kv_len_stride,
         q_pos_stride,
-        col_seg_stride,
+        kv_segment_ids_stride,
         GROUP: tl.constexpr,
         WIDTH: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
@@ -139,9 +139,9 @@ if HAVE_TRITON:
             seen = inside[None, :] & (column[None, :] <= position[:, None])
             if window is not None:
                 seen &= column[None, :] > position[:, None] - window
-            if col_seg is not None:
+            if kv_segment_ids is not None:
                 segment = tl.load(
-                    col_seg + batch * col_seg_stride + column, mask=inside & (column < segments), other=-1
+                    kv_segment_ids + batch * kv_segment_ids_stride + column, mask=inside & (column < segments), other=-1
                 ).to(tl.int32)
                 seen &= (segment >= 0)[None, :]
                 # A hole may hold NaN, which a weight of zero would not keep out.
@@ -221,7 +221,7 @@ def launch(
     v: Tensor,
     kv_len: Tensor | None,
     q_pos: Tensor,
-    col_seg: Tensor | None,
+    kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
     columns: int,
     window: int | None,
@@ -243,8 +243,8 @@ def launch(
         return out
     if q_pos.stride(1) != 1:
         q_pos = q_pos.contiguous()
-    if col_seg is not None and col_seg.stride(1) != 1:
-        col_seg = col_seg.contiguous()
+    if kv_segment_ids is not None and kv_segment_ids.stride(1) != 1:
+        kv_segment_ids = kv_segment_ids.contiguous()
     if segment_visibility is not None:
         segment_visibility = segment_visibility.expand(batch, -1, -1).contiguous()
     words = 0 if segment_visibility is None else segment_visibility.shape[2]
@@ -269,10 +269,10 @@ def launch(
         v,
         kv_len,
         q_pos,
-        col_seg,
+        kv_segment_ids,
         segment_visibility,
         columns,
-        0 if col_seg is None else col_seg.shape[1],
+        0 if kv_segment_ids is None else kv_segment_ids.shape[1],
         queries,
         kv_heads,
         splits,
@@ -283,7 +283,7 @@ def launch(
         *v.stride()[:3],
         _row_stride(kv_len),
         _row_stride(q_pos),
-        _row_stride(col_seg),
+        _row_stride(kv_segment_ids),
         GROUP=group,
         WIDTH=width,
         BLOCK_ROWS=config.block_rows,

@@ -30,7 +30,7 @@ def rotary_cache(
     sin: Tensor,
     key_cache: Tensor | None = None,
     value_cache: Tensor | None = None,
-    columns: Tensor | None = None,
+    cache_position: Tensor | None = None,
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
@@ -38,25 +38,26 @@ def rotary_cache(
     length: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Rotary position embedding of q and k, and the writing of k and v into a cache, in one launch.
+    """Rotates q and k by their positions and writes k and v into a key-value cache, in one launch.
 
     With halves x1, x2 of a head: ``rotated = (x1, x2) * cos + (-x2, x1) * sin``, computed in float32 and rounded once
-    (the stock families round each product in half precision). Before it, where a weight is given, an RMS normalisation
-    of each head, rounded as the stock families do. Then ``key_cache[b, :, columns[b, i]] = rotated k[b, i]``, and v
-    likewise. For inference only.
+    (the stock families round each product in half precision). Where a weight is given, each head is RMS-normalised
+    first, rounded as the stock families do. Then ``key_cache[b, :, cache_position[b, i]] = rotated k[b, i]``, and
+    likewise for v. For inference only.
 
     Args:
         q: [B, Q, Hq, D], D even; float16, bfloat16 or float32; usually a view into one packed projection. Here and in
             k, v and the caches the last dimension must be contiguous, other strides are free.
-        k, v: [B, Q, Hkv, D], in the dtype of `q`, as are all tensors but `columns` and `length`.
+        k, v: [B, Q, Hkv, D], in the dtype of `q`, as are all tensors but `cache_position` and `length`.
         cos, sin: [B, Q, D] or [1, Q, D].
         key_cache, value_cache: [B, Hkv, C, D], changed in place. None: k is not rotated, v is not written. For a cache
-            that grows, hand over new tensors with C = Q and no columns.
-        columns: [Q], [1, Q] or [B, Q], int32 or int64: where each token goes, different places for different tokens.
-            A token whose column is outside [0, C) goes nowhere. None: token i goes to column i.
+            that grows, pass new tensors with C = Q and no `cache_position`.
+        cache_position: [Q], [1, Q] or [B, Q], int32 or int64: the cache slot of each token, different slots for
+            different tokens of a sequence. A token whose slot is outside [0, C) is not written. None: token i goes to
+            slot i.
         q_weight, k_weight: [D], weights of the normalisations of q and k; None for none.
         eps: added to the mean square in both.
-        length: integer tensor without dimensions, set to the column of the last token of the last sequence, plus one.
+        length: integer tensor without dimensions, set to the slot of the last token of the last sequence, plus one.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
 
@@ -73,21 +74,21 @@ def rotary_cache(
         >>> import torch
         >>> q, k, v = torch.ones(3, 1, 1, 1, 2)
         >>> cos, sin, keys = torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.zeros(1, 1, 3, 2)
-        >>> rotary_cache(q, k, v, cos, sin, keys, columns=torch.tensor([1])), keys
+        >>> rotary_cache(q, k, v, cos, sin, keys, cache_position=torch.tensor([1])), keys
         (tensor([[[[-1.,  1.]]]]), tensor([[[[ 0.,  0.],
                   [-1.,  1.],
                   [ 0.,  0.]]]]))
     """
-    _check(q, k, v, cos, sin, key_cache, value_cache, columns, q_weight, k_weight, length)
+    _check(q, k, v, cos, sin, key_cache, value_cache, cache_position, q_weight, k_weight, length)
     if select_backend("rotary_cache", backend, q.device) == "reference":
         return reference_rotary_cache(
-            q, k, v, cos, sin, key_cache, value_cache, columns,
+            q, k, v, cos, sin, key_cache, value_cache, cache_position,
             q_weight=q_weight, k_weight=k_weight, eps=eps, length=length,
         )  # fmt: skip
     from hf_efficient.kernels.rotary_cache.op import rotary_cache_write
 
     rotated = rotary_cache_write(
-        q, k, v, cos, sin, key_cache, value_cache, columns, q_weight, k_weight, eps, length
+        q, k, v, cos, sin, key_cache, value_cache, cache_position, q_weight, k_weight, eps, length
     )  # fmt: skip
     return rotated.transpose(1, 2)
 
@@ -100,7 +101,7 @@ def _check(
     sin: Tensor,
     key_cache: Tensor | None,
     value_cache: Tensor | None,
-    columns: Tensor | None,
+    cache_position: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     length: Tensor | None,
@@ -110,7 +111,7 @@ def _check(
     floats = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
     optional = {"key_cache": key_cache, "value_cache": value_cache, "q_weight": q_weight, "k_weight": k_weight}
     floats.update((name, tensor) for name, tensor in optional.items() if tensor is not None)
-    integers = {name: t for name, t in (("columns", columns), ("length", length)) if t is not None}
+    integers = {name: t for name, t in (("cache_position", cache_position), ("length", length)) if t is not None}
     check_tensors(op, {**floats, **integers})
     check_no_gradient(op, floats)
     check_dtype(op, "q", q, _DTYPES)
@@ -142,10 +143,12 @@ def _check(
             check_rows_contiguous(op, name, cache)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_rows_contiguous(op, name, tensor)
-    if columns is not None:
-        check_rank(op, "columns", columns, 1, 2, "[Q], [1, Q] or [B, Q]")
-        leading = columns.shape[:-1] if columns.shape[:-1] in ((), (1,)) else (batch,)
-        check_shape(op, "columns", columns, (*leading, queries), "[Q], [1, Q] or [B, Q] for `q` [B, Q, Hq, D]")
+    if cache_position is not None:
+        check_rank(op, "cache_position", cache_position, 1, 2, "[Q], [1, Q] or [B, Q]")
+        leading = cache_position.shape[:-1] if cache_position.shape[:-1] in ((), (1,)) else (batch,)
+        check_shape(
+            op, "cache_position", cache_position, (*leading, queries), "[Q], [1, Q] or [B, Q] for `q` [B, Q, Hq, D]"
+        )
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_shape(op, name, weight, (width,), "[D] for `q` [B, Q, Hq, D]")

@@ -16,7 +16,7 @@ def _launch(
     sin: Tensor,
     key_cache: Tensor | None,
     value_cache: Tensor | None,
-    columns: Tensor | None,
+    cache_position: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -24,7 +24,7 @@ def _launch(
 ) -> Tensor:
     from hf_efficient.kernels.rotary_cache.triton_kernels import launch
 
-    return launch(q, k, v, cos, sin, key_cache, value_cache, columns, q_weight, k_weight, eps, length)
+    return launch(q, k, v, cos, sin, key_cache, value_cache, cache_position, q_weight, k_weight, eps, length)
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:

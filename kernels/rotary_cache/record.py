@@ -23,7 +23,7 @@ def draw(
     queries: int = 3,
     heads: tuple[int, int] = (5, 3),
     width: int = 14,
-    columns: int = 11,
+    cache_len: int = 11,
     normalised: bool = False,
 ) -> Arguments:
     """One call on a packed projection and filled caches."""
@@ -42,9 +42,9 @@ def draw(
         "v": packed[:, :, q_heads + kv_heads :],
         "cos": angles.cos().to(device, dtype),
         "sin": angles.sin().to(device, dtype),
-        "key_cache": drawn(batch, kv_heads, columns, width),
-        "value_cache": drawn(batch, kv_heads, columns, width),
-        "columns": torch.randperm(columns, generator=generator)[:queries].to(device),
+        "key_cache": drawn(batch, kv_heads, cache_len, width),
+        "value_cache": drawn(batch, kv_heads, cache_len, width),
+        "cache_position": torch.randperm(cache_len, generator=generator)[:queries].to(device),
         "q_weight": drawn(width) if normalised else None,
         "k_weight": drawn(width) if normalised else None,
         "eps": 1e-5,
@@ -67,12 +67,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "one token, heads of 64": drawn(batch=1, queries=1, heads=(8, 4), width=64),
         "heads of 80": drawn(batch=3, queries=1, heads=(2, 1), width=80, normalised=True),
         "heads of 2": drawn(width=2),
-        "columns outside the cache": {**base, "columns": some},
-        "columns of each sequence": {**base, "columns": rows},
-        "columns in one row": {**base, "columns": some[None]},
-        "int32 columns": {**base, "columns": rows.int(), "length": base["length"].int()},
-        "columns apart in memory": {**base, "columns": rows.t().contiguous().t()},
-        "no columns": {**base, "columns": None},
+        "positions outside the cache": {**base, "cache_position": some},
+        "positions of each sequence": {**base, "cache_position": rows},
+        "positions in one row": {**base, "cache_position": some[None]},
+        "int32 positions": {**base, "cache_position": rows.int(), "length": base["length"].int()},
+        "strided positions": {**base, "cache_position": rows.t().contiguous().t()},
+        "no positions": {**base, "cache_position": None},
         "no length": {**base, "length": None},
         "no cache": {**base, "key_cache": None, "value_cache": None},
         "keys only": {**base, "value_cache": None},
@@ -83,7 +83,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "one cos for all": {**base, "cos": base["cos"][:1], "sin": base["sin"][:1]},
         "cos and sin laid out apart": {**base, "cos": wide["cos"][..., ::2], "sin": base["sin"]},
         "more tokens than a decoding step": drawn(
-            batch=1, queries=DECODE_TOKENS + 1, heads=(2, 1), width=8, columns=DECODE_TOKENS + 3
+            batch=1, queries=DECODE_TOKENS + 1, heads=(2, 1), width=8, cache_len=DECODE_TOKENS + 3
         ),
         "caches apart in memory": {
             **base,
@@ -101,13 +101,13 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: Any) -> BadInput:
         return BadInput(label, {**good, **changes}, error, words)
 
-    q, k, cos, cache, columns = (good[name] for name in ("q", "k", "cos", "key_cache", "columns"))
+    q, k, cos, cache, cache_position = (good[name] for name in ("q", "k", "cos", "key_cache", "cache_position"))
     return [
         bad("no k", "`k`", "NoneType", k=None),
         bad("q of integers", "`q`", "int64", "bfloat16", q=q.long()),
         bad("q in double precision", "`q`", "float64", "bfloat16", q=q.double()),
         bad("a cache in another dtype", "`key_cache`", "float16", "float32", key_cache=cache.half()),
-        bad("columns as floats", "`columns`", "float32", "int64", columns=columns.float()),
+        bad("positions as floats", "`cache_position`", "float32", "int64", cache_position=cache_position.float()),
         bad("q without a head dimension", "`q`", "[B, Q, Hq, D]", q=q.flatten(2)),
         bad("an odd head", "7 elements", "even", **{n: good[n][..., :7] for n in ("q", "k", "v", "cos", "sin")}),
         bad("no element in a head", "`q`", "(2, 3, 5, 0)", q=q[..., :0]),
@@ -119,11 +119,17 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("a value cache of another length", "`value_cache`", "10", "one C", value_cache=cache[:, :, 1:]),
         bad("a transposed cache", "`key_cache`", "stride", key_cache=cache.mT.contiguous().mT),
         bad("transposed heads", "`q`", "stride", q=q.mT.contiguous().mT),
-        bad("columns for other tokens", "`columns`", "(2,)", "(3,)", columns=columns[:2]),
-        bad("columns of another batch", "`columns`", "(3, 3)", "(2, 3)", columns=columns.expand(3, 3)),
+        bad("positions for other tokens", "`cache_position`", "(2,)", "(3,)", cache_position=cache_position[:2]),
+        bad(
+            "positions of another batch",
+            "`cache_position`",
+            "(3, 3)",
+            "(2, 3)",
+            cache_position=cache_position.expand(3, 3),
+        ),
         bad("a weight too short", "`q_weight`", "(7,)", "(8,)", q_weight=cos[0, 0, :7]),
         bad("a length with a dimension", "`length`", "(1,)", "()", length=good["length"][None]),
-        bad("columns on another device", "on meta", "one device", columns=columns.to("meta")),
+        bad("positions on another device", "on meta", "one device", cache_position=cache_position.to("meta")),
         bad("an unknown backend", "'cutlass'", "reference, triton", error=BackendError, backend="cutlass"),
     ]
 
@@ -137,7 +143,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
     """Decoding and bulk, heads of 64 and 128, with and without the normalisations."""
     from hf_efficient.kernels.rotary_cache.triton_kernels import rotary_cache_kernel as kernel
 
-    sizes = ("queries", "cache_columns", "q_heads", "kv_heads", "half")
+    sizes = ("queries", "cache_slots", "q_heads", "kv_heads", "half")
     for dtype in ("bf16", "fp16", "fp32"):
         for tokens, width, normalised in ((1, 64, False), (1, 128, True), (DECODE_TOKENS + 1, 128, False)):
             # The other dtypes differ in nothing but conversions, which the normalised case has all of.
@@ -150,7 +156,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 for name in kernel.arg_names
                 if name.islower() and name not in absent
             }
-            types.update(columns="*i64", length="*i64", eps="fp32")
+            types.update(cache_position="*i64", length="*i64", eps="fp32")
             yield Compilation(
                 label=f"{dtype} {tokens} tokens heads of {width}{' normalised' * normalised}",
                 kernel=kernel,
@@ -163,13 +169,13 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 },
                 num_warps=config.num_warps,
                 aligned=tuple(
-                    name for name in types if name not in (*sizes[:-1], "eps") and not name.startswith("columns_")
+                    name for name in types if name not in (*sizes[:-1], "eps") and not name.startswith("position_")
                 ),
             )
 
 
 def forward_cost(arguments: Arguments) -> Cost:
-    """q, k, v in and out, cos and sin once a token; columns and weights are left out, being next to nothing."""
+    """q, k, v in and out, cos and sin once a token; cache positions and weights are left out, being next to nothing."""
     q, cos, kept = arguments["q"], arguments["cos"], 0
     for source, cache in (("k", "key_cache"), ("v", "value_cache")):
         kept += arguments[source].numel() if arguments[cache] is not None else 0
@@ -190,22 +196,22 @@ def eager(
     sin: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    columns: Tensor,
+    cache_position: Tensor,
     *,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
     length: Tensor | None,
 ) -> Tensor:
-    """What one writes without this package, for columns [Q] that all lie in the cache."""
+    """What one writes without this package, for `cache_position` [Q] within the cache."""
     if q_weight is not None:
         q = torch.nn.functional.rms_norm(q, q.shape[-1:], q_weight, eps)
     if k_weight is not None:
         k = torch.nn.functional.rms_norm(k, k.shape[-1:], k_weight, eps)
-    key_cache.index_copy_(2, columns, _rotate(k.transpose(1, 2), cos, sin))
-    value_cache.index_copy_(2, columns, v.transpose(1, 2))
+    key_cache.index_copy_(2, cache_position, _rotate(k.transpose(1, 2), cos, sin))
+    value_cache.index_copy_(2, cache_position, v.transpose(1, 2))
     if length is not None:
-        length.copy_(columns[-1] + 1)
+        length.copy_(cache_position[-1] + 1)
     return _rotate(q.transpose(1, 2), cos, sin)
 
 

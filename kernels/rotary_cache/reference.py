@@ -20,14 +20,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (torch.cat((x1, x2), dim=-1) * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
-def _write(cache: Tensor, new: Tensor, columns: Tensor) -> None:
-    """``cache[b, :, columns[b, i]] = new[b, i]`` wherever there is such a column, without looking at the data."""
-    width = cache.shape[2]
-    # Whatever has no place goes to one more column, which is thrown away.
-    places = torch.where((columns >= 0) & (columns < width), columns, width).long()
-    longer = torch.cat((cache, cache.new_empty((*cache.shape[:2], 1, cache.shape[3]))), dim=2)
+def _write(cache: Tensor, new: Tensor, cache_position: Tensor) -> None:
+    """``cache[b, :, cache_position[b, i]] = new[b, i]`` for every slot in [0, C), without a device synchronisation."""
+    capacity = cache.shape[2]
+    # Tokens outside the cache go to one extra slot, which is dropped.
+    slots = torch.where((cache_position >= 0) & (cache_position < capacity), cache_position, capacity).long()
+    padded = torch.cat((cache, cache.new_empty((*cache.shape[:2], 1, cache.shape[3]))), dim=2)
     new = new.transpose(1, 2)
-    cache.copy_(longer.scatter(2, places[:, None, :, None].expand(new.shape), new)[:, :, :width])
+    cache.copy_(padded.scatter(2, slots[:, None, :, None].expand(new.shape), new)[:, :, :capacity])
 
 
 def rotary_cache(
@@ -38,22 +38,22 @@ def rotary_cache(
     sin: Tensor,
     key_cache: Tensor | None = None,
     value_cache: Tensor | None = None,
-    columns: Tensor | None = None,
+    cache_position: Tensor | None = None,
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     length: Tensor | None = None,
 ) -> Tensor:
-    """Rotated q [B, Hq, Q, D]; rotated k, v and the length are written to their places."""
+    """Rotated q [B, Hq, Q, D]; rotated k, v and the length are written in place."""
     batch, queries = q.shape[:2]
-    if columns is None:
-        columns = torch.arange(queries, device=q.device)
-    places = columns.expand(batch, queries)
+    if cache_position is None:
+        cache_position = torch.arange(queries, device=q.device)
+    slots = cache_position.expand(batch, queries)
     if key_cache is not None:
-        _write(key_cache, _rotated(k if k_weight is None else _normalised(k, k_weight, eps), cos, sin), places)
+        _write(key_cache, _rotated(k if k_weight is None else _normalised(k, k_weight, eps), cos, sin), slots)
     if value_cache is not None:
-        _write(value_cache, v, places)
-    if length is not None and places.numel() > 0:
-        length.copy_(places[-1, -1] + 1)
+        _write(value_cache, v, slots)
+    if length is not None and slots.numel() > 0:
+        length.copy_(slots[-1, -1] + 1)
     return _rotated(q if q_weight is None else _normalised(q, q_weight, eps), cos, sin).transpose(1, 2)

@@ -42,11 +42,11 @@ if HAVE_TRITON:
             x2 = _scaled(x2, scale, weight, half + d, inside, source.dtype.element_ty)
         cos1, cos2 = _load_half(cos, d, inside)[None, :], _load_half(cos, half + d, inside)[None, :]
         sin1, sin2 = _load_half(sin, d, inside)[None, :], _load_half(sin, half + d, inside)[None, :]
-        place = target + head[:, None] * target_stride + d[None, :]
-        tl.store(place, (x1 * cos1 - x2 * sin1).to(target.dtype.element_ty), mask=from_mask)
-        tl.store(place + half, (x2 * cos2 + x1 * sin2).to(target.dtype.element_ty), mask=from_mask)
+        ptrs = target + head[:, None] * target_stride + d[None, :]
+        tl.store(ptrs, (x1 * cos1 - x2 * sin1).to(target.dtype.element_ty), mask=from_mask)
+        tl.store(ptrs + half, (x2 * cos2 + x1 * sin2).to(target.dtype.element_ty), mask=from_mask)
 
-    @triton.jit(do_not_specialize=["queries", "cache_columns"])
+    @triton.jit(do_not_specialize=["queries", "cache_slots"])
     def rotary_cache_kernel(
         out,
         q,
@@ -56,13 +56,13 @@ if HAVE_TRITON:
         sin,
         key_cache,
         value_cache,
-        columns,
+        cache_position,
         length,
         q_weight,
         k_weight,
         eps,
         queries,
-        cache_columns,
+        cache_slots,
         q_heads,
         kv_heads,
         half,
@@ -79,12 +79,12 @@ if HAVE_TRITON:
         rotary_token_stride,
         key_batch_stride,
         key_head_stride,
-        key_column_stride,
+        key_slot_stride,
         value_batch_stride,
         value_head_stride,
-        value_column_stride,
-        columns_batch_stride,
-        columns_token_stride,
+        value_slot_stride,
+        position_batch_stride,
+        position_token_stride,
         BLOCK_HEADS: tl.constexpr,
         BLOCK_HALF: tl.constexpr,
         OVERLAP: tl.constexpr,
@@ -101,13 +101,13 @@ if HAVE_TRITON:
         sin += b * rotary_batch_stride + t * rotary_token_stride
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        column = t + one
-        if columns is not None:
-            column = tl.load(columns + b * columns_batch_stride + t * columns_token_stride + one).to(tl.int64)
+        slot = t + one
+        if cache_position is not None:
+            slot = tl.load(cache_position + b * position_batch_stride + t * position_token_stride + one).to(tl.int64)
         if length is not None:  # noqa: SIM102 - known when compiling, the other is not
             if token == tl.num_programs(0) - 1 and group == 0:  # no other program reads or writes it
-                tl.store(length + one, (column + 1).to(length.dtype.element_ty))
-        has_place = ((column >= 0) & (column < cache_columns))[:, None]
+                tl.store(length + one, (slot + 1).to(length.dtype.element_ty))
+        in_cache = ((slot >= 0) & (slot < cache_slots))[:, None]
         offset = tl.arange(0, BLOCK_HEADS).to(tl.int64)
         if group < q_groups:
             q_head = group * BLOCK_HEADS + offset
@@ -119,17 +119,17 @@ if HAVE_TRITON:
             if key_cache is not None:
                 k_head = (group - q_groups) * BLOCK_HEADS + offset
                 k_source = k + b * k_batch_stride + t * k_token_stride
-                k_target = key_cache + b * key_batch_stride + column[:, None] * key_column_stride
-                k_mask = (k_head < kv_heads)[:, None] & has_place
+                k_target = key_cache + b * key_batch_stride + slot[:, None] * key_slot_stride
+                k_mask = (k_head < kv_heads)[:, None] & in_cache
                 _rotate(
                     k_target, k_source, key_head_stride, k_head_stride, k_head, k_mask, cos, sin, k_weight, eps, half, d
                 )
         else:
             if value_cache is not None:
                 v_head = (group - q_groups - kv_groups) * BLOCK_HEADS + offset
-                v_mask = (v_head < kv_heads)[:, None] & has_place & (d < half)[None, :]
+                v_mask = (v_head < kv_heads)[:, None] & in_cache & (d < half)[None, :]
                 v_source = v + b * v_batch_stride + t * v_token_stride + v_head[:, None] * v_head_stride + d[None, :]
-                v_target = value_cache + b * value_batch_stride + column[:, None] * value_column_stride
+                v_target = value_cache + b * value_batch_stride + slot[:, None] * value_slot_stride
                 v_target += v_head[:, None] * value_head_stride + d[None, :]
                 tl.store(v_target, tl.load(v_source, mask=v_mask), mask=v_mask)
                 tl.store(v_target + half, tl.load(v_source + half, mask=v_mask), mask=v_mask)
@@ -143,7 +143,7 @@ def launch(
     sin: Tensor,
     key_cache: Tensor | None,
     value_cache: Tensor | None,
-    columns: Tensor | None,
+    cache_position: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -159,9 +159,12 @@ def launch(
         cos, sin = cos.contiguous(), sin.contiguous()
     key_strides = (0, 0, 0) if key_cache is None else key_cache.stride()[:3]
     value_strides = (0, 0, 0) if value_cache is None else value_cache.stride()[:3]
-    column_strides = (0, 0)
-    if columns is not None:
-        column_strides = (columns.stride(0) if columns.dim() == 2 and columns.shape[0] > 1 else 0, columns.stride(-1))
+    position_strides = (0, 0)
+    if cache_position is not None:
+        position_strides = (
+            cache_position.stride(0) if cache_position.dim() == 2 and cache_position.shape[0] > 1 else 0,
+            cache_position.stride(-1),
+        )
     held = key_cache if key_cache is not None else value_cache
     config = launch_config(tokens)
     kv_groups = triton.cdiv(kv_heads, config.block_heads)
@@ -175,7 +178,7 @@ def launch(
         sin,
         key_cache,
         value_cache,
-        columns,
+        cache_position,
         length,
         None if q_weight is None else q_weight.contiguous(),
         None if k_weight is None else k_weight.contiguous(),
@@ -192,7 +195,7 @@ def launch(
         cos.stride(1),
         *key_strides,
         *value_strides,
-        *column_strides,
+        *position_strides,
         BLOCK_HEADS=config.block_heads,
         BLOCK_HALF=max(16, triton.next_power_of_2(width // 2)),
         num_warps=config.num_warps,

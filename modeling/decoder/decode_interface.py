@@ -233,7 +233,7 @@ def decode_attention_forward(
             head[:, queries],
             head[:, start : min(start + MAX_QUERIES, queries)],
             window=sliding_window,
-            col_seg=segments,
+            kv_segment_ids=segments,
             scale=scaling,
         )
         for start in range(0, queries, MAX_QUERIES)

@@ -53,13 +53,13 @@ def test_decode_attention_reads_nothing_that_is_not_there(device: torch.device, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_attention_lets_no_hole_through(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = _draw(device, dtype, 1, 4, 2, 1, 150, 16)
-    col_seg = torch.zeros(1, 150, dtype=torch.int32, device=device)
-    col_seg[:, :70] = col_seg[:, 100:103] = -1
+    kv_segment_ids = torch.zeros(1, 150, dtype=torch.int32, device=device)
+    kv_segment_ids[:, :70] = kv_segment_ids[:, 100:103] = -1
     q_pos = torch.tensor([[149]], device=device)
-    clean = decode_attention(q, k, v, 150, q_pos, col_seg=col_seg, backend="triton")
-    holes = (col_seg < 0)[0]
+    clean = decode_attention(q, k, v, 150, q_pos, kv_segment_ids=kv_segment_ids, backend="triton")
+    holes = (kv_segment_ids < 0)[0]
     k[:, :, holes] = v[:, :, holes] = NAN
-    assert torch.equal(decode_attention(q, k, v, 150, q_pos, col_seg=col_seg, backend="triton"), clean)
+    assert torch.equal(decode_attention(q, k, v, 150, q_pos, kv_segment_ids=kv_segment_ids, backend="triton"), clean)
 
 
 def test_decode_attention_is_the_same_in_any_number_of_parts(device: torch.device, poisoned: None) -> None:
@@ -179,12 +179,12 @@ def test_decode_attention_compiles_nothing_anew_as_a_cache_grows(
         return False
 
     q, k, v = _draw(device, torch.bfloat16, 1, 8, 2, 1, 1100, 64)
-    col_seg = torch.zeros(1, 1100, dtype=torch.int32, device=device)
+    kv_segment_ids = torch.zeros(1, 1100, dtype=torch.int32, device=device)
 
     def attend(length: int) -> None:
         grown = [x[:, :, :length].contiguous() for x in (k, v)]
         q_pos = torch.tensor([[length - 1]], device=device)
-        decode_attention(q, *grown, length, q_pos, col_seg=col_seg[:, :length].contiguous())
+        decode_attention(q, *grown, length, q_pos, kv_segment_ids=kv_segment_ids[:, :length].contiguous())
 
     attend(10)  # one part
     attend(200)  # several parts

@@ -9,13 +9,15 @@ from hf_efficient.kernels.rotary_cache.api import rotary_cache
 from hf_efficient.kernels.rotary_cache.record import draw
 
 
-def test_rotary_cache_writes_its_columns_and_no_others(device: torch.device) -> None:
-    """The caches are the middle of larger tensors, and some columns lie outside: all around stays as it was."""
-    arguments = draw(device, torch.float32, queries=4, columns=6)
+def test_rotary_cache_writes_its_slots_and_no_others(device: torch.device) -> None:
+    """The caches are the middle of larger tensors, and some positions lie outside: the surroundings are unchanged."""
+    arguments = draw(device, torch.float32, queries=4, cache_len=6)
     around = torch.full((2, 4, 5, 10, 18), 7.0, device=device)
     keys, values = (each[1:3, 1:4, 2:8, 2:16] for each in around)
-    columns = torch.tensor([-1, 0, 5, 6], device=device)
-    rotary_cache(**{**arguments, "key_cache": keys, "value_cache": values, "columns": columns}, backend="triton")
+    cache_position = torch.tensor([-1, 0, 5, 6], device=device)
+    rotary_cache(
+        **{**arguments, "key_cache": keys, "value_cache": values, "cache_position": cache_position}, backend="triton"
+    )
     for cache in (keys, values):
         assert cache[:, :, [0, 5]].ne(7.0).all()
         cache[:, :, [0, 5]] = 7.0
@@ -24,11 +26,11 @@ def test_rotary_cache_writes_its_columns_and_no_others(device: torch.device) -> 
 
 def test_rotary_cache_sets_the_length_from_the_last_token(device: torch.device) -> None:
     arguments = draw(device, torch.float32, queries=2)
-    for columns, expected in (([[3, 4]], 5), ([[9, 2], [1, 7]], 8), ([0, 30], 31)):
-        given = {**arguments, "columns": torch.tensor(columns, device=device)}
+    for cache_position, expected in (([[3, 4]], 5), ([[9, 2], [1, 7]], 8), ([0, 30], 31)):
+        given = {**arguments, "cache_position": torch.tensor(cache_position, device=device)}
         rotary_cache(**given, backend="triton")
         assert arguments["length"].item() == expected
-    rotary_cache(**{**arguments, "columns": None}, backend="triton")
+    rotary_cache(**{**arguments, "cache_position": None}, backend="triton")
     assert arguments["length"].item() == 2
 
 
@@ -42,13 +44,13 @@ def test_rotary_cache_normalises_each_head_by_itself(device: torch.device) -> No
 
 @pytest.mark.gpu
 def test_rotary_cache_addresses_caches_of_more_than_2_to_the_31_elements(device: torch.device) -> None:
-    small = draw(device, torch.bfloat16, batch=2, queries=1, heads=(8, 8), width=128, columns=3)
-    columns = 2**20 + 5
-    keys, values = torch.zeros(2, 2, 8, columns, 128, device=device, dtype=torch.bfloat16)
+    small = draw(device, torch.bfloat16, batch=2, queries=1, heads=(8, 8), width=128, cache_len=3)
+    capacity = 2**20 + 5
+    keys, values = torch.zeros(2, 2, 8, capacity, 128, device=device, dtype=torch.bfloat16)
     assert keys.numel() > 2**31
-    places = torch.tensor([columns - 1], device=device)
-    rotary_cache(**{**small, "key_cache": keys, "value_cache": values, "columns": places})
-    rotary_cache(**{**small, "columns": torch.tensor([2], device=device)}, backend="reference")
+    last = torch.tensor([capacity - 1], device=device)
+    rotary_cache(**{**small, "key_cache": keys, "value_cache": values, "cache_position": last})
+    rotary_cache(**{**small, "cache_position": torch.tensor([2], device=device)}, backend="reference")
     torch.testing.assert_close(keys[:, :, -1], small["key_cache"][:, :, 2])
     assert torch.equal(values[:, :, -1], small["value_cache"][:, :, 2])
     assert keys[:, :, :-1].eq(0).all()

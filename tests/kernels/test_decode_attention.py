@@ -27,14 +27,14 @@ def test_it_is_the_formula_column_by_column() -> None:
     q, k, v = _draw(batch, heads, kv_heads, queries, columns, width)
     kv_len = torch.tensor([8, 5])
     q_pos = torch.tensor([[7, 3, -1], [4, 8, 0]])
-    col_seg = torch.tensor([[0, 0, 1, 63, 64, 2, 2, 64, 0], [5, -1, 70, 5, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    kv_segment_ids = torch.tensor([[0, 0, 1, 63, 64, 2, 2, 64, 0], [5, -1, 70, 5, 0, 1, 1, 1, 1]], dtype=torch.int32)
     sees = [[{0, 1, 2}, {63, 64, 0}, {0}], [{70, 5}, {0, 1}, set()]]
     words = torch.tensor(
         [[[sum((s < 64) << s for s in one), sum((s >= 64) << (s % 64) for s in one)] for one in row] for row in sees],
         dtype=torch.uint64,
     )
     segment_visibility = words.view(torch.int64)
-    out = decode_attention(q, k, v, kv_len, q_pos, window, col_seg, segment_visibility)
+    out = decode_attention(q, k, v, kv_len, q_pos, window, kv_segment_ids, segment_visibility)
     for b in range(batch):
         for i in range(queries):
             here = q_pos[b, i].item()
@@ -43,8 +43,8 @@ def test_it_is_the_formula_column_by_column() -> None:
                 for j in range(columns)
                 if j < kv_len[b]
                 and here - window < j <= here
-                and col_seg[b, j] >= 0
-                and col_seg[b, j].item() in sees[b][i]
+                and kv_segment_ids[b, j] >= 0
+                and kv_segment_ids[b, j].item() in sees[b][i]
             ]
             for h in range(heads):
                 g = h // (heads // kv_heads)
@@ -71,8 +71,8 @@ def test_several_queries_are_as_many_single_ones() -> None:
 
 def test_left_padding_is_a_shorter_cache() -> None:
     q, k, v = _draw(1, 4, 2, 1, 10, 8)
-    col_seg = torch.tensor([[-1] * 4 + [0] * 6], dtype=torch.int32)
-    padded = decode_attention(q, k, v, 10, torch.tensor([[9]]), col_seg=col_seg)
+    kv_segment_ids = torch.tensor([[-1] * 4 + [0] * 6], dtype=torch.int32)
+    padded = decode_attention(q, k, v, 10, torch.tensor([[9]]), kv_segment_ids=kv_segment_ids)
     shorter = decode_attention(q, k[:, :, 4:], v[:, :, 4:], 6, torch.tensor([[5]]))
     torch.testing.assert_close(padded, shorter, rtol=1e-12, atol=1e-14)
 
@@ -80,10 +80,12 @@ def test_left_padding_is_a_shorter_cache() -> None:
 def test_branches_in_one_cache_are_the_sequences_they_stand_for() -> None:
     """A trunk, two branches whose columns alternate, and a join: each query as if its own past were all there is."""
     q, k, v = _draw(1, 4, 2, 3, 12, 8)
-    col_seg = torch.tensor([[0, 0, 0, 1, 2, 1, 2, 1, -1, 2, 3, 3]], dtype=torch.int32)
+    kv_segment_ids = torch.tensor([[0, 0, 0, 1, 2, 1, 2, 1, -1, 2, 3, 3]], dtype=torch.int32)
     q_pos = torch.tensor([[7, 9, 11]])
     segment_visibility = torch.tensor([[[0b0011], [0b0101], [0b1111]]])
-    together = decode_attention(q, k, v, 12, q_pos, col_seg=col_seg, segment_visibility=segment_visibility)
+    together = decode_attention(
+        q, k, v, 12, q_pos, kv_segment_ids=kv_segment_ids, segment_visibility=segment_visibility
+    )
     for i, past in enumerate(([0, 1, 2, 3, 5, 7], [0, 1, 2, 4, 6, 9], [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11])):
         alone = decode_attention(
             q[:, :, i : i + 1], k[:, :, past], v[:, :, past], len(past), torch.tensor([[len(past) - 1]])
@@ -96,7 +98,7 @@ def test_what_nobody_sees_may_hold_anything() -> None:
     arguments = {
         "kv_len": torch.tensor([7, 5]),
         "q_pos": torch.tensor([[6, 5], [4, -1]]),
-        "col_seg": torch.tensor([[-1, 0, 0, -1, 0, 0, 0, 0, 0, 0], [0] * 10], dtype=torch.int32),
+        "kv_segment_ids": torch.tensor([[-1, 0, 0, -1, 0, 0, 0, 0, 0, 0], [0] * 10], dtype=torch.int32),
     }
     clean = decode_attention(q, k, v, **arguments)
     for row, columns in enumerate(([0, 3, 7, 8, 9], [5, 6, 7, 8, 9])):

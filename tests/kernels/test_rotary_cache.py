@@ -31,9 +31,9 @@ def test_in_float32_it_is_what_a_stock_layer_does_with_a_static_cache(normalised
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
     arguments = draw(CPU, torch.float32, normalised=normalised)
-    columns, length = torch.tensor([4, 5, 6]), torch.tensor(4)
+    cache_position, length = torch.tensor([4, 5, 6]), torch.tensor(4)
     keys, values = arguments["key_cache"].clone(), arguments["value_cache"].clone()
-    rotated = rotary_cache(**{**arguments, "columns": columns, "length": length})
+    rotated = rotary_cache(**{**arguments, "cache_position": cache_position, "length": length})
     q, k, v = arguments["q"], arguments["k"], arguments["v"]
     if normalised:
         norm = Qwen3RMSNorm(14, arguments["eps"]).requires_grad_(False)
@@ -42,7 +42,7 @@ def test_in_float32_it_is_what_a_stock_layer_does_with_a_static_cache(normalised
         norm.weight.copy_(arguments["k_weight"])
         k = norm(k)
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), arguments["cos"], arguments["sin"])
-    keys[:, :, columns], values[:, :, columns] = k, v.transpose(1, 2)
+    keys[:, :, cache_position], values[:, :, cache_position] = k, v.transpose(1, 2)
     torch.testing.assert_close(rotated, q, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(arguments["key_cache"], keys, rtol=1e-6, atol=1e-6)
     assert torch.equal(arguments["value_cache"], values)
@@ -50,29 +50,29 @@ def test_in_float32_it_is_what_a_stock_layer_does_with_a_static_cache(normalised
 
 
 def test_a_token_outside_the_cache_is_written_nowhere() -> None:
-    arguments = draw(CPU, torch.float32, columns=5)
+    arguments = draw(CPU, torch.float32, cache_len=5)
     keys, values = arguments["key_cache"].clone(), arguments["value_cache"].clone()
-    rotary_cache(**{**arguments, "columns": torch.tensor([-1, 2, 5])})
+    rotary_cache(**{**arguments, "cache_position": torch.tensor([-1, 2, 5])})
     untouched = [0, 1, 3, 4]
     assert torch.equal(arguments["key_cache"][:, :, untouched], keys[:, :, untouched])
     assert torch.equal(arguments["value_cache"][:, :, untouched], values[:, :, untouched])
     assert torch.equal(arguments["value_cache"][:, :, 2], arguments["v"][:, 1])
 
 
-def test_each_sequence_may_have_its_own_columns() -> None:
+def test_each_sequence_may_have_its_own_cache_positions() -> None:
     arguments = draw(CPU, torch.float32)
-    columns = torch.tensor([[0, 3, 1], [7, 2, 9]])
-    rotary_cache(**{**arguments, "columns": columns})
+    cache_position = torch.tensor([[0, 3, 1], [7, 2, 9]])
+    rotary_cache(**{**arguments, "cache_position": cache_position})
     for b in range(2):
-        assert torch.equal(arguments["value_cache"][b][:, columns[b]], arguments["v"][b].transpose(0, 1))
+        assert torch.equal(arguments["value_cache"][b][:, cache_position[b]], arguments["v"][b].transpose(0, 1))
 
 
 def test_a_growing_cache_gets_new_tensors() -> None:
     arguments = draw(CPU, torch.float32)
-    fixed = {**arguments, "columns": torch.tensor([8, 9, 10])}
+    fixed = {**arguments, "cache_position": torch.tensor([8, 9, 10])}
     rotary_cache(**fixed)
     new = [torch.empty(2, 3, 3, 14) for _ in range(2)]
-    rotary_cache(**{**arguments, "key_cache": new[0], "value_cache": new[1], "columns": None, "length": None})
+    rotary_cache(**{**arguments, "key_cache": new[0], "value_cache": new[1], "cache_position": None, "length": None})
     assert torch.equal(new[0], arguments["key_cache"][:, :, 8:])
     assert torch.equal(new[1], arguments["value_cache"][:, :, 8:])
 

@@ -91,7 +91,7 @@ def topology_attention_forward(
             value,
             topology.kv_len,
             topology.columns[:, start : start + MAX_QUERIES],
-            col_seg=topology.col_seg,
+            kv_segment_ids=topology.kv_segment_ids,
             segment_visibility=topology.segment_visibility[:, start : start + MAX_QUERIES],
             scale=scaling,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from hf_efficient.errors import UsageError
-from hf_efficient.kernels.decode_attention.reference import visible_columns
+from hf_efficient.kernels.decode_attention.reference import visible_slots
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS, BlockLists
@@ -48,18 +48,18 @@ class TopologyMask(NamedTuple):
 class TopologyQueries(NamedTuple):
     """Tokens that follow a cache whose columns are shared by all branches, their own columns written already.
 
-    A token sees column c iff ``c < kv_len``, c is not behind its own column, and its bit ``col_seg[c]`` is set.
+    A token sees column c iff ``c < kv_len``, c is not behind its own column, and its bit ``kv_segment_ids[c]`` is set.
 
     Attributes:
         columns: int32 [B, Q], the column of each token; -1 for a dummy, which is written nowhere and sees nothing.
         kv_len: int32 [B], filled columns once the call's tokens are written.
-        col_seg: int32 [B, C], segment of each column, -1 at holes.
+        kv_segment_ids: int32 [B, C], segment of each column, -1 at holes.
         segment_visibility: int64 [B, Q, W], bitmap of the segments that each token sees.
     """
 
     columns: Tensor
     kv_len: Tensor
-    col_seg: Tensor
+    kv_segment_ids: Tensor
     segment_visibility: Tensor
 
 
@@ -73,12 +73,12 @@ def check_is_topology(given: Any) -> None:
 
 
 def seen_pairs(topology: TopologyMask | TopologyQueries, columns: int | None = None) -> Tensor:
-    """Bool [B, S, S], or [B, Q, C] with C = `columns`, by default those of `col_seg`: who sees whom."""
+    """Bool [B, S, S], or [B, Q, C] with C = `columns`, by default those of `kv_segment_ids`: who sees whom."""
     if isinstance(topology, TopologyMask):
         return visible_pairs(topology.segment_ids, topology.segment_visibility)
-    width = topology.col_seg.shape[1] if columns is None else columns
-    return visible_columns(
-        width, topology.kv_len, topology.columns, None, topology.col_seg, topology.segment_visibility
+    width = topology.kv_segment_ids.shape[1] if columns is None else columns
+    return visible_slots(
+        width, topology.kv_len, topology.columns, None, topology.kv_segment_ids, topology.segment_visibility
     )
 
 

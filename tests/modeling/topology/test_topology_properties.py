@@ -149,14 +149,14 @@ def test_tokens_decoded_side_by_side_over_one_cache_are_those_of_one_pass(model:
 
     bitmaps, positions = topology.bitmaps(), torch.from_numpy(topology.position_ids)
     cache, filled, found = DynamicCache(config=model.config), 0, torch.empty_like(expected)
-    col_seg = torch.full((1, 40), -1, dtype=torch.int32)
+    kv_segment_ids = torch.full((1, 40), -1, dtype=torch.int32)
     for call in calls:
         segments = torch.from_numpy(topology.segment_ids[call])
-        col_seg[0, filled : filled + len(call)] = segments
+        kv_segment_ids[0, filled : filled + len(call)] = segments
         columns = torch.arange(filled, filled + len(call), dtype=torch.int32)[None]
         filled += len(call)
         queries = TopologyQueries(
-            columns, torch.tensor([filled], dtype=torch.int32), col_seg, bitmaps[segments.long()][None]
+            columns, torch.tensor([filled], dtype=torch.int32), kv_segment_ids, bitmaps[segments.long()][None]
         )
         inputs: dict[str, Any] = {"topology": queries, "position_ids": positions[call][None]}
         if not isinstance(model, EfficientDecoderForCausalLM):
