@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler
 from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
@@ -47,7 +47,7 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
     prompt = encode("x" * 1024 + f"<Parallel><Goal>{outlines}</Goal>")
     forced = ForcedText("multiverse", TOKEN_IDS, encode)
     schedulers = [
-        RowScheduler(
+        SequenceScheduler(
             b,
             prompt,
             TopologyBuilder("multiverse", TOKEN_IDS, strict=False, decode=decode),
@@ -59,7 +59,7 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
     offsets = [0] * rows
     for row in schedulers:
         row.advance()
-        row.fed = len(row.tokens)
+        row.num_computed_tokens = len(row.tokens)
     step = TopologyStep(rows, 1 << (branches - 1).bit_length(), 1, False, torch.device("cpu"))
     answer = torch.zeros(1, rows, step.queries, dtype=torch.int64)
     found = []
@@ -68,7 +68,7 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
         for _ in range(steps):
             step.read(answer)
             for row in schedulers:
-                row.accept([TEXT] * len(row.live))
+                row.accept([TEXT] * len(row.active_branches))
                 row.advance()
             step.load(schedulers, offsets)
         found.append((time.perf_counter() - start) / steps * 1e6)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology.generation import parallel_turn, topology_step
+from hf_efficient.modeling.topology.generation import parallel_decoding, topology_step
 from hf_efficient.modeling.topology.generation.branches import BranchPath
 from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput
 from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
@@ -87,13 +87,13 @@ class Guided(ScriptedSampler):
 
     own = 16 + ord("~")
 
-    def settle(self, branches: Sequence[Any], tokens: list[int]) -> list[int]:
-        scripted = super().settle(branches, tokens)
+    def finalize(self, branches: Sequence[Any], tokens: list[int]) -> list[int]:
+        scripted = super().finalize(branches, tokens)
         text = [token if token > 15 else 16 + token for token in tokens]  # no tags
         return [mine if want == self.own else want for want, mine in zip(scripted, text, strict=True)]
 
-    def foretell(self, branches: Sequence[Any]) -> list[int] | None:
-        scripted = super().foretell(branches)
+    def propose(self, branches: Sequence[Any]) -> list[int] | None:
+        scripted = super().propose(branches)
         return None if scripted is None or self.own in scripted else scripted
 
 
@@ -199,7 +199,7 @@ def test_a_cache_that_grows_goes_on(device: torch.device, monkeypatch: pytest.Mo
     inputs = prompts(tokenizer, ["Q"], device)
     wide = generate(model, tokenizer, inputs, sampler=guide(tokenizer, 1, texts), max_new_tokens=1000)
     model.free_captured_steps()
-    monkeypatch.setattr(parallel_turn, "FIRST_ROOM", 1)
+    monkeypatch.setattr(parallel_decoding, "FIRST_ROOM", 1)
     grown = generate(model, tokenizer, inputs, sampler=guide(tokenizer, 1, texts), max_new_tokens=1000)
     assert torch.equal(wide.sequences, grown.sequences)
     assert wide.generated_tokens[0] > 1000

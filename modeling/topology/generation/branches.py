@@ -11,11 +11,11 @@ from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 BranchPath = tuple[tuple[int, str], ...]
 
 
-class State(Enum):
+class BranchState(Enum):
     """Where a branch stands."""
 
     QUEUED = "queued"  # not begun: it waits for other steps, or for room
-    LIVE = "live"  # samples tokens
+    ACTIVE = "active"  # samples tokens
     WAITING = "waiting"  # has forked, and waits for its branches
     DONE = "done"
     SKIPPED = "skipped"  # there was no budget to begin it
@@ -47,17 +47,17 @@ class Branch:
             "blocks",
             "builder",
             "checked_from",
-            "ended",
+            "finish_reason",
             "header",
             "key",
-            "last",
+            "last_slot",
             "logprobs",
             "parent",
             "path",
-            "record",
+            "contents",
             "reserve",
         ),
-        *("row", "sampled", "state", "step", "_visible"),
+        *("row", "num_sampled_tokens", "state", "step", "_visible"),
     )
 
     def __init__(
@@ -78,15 +78,15 @@ class Branch:
         self.header = header
         self.step = step
         self.reserve = reserve
-        self.record: list[int | Fork] = []
-        self.sampled = 0
+        self.contents: list[int | Fork] = []
+        self.num_sampled_tokens = 0
         self.blocks = 0
-        self.last = -1
-        self.ended = ""
+        self.last_slot = -1
+        self.finish_reason = ""
         self.logprobs: list[float] = []
         self.key: int | None = None
         self.checked_from = 0
-        self.state = State.QUEUED
+        self.state = BranchState.QUEUED
         self._visible = visible
 
     @property
@@ -100,7 +100,7 @@ class Branch:
         return len(self.builder.frames) - (self.parent is not None)
 
     @property
-    def banned(self) -> str:
+    def context(self) -> str:
         """Name of the set of tags that may not come next, for those who constrain the choice."""
         if self.parent is None and not self.builder.frames:
             return "outside"
@@ -132,20 +132,20 @@ class Fork:
 
     def may_begin(self, index: int) -> bool:
         """True when all that the branch waits for is done and there is room for it."""
-        live = sum(branch.state in (State.LIVE, State.WAITING) for branch in self.branches)
-        return live < self.limit and all(self.branches[i].state is State.DONE for i in self.needs[index])
+        live = sum(branch.state in (BranchState.ACTIVE, BranchState.WAITING) for branch in self.branches)
+        return live < self.limit and all(self.branches[i].state is BranchState.DONE for i in self.needs[index])
 
     def is_over(self) -> bool:
         """True when no branch will write any more."""
-        return all(branch.state in (State.DONE, State.SKIPPED) for branch in self.branches)
+        return all(branch.state in (BranchState.DONE, BranchState.SKIPPED) for branch in self.branches)
 
 
-def canonical_columns(branch: Branch) -> Iterator[int]:
+def slots_in_text_order(branch: Branch) -> Iterator[int]:
     """Columns of a branch in the order of the text: what it wrote, with its branches one after the other."""
-    for item in branch.record:
+    for item in branch.contents:
         if isinstance(item, Fork):
             for child in item.branches:
-                yield from canonical_columns(child)
+                yield from slots_in_text_order(child)
         else:
             yield item
 
@@ -153,13 +153,13 @@ def canonical_columns(branch: Branch) -> Iterator[int]:
 def all_branches(branch: Branch) -> Iterator[Branch]:
     """A branch and all that came out of it, in the order of the text."""
     yield branch
-    for item in branch.record:
+    for item in branch.contents:
         if isinstance(item, Fork):
             for child in item.branches:
                 yield from all_branches(child)
 
 
-class CanonicalReader:
+class TextOrderReader:
     """Hands out the tokens of a growing tree of branches in the order of the text, as soon as that is known.
 
     The first branch that still writes holds back those after it.
@@ -172,13 +172,13 @@ class CanonicalReader:
         """Columns that have become known since the last call."""
         while self._open:
             branch, at = self._open.pop()
-            if at < len(branch.record):
-                item = branch.record[at]
+            if at < len(branch.contents):
+                item = branch.contents[at]
                 self._open.append((branch, at + 1))
                 if isinstance(item, Fork):
                     self._open.extend((child, 0) for child in reversed(item.branches))
                 else:
                     yield item
-            elif branch.state not in (State.DONE, State.SKIPPED):
+            elif branch.state not in (BranchState.DONE, BranchState.SKIPPED):
                 self._open.append((branch, at))
                 return

@@ -23,10 +23,10 @@ from transformers.utils import ModelOutput
 from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENTS
-from hf_efficient.modeling.topology.generation.branches import BranchPath, State, all_branches
-from hf_efficient.modeling.topology.generation.parallel_turn import ParallelTurn
+from hf_efficient.modeling.topology.generation.branches import BranchPath, BranchState, all_branches
+from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
 from hf_efficient.modeling.topology.generation.sampling import ProcessedSampler, Sampler
-from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler, is_whole
+from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler, is_whole
 from hf_efficient.modeling.topology.generation.topology_step import free_session, idle_session
 from hf_efficient.modeling.topology.grammar.control_tokens import check_grammar, decoder_of, is_trained, token_ids_of
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encoder_of
@@ -66,27 +66,27 @@ class BranchInfo:
     Attributes:
         path: from the trunk, which is (): at each fork its number among those of the branch above, and the label.
         state: `done`, or `skipped` where there was no budget to begin it.
-        ended: why it ended before its own closing tag (`eos`, `length`, `max_time`, `stopping_criteria`,
+        finish_reason: why it ended before its own closing tag (`eos`, `length`, `max_time`, `stopping_criteria`,
             `branch_max_new_tokens`, or the tag that was sampled in its place), or an empty text. For the trunk, why the
             row ended.
         tokens: that it wrote, forced ones and those of its joins among them.
-        sampled: that were chosen for it.
+        num_sampled_tokens: that were chosen for it.
         segments: that it wrote to.
         logprobs: of each chosen token, under the distribution that it was chosen from; empty unless `output_scores`.
     """
 
     path: BranchPath
     state: str
-    ended: str
+    finish_reason: str
     tokens: int
-    sampled: int
+    num_sampled_tokens: int
     segments: list[int]
     logprobs: list[float]
 
     @property
     def truncated(self) -> bool:
         """True for a path or step that did not come to its own end."""
-        return bool(self.path) and bool(self.ended)
+        return bool(self.path) and bool(self.finish_reason)
 
 
 @dataclass
@@ -274,7 +274,7 @@ class _Decoding:
             min_fork_budget=options.min_fork_budget,
             eos_ids=eos_ids,
         )
-        turn = ParallelTurn(
+        loop = ParallelDecodeLoop(
             model,
             input_ids,
             model_kwargs.get("attention_mask"),
@@ -289,9 +289,9 @@ class _Decoding:
             keeps_logprobs=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             streamer=self.streamer,
         )
-        turn.run()
+        loop.run()
         pad = generation_config._pad_token_tensor
-        output = _output(turn, 0 if pad is None else int(pad.reshape(-1)[0]), input_ids.device)
+        output = _output(loop, 0 if pad is None else int(pad.reshape(-1)[0]), input_ids.device)
         if generation_config.return_dict_in_generate:
             return output
         told = [warning for row in output.warnings or () for warning in row]
@@ -324,7 +324,7 @@ def _grammar_of(model: Any, options: _Options) -> tuple[str, str, str, dict[str,
     token_ids = token_ids_of(options.tokenizer, grammar)
     known = configured.get("token_ids") or {}
     if configured.get("grammar") == grammar:
-        if getattr(model, "takes_topology", False) and not known:
+        if getattr(model, "supports_topology", False) and not known:
             raise TopologyError(
                 "the model's configuration has no control tokens: topology['token_ids'] is empty",
                 f"convert the model with `hf-efficient convert --patch {grammar}`",
@@ -392,26 +392,26 @@ def _sampler(
     return ProcessedSampler(processors, bool(generation_config.do_sample), seed, banned)
 
 
-def _output(turn: ParallelTurn, pad: int, device: torch.device) -> TopologyGenerateOutput:
-    rows = turn.rows
-    columns = [list(row.canonical_columns()) for row in rows]
-    length = max(offset + len(listed) for offset, listed in zip(turn.offsets, columns, strict=True))
+def _output(loop: ParallelDecodeLoop, pad: int, device: torch.device) -> TopologyGenerateOutput:
+    rows = loop.rows
+    columns = [list(row.slots_in_text_order()) for row in rows]
+    length = max(offset + len(listed) for offset, listed in zip(loop.offsets, columns, strict=True))
     sequences = torch.full((len(rows), length), pad, dtype=torch.long)
     segment_ids = torch.full((len(rows), length), -1, dtype=torch.int32)
     position_ids = torch.zeros((len(rows), length), dtype=torch.long)
     parents, info = [], []
-    for b, (row, offset, listed) in enumerate(zip(rows, turn.offsets, columns, strict=True)):
+    for b, (row, offset, listed) in enumerate(zip(rows, loop.offsets, columns, strict=True)):
         number: dict[int, int] = {}
         for column in listed:
             number.setdefault(row.segments[column], len(number))
         end = offset + len(listed)
-        sequences[b, :offset] = torch.from_numpy(turn.prompt[b, :offset])
+        sequences[b, :offset] = torch.from_numpy(loop.prompt[b, :offset])
         sequences[b, offset:end] = torch.tensor([row.tokens[column] for column in listed])
         segment_ids[b, offset:end] = torch.tensor([number[row.segments[column]] for column in listed]).int()
         position_ids[b, offset:end] = torch.tensor([row.positions[column] for column in listed])
         parents.append([[number[p] for p in row.graph.parents[segment] if p in number] for segment in number])
         info.append(_branch_info(row, number))
-    generated, critical = [row.generated for row in rows], [row.critical_path for row in rows]
+    generated, critical = [row.num_generated_tokens for row in rows], [row.critical_path for row in rows]
     return TopologyGenerateOutput(
         sequences=sequences.to(device),
         segment_ids=segment_ids.to(device),
@@ -419,21 +419,29 @@ def _output(turn: ParallelTurn, pad: int, device: torch.device) -> TopologyGener
         parents=parents,
         branch_info=info,
         warnings=[row.root.builder.warnings for row in rows],
-        num_forward_passes=turn.passes,
+        num_forward_passes=loop.passes,
         generated_tokens=generated,
         critical_path=critical,
         parallelism=sum(generated) / max(sum(critical), 1),
     )
 
 
-def _branch_info(row: RowScheduler, number: dict[int, int]) -> list[BranchInfo]:
+def _branch_info(row: SequenceScheduler, number: dict[int, int]) -> list[BranchInfo]:
     found = []
     for branch in all_branches(row.root):
-        columns = [item for item in branch.record if isinstance(item, int)]
+        columns = [item for item in branch.contents if isinstance(item, int)]
         segments = sorted({number[row.segments[column]] for column in columns})
-        state = "skipped" if branch.state is State.SKIPPED else "done"
+        state = "skipped" if branch.state is BranchState.SKIPPED else "done"
         found.append(
-            BranchInfo(branch.path, state, branch.ended, len(columns), branch.sampled, segments, list(branch.logprobs))
+            BranchInfo(
+                branch.path,
+                state,
+                branch.finish_reason,
+                len(columns),
+                branch.num_sampled_tokens,
+                segments,
+                list(branch.logprobs),
+            )
         )
     return found
 
@@ -445,7 +453,7 @@ class ParallelGeneration:
     config: Any
 
     # The model's forward takes `topology=`.
-    takes_topology = True
+    supports_topology = True
 
     def generate(self, *args: Any, parallel: bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; with `parallel`, or by default where the configuration says ``topology["trained"]``, as

@@ -89,12 +89,12 @@ class Sampler:
             logits = logits.index_fill(-1, ids, float("-inf"))
         return most_likely(logits)
 
-    def settle(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
+    def finalize(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
         """The last word on chosen tokens, once they have reached the host."""
         return tokens
 
-    def foretell(self, branches: Sequence[Branch]) -> list[int] | None:
-        """What `settle` will say, where that does not depend on the model; else None."""
+    def propose(self, branches: Sequence[Branch]) -> list[int] | None:
+        """What `finalize` will say, where that does not depend on the model; else None."""
         return None
 
 
@@ -105,7 +105,7 @@ class ProcessedSampler(Sampler):
         processors: applied in order, to each branch alone where they read ids: those that the branch sees.
         do_sample: draw from the distribution; otherwise take its maximum.
         seed: of the draws.
-        banned: ids that the branch may not choose now, for each set of tags that `Branch.banned` names.
+        disallowed: ids that the branch may not choose now, for each set of tags that `Branch.context` names.
     """
 
     needs_logits = True
@@ -115,17 +115,17 @@ class ProcessedSampler(Sampler):
         processors: LogitsProcessorList,
         do_sample: bool,
         seed: int = 0,
-        banned: Mapping[str, Sequence[int]] | None = None,
+        disallowed: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.processors = processors
         self.do_sample = do_sample
         self.seed = seed
-        self.banned = banned or {}
+        self.disallowed = disallowed or {}
 
     def choose(self, branches: Sequence[Branch], logits: Tensor) -> Choice:
         scores = logits.to(copy=True, dtype=torch.float32)
         for i, branch in enumerate(branches):
-            ids = self.banned.get(branch.banned)
+            ids = self.disallowed.get(branch.context)
             if ids:
                 scores[i, list(ids)] = float("-inf")
         scores = self._process(branches, scores)
@@ -137,7 +137,7 @@ class ProcessedSampler(Sampler):
     def _number(self, branch: Branch) -> float:
         if branch.key is None:
             branch.key = branch_key(self.seed, branch.row, branch.path)
-        return uniform(branch.key, branch.sampled)
+        return uniform(branch.key, branch.num_sampled_tokens)
 
     def _process(self, branches: Sequence[Branch], scores: Tensor) -> Tensor:
         ids: list[Tensor] = []
@@ -191,15 +191,15 @@ class ScriptedSampler(Sampler):
         self.scripts = {key: list(tokens) for key, tokens in scripts.items()}
         self.after = after
 
-    def settle(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
+    def finalize(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
         return [self._scripted(branch, token) for branch, token in zip(branches, tokens, strict=True)]
 
-    def foretell(self, branches: Sequence[Branch]) -> list[int] | None:
+    def propose(self, branches: Sequence[Branch]) -> list[int] | None:
         tokens = [self._scripted(branch, -1) for branch in branches]
         return None if -1 in tokens else tokens
 
     def _scripted(self, branch: Branch, token: int) -> int:
         script = self.scripts.get((branch.row, branch.path), ())
-        if branch.sampled < len(script):
-            return script[branch.sampled]
+        if branch.num_sampled_tokens < len(script):
+            return script[branch.num_sampled_tokens]
         return token if self.after is None else self.after

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from hf_efficient.errors import UsageError
-from hf_efficient.modeling.topology.generation.branches import Branch, CanonicalReader, Fork, State, canonical_columns
+from hf_efficient.modeling.topology.generation.branches import (
+    Branch,
+    BranchState,
+    Fork,
+    TextOrderReader,
+    slots_in_text_order,
+)
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.cursor import MAX_DEPTH
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
@@ -65,7 +71,7 @@ class Limits:
                 raise UsageError(f"{name}={value} is too small", f"pass at least {least}")
 
 
-class RowScheduler:
+class SequenceScheduler:
     """One row: its tokens in the order in which they came, and the branches that write on.
 
     Args:
@@ -102,16 +108,16 @@ class RowScheduler:
         self.tokens: list[int] = [int(token) for token in prompt]
         self.segments: list[int] = placed.segment_ids.tolist()
         self.positions: list[int] = placed.position_ids.tolist()
-        self.owners: list[Branch] = []
-        self.fed = 0
-        self.finished = ""
+        self.token_branches: list[Branch] = []
+        self.num_computed_tokens = 0
+        self.finish_reason = ""
         self.prompt_end = max(self.graph.end) + 1
         # All other tokens are nothing but text.
         self._special = forced.control | set(limits.eos_ids)
         self.root = Branch(row, (), builder, None, self._visible_ids)
-        self.root.state = State.LIVE
-        self.root.last = self.prompt_length - 1
-        self.live = [self.root]
+        self.root.state = BranchState.ACTIVE
+        self.root.last_slot = self.prompt_length - 1
+        self.active_branches = [self.root]
         self._padding = list(padding)
         self._segment_tokens: dict[int, list[int]] = {}
         self._segment_order: list[int] = []
@@ -125,17 +131,17 @@ class RowScheduler:
     # What the engine asks
 
     @property
-    def reader(self) -> CanonicalReader:
+    def text_order_reader(self) -> TextOrderReader:
         """Reads generated columns in the order of the text."""
-        return CanonicalReader(self.root)
+        return TextOrderReader(self.root)
 
-    def canonical_columns(self) -> Iterator[int]:
+    def slots_in_text_order(self) -> Iterator[int]:
         """All columns in the order of the text."""
         yield from range(self.prompt_length)
-        yield from canonical_columns(self.root)
+        yield from slots_in_text_order(self.root)
 
     @property
-    def generated(self) -> int:
+    def num_generated_tokens(self) -> int:
         """Tokens after the prompt, forced ones among them."""
         return len(self.tokens) - self.prompt_length
 
@@ -152,8 +158,8 @@ class RowScheduler:
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the next token of each live branch, in their order."""
         special = self._special
-        for branch, token in zip(list(self.live), tokens, strict=True):
-            branch.sampled += 1
+        for branch, token in zip(list(self.active_branches), tokens, strict=True):
+            branch.num_sampled_tokens += 1
             if token in special:
                 self._take(branch, token)
                 continue
@@ -170,18 +176,18 @@ class RowScheduler:
 
     def stop_all(self, reason: str) -> None:
         """End the row with all that is open."""
-        while self.live and not self.finished:
-            for branch in list(self.live):
+        while self.active_branches and not self.finish_reason:
+            for branch in list(self.active_branches):
                 self.stop(branch, reason)
             for fork in self._forks:
                 for branch in fork.branches:
-                    if branch.state is State.QUEUED:
-                        branch.state = State.SKIPPED
+                    if branch.state is BranchState.QUEUED:
+                        branch.state = BranchState.SKIPPED
             self.advance()
 
     def advance(self) -> None:
         """Join what is done and start what is ready, until nothing more is due."""
-        while not self.finished:
+        while not self.finish_reason:
             if self.limits.budget == "tokens":
                 self._spend()
             if not self._changed:
@@ -227,12 +233,12 @@ class RowScheduler:
 
     def _append(self, branch: Branch, token: int, step: int | None = None) -> None:
         placement = branch.builder.feed(token, step)
-        branch.last = len(self.tokens)
-        branch.record.append(branch.last)
+        branch.last_slot = len(self.tokens)
+        branch.contents.append(branch.last_slot)
         self.tokens.append(token)
         self.segments.append(placement.segment)
         self.positions.append(placement.position)
-        self.owners.append(branch)
+        self.token_branches.append(branch)
 
     def _append_all(self, branch: Branch, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -244,7 +250,7 @@ class RowScheduler:
         self._tokens_sorted = len(self.tokens)
         if len(self._segment_order) != len(self._segment_tokens):
             # That of the text: numbers tell which branch began first, which is a matter of the schedule.
-            self._segment_order = list(dict.fromkeys(self.segments[column] for column in self.canonical_columns()))
+            self._segment_order = list(dict.fromkeys(self.segments[column] for column in self.slots_in_text_order()))
         seen, ids = self.graph.closure[branch.builder.cur], list(self._padding)
         for segment in self._segment_order:
             if seen >> segment & 1:
@@ -256,7 +262,7 @@ class RowScheduler:
     def _left(self, branch: Branch) -> int:
         """Positions that a branch may still fill."""
         if self.limits.budget == "tokens":
-            return self.limits.max_new_tokens - self.generated
+            return self.limits.max_new_tokens - self.num_generated_tokens
         return self.prompt_end + self.limits.max_new_tokens - branch.position
 
     def _check_budget(self, branch: Branch) -> None:
@@ -265,7 +271,10 @@ class RowScheduler:
         if branch.parent is None:
             if self._left(branch) <= 0:
                 self._finish("length")
-        elif self.limits.branch_max_new_tokens is not None and branch.sampled >= self.limits.branch_max_new_tokens:
+        elif (
+            self.limits.branch_max_new_tokens is not None
+            and branch.num_sampled_tokens >= self.limits.branch_max_new_tokens
+        ):
             self._close(branch, "branch_max_new_tokens")
         elif self.limits.budget == "positions" and self._left(branch) <= branch.reserve + 2 * branch.open_blocks:
             self._close(branch, "length")
@@ -273,7 +282,7 @@ class RowScheduler:
     def _may_open(self, branch: Branch) -> bool:
         """True when there is room for a tag that opens a block, and for those that close it."""
         if self.limits.budget == "tokens":
-            return self._spendable() >= len(self.live) + 2
+            return self._spendable() >= len(self.active_branches) + 2
         return self._left(branch) > 2 + branch.reserve + 2 * branch.open_blocks
 
     def _own_closing(self, branch: Branch) -> int:
@@ -283,13 +292,13 @@ class RowScheduler:
     def _spendable(self) -> int:
         """Of a budget of tokens, what is left once all that is open has been closed."""
         waiting = sum(len(self.forced.join) + self._own_closing(fork.parent) for fork in self._forks)
-        closing = sum(self._own_closing(branch) for branch in self.live)
-        return self.limits.max_new_tokens - self.generated - waiting - closing
+        closing = sum(self._own_closing(branch) for branch in self.active_branches)
+        return self.limits.max_new_tokens - self.num_generated_tokens - waiting - closing
 
     def _spend(self) -> None:
         """Close all branches when there are not enough tokens for one more of each."""
-        branches = [branch for branch in self.live if branch.parent is not None]
-        if branches and self._spendable() < len(self.live):
+        branches = [branch for branch in self.active_branches if branch.parent is not None]
+        if branches and self._spendable() < len(self.active_branches):
             for branch in branches:
                 self._close(branch, "length")
 
@@ -298,22 +307,22 @@ class RowScheduler:
     def _end(self, branch: Branch) -> None:
         """A branch whose closing tag was written: the separator belongs to it, and nothing else."""
         self._append_all(branch, self.forced.separator)
-        branch.state = State.DONE
-        self.live.remove(branch)
+        branch.state = BranchState.DONE
+        self.active_branches.remove(branch)
         self._changed = True
 
     def _close(self, branch: Branch, reason: str) -> None:
         """End a branch in the model's place."""
-        branch.ended = reason
+        branch.finish_reason = reason
         while branch.open_blocks:
             self._append_all(branch, self.forced.closing(branch.builder.in_path))
         self._append(branch, self.forced.closer)
         self._end(branch)
 
     def _finish(self, reason: str) -> None:
-        self.finished = self.root.ended = reason
-        self.root.state = State.DONE
-        self.live = []
+        self.finish_reason = self.root.finish_reason = reason
+        self.root.state = BranchState.DONE
+        self.active_branches = []
 
     # Forks
 
@@ -393,7 +402,7 @@ class RowScheduler:
         return True
 
     def _refuse(self, branch: Branch, reason: str) -> bool:
-        branch.builder.warnings.append(f"column {branch.last}: fork refused, {reason}")
+        branch.builder.warnings.append(f"column {branch.last_slot}: fork refused, {reason}")
         return False
 
     def _split(
@@ -421,10 +430,10 @@ class RowScheduler:
             for label, header, builder in zip(labels, headers, branch.builder.fork(labels), strict=True)
         ]
         fork = Fork(branch, children, needs, limit)
-        branch.record.append(fork)
+        branch.contents.append(fork)
         branch.blocks += 1
-        branch.state = State.WAITING
-        self.live.remove(branch)
+        branch.state = BranchState.WAITING
+        self.active_branches.remove(branch)
         self._forks.append(fork)
         self._changed = True
 
@@ -448,11 +457,11 @@ class RowScheduler:
         """Begin queued branches, those of inner forks first."""
         for fork in reversed(self._forks):
             for index, branch in enumerate(fork.branches):
-                if len(self.live) >= self.limits.max_branches:
+                if len(self.active_branches) >= self.limits.max_branches:
                     return
-                if branch.state is not State.QUEUED:
+                if branch.state is not BranchState.QUEUED:
                     continue
-                if any(fork.branches[i].state is State.SKIPPED for i in fork.needs[index]):
+                if any(fork.branches[i].state is BranchState.SKIPPED for i in fork.needs[index]):
                     self._skip(branch)
                 elif fork.may_begin(index):
                     self._start(branch, [fork.branches[i] for i in fork.needs[index]])
@@ -466,15 +475,15 @@ class RowScheduler:
         if room < 1:
             self._skip(branch)
             return
-        branch.state = State.LIVE
-        self.live.append(branch)
+        branch.state = BranchState.ACTIVE
+        self.active_branches.append(branch)
         self._append(branch, branch.header[0], branch.step)
         self._append_all(branch, branch.header[1:])
         self._foresee(branch)
 
     def _skip(self, branch: Branch) -> None:
-        branch.state = State.SKIPPED
-        branch.ended = "length"
+        branch.state = BranchState.SKIPPED
+        branch.finish_reason = "length"
         branch.builder.warnings.append(f"branch {branch.path[-1][1]} was not begun: the budget is spent")
         self._changed = True
 
@@ -484,11 +493,11 @@ class RowScheduler:
             self._forks.remove(fork)
             parent = fork.parent
             for branch in fork.branches:
-                if branch.state is State.SKIPPED:
+                if branch.state is BranchState.SKIPPED:
                     parent.builder.warnings.extend(branch.builder.warnings)
-            parent.builder.join(branch.builder for branch in fork.branches if branch.state is State.DONE)
-            parent.state = State.LIVE
-            self.live.append(parent)
+            parent.builder.join(branch.builder for branch in fork.branches if branch.state is BranchState.DONE)
+            parent.state = BranchState.ACTIVE
+            self.active_branches.append(parent)
             self._append_all(parent, self.forced.join)
             self._changed = True
             self._check_budget(parent)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.topology.generation.branches import BranchPath
-from hf_efficient.modeling.topology.generation.scheduler import RowScheduler
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 
 
 class BranchStreamer:
@@ -35,7 +35,7 @@ class BranchStreamer:
         """After the last token."""
 
 
-class StreamFeed:
+class StreamWriter:
     """Hands the tokens of rows to a streamer: to a `BranchStreamer` as they come, to any other in the text's order.
 
     Args:
@@ -43,11 +43,11 @@ class StreamFeed:
         rows: one row where the streamer knows no branches.
     """
 
-    def __init__(self, streamer: Any, rows: Sequence[RowScheduler]) -> None:
+    def __init__(self, streamer: Any, rows: Sequence[SequenceScheduler]) -> None:
         self.streamer = streamer
         self.rows = rows
         self._handed = [row.prompt_length for row in rows]
-        self._reader = rows[0].reader
+        self._reader = rows[0].text_order_reader
         self._knows_branches = hasattr(streamer, "put_token")
         if not self._knows_branches and len(rows) > 1:
             raise UsageError(
@@ -63,7 +63,7 @@ class StreamFeed:
             return
         for i, row in enumerate(self.rows):
             for column in range(self._handed[i], len(row.tokens)):
-                path = row.owners[column - row.prompt_length].path
+                path = row.token_branches[column - row.prompt_length].path
                 self.streamer.put_token(row.row, path, row.tokens[column])
             self._handed[i] = len(row.tokens)
 

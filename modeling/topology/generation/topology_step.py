@@ -32,7 +32,7 @@ from hf_efficient.modeling.topology.attention.topology_mask import (
     dense_mask,
 )
 from hf_efficient.modeling.topology.generation.sampling import most_likely
-from hf_efficient.modeling.topology.generation.scheduler import RowScheduler
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 
 # Queries of each row that a captured step may take; more are rare (many headers at once) and run as a call.
 MOST_CAPTURED_QUERIES = 64
@@ -45,7 +45,7 @@ def check_attention(model: Any) -> None:
     config = model.config
     implementation = config._attn_implementation
     known = {TOPOLOGY_ATTENTION, "sdpa", "eager"}
-    if getattr(model, "takes_topology", False):
+    if getattr(model, "supports_topology", False):
         known.add(DECODE_ATTENTION)
     if implementation not in known:
         raise HFEError(
@@ -89,9 +89,9 @@ def forward(
     mask: Any = padding
     given: dict[str, Any] = {}
     implementation = model.config._attn_implementation
-    if topology is not None and (implementation == TOPOLOGY_ATTENTION or getattr(model, "takes_topology", False)):
+    if topology is not None and (implementation == TOPOLOGY_ATTENTION or getattr(model, "supports_topology", False)):
         given["topology"] = topology
-        if not getattr(model, "takes_topology", False):
+        if not getattr(model, "supports_topology", False):
             # A mask of rank 4 is handed through; without one the model would make its own in vain.
             mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
     elif topology is not None:
@@ -191,7 +191,7 @@ class TopologyStep:
         self.signature: tuple | None = None
         self.graph_bytes = 0
 
-    def load(self, rows: Sequence[RowScheduler], offsets: Sequence[int]) -> None:
+    def load(self, rows: Sequence[SequenceScheduler], offsets: Sequence[int]) -> None:
         """Send the columns of each row that no pass has computed; those whose logits are wanted come last.
 
         Args:
@@ -200,11 +200,11 @@ class TopologyStep:
         queries = []
         for row in rows:
             end = len(row.tokens)
-            order: Sequence[int] = [branch.last for branch in row.live]
-            if end - row.fed != len(order):
+            order: Sequence[int] = [branch.last_slot for branch in row.active_branches]
+            if end - row.num_computed_tokens != len(order):
                 last = set(order)
-                order = [*(column for column in range(row.fed, end) if column not in last), *order]
-            row.fed = end
+                order = [*(column for column in range(row.num_computed_tokens, end) if column not in last), *order]
+            row.num_computed_tokens = end
             queries.append(
                 RowQueries(
                     [row.tokens[column] for column in order],
@@ -216,8 +216,10 @@ class TopologyStep:
             )
         self.send(rows, offsets, queries)
 
-    def send(self, rows: Sequence[RowScheduler], offsets: Sequence[int], queries: Sequence[RowQueries]) -> None:
-        """Send each row's queries. A token below zero is one that the step before has chosen: see `placeholder_token`."""
+    def send(self, rows: Sequence[SequenceScheduler], offsets: Sequence[int], queries: Sequence[RowQueries]) -> None:
+        """Send each row's queries.
+
+        A token below zero is one that the step before has chosen: see `placeholder_token`."""
         self._transfers.reverse()
         transfer = self._transfers[0]
         transfer.clear()
@@ -428,7 +430,7 @@ def capture_obstacle(model: Any) -> str:
     tested = {
         "the model is not on a CUDA device where Triton runs": model.device.type != "cuda"
         or select_backend("decode_attention", None, model.device) != "triton",
-        "the model is not of this package": not getattr(model, "takes_topology", False),
+        "the model is not of this package": not getattr(model, "supports_topology", False),
         "another attention implementation is set": model.config._attn_implementation != TOPOLOGY_ATTENTION,
         "heads are wider than the kernel takes": (getattr(model.config, "head_dim", None) or 0) > MAX_WIDTH,
         "HFE_CHECK asks for checks that wait for the device": check_data(),

@@ -26,8 +26,8 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderForCausalLM,
 )
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
-from hf_efficient.modeling.topology.generation import parallel_turn
-from hf_efficient.modeling.topology.generation.branches import Branch, canonical_columns
+from hf_efficient.modeling.topology.generation import parallel_decoding
+from hf_efficient.modeling.topology.generation.branches import Branch, slots_in_text_order
 from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput, parallel_generate
 from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler, ScriptedSampler, most_likely
 from hf_efficient.modeling.topology.grammar.topology import Topology
@@ -72,7 +72,7 @@ class Recorder(Sampler):
     def choose(self, branches: Sequence[Branch], logits: Tensor) -> Choice:
         found = []
         for branch, scores in zip(branches, logits, strict=True):
-            self.seen.append((branch, branch.last, scores.clone()))
+            self.seen.append((branch, branch.last_slot, scores.clone()))
             found.append(self._choose(branch, scores))
         tokens = torch.tensor(found)
         return Choice(tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
@@ -83,7 +83,7 @@ def scripted(vocabulary: Any, scripts: dict[tuple[str, ...], str]) -> Callable[[
 
     def choose(branch: Branch, scores: Tensor) -> int:
         script = vocabulary.encode(scripts.get(tuple(label for _, label in branch.path), ""))
-        return script[branch.sampled] if branch.sampled < len(script) else EOS
+        return script[branch.num_sampled_tokens] if branch.num_sampled_tokens < len(script) else EOS
 
     return choose
 
@@ -152,8 +152,8 @@ def check_logits(
         while root.parent is not None:
             root = root.parent
         if root.row not in places:
-            prompt = min((c for c in canonical_columns(root)), default=0)
-            columns = [*range(prompt), *canonical_columns(root)]
+            prompt = min((c for c in slots_in_text_order(root)), default=0)
+            columns = [*range(prompt), *slots_in_text_order(root)]
             places[root.row] = {c: offsets[root.row] + i for i, c in enumerate(columns)}
         wanted = expected[root.row, places[root.row][column]]
         torch.testing.assert_close(scores, wanted, atol=tolerance, rtol=tolerance)
@@ -233,7 +233,7 @@ def test_stock_models_generate_in_parallel(
         expected = model(
             output.sequences, position_ids=output.position_ids, attention_mask=topology.dense_mask()[None, None]
         ).logits
-    columns = [*range(len(ids[0])), *canonical_columns(recorder.seen[0][0])]
+    columns = [*range(len(ids[0])), *slots_in_text_order(recorder.seen[0][0])]
     for _, column, scores in recorder.seen:
         torch.testing.assert_close(scores, expected[0, columns.index(column)], atol=tolerance, rtol=tolerance)
 
@@ -293,7 +293,7 @@ def test_rows_of_a_batch_are_those_of_each_alone(model_of: Callable, toy_tokeniz
 def test_a_cache_that_grows_loses_nothing(
     model_of: Callable, toy_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_turn, "FIRST_ROOM", 1)
+    monkeypatch.setattr(parallel_decoding, "FIRST_ROOM", 1)
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     scripts = {(): f"t{BLOCK}so", ("1",): "u" * 120 + "</Path>", ("2",): "v" * 150 + "</Path>"}
     recorder = Recorder(scripted(tokenizer.vocabulary, scripts))
@@ -327,8 +327,8 @@ def test_greedy_branches_are_those_of_rows_of_their_own(stock_of: Callable, toy_
     def choose(branch: Branch, scores: Tensor) -> int:
         if branch.parent is None:
             script = tokenizer.encode(BLOCK)
-            return script[branch.sampled] if branch.sampled < len(script) else text_only(scores)
-        return text_only(scores) if branch.sampled < length else tokenizer.token_ids["</Path>"]
+            return script[branch.num_sampled_tokens] if branch.num_sampled_tokens < len(script) else text_only(scores)
+        return text_only(scores) if branch.num_sampled_tokens < length else tokenizer.token_ids["</Path>"]
 
     ids = torch.tensor([tokenizer.encode("Question")])
     recorder = Recorder(choose)
@@ -448,10 +448,10 @@ def test_log_probabilities_are_those_of_one_pass(model_of: Callable, toy_tokeniz
     expected = one_pass(model, output).log_softmax(-1)[0]
     ids, segments = output.sequences[0], output.segment_ids[0]
     for info in output.branch_info[0][1:]:
-        assert len(info.logprobs) == info.sampled > 10
+        assert len(info.logprobs) == info.num_sampled_tokens > 10
         places = [i for i, segment in enumerate(segments.tolist()) if segment in info.segments]
         header = len(tokenizer.encode("<Path>\n1:"))
-        sampled = places[header : header + info.sampled]
+        sampled = places[header : header + info.num_sampled_tokens]
         # The last token may have been replaced by the closing tag.
         for i, chance in list(zip(sampled, info.logprobs, strict=True))[:-1]:
             assert chance == pytest.approx(float(expected[places[places.index(i) - 1], ids[i]]), abs=1e-5)

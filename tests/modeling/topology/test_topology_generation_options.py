@@ -205,13 +205,13 @@ def test_a_criterion_ends_its_branch_alone(
     found = generate(f"Q{BLOCK}", sampler=sampler, **options)
     text = tokenizer.decode(found.sequences[0])
     assert text == f"Q{BLOCK}\n<Path>\n1: ab !</Path>\n<Path>\n2: efgh</Path>\n<Conclusion>\nso!"
-    assert [info.ended for info in found.branch_info[0]] == [*("stopping_criteria",) * 2, ""]
+    assert [info.finish_reason for info in found.branch_info[0]] == [*("stopping_criteria",) * 2, ""]
     assert [info.truncated for info in found.branch_info[0]] == [False, True, False]
 
 
 def test_the_clock_ends_everything(generate: Callable, tokenizer: Any) -> None:
     found = generate(f"Q{BLOCK}", max_time=0.0, sampler=ScriptedSampler({}, after=tokenizer.encode("x")[0]))
-    assert {info.ended for info in found.branch_info[0]} == {"max_time"}
+    assert {info.finish_reason for info in found.branch_info[0]} == {"max_time"}
     assert tokenizer.decode(found.sequences[0]).endswith("</Path>\n<Conclusion>\n")
 
 
@@ -229,7 +229,7 @@ def test_constrained_paths_hold_nothing_that_breaks_them(model: Any, tokenizer: 
                 ids, parallel=True, tokenizer=tokenizer, do_sample=True, seed=seed, constrain=constrain,
                 max_new_tokens=80, return_dict_in_generate=True,
             )  # fmt: skip
-            ends[constrain] |= {info.ended for info in found.branch_info[0] if info.path}
+            ends[constrain] |= {info.finish_reason for info in found.branch_info[0] if info.path}
     assert ends[True] <= {"", "length"}
     assert ends[False] - {"", "length"}
 
@@ -293,7 +293,9 @@ def test_branches_are_told_of(generate: Callable, nested: Callable) -> None:
     info = found.branch_info[0]
     assert [branch.path for branch in info] == [(), PATHS["1"], PATHS["2"], PATHS["2.1"], ((0, "2"), (0, "2.2"))]
     assert sum(branch.tokens for branch in info) == found.generated_tokens[0]
-    assert info[0].ended == "eos" and all(branch.state == "done" and not branch.ended for branch in info[1:])
+    assert info[0].finish_reason == "eos" and all(
+        branch.state == "done" and not branch.finish_reason for branch in info[1:]
+    )
     assert all(not branch.logprobs for branch in info)
 
 
@@ -494,7 +496,7 @@ def test_what_a_branch_sees_has_one_order_whatever_the_schedule(generate: Callab
         needs_logits = True
 
         def choose(self, branches: Any, logits: Tensor) -> Any:
-            seen[-1] |= {(branch.path, branch.sampled): branch.visible_ids() for branch in branches}
+            seen[-1] |= {(branch.path, branch.num_sampled_tokens): branch.visible_ids() for branch in branches}
             return super().choose(branches, logits)
 
     for most in (32, 1):
@@ -581,7 +583,7 @@ def test_a_sampler_draws_the_same_for_a_branch_in_any_company() -> None:
         builder = None
 
         def __init__(self, row: int, path: BranchPath, sampled: int) -> None:
-            self.row, self.path, self.sampled, self.key, self.banned = row, path, sampled, None, "branch"
+            self.row, self.path, self.num_sampled_tokens, self.key, self.context = row, path, sampled, None, "branch"
 
     rng = random.Random(0)
     stubs: list[Branch] = [Stub(row, path, i) for row in range(2) for path in PATHS.values() for i in range(3)]  # type: ignore

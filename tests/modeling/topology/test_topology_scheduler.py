@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.topology.generation.branches import Branch, all_branches
-from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler
+from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 from hf_efficient.modeling.topology.grammar.topology import Topology
@@ -37,7 +37,7 @@ DIAMOND = plan({1: [], 2: [1], 3: [], 4: [2, 3]})
 class Run:
     """A row that has ended: its text in canonical order, and its topology in canonical numbers."""
 
-    row: RowScheduler
+    row: SequenceScheduler
     text: str
     passes: int
     columns: list[int]
@@ -49,7 +49,7 @@ class Run:
 
     def first_pass(self, *labels: str) -> int:
         """The pass that computed the branch's first token."""
-        column = next(item for item in self.branch(*labels).record if isinstance(item, int))
+        column = next(item for item in self.branch(*labels).contents if isinstance(item, int))
         return next(i for i, columns in enumerate(self.computed) if column in columns)
 
 
@@ -74,13 +74,17 @@ def course(toy: Callable) -> Callable[..., Run]:
             script = vocabulary.encode(scripts.get(tuple(label for _, label in branch.path), ""))  # type: ignore
             if branch.parent is None and end:
                 script.append(EOS)
-            return script[branch.sampled] if branch.sampled < len(script) else vocabulary.encode("x")[0]
+            return (
+                script[branch.num_sampled_tokens]
+                if branch.num_sampled_tokens < len(script)
+                else vocabulary.encode("x")[0]
+            )
 
         choose = scripts if callable(scripts) else scripted
         builder = TopologyBuilder(
             grammar, vocabulary.token_ids, mode=mode, strict=False, decode=lambda ids: decode(vocabulary, ids)
         )
-        row = RowScheduler(
+        row = SequenceScheduler(
             0,
             vocabulary.encode(prompt),
             builder,
@@ -89,15 +93,15 @@ def course(toy: Callable) -> Callable[..., Run]:
         )
         computed: list[list[int]] = []
         row.advance()
-        while not row.finished:
-            computed.append(list(range(row.fed, len(row.tokens))))
+        while not row.finish_reason:
+            computed.append(list(range(row.num_computed_tokens, len(row.tokens))))
             assert computed[-1], "every pass computes something"
-            assert all(branch.last in computed[-1] for branch in row.live), "logits are of this pass"
-            row.fed = len(row.tokens)
-            row.accept([choose(branch) for branch in row.live])
+            assert all(branch.last_slot in computed[-1] for branch in row.active_branches), "logits are of this pass"
+            row.num_computed_tokens = len(row.tokens)
+            row.accept([choose(branch) for branch in row.active_branches])
             row.advance()
             assert len(computed) < 5000
-        columns = list(row.canonical_columns())
+        columns = list(row.slots_in_text_order())
         found = Run(row, decode(vocabulary, [row.tokens[c] for c in columns]), len(computed), columns, computed)
         check(found, vocabulary, mode)
         return found
@@ -146,12 +150,12 @@ def check(run: Run, vocabulary: Any, mode: str) -> None:
     if limits.budget == "positions":
         assert row.critical_path <= limits.max_new_tokens
     else:
-        assert row.generated <= limits.max_new_tokens
+        assert row.num_generated_tokens <= limits.max_new_tokens
     for branch in all_branches(row.root):
         assert (
             limits.branch_max_new_tokens is None
             or branch.parent is None
-            or (branch.sampled <= limits.branch_max_new_tokens)
+            or (branch.num_sampled_tokens <= limits.branch_max_new_tokens)
         )
 
 
@@ -203,14 +207,14 @@ def test_one_outline_makes_a_chain(course: Callable[..., Run]) -> None:
     found = course(
         "multiverse", {(): "<Parallel><Goal><Outline>1: a</Outline></Goal>s</Conclusion>", ("1",): " u</Path>"}
     )
-    assert found.row.critical_path == found.row.generated
+    assert found.row.critical_path == found.row.num_generated_tokens
 
 
 def test_a_step_begins_when_its_own_needs_are_done(course: Callable[..., Run]) -> None:
     """Step 2 needs step 1 alone, so it does not wait for the long step 3."""
     scripts = {(): f"{DIAMOND}so", ("1",): "a</Step>", ("2",): "b</Step>", ("3",): "c" * 60 + "</Step>"}
     found = course("medverse", scripts | {("4",): "d</Step>"})
-    end_of_3 = next(i for i, c in enumerate(found.computed) if found.branch("3").last in c)
+    end_of_3 = next(i for i, c in enumerate(found.computed) if found.branch("3").last_slot in c)
     assert found.first_pass("1") == found.first_pass("3") < found.first_pass("2") < end_of_3
     assert found.first_pass("4") == end_of_3, "it begins in the pass that takes the last closing tag"
     assert found.text.endswith("</Step>\n</Execution>\n<Conclusion>\nso<eos>")
@@ -303,7 +307,7 @@ def test_a_refused_fork_goes_on_as_text(
 ) -> None:
     text = f"<Parallel><Goal>{outlines}</Goal><Path>1: u</Path><Path>2: v</Path><Conclusion>"
     found = course("multiverse", {(): text}, **limits)
-    assert found.passes == found.row.generated, "one token a pass"
+    assert found.passes == found.row.num_generated_tokens, "one token a pass"
     assert any("fork refused" in warning and reason in warning for warning in found.row.root.builder.warnings)
     assert len(found.row.graph) > 2, "the paths are segments all the same"
 
@@ -311,7 +315,7 @@ def test_a_refused_fork_goes_on_as_text(
 def test_a_deep_block_is_refused_and_its_path_still_closed(course: Callable[..., Run]) -> None:
     scripts = {(): f"{BLOCK}z", ("1",): "u</Path>", ("2",): f"v{INNER}<Path>2.1: p</Path>"}
     found = course("multiverse", scripts, max_depth=1, max_new_tokens=90)
-    assert found.branch("2").ended == "length"
+    assert found.branch("2").finish_reason == "length"
     assert "2.1: p</Path>" in found.text
     assert found.text.count("<Parallel>") == 2 and found.text.count("</Parallel>") == 1
 
@@ -323,19 +327,19 @@ def test_a_token_that_cannot_stand_in_a_path_ends_it(course: Callable[..., Run],
     def choose(branch: Branch) -> int:
         vocabulary = toy("multiverse")
         if branch.parent is None:
-            return [*vocabulary.encode(BLOCK), EOS][branch.sampled]
+            return [*vocabulary.encode(BLOCK), EOS][branch.num_sampled_tokens]
         return token if branch.path[-1][1] == "1" else vocabulary.token_ids["</Path>"]
 
     found = course("multiverse", choose)
-    assert found.branch("1").ended == ("eos" if token == EOS else stranger)
-    assert found.branch("2").ended == ""
+    assert found.branch("1").finish_reason == ("eos" if token == EOS else stranger)
+    assert found.branch("2").finish_reason == ""
     assert found.text == f"Q\n{BLOCK}\n<Path>\n1:</Path>\n<Path>\n2:</Path>\n<Conclusion>\n<eos>"
 
 
 @pytest.mark.parametrize("stranger", ["<Step>", "<Conclusion>", "</Execution>"])
 def test_a_token_that_cannot_stand_in_a_step_ends_it(course: Callable[..., Run], stranger: str) -> None:
     found = course("medverse", {(): f"{DIAMOND}so"} | {(str(n),): f"a{stranger}" for n in range(1, 5)})
-    assert [found.branch(str(n)).ended for n in range(1, 5)] == [stranger] * 4
+    assert [found.branch(str(n)).finish_reason for n in range(1, 5)] == [stranger] * 4
     assert found.text.count("</Step>") == 4
 
 
@@ -388,8 +392,8 @@ def test_with_one_branch_at_once_the_text_comes_in_its_order(course: Callable[..
 def test_plain_text_gets_exactly_its_budget(course: Callable[..., Run]) -> None:
     for budget in ("positions", "tokens"):
         found = course("multiverse", {(): "a" * 60}, max_new_tokens=25, budget=budget)
-        assert found.row.generated == found.passes == 25
-        assert found.row.finished == "length"
+        assert found.row.num_generated_tokens == found.passes == 25
+        assert found.row.finish_reason == "length"
 
 
 def test_branches_that_run_on_are_closed_in_time_for_the_joins_above(course: Callable[..., Run]) -> None:
@@ -397,7 +401,7 @@ def test_branches_that_run_on_are_closed_in_time_for_the_joins_above(course: Cal
     found = course("multiverse", scripts, max_new_tokens=100, end=False)
     assert found.row.critical_path == 100
     assert found.text.endswith("x</Path>\n<Conclusion>\n</Parallel></Path>\n<Conclusion>\n")
-    assert {branch.ended for branch in all_branches(found.row.root)} == {"length"}
+    assert {branch.finish_reason for branch in all_branches(found.row.root)} == {"length"}
 
 
 @pytest.mark.parametrize("budget", ["positions", "tokens"])
@@ -411,14 +415,14 @@ def test_a_block_opens_only_where_it_can_be_closed(course: Callable[..., Run], b
 
 def test_a_budget_of_tokens_closes_all_branches_together(course: Callable[..., Run]) -> None:
     found = course("multiverse", {(): BLOCK}, max_new_tokens=100, budget="tokens", end=False)
-    assert found.row.generated == 100
-    assert abs(found.branch("1").sampled - found.branch("2").sampled) <= 1
+    assert found.row.num_generated_tokens == 100
+    assert abs(found.branch("1").num_sampled_tokens - found.branch("2").num_sampled_tokens) <= 1
 
 
 def test_a_branch_has_its_own_limit(course: Callable[..., Run]) -> None:
     found = course("multiverse", {(): f"{BLOCK}so", ("1",): "u</Path>"}, branch_max_new_tokens=7)
-    assert (found.branch("1").sampled, found.branch("1").ended) == (2, "")
-    assert (found.branch("2").sampled, found.branch("2").ended) == (7, "branch_max_new_tokens")
+    assert (found.branch("1").num_sampled_tokens, found.branch("1").finish_reason) == (2, "")
+    assert (found.branch("2").num_sampled_tokens, found.branch("2").finish_reason) == (7, "branch_max_new_tokens")
 
 
 def test_steps_without_budget_are_left_out_with_those_that_need_them(course: Callable[..., Run]) -> None:
@@ -432,16 +436,16 @@ def test_stopping_everything_closes_what_is_open(course: Callable[..., Run], toy
     vocabulary = toy("multiverse")
     builder = TopologyBuilder("multiverse", vocabulary.token_ids, strict=False, decode=vocabulary.decode)
     forced = ForcedText("multiverse", vocabulary.token_ids, vocabulary.encode)
-    row = RowScheduler(0, vocabulary.encode(f"Q{BLOCK}"), builder, forced, Limits(500))
+    row = SequenceScheduler(0, vocabulary.encode(f"Q{BLOCK}"), builder, forced, Limits(500))
     row.advance()
     for text in (INNER, "xxxx"):
         for token in vocabulary.encode(text):
-            row.accept([token] * len(row.live))
+            row.accept([token] * len(row.active_branches))
             row.advance()
-    assert len(row.live) == 4
+    assert len(row.active_branches) == 4
     row.stop_all("max_time")
-    assert row.finished == "max_time" and not row.live
-    text = vocabulary.decode([row.tokens[c] for c in row.canonical_columns()])
+    assert row.finish_reason == "max_time" and not row.active_branches
+    text = vocabulary.decode([row.tokens[c] for c in row.slots_in_text_order()])
     assert text.count("<Path>") == text.count("</Path>") == 6
     assert text.count("<Conclusion>") == 3
 

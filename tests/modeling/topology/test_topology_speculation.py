@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
-from hf_efficient.modeling.topology.generation.parallel_turn import ParallelTurn
+from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
 from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
 from hf_efficient.modeling.topology.generation.topology_step import TopologySession
 
@@ -33,14 +33,14 @@ SCRIPTS = {
 def guesses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Passes run ahead; of each, whether it was the one that was needed."""
     found: list[bool] = []
-    came_true = ParallelTurn._came_true
+    came_true = ParallelDecodeLoop._speculation_holds
 
-    def watched(turn: ParallelTurn, ahead: Any) -> bool:
-        found.append(came_true(turn, ahead))
+    def watched(loop: ParallelDecodeLoop, ahead: Any) -> bool:
+        found.append(came_true(loop, ahead))
         return found[-1]
 
     monkeypatch.setattr(TopologySession, "can_speculate", lambda session: True)
-    monkeypatch.setattr(ParallelTurn, "_came_true", watched)
+    monkeypatch.setattr(ParallelDecodeLoop, "_speculation_holds", watched)
     return found
 
 
@@ -55,7 +55,7 @@ def _same(first: Any, second: Any) -> None:
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     for rows in zip(first.branch_info, second.branch_info, strict=True):
         for one, other in zip(*rows, strict=True):
-            assert (one.path, one.ended) == (other.path, other.ended)
+            assert (one.path, one.finish_reason) == (other.path, other.finish_reason)
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-9, atol=1e-9)
 
 
@@ -102,7 +102,7 @@ def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
     model.lm_head.weight.data[list(tokenizer.token_ids.values())] *= 1.5  # so that tags are chosen now and then
     fork = {"multiverse": "</Goal>", "medverse": "</Plan>"}[grammar]
     monkeypatch.setattr(f"{TopologyCache.__module__}.round_capacity", lambda columns: columns + 3)
-    monkeypatch.setattr(f"{ParallelTurn.__module__}.FIRST_ROOM", 4)
+    monkeypatch.setattr(f"{ParallelDecodeLoop.__module__}.FIRST_ROOM", 4)
     for seed in range(8):
         prompts = [f"{random_text(grammar, seed + 50 * b, seed % 2 == 0).split(fork)[0]}{fork}" for b in range(3)]
         rows = [tokenizer.encode(prompt) for prompt in prompts[: rng.randint(1, 3)]]
@@ -127,7 +127,7 @@ def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
     model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
 ) -> None:
     class Stubborn(ScriptedSampler):
-        def foretell(self, branches: Any) -> None:
+        def propose(self, branches: Any) -> None:
             return None
 
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
@@ -144,8 +144,8 @@ def test_a_sampler_that_foretells_other_tokens_than_it_settles_on_gets_its_own(
     """A pass begun with foretold tokens must not stay when others are taken: its keys are those of other words."""
 
     class Louder(ScriptedSampler):
-        def settle(self, branches: Any, tokens: list[int]) -> list[int]:
-            settled = super().settle(branches, tokens)
+        def finalize(self, branches: Any, tokens: list[int]) -> list[int]:
+            settled = super().finalize(branches, tokens)
             return [ord(chr(token - 16).upper()) + 16 if token > 100 else token for token in settled]
 
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")

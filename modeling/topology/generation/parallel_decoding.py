@@ -16,8 +16,8 @@ from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.generation.branches import Branch
 from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler
-from hf_efficient.modeling.topology.generation.scheduler import Limits, RowScheduler
-from hf_efficient.modeling.topology.generation.streaming import StreamFeed
+from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler
+from hf_efficient.modeling.topology.generation.streaming import StreamWriter
 from hf_efficient.modeling.topology.generation.topology_step import (
     MOST_CAPTURED_QUERIES,
     RowQueries,
@@ -37,7 +37,7 @@ FIRST_ROOM = 4096
 
 
 @dataclass(frozen=True)
-class _Flight:
+class PendingStep:
     """A forward pass that is under way.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Flight:
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]] | None
 
 
-class ParallelTurn:
+class ParallelDecodeLoop:
     """Rows of one batch while they are generated.
 
     Args:
@@ -94,7 +94,7 @@ class ParallelTurn:
         self.prompt = input_ids.cpu().numpy()
         self.offsets = _left_padding(padding, *input_ids.shape)
         self.rows = [
-            RowScheduler(
+            SequenceScheduler(
                 b,
                 ids[offset:],
                 TopologyBuilder(grammar, token_ids, mode=mode, strict=False, decode=decode, row=b),
@@ -104,7 +104,7 @@ class ParallelTurn:
             )
             for b, (ids, offset) in enumerate(zip(self.prompt, self.offsets, strict=True))
         ]
-        self.feed = None if streamer is None else StreamFeed(streamer, self.rows)
+        self.stream = None if streamer is None else StreamWriter(streamer, self.rows)
         self.passes = 0
         room = min(limits.max_new_tokens, FIRST_ROOM)
         self.session: TopologySession = take_session(
@@ -113,21 +113,21 @@ class ParallelTurn:
 
     def run(self) -> None:
         """Generate until every row has ended."""
-        branches = [row.root for row in self.rows if row.live]
+        branches = [row.root for row in self.rows if row.active_branches]
         logits = self._prefill()
         if branches:
             live = torch.tensor([branch.row for branch in branches], device=logits.device)
             self._accept(branches, *self._choose(branches, logits[live, -1]))
         for row in self.rows:
             row.advance()
-        flight: _Flight | None = None
-        while not all(row.finished for row in self.rows):
-            flight = flight or self._launch()
-            ahead = self._launch_ahead(flight)
-            self._land(flight)
-            flight = ahead if ahead is not None and self._came_true(ahead) else None
-        if self.feed is not None:
-            self.feed.end()
+        pending: PendingStep | None = None
+        while not all(row.finish_reason for row in self.rows):
+            pending = pending or self._dispatch()
+            speculative = self._dispatch_speculative(pending)
+            self._complete(pending)
+            pending = speculative if speculative is not None and self._speculation_holds(speculative) else None
+        if self.stream is not None:
+            self.stream.end()
         leave_session(self.model, self.session)
 
     # The prompt
@@ -140,7 +140,7 @@ class ParallelTurn:
         for b, (row, offset) in enumerate(zip(self.rows, self.offsets, strict=True)):
             segments[b, offset:] = row.segments[: length - offset]
             positions[b, offset:] = row.positions[: length - offset]
-            row.fed = length - offset
+            row.num_computed_tokens = length - offset
         device, cache = self.session.device, self.session.cache
         segment_ids = torch.from_numpy(segments).to(device)
         topology, padding = None, None
@@ -154,7 +154,7 @@ class ParallelTurn:
                     -1, words
                 )
             topology = TopologyMask(segment_ids, torch.from_numpy(segment_visibility).to(device))
-            if getattr(self.model, "takes_topology", False):
+            if getattr(self.model, "supports_topology", False):
                 topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.segment_visibility))
         elif any(self.offsets):
             padding = (segment_ids >= 0).long()
@@ -166,108 +166,110 @@ class ParallelTurn:
 
     # The steps
 
-    def _launch(self) -> _Flight:
+    def _dispatch(self) -> PendingStep:
         """Begin a forward pass of all that no pass has computed."""
         columns = max(offset + len(row.tokens) for row, offset in zip(self.rows, self.offsets, strict=True))
-        step = self._step_for(columns, max(len(row.tokens) - row.fed for row in self.rows))
+        step = self._step_for(columns, max(len(row.tokens) - row.num_computed_tokens for row in self.rows))
         step.load(self.rows, self.offsets)
-        return self._fly(step, [])
+        return self._enqueue(step, [])
 
-    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+    def _dispatch_speculative(self, pending: PendingStep) -> PendingStep | None:
         """Begin the pass after one that is under way, as it will be if its tokens are nothing but text.
 
         The host learns while it runs whether they are; a tag, an end or a stop makes it a pass in vain, whose columns
         the next one overwrites. None where the device would wait for the host in any case.
         """
-        session, rows, width = self.session, self.rows, flight.step.queries
-        if flight.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
+        session, rows, width = self.session, self.rows, pending.step.queries
+        if pending.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
             return None
-        columns = max(offset + len(row.tokens) + len(row.live) for row, offset in zip(rows, self.offsets, strict=True))
+        columns = max(
+            offset + len(row.tokens) + len(row.active_branches) for row, offset in zip(rows, self.offsets, strict=True)
+        )
         if columns > session.cache.capacity:
             return None
-        foretold = self.sampler.foretell(flight.branches)
-        if foretold is None and type(self.sampler).settle is not Sampler.settle:
+        proposed = self.sampler.propose(pending.branches)
+        if proposed is None and type(self.sampler).finalize is not Sampler.finalize:
             return None
         queries, at = [], 0
         for b, row in enumerate(rows):
-            end, count = len(row.tokens), len(row.live)
+            end, count = len(row.tokens), len(row.active_branches)
             queries.append(
                 RowQueries(
-                    [flight.step.placeholder_token(b, place) for place in range(width - count, width)]
-                    if foretold is None
-                    else foretold[at : at + count],
-                    [branch.position for branch in row.live],
+                    [pending.step.placeholder_token(b, place) for place in range(width - count, width)]
+                    if proposed is None
+                    else proposed[at : at + count],
+                    [branch.position for branch in row.active_branches],
                     range(end, end + count),
-                    [branch.builder.cur for branch in row.live],
+                    [branch.builder.cur for branch in row.active_branches],
                     end + count,
                 )
             )
             at += count
-        step = self._step_for(columns, max(len(row.live) for row in rows))
+        step = self._step_for(columns, max(len(row.active_branches) for row in rows))
         step.send(rows, self.offsets, queries)
-        return self._fly(step, queries)
+        return self._enqueue(step, queries)
 
     def _step_for(self, columns: int, queries: int) -> TopologyStep:
         with_logprobs = self.keeps_logprobs and not self.sampler.needs_logits
         return self.session.step_for(columns, queries, max(len(row.graph) for row in self.rows), with_logprobs)
 
-    def _fly(self, step: TopologyStep, queries: Sequence[RowQueries]) -> _Flight:
+    def _enqueue(self, step: TopologyStep, queries: Sequence[RowQueries]) -> PendingStep:
         result = self.session.execute(step, self.model)
         self.passes += 1
-        branches = [branch for row in self.rows for branch in row.live]
-        return _Flight(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
+        branches = [branch for row in self.rows for branch in row.active_branches]
+        return PendingStep(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
 
-    def _land(self, flight: _Flight) -> None:
+    def _complete(self, pending: PendingStep) -> None:
         """Take the tokens of a pass, and what follows from them."""
-        step, width = flight.step, flight.step.queries
+        step, width = pending.step, pending.step.queries
         places = [
             place
             for b, row in enumerate(self.rows)
-            for place in range((b + 1) * width - len(row.live), (b + 1) * width)
+            for place in range((b + 1) * width - len(row.active_branches), (b + 1) * width)
         ]
-        if flight.read is not None:
-            found, logprobs = flight.read()
+        if pending.read is not None:
+            found, logprobs = pending.read()
             tokens = found.reshape(-1)[places].tolist()
-            chances = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
+            logprobs = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
         else:
             at = torch.tensor(places, device=step.logits.device)
-            tokens, chances = self._choose(flight.branches, step.logits.flatten(0, 1)[at])
-        self._accept(flight.branches, tokens, chances)
+            tokens, logprobs = self._choose(pending.branches, step.logits.flatten(0, 1)[at])
+        self._accept(pending.branches, tokens, logprobs)
         for row in self.rows:
             row.advance()
 
-    def _came_true(self, ahead: _Flight) -> bool:
+    def _speculation_holds(self, speculative: PendingStep) -> bool:
         """True when the rows have become what a pass took them for; then it is theirs."""
-        live = [branch for row in self.rows for branch in row.live]
-        if live != ahead.branches:
+        live = [branch for row in self.rows for branch in row.active_branches]
+        if live != speculative.branches:
             return False
-        for row, foreseen in zip(self.rows, ahead.queries, strict=True):
-            at = foreseen.end - len(foreseen.tokens)
+        for row, speculated in zip(self.rows, speculative.queries, strict=True):
+            at = speculated.end - len(speculated.tokens)
             if (
-                len(row.tokens) != foreseen.end
-                or row.segments[at:] != list(foreseen.segments)
-                or row.positions[at:] != list(foreseen.positions)
-                # What the device chose stands; what a sampler foretold, it may have settled otherwise.
-                or any(0 <= told != token for told, token in zip(foreseen.tokens, row.tokens[at:], strict=True))
+                len(row.tokens) != speculated.end
+                or row.segments[at:] != list(speculated.segments)
+                or row.positions[at:] != list(speculated.positions)
+                # What the device chose stands; what a sampler proposed, it may have settled otherwise.
+                or any(0 <= told != token for told, token in zip(speculated.tokens, row.tokens[at:], strict=True))
             ):
                 return False
         for row in self.rows:
-            row.fed = len(row.tokens)
+            row.num_computed_tokens = len(row.tokens)
         return True
 
     def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
         choice: Choice = self.sampler.choose(branches, logits)
         return choice.tokens.tolist(), choice.logprobs.tolist() if self.keeps_logprobs else None
 
-    def _accept(self, branches: Sequence[Branch], tokens: list[int], chances: list[float] | None) -> None:
+    def _accept(self, branches: Sequence[Branch], tokens: list[int], logprobs: list[float] | None) -> None:
         """Give each branch its token; stop those, and all, for which a criterion holds."""
-        tokens = self.sampler.settle(branches, tokens)
-        if chances is not None:
-            for branch, chance in zip(branches, chances, strict=True):
-                branch.logprobs.append(chance)
+        tokens = self.sampler.finalize(branches, tokens)
+        if logprobs is not None:
+            for branch, logprob in zip(branches, logprobs, strict=True):
+                branch.logprobs.append(logprob)
         at = 0
         for row in self.rows:
-            count = len(row.live)
+            count = len(row.active_branches)
             if count:
                 row.accept(tokens[at : at + count])
                 at += count
@@ -276,13 +278,13 @@ class ParallelTurn:
         if any(_holds(clock, np.zeros(1)) for clock in self.clocks):
             for row in self.rows:
                 row.stop_all("max_time")
-        if self.feed is not None:
-            self.feed.flush()
+        if self.stream is not None:
+            self.stream.flush()
 
     def _stop(self, branches: Sequence[Branch]) -> None:
         for branch in branches:
             row = self.rows[branch.row]
-            if branch in row.live:
+            if branch in row.active_branches:
                 ids = branch.visible_ids()
                 if any(_holds(criterion, ids) for criterion in self.criteria):
                     row.stop(branch, "stopping_criteria")
