@@ -25,7 +25,6 @@ from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.checkpoint_writer import write_weights
@@ -38,6 +37,7 @@ from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
 from hf_efficient.hub.push import push
 from hf_efficient.hub.repository import check_access
+from hf_efficient.json_file import read_json
 from hf_efficient.logging import IN_REPORT, get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.registry import ARCHITECTURES, Architecture

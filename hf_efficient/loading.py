@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_efficient.conversion.options import check_device
 from hf_efficient.conversion.reading.hub_files import checked_token, is_repo_id
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
 from hf_efficient.errors import HFEError, UsageError, error_text
+from hf_efficient.json_file import read_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

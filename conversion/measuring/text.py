@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.json_file import parse_json
 from hf_efficient.errors import HFEError, TokenIdError
+from hf_efficient.json_file import parse_json
 
 SEQUENCE_LENGTH = 512
 # One document in this many is held out. Of a file, the last fifth; of Python's own text, files chosen by a hash.

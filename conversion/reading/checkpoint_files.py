@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.configuration_utils import get_configuration_file
 
-from hf_efficient.conversion.reading.json_file import is_file_name, read_json, read_weight_map
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import is_file_name, read_json
 from hf_efficient.modeling.decoder.weight_files import resolve_weight_files, weight_file_names
 
 CONFIG = "config.json"
@@ -71,7 +71,7 @@ def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
     """
     entry = next((each for each in weight_file_names(fields) if (folder / each).is_file()), None)
     if entry is not None and entry.endswith(".json"):
-        read_weight_map(file_inside(folder, entry, name))  # within the bounds of every JSON file
+        file_inside(folder, entry, name)  # raises where the index is a link out of the folder
     files = resolve_weight_files(folder, fields, name=name)
     return [file_inside(folder, str(path.relative_to(folder)), entry or name) for path in files]
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_efficient.conversion.reading.json_file import is_whole
 from hf_efficient.errors import HFEError, error_text
+from hf_efficient.json_file import is_whole
 from hf_efficient.modeling.decoder.attention import DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.json_file import is_whole
-from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS, check_finite, open_file, read_tensor
+from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS, check_finite, read_tensor
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import is_whole, open_file
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

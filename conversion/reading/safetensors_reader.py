@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, is_whole, parse_json
-from hf_efficient.conversion.reading.tensor_file import check_finite, open_file, read_tensor
+from hf_efficient.conversion.reading.tensor_file import check_finite, read_tensor
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import MAX_JSON_BYTES, is_whole, open_file, parse_json
 
 # The format's names of dtypes. Weights are of the first row; the others are known so that buffers can be skipped.
 DTYPES = {

@@ -31,11 +31,11 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
 from hf_efficient.conversion.stem.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
 from hf_efficient.errors import HFEError, error_text
+from hf_efficient.json_file import read_json
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 

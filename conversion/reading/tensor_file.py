@@ -6,32 +6,16 @@ No file is ever mapped into memory: a mapping counts against a limit on address 
 from __future__ import annotations
 
 import math
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import open_file
 
 # Elements handled at once where a step needs scratch memory, so that scratch stays small beside a tensor.
 CHUNK_ELEMENTS = 1 << 22
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[Any]:
-    """An ordinary file opened for reading; what the operating system refuses becomes `HFEError`."""
-    try:
-        # Before it is opened, since a pipe would block.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise HFEError(f"{path.name} is not an ordinary file", "replace it by a copy of the file")
-        with path.open("rb", buffering=0) as file:
-            yield file
-    except OSError as error:
-        raise HFEError(f"{path.name} cannot be read: {error.strerror}", "check the file and its permissions") from error
 
 
 def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_efficient.conversion.families.decoder import source_config
-from hf_efficient.conversion.reading.json_file import is_whole
 from hf_efficient.conversion.reading.rotary_order import split_halves
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
 from hf_efficient.errors import HFEError, error_text
+from hf_efficient.json_file import is_whole
 
 PARAMS_NAME = "params.json"
 _BACKBONE = "consolidated.pth"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import Patch
@@ -16,7 +17,6 @@ from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter
 from hf_efficient.conversion.writing.workspace import Workspace
-from hf_efficient.modeling.decoder.weight_files import SAFE_WEIGHTS_INDEX_NAME
 
 
 class CheckpointWriter:

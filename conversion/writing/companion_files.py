@@ -11,7 +11,6 @@ from typing import Any
 from transformers import GenerationConfig
 
 from hf_efficient.conversion.reading.checkpoint_files import file_inside
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
@@ -23,6 +22,7 @@ from hf_efficient.conversion.writing.known_settings import (
 )
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
 from hf_efficient.errors import HFEError, error_text
+from hf_efficient.json_file import read_json
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),

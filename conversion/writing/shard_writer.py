@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
@@ -81,7 +82,7 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
         groups[-1].append(tensor)
         size += tensor.bytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [Shard(SAFE_WEIGHTS_NAME, groups[0])]
     count = len(groups)
     return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import read_json
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 _CONFIG = "tokenizer_config.json"

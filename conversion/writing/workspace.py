@@ -26,7 +26,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from hf_efficient.conversion.reading.json_file import is_whole, read_json
 from hf_efficient.conversion.writing.durable_files import (
     DiskFullError,
     FinishedFile,
@@ -36,6 +35,7 @@ from hf_efficient.conversion.writing.durable_files import (
     write_text,
 )
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.json_file import is_whole, read_json
 
 SUFFIX = ".hfe-partial"
 _FORMAT = 1

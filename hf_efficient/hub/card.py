@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_efficient import __version__
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.hub.card_snippets import citations, note, usage
 from hf_efficient.hub.export import CONFIG
+from hf_efficient.json_file import read_json
 from hf_efficient.modeling.base.saved_code import replace_file
 from hf_efficient.registry import architecture_of
 

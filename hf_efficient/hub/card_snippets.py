@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hf_efficient import __version__
+from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
+from hf_efficient.errors import HFEError
+from hf_efficient.json_file import read_json
 from hf_efficient.registry import ARCHITECTURES
 
 # Lowest versions that the exported code runs with; the same as in the package's own metadata.
@@ -18,7 +20,7 @@ REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFOR
 def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     """How to load the model, generate, chat where the tokenizer has a chat template, and fine-tune it with LoRA."""
     auto_class = _auto_class(config)
-    tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
     lines = [
         f"from transformers import {imported}",
@@ -88,9 +90,9 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
+        return bool(read_json(folder / TOKENIZER_CONFIG).get("chat_template"))
     # A broken file has no template to show; loading the tokenizer reports the fault.
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except HFEError:
         return False
 
 

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES, is_licence
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
+from hf_efficient.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
 _ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG, *TOKENIZER_FILES)
 _CODE_BYTES = 1 << 22

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 
 from hf_efficient import __version__
-from hf_efficient.conversion.reading.json_file import read_json
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.custom_generate import render_generate
 from hf_efficient.hub.flatten import FlatCode, flat_name, flatten, with_value
+from hf_efficient.json_file import read_json
 from hf_efficient.modeling.base.saved_code import CODE_MANIFEST as CODE_MANIFEST
 from hf_efficient.modeling.base.saved_code import SavedCode
 from hf_efficient.registry import ARCHITECTURES, Architecture, architecture_of

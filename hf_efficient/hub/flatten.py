@@ -25,7 +25,7 @@ PACKAGE = "hf_efficient"
 NAMESPACE_MODULE = f"{PACKAGE}.kernels.namespace"
 # What a checkpoint may carry: the two lower storeys, and the leaves that every storey shares.
 _STOREYS = (f"{PACKAGE}.kernels.", f"{PACKAGE}.modeling.")
-_LEAVES = (f"{PACKAGE}.errors", f"{PACKAGE}.environment", f"{PACKAGE}.logging")
+_LEAVES = (f"{PACKAGE}.errors", f"{PACKAGE}.environment", f"{PACKAGE}.json_file", f"{PACKAGE}.logging")
 # Whoever loads a checkpoint has these: torch, transformers and what transformers itself depends on.
 _ALWAYS_INSTALLED = frozenset({"torch", "transformers", "huggingface_hub", "safetensors", "numpy"})
 _NAMED_BY_TRANSFORMERS = ("modeling_", "configuration_", "tokenization_")

@@ -21,9 +21,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_id
 
 from hf_efficient.conversion.reading.hub_files import checked_token
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES
 from hf_efficient.errors import HFEError, UsageError, error_text
 from hf_efficient.hub.contents import FIRST_BYTES, largest, may_be_part
+from hf_efficient.json_file import MAX_JSON_BYTES
 
 # Read whole, since their content is verified.
 _READ_WHOLE = (".json", ".py")

@@ -10,7 +10,6 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_efficient.conversion.plan import ModelSize
-from hf_efficient.conversion.reading.json_file import parse_json
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
 from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
 from hf_efficient.conversion.writing.known_settings import (
@@ -25,6 +24,7 @@ from hf_efficient.hub.contents import largest
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
+from hf_efficient.json_file import parse_json
 from hf_efficient.registry import Architecture
 
 REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf-efficient export FOLDER"

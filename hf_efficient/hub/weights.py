@@ -12,13 +12,13 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.reading.config_file import checked_fields
-from hf_efficient.conversion.reading.json_file import is_whole, read_weight_map
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
 from hf_efficient.conversion.writing.known_settings import misfits
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
+from hf_efficient.json_file import is_whole, read_weight_map
 from hf_efficient.registry import Architecture
 
 SINGLE_FILE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME

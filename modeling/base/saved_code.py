@@ -19,6 +19,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import read_json
 
 CODE_MANIFEST = "code_manifest.json"
 CUSTOM_GENERATE = "custom_generate"
@@ -209,7 +210,6 @@ def _files_of_earlier_code(folder: Path) -> set[str]:
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none, as what is broken is about to be replaced."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except HFEError:
         return {}
-    return value if isinstance(value, dict) else {}

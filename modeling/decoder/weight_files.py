@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_efficient.errors import HFEError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-SAFE_WEIGHTS_NAME = "model.safetensors"
-SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+from hf_efficient.errors import HFEError
+from hf_efficient.json_file import read_weight_map
+
 _SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # What `save_pretrained` writes of a model that is distributed over processes; each file may hold parts of tensors.
@@ -49,14 +49,7 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         HFEError: the index cannot be read, lists nothing, or lists what is not a safetensors file in its folder.
     """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise HFEError(f"{index.name} cannot be read as JSON ({error})", "download it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HFEError(f"{index.name} has no weight_map", "download it again")
-    return sorted({_inside(name, index.name, _SHARD) for name in weight_map.values()})
+    return sorted({_inside(name, index.name, _SHARD) for name in read_weight_map(index).values()})
 
 
 def resolve_weight_files(
@@ -137,6 +130,3 @@ def _absent(name: str, wanted: tuple[str, ...], present: list[str]) -> HFEError:
         f"{name} does not hold {' or '.join(wanted)}{has}",
         "name the folder of a whole checkpoint, and the variant where its files have one",
     )
-
-
-__all__ = ["SAFE_WEIGHTS_INDEX_NAME", "SAFE_WEIGHTS_NAME", "resolve_weight_files", "shard_names", "weight_file_names"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.conversion.reading.json_file import MAX_JSON_BYTES, parse_json, read_json
 from hf_efficient.errors import HFEError
+from hf_efficient.json_file import MAX_JSON_BYTES, parse_json, read_json
 
 
 @pytest.mark.parametrize(

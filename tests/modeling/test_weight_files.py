@@ -139,9 +139,9 @@ def write_index(folder: Path, content: object) -> None:
     [
         ("{", "JSON"),
         ("[" * 200_000, "JSON"),
-        ("[]", "weight_map"),
+        ("[]", "holds a list, not an object"),
         ({"weight_map": {}}, "weight_map"),
-        ({"weight_map": {"a": 3}}, "points to 3"),
+        ({"weight_map": {"a": 3}}, "file '3', which is no file name"),
         ({"weight_map": {"a": "../b.safetensors"}}, "outside"),
         ({"weight_map": {"a": "/b.safetensors"}}, "outside"),
         ({"weight_map": {"a": "C:\\b.safetensors"}}, "outside"),

@@ -1,15 +1,19 @@
-"""JSON files of a checkpoint, read within bounds: whatever comes out is an object that is safe to walk and to write."""
+"""JSON files of a checkpoint, read within bounds: every value that is returned can be traversed and written again.
+
+Every storey and the exported code read JSON with these functions, so this module imports only the standard library.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_efficient.conversion.reading.tensor_file import open_file
 from hf_efficient.errors import HFEError, error_text
 
 # Objects of Python take several times the bytes of their JSON. An index of 100,000 tensors has 10 MB.
@@ -19,6 +23,19 @@ MAX_TOKENIZER_BYTES = 1 << 27
 _MAX_DEPTH = 64
 _MAX_DIGITS = 64
 _DAMAGED = "download it again"
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """Context manager: the regular file `path`, open for unbuffered reading. Raises `HFEError` where it cannot be."""
+    try:
+        # Before it is opened, since a pipe would block.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise HFEError(f"{path.name} is not an ordinary file", "replace it by a copy of the file")
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise HFEError(f"{path.name} cannot be read: {error.strerror}", "check the file and its permissions") from error
 
 
 def read_bytes_of(path: Path, limit: int) -> bytes:
