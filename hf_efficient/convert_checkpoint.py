@@ -40,7 +40,7 @@ from hf_efficient.hub.repository import check_access
 from hf_efficient.json_file import read_json
 from hf_efficient.logging import IN_REPORT, get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.registry import ARCHITECTURES, Architecture
+from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
@@ -289,7 +289,7 @@ class _Conversion:
             workspace.publish()
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> ArchitectureSpec:
         """A single patch on a stock model has an architecture of its own; the decoder takes every other combination.
 
         A model that others trained with a patch is one on a stock model too.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from hf_efficient import __version__
 from hf_efficient.hub.flatten import FlatCode, file_header, flat_name
 from hf_efficient.modeling.base.saved_code import GENERATE
-from hf_efficient.registry import Architecture
+from hf_efficient.registry import ArchitectureSpec
 
 # `model` must be a keyword: transformers binds it before the prompt comes by position.
 _TEMPLATE = '''"""Parallel generation of the grammar `{grammar}`: the options are those of `parallel_generate`."""
@@ -37,7 +37,7 @@ def generate(inputs: Any = None, generation_config: Any = None, *args: Any, mode
 '''
 
 
-def render_generate(architecture: Architecture, code: FlatCode) -> tuple[str | None, str | None]:
+def render_generate(architecture: ArchitectureSpec, code: FlatCode) -> tuple[str | None, str | None]:
     """Text of `custom_generate/generate.py`, and the code file that it imports.
 
     None for an architecture that generates as all do.

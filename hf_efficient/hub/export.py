@@ -14,7 +14,7 @@ from hf_efficient.hub.flatten import FlatCode, flat_name, flatten, with_value
 from hf_efficient.json_file import read_json
 from hf_efficient.modeling.base.saved_code import CODE_MANIFEST as CODE_MANIFEST
 from hf_efficient.modeling.base.saved_code import SavedCode
-from hf_efficient.registry import ARCHITECTURES, Architecture, architecture_of
+from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec, architecture_of
 
 CONFIG = "config.json"
 _SAVED_CODE = flat_name("hf_efficient.modeling.base.saved_code") + ".py"
@@ -51,7 +51,7 @@ def export(folder: str | Path) -> CodeExport:
     return export_code(folder, architecture)
 
 
-def export_code(folder: Path, architecture: Architecture) -> CodeExport:
+def export_code(folder: Path, architecture: ArchitectureSpec) -> CodeExport:
     """Write the code of `architecture` into `folder`, beside its `config.json`; returns what was written."""
     exported = render_code(architecture)
     config = read_json(folder / CONFIG)
@@ -64,7 +64,7 @@ def export_code(folder: Path, architecture: Architecture) -> CodeExport:
     return exported
 
 
-def render_code(architecture: Architecture) -> CodeExport:
+def render_code(architecture: ArchitectureSpec) -> CodeExport:
     """The code of `architecture`, made from the installed package; writes nothing."""
     entry, auto_map = _auto_map(architecture)
     code = flatten(entry, __version__)
@@ -89,7 +89,7 @@ def installed_code(config_class: type) -> CodeExport | None:
     return next((render_code(a) for a in ARCHITECTURES if a.config_class is config_class), None)
 
 
-def _auto_map(architecture: Architecture) -> tuple[str, dict[str, str]]:
+def _auto_map(architecture: ArchitectureSpec) -> tuple[str, dict[str, str]]:
     """The module that transformers enters by, and `auto_map`.
 
     AutoConfig, too, points into the modeling file: transformers tells local copies of code apart by a hash over the

@@ -25,7 +25,7 @@ from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.json_file import parse_json
-from hf_efficient.registry import Architecture
+from hf_efficient.registry import ArchitectureSpec
 
 REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf-efficient export FOLDER"
 _DTYPES = Literal["float32", "float16", "bfloat16", "float64"]
@@ -99,7 +99,7 @@ def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -
         return {}
 
 
-def check_config(config: dict[str, Any], architecture: Architecture, auto_map: dict[str, str]) -> list[Finding]:
+def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_map: dict[str, str]) -> list[Finding]:
     """Keys and values of `config.json` that are not those of the architecture's configuration."""
     kinds = {"model_type": str, "auto_map": dict[str, str], **_COMMON}
     for field in fields(architecture.config_class):

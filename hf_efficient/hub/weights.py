@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_efficient.conversion.architecture import runtime_fields
 from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
 from hf_efficient.conversion.writing.known_settings import misfits
@@ -19,7 +20,7 @@ from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.json_file import is_whole, read_weight_map
-from hf_efficient.registry import Architecture
+from hf_efficient.registry import ArchitectureSpec
 
 SINGLE_FILE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 _COPY_AGAIN = "download or copy the checkpoint again"
@@ -42,7 +43,12 @@ class HeaderEntry(TypedDict, total=False):
 
 
 def check_weights(
-    folder: UntrustedFolder, names: Sequence[str], architecture: Architecture, fields: dict[str, Any], *, known: bool
+    folder: UntrustedFolder,
+    names: Sequence[str],
+    architecture: ArchitectureSpec,
+    fields: dict[str, Any],
+    *,
+    known: bool,
 ) -> tuple[int, list[Finding]]:
     """Number of tensors, and what is wrong with them.
 
@@ -68,16 +74,19 @@ def check_weights(
 
 
 def _expected_shapes(
-    architecture: Architecture, fields: dict[str, Any]
+    architecture: ArchitectureSpec, fields: dict[str, Any]
 ) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     """Shape of each tensor that the model has, by name, and the names that are tied to another tensor.
 
     The classes are the installed package's own, never the checkpoint's.
     """
     # A configuration may name a repository of kernels as its implementation of attention: that must not be fetched.
-    # Nor does it matter where a loaded model would keep its tables.
+    # Nor does it matter how a loaded model would run.
+    of_run_time = runtime_fields()
     plain = {
-        name: value for name, value in fields.items() if not name.endswith("_implementation") and name != "stem_offload"
+        name: value
+        for name, value in fields.items()
+        if not name.endswith("_implementation") and name not in of_run_time
     }
     config: PreTrainedConfig = architecture.config_class.from_dict(
         checked_fields(plain, architecture.config_class), attn_implementation="eager"

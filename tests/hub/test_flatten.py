@@ -13,7 +13,7 @@ import hf_efficient.modeling
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import render_code
 from hf_efficient.hub.flatten import FlatCode, flatten, package_imports
-from hf_efficient.registry import ARCHITECTURES, Architecture
+from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec
 
 EXPORTABLE = ("kernels", "modeling", "hf_efficient/errors.py", "hf_efficient/environment.py", "hf_efficient/logging.py")
 
@@ -55,7 +55,7 @@ def test_every_module_below_the_face_has_exportable_imports(repository_root: Pat
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
-def test_every_architecture_can_be_exported(architecture: Architecture) -> None:
+def test_every_architecture_can_be_exported(architecture: ArchitectureSpec) -> None:
     exported = render_code(architecture)
     assert exported.auto_map["AutoConfig"] == exported.code.entry.replace(
         ".py", f".{architecture.config_class.__name__}"

@@ -12,11 +12,11 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from transformers import PreTrainedConfig
 
 from hf_efficient.modeling.stem.configuration_stem import StemConfig, stem_layer_preset
-from hf_efficient.registry import ARCHITECTURES, Architecture
+from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
-def test_every_field_refuses_a_wrong_type(architecture: Architecture) -> None:
+def test_every_field_refuses_a_wrong_type(architecture: ArchitectureSpec) -> None:
     """The check is lost without the decorator on the class, and where annotations are strings."""
     classes = takewhile(lambda cls: cls is not PreTrainedConfig, architecture.config_class.__mro__)
     annotated = {name: kind for cls in classes for name, kind in vars(cls).get("__annotations__", {}).items()}
