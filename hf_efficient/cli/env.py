@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import platform
 from typing import Any
 
@@ -24,7 +25,7 @@ def _version(package: str) -> str:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, those that were tested, the GPU, and for each kernel the backend it would take here and why."""
-    from hf_efficient.kernels.contract import all_records
+    from hf_efficient import kernels
     from hf_efficient.kernels.dispatch import explain
 
     gpu = None
@@ -49,7 +50,11 @@ def describe_environment() -> dict[str, Any]:
             }.items()
         },
         "gpu": gpu,
-        "kernels": {record.name: explain(record.name, device) for record in all_records()},
+        "kernels": {
+            operation.name: explain(operation.name, device)
+            for operation in pkgutil.iter_modules(kernels.__path__)
+            if operation.ispkg
+        },
     }
 
 

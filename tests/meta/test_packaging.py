@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/api.py"))
 USE = (
     "import hf_efficient, torch; from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM;"
     "m = StemForCausalLM(StemConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,"
@@ -42,10 +45,14 @@ def _package_files(names: list[str]) -> set[str]:
     return {n for n in names if n.endswith(".py")}
 
 
-def test_wheel_and_sdist_hold_every_module_and_nothing_else(distributions: dict[str, Path]) -> None:
+def test_wheel_and_sdist_hold_every_module_but_the_kernel_records(distributions: dict[str, Path]) -> None:
+    """Records and their contract serve tests and benchmarks, which are run from a checkout."""
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "hf_efficient").rglob("*.py")}
     for storey in ("kernels", "modeling", "conversion"):
         expected |= {"hf_efficient/" + str(p.relative_to(ROOT)) for p in (ROOT / storey).rglob("*.py")}
+    records = {n for n in expected if n.startswith("hf_efficient/kernels/") and Path(n).name == "record.py"}
+    assert len(records) == len(OPERATIONS)
+    expected -= records | {"hf_efficient/kernels/contract.py"}
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         assert _package_files(wheel.namelist()) == expected
     with tarfile.open(distributions["sdist"]) as sdist:
@@ -56,9 +63,27 @@ def test_wheel_and_sdist_hold_every_module_and_nothing_else(distributions: dict[
 def test_wheel_works_from_another_folder(distributions: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         wheel.extractall(tmp_path / "site")
-    out = _run(USE, tmp_path, path=str(tmp_path / "site"))
+        assert not [name for name in wheel.namelist() if re.search(r"/kernels/(.*/record|contract)\.py$", name)]
+    site = str(tmp_path / "site")
+    out = _run(USE, tmp_path, path=site)
     assert "torch.Size([1, 4, 32])" in out
-    assert str(tmp_path / "site") in out
+    assert site in out
+
+    found = json.loads(_run("from hf_efficient.cli.main import run; run(['env', '--json'])", tmp_path, path=site))
+    assert list(found["kernels"]) == OPERATIONS
+
+
+def test_only_records_import_the_records_and_their_contract() -> None:
+    """What else imports them would not work from a wheel, and an export would carry them."""
+    shipped = [
+        p for storey in ("hf_efficient", "kernels", "modeling", "conversion") for p in (ROOT / storey).rglob("*.py")
+    ]
+    importing = {
+        p
+        for p in shipped
+        if re.search(r"hf_efficient\.kernels\.(\w+\.record|contract)\b", p.read_text(encoding="utf-8"))
+    }
+    assert importing == {ROOT / "kernels" / name / "record.py" for name in OPERATIONS}
 
 
 def test_bare_checkout_works_without_installation(tmp_path: Path) -> None:
