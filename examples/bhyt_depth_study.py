@@ -332,7 +332,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help=".txt or .jsonl file; by default the documentation that comes with Python")
+    parser.add_argument("--text", help=".txt or .jsonl file; by default the small sample that comes with the package")
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=688)

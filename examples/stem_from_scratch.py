@@ -236,7 +236,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help=".txt or .jsonl file; by default the documentation that comes with Python")
+    parser.add_argument("--text", help=".txt or .jsonl file; by default the small sample that comes with the package")
     parser.add_argument("--level", nargs="+", choices=("char", "byte", "bpe"), default=["char"])
     parser.add_argument("--vocabulary", type=int, default=4096, help="size of the BPE's")
     parser.add_argument("--steps", type=int, help="by default as many as go six times through the text")

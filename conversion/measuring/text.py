@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
+import gzip
 import hashlib
-import sys
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from hf_efficient.errors import HFEError, TokenIdError
 from hf_efficient.json_file import parse_json
 
 SEQUENCE_LENGTH = 512
-# One document in this many is held out. Of a file, the last fifth; of Python's own text, files chosen by a hash.
+# Of the documents of a file or data set, the last 1 / HELD_OUT_SHARE are held out.
 HELD_OUT_SHARE = 5
-# Characters; below this a page of Python's documentation says next to nothing.
-_SHORTEST_PAGE = 500
+# Origin, licence and format: sample/README.md.
+_SAMPLE = "sample/python_documentation.jsonl.gz"
+_SAMPLE_NAME = "documentation of Python 3.11"
+_SAMPLE_SHA256 = "fdf39973aa712b570dc9c0064c67ef4ea882e9c3ea163a174abbd1a639570f22"
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,13 @@ def load_text(source: str | None) -> tuple[Text, Text]:
     Args:
         source: a `.jsonl` file with a field `text` on each line, a `.txt` file (documents are paragraphs, separated by
             an empty line), the id of a data set on the Hub (needs the package datasets; its split `train`, its column
-            `text`), or None for the English documentation that comes with Python.
+            `text`), or None for the sample of Python's English documentation that is part of this package.
 
     Raises:
         HFEError: the source is absent or unreadable (the line is named), or holds fewer than two documents.
     """
     if source is None:
-        name = f"documentation of Python {sysconfig.get_python_version()}"
-        fit, held_out = _PythonPages.split()
-        return Text(f"{name}, four pages in five", fit), Text(f"{name}, one page in five", held_out)
+        return _read_sample()
     path = Path(source)
     if path.suffix == ".jsonl" or path.suffix == ".txt":
         documents = _read_jsonl(path) if path.suffix == ".jsonl" else _read_paragraphs(path)
@@ -140,62 +139,22 @@ def _read_dataset(name: str) -> Iterator[str]:
         ) from error
 
 
-class _PythonPages:
-    """English text that comes with Python: help topics and docstrings of library files, parsed when they are reached.
+def _read_sample() -> tuple[Text, Text]:
+    """The built-in text: pages to calibrate on, and held-out pages.
 
-    Nothing is imported. A page is a topic or a file; the two parts of the split share none.
+    Raises:
+        HFEError: the file is missing or is not the one that this release was made with.
     """
-
-    def __init__(self, pages: dict[str, Callable[[], str]]) -> None:
-        self._pages = pages
-
-    def __iter__(self) -> Iterator[str]:
-        texts = (read() for read in self._pages.values())
-        return (text for text in texts if len(text) >= _SHORTEST_PAGE)
-
-    @classmethod
-    def split(cls) -> tuple[_PythonPages, _PythonPages]:
-        """Four pages in five, and the fifth, by a hash of their names; each in the order of the hash."""
-        library = Path(sysconfig.get_path("stdlib"))
-        pages: dict[str, Callable[[], str]] = {}
-        for path in _library_files(library):
-            pages[path.relative_to(library).as_posix()] = partial(_docstrings, path)
-        for name, text in _help_topics(library).items():
-            pages[f"topic {name}"] = partial(str, text)
-        if not pages:
-            raise HFEError(
-                "this Python comes without its library's sources, so there is no built-in text",
-                "give a text of your own",
-            )
-        digests = {name: hashlib.sha256(name.encode()).digest() for name in pages}
-        parts: tuple[dict[str, Callable[[], str]], ...] = ({}, {})
-        for name in sorted(pages, key=digests.__getitem__):
-            parts[digests[name][-1] % HELD_OUT_SHARE == 0][name] = pages[name]
-        return cls(parts[0]), cls(parts[1])
-
-
-def _library_files(library: Path) -> Iterator[Path]:
-    for name in sorted(sys.stdlib_module_names - {"test", "idlelib", "pydoc_data"}):
-        if (library / f"{name}.py").is_file():
-            yield library / f"{name}.py"
-        yield from (path for path in sorted((library / name).rglob("*.py")) if not {"test", "tests"} & set(path.parts))
-
-
-def _docstrings(path: Path) -> str:
+    path = files("hf_efficient.conversion.measuring").joinpath(_SAMPLE)
     try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # the library holds samples of broken code
-        return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return "\n\n".join(docstring for docstring in found if docstring)
-
-
-def _help_topics(library: Path) -> dict[str, str]:
-    """Pages of the interactive help, by name; empty where this Python was installed without them."""
-    try:
-        tree = ast.parse((library / "pydoc_data" / "topics.py").read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    tables = (ast.literal_eval(node) for node in ast.walk(tree) if isinstance(node, ast.Dict))
-    return {name: text for table in tables for name, text in table.items()}
+        packed = path.read_bytes()
+    except OSError as error:
+        raise HFEError(f"the built-in text cannot be read: {error.strerror}", "install hf_efficient again") from error
+    if hashlib.sha256(packed).hexdigest() != _SAMPLE_SHA256:
+        raise HFEError("the built-in text was changed: its SHA-256 differs", "install hf_efficient again")
+    pages = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+    fit, held_out = (tuple(page["text"] for page in pages if page["held_out"] == wanted) for wanted in (False, True))
+    return (
+        Text(f"{_SAMPLE_NAME}, {len(fit)} pages", fit),
+        Text(f"{_SAMPLE_NAME}, {len(held_out)} other pages", held_out),
+    )

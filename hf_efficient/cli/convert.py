@@ -42,7 +42,7 @@ def command(
     ] = False,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: text that Python ships."),
+        typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: a built-in sample."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.")] = 18432,
     evaluate: Annotated[bool, typer.Option(help="Measure the loss against the source afterwards.")] = True,

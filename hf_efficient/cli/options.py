@@ -25,7 +25,7 @@ Token = Annotated[
 Device = Annotated[str, typer.Option(help="Device that computes, e.g. cpu or cuda.")]
 Text = Annotated[
     str | None,
-    typer.Option(help="Text to measure on: FILE.jsonl, FILE.txt or a data set id. Default: text that Python ships."),
+    typer.Option(help="Text to measure on: FILE.jsonl, FILE.txt or a data set id. Default: a built-in sample."),
 ]
 
 

@@ -60,6 +60,19 @@ def test_wheel_and_sdist_hold_every_module_but_the_kernel_records(distributions:
     assert {n if n.startswith("hf_efficient/") else f"hf_efficient/{n}" for n in inside} == expected
 
 
+def test_wheel_and_sdist_hold_the_built_in_text_and_its_licence(distributions: dict[str, Path]) -> None:
+    folder = ROOT / "conversion" / "measuring" / "sample"
+    expected = {f"conversion/measuring/sample/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    assert {"LICENSE.txt", "python_documentation.jsonl.gz"} <= {path.name for path in folder.iterdir()}
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        assert {name: wheel.read(f"hf_efficient/{name}") for name in expected} == expected
+    with tarfile.open(distributions["sdist"]) as sdist:
+        root = sdist.getnames()[0].split("/", 1)[0]
+        for name, content in expected.items():
+            member = sdist.extractfile(f"{root}/{name}")
+            assert member is not None and member.read() == content
+
+
 def test_wheel_works_from_another_folder(distributions: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         wheel.extractall(tmp_path / "site")

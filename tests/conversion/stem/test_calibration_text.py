@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficient.conversion.measuring.calibration import prepare_calibration
+from hf_efficient.conversion.measuring import text as text_module
+from hf_efficient.conversion.measuring.calibration import (
+    CALIBRATION_TOKENS,
+    FIT_EXCERPT,
+    HELD_OUT_TOKENS,
+    PROBE_TOKENS,
+    prepare_calibration,
+)
 from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, Text, load_text, pack
 from hf_efficient.errors import HFEError, TokenIdError
 
@@ -44,18 +52,36 @@ def test_paragraphs_of_a_text_file_are_its_documents(tmp_path):
     assert (list(fit.documents), list(held_out.documents)) == (["one\nline", "two"], ["three"])
 
 
-def test_built_in_text_is_english_the_same_each_time_and_split_into_disjoint_pages():
-    before = set(sys.modules)
-    (fit, held_out), (again, _) = load_text(None), load_text(None)
-    first = [page for page, _ in zip(fit.documents, range(20), strict=False)]
-    other = [page for page, _ in zip(held_out.documents, range(20), strict=False)]
-    assert first == [page for page, _ in zip(again.documents, range(20), strict=False)]
+def test_built_in_text_is_english_fixed_and_split_into_disjoint_pages():
+    fit, held_out = load_text(None)
+    first, other = list(fit.documents), list(held_out.documents)
     assert not set(first) & set(other)
-    assert all(len(page) >= 500 for page in first + other)
+    assert all(500 <= len(page) <= 1000 for page in first) and all(500 <= len(page) <= 3000 for page in other)
     words = " ".join(first + other).split()
     assert sum(word in {"the", "a", "of", "is", "to"} for word in words) > 0.08 * len(words)
-    assert fit.name.startswith("documentation of Python 3.")
-    assert set(sys.modules) - before <= {"pydoc_data"}  # read, not imported
+    assert (fit.name, held_out.name) == (
+        "documentation of Python 3.11, 180 pages",
+        "documentation of Python 3.11, 44 other pages",
+    )
+    digest = hashlib.sha256("\0".join(first + other).encode()).hexdigest()
+    assert digest == "357ce61c32c22cbb037e021ae88f8e4f90c3d3dba8920ddeb421ae79bb6f1e11"
+
+
+def test_built_in_text_is_enough_for_the_defaults():
+    """A page is cut to FIT_EXCERPT tokens; tokenizers of large vocabularies take six characters a token and more."""
+    fit, held_out = load_text(None)
+    pages = [min(len(page) // 6, FIT_EXCERPT) for page in fit.documents]
+    assert sum(pages) >= CALIBRATION_TOKENS + PROBE_TOKENS
+    assert sum(min(len(page) // 6, SEQUENCE_LENGTH) for page in held_out.documents) >= 2 * HELD_OUT_TOKENS
+
+
+def test_a_changed_built_in_text_is_refused(monkeypatch):
+    monkeypatch.setattr(text_module, "_SAMPLE_SHA256", "0" * 64)
+    with pytest.raises(HFEError, match="built-in text was changed.*install hf_efficient again"):
+        load_text(None)
+    monkeypatch.setattr(text_module, "_SAMPLE", "sample/absent.gz")
+    with pytest.raises(HFEError, match="built-in text cannot be read.*install hf_efficient again"):
+        load_text(None)
 
 
 @pytest.mark.parametrize(
