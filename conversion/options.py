@@ -38,7 +38,6 @@ class ConversionOptions:
     base_model: str | None
     license: str | None
     tokenizer: str | Path | None
-    gamma_folded: bool
 
     def __post_init__(self) -> None:
         _check_patches(self.patches)
@@ -86,7 +85,6 @@ class ConversionOptions:
                 "base_model",
                 "license",
                 "max_shard_bytes",
-                "gamma_folded",
             )
         }
         values["dtype"] = str(self.dtype).removeprefix("torch.")

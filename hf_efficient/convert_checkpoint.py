@@ -65,7 +65,6 @@ def convert(
     base_model: str | None = None,
     license: str | None = None,
     tokenizer: str | Path | None = None,
-    gamma_folded: bool = False,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     evaluate: bool = True,
@@ -94,8 +93,6 @@ def convert(
         max_shard_size: largest weight file.
         base_model, license: for the model card; by default what the source says of itself.
         tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
-        gamma_folded: the source was written by the BHyT authors' code while `norm_fold` was applied, of which it leaves
-            no sign: the projections hold the gammas of the norms before them, which are divided out of them.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
             the documentation that comes with Python.
         calibration_tokens: tokens to calibrate on, at most.
@@ -129,7 +126,6 @@ def convert(
         base_model=base_model,
         license=license,
         tokenizer=tokenizer,
-        gamma_folded=gamma_folded,
     )
     if not dry_run:
         check_output(output, Path(source).expanduser(), resume=resume, overwrite=overwrite)
@@ -140,7 +136,6 @@ def convert(
         revision=revision,
         token=token,
         tokenizer=None if tokenizer is None else str(tokenizer),
-        gamma_folded=gamma_folded,
     )
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
     if any(patch.measures_choice for patch in options.patches):

@@ -10,12 +10,18 @@ the eps of a BHyT norm is 1e-6 whatever `rms_norm_eps` says, the statistics of t
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.decoder import decoder_config, source_config
+from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
+from hf_efficient.conversion.reading.config_fields import check_fields
+from hf_efficient.conversion.reading.release import Release
+from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
+from hf_efficient.conversion.reading.stock_names import with_stock_names
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.bhyt.branch_variance import branch_variance
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
@@ -23,8 +29,9 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 if TYPE_CHECKING:
     from hf_efficient.conversion.reading.source import TensorReader
 
-# In config.json: the projections hold the gammas of the norms before them. Their code leaves no sign of it.
-GAMMA_FOLDED = "bhyt_gamma_folded"
+# A field that the user adds to config.json: the projections contain the gammas of the norms before them (`norm_fold`).
+# The authors' code does not record it.
+_GAMMA_FOLDED = "bhyt_gamma_folded"
 _EPS = 1e-6
 _ESTIMATED = ("bhyt", "bhytline")
 _EXACT = "bhytstar"
@@ -52,12 +59,12 @@ _FOLDED = {
 }
 
 
-def is_bhyt_release(fields: dict[str, Any]) -> bool:
+def _has_bhyt_norms(fields: dict[str, Any]) -> bool:
     """True for the `config.json` of a model that the authors' code trained with a norm other than RMSNorm."""
     return fields.get("model_type") == "llama" and fields.get("norm_type") not in (None, "rms")
 
 
-def release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> EfficientDecoderConfig:
+def _release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> EfficientDecoderConfig:
     """The decoder configuration of a release checkpoint.
 
     Args:
@@ -176,31 +183,37 @@ class BhytReleaseReader:
     Args:
         stored: the checkpoint's tensors as they lie in its files.
         fields: its `config.json`.
-        config: what `release_config` made of it; of a model with RMSNorm alone its plain configuration.
-        gamma_folded: the projections hold the gammas of the norms before them (`norm_fold`), which are therefore
-            divided out of them: applied twice, they would ruin the model. To set them to 1 would not do, since the
-            estimate of the second site is made of the projections as they were trained.
+        config: the same model as a configuration of our decoder.
 
     Raises:
-        HFEError: the checkpoint bears signs of `norm_fold` and nobody said so, or it does not go with the norms.
+        HFEError: the checkpoint has backups of `norm_fold` but config.json does not set `bhyt_gamma_folded`, or sets it
+            for norms that `norm_fold` does not fold; or a tensor is missing.
+
+    `bhyt_gamma_folded: true` in config.json says that the projections contain the gammas of the norms before them. The
+    reader then divides the gammas out of the projections: applied twice, they would ruin the model. Setting the gammas
+    to 1 instead would change the estimate of the second mean square, which is made of the projections as trained.
     """
 
-    def __init__(
-        self, stored: TensorReader, fields: dict[str, Any], config: EfficientDecoderConfig, *, gamma_folded: bool
-    ) -> None:
+    def __init__(self, stored: TensorReader, fields: dict[str, Any], config: EfficientDecoderConfig) -> None:
+        gamma_folded = bool(fields.get(_GAMMA_FOLDED))
         backups = [name for name in stored.names() if _BACKUP in name]
         if backups and not gamma_folded:
             raise HFEError(
-                f"the checkpoint holds {backups[0]}, which norm_fold makes: its projections hold the gammas already",
-                "convert with --gamma-folded, or save the model again after revert_norm_fold",
+                f"the checkpoint holds {backups[0]}, which norm_fold makes: its projections contain the gammas already",
+                f'add "{_GAMMA_FOLDED}": true to config.json in a local copy of the checkpoint, so that the gammas are '
+                "divided out, or save the model again after revert_norm_fold",
             )
+        remedy = f"remove {_GAMMA_FOLDED} from config.json"
         if gamma_folded and fields.get("model_type") != "llama":
             raise HFEError(
-                f"gamma_folded speaks of Llamas of the BHyT authors' code, and this is a {fields.get('model_type')}",
-                "leave it out",
+                f"config.json sets {_GAMMA_FOLDED}, a field for Llama checkpoints of the BHyT authors' code, and the "
+                f"model_type is {fields.get('model_type')}",
+                remedy,
             )
         if gamma_folded and any(_layer_kind(fields, i) == _EXACT for i in range(config.num_hidden_layers)):
-            raise HFEError("gammas of norm_type bhytstar are never folded: norm_fold passes over it", "leave it out")
+            raise HFEError(
+                f"config.json sets {_GAMMA_FOLDED}, but norm_fold never folds the gammas of norm_type bhytstar", remedy
+            )
         self._stored = stored
         self._config: Any = config  # typed with None, which no field of a configuration is once it is built
         layers = config.bhyt_layers or []
@@ -226,6 +239,32 @@ class BhytReleaseReader:
             for index in estimated
             for kind in kinds
         }
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """True for a folder whose config.json has the fields of the authors' code, or says that gammas are folded."""
+        try:
+            fields = read_config(folder, folder.name)
+        except HFEError:
+            return False  # the reader of stock checkpoints raises this error again
+        return "norm_type" in fields or bool(fields.get(_GAMMA_FOLDED))
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Release:
+        """The checkpoint in `folder`, which error messages call `name`."""
+        fields = read_config(folder, name)
+        stock_config = source_config(fields)
+        files = weight_files(folder, fields, name)
+        stored = SafetensorsReader(files)
+        # The fields that only the authors' code has are checked below.
+        warnings = check_fields(fields, stock_config, others=False)
+        config = decoder_config(stock_config)
+        if not _has_bhyt_norms(fields) and not fields.get(_GAMMA_FOLDED):
+            return Release(with_stock_names(stored, config), stock_config, config, files, fields, warnings)
+        if _has_bhyt_norms(fields):
+            config = _release_config(fields, config)
+        reader = cls(stored, fields, config)
+        return Release(reader, stock_config, config, files, fields, warnings + reader.warnings())
 
     def names(self) -> list[str]:
         return [*self._names, *self._computed]

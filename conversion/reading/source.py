@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_efficient.conversion.bhyt.release_reader import (
-    GAMMA_FOLDED,
-    BhytReleaseReader,
-    is_bhyt_release,
-    release_config,
-)
+from hf_efficient.conversion.bhyt.release_reader import BhytReleaseReader
 from hf_efficient.conversion.families.decoder import decoder_config, source_config
 from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
 from hf_efficient.conversion.reading.config_fields import check_fields
@@ -31,13 +26,16 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
+from hf_efficient.conversion.reading.release import Release, ReleaseReader
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
-from hf_efficient.conversion.stem.lingua_reader import PARAMS_NAME, LinguaReader, is_lingua
+from hf_efficient.conversion.stem.lingua_reader import LinguaReader
 from hf_efficient.errors import HFEError, error_text
-from hf_efficient.json_file import read_json
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+
+# Readers of folders in another layout than that of transformers, asked in this order.
+_RELEASE_READERS: tuple[type[ReleaseReader], ...] = (LinguaReader, BhytReleaseReader)
 
 
 class TensorReader(Protocol):
@@ -154,7 +152,6 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     tokenizer: str | None = None,
-    gamma_folded: bool = False,
 ) -> Source:
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
 
@@ -162,29 +159,21 @@ def open_source(
         location: the source. Something that exists locally is never looked up on the Hub.
         revision, token: of the Hub repository.
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
-        gamma_folded: the projections hold the gammas of the norms before them: see `BhytReleaseReader`.
 
     Raises:
         HFEError: the source is absent, damaged, or not a checkpoint that a conversion takes.
     """
-    source = _open(location, revision, token, gamma_folded)
+    source = _open(location, revision, token)
     if tokenizer is not None:
         path = Path(tokenizer).expanduser()
         source = replace(source, tokenizer_files=path if path.is_dir() else download_tokenizer(tokenizer, token=token))
-    return _with_special_tokens(source) if isinstance(source.reader, LinguaReader) else source
+    return source if source.fields or source.gguf_file is not None else _with_special_tokens(source)
 
 
-def _open(location: str, revision: str | None, token: str | None, gamma_folded: bool) -> Source:
+def _open(location: str, revision: str | None, token: str | None) -> Source:
     path = Path(location).expanduser()
-    if path.is_dir() and not is_lingua(path):
-        return _open_folder(location, path, gamma_folded)
-    if gamma_folded and path.exists():
-        raise HFEError(
-            f"gamma_folded speaks of a folder that the BHyT authors' code wrote, and {path.name} is none",
-            "leave it out",
-        )
     if path.is_dir():
-        return _open_lingua(location, path)
+        return _open_folder(location, path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise HFEError(
@@ -193,44 +182,40 @@ def _open(location: str, revision: str | None, token: str | None, gamma_folded: 
         return _open_gguf(location, path)
     if path.suffix.lower() == ".gguf" or not is_repo_id(location):
         raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
-    return _open_folder(location, download_checkpoint(location, revision=revision, token=token), gamma_folded)
+    return _open_folder(location, download_checkpoint(location, revision=revision, token=token))
 
 
-def _open_folder(location: str, folder: Path, gamma_folded: bool) -> Source:
+def _open_folder(location: str, folder: Path) -> Source:
     repo, revision = repo_of_snapshot(folder)
     name = repo or folder.resolve().name
-    fields = read_config(folder, name)
-    stock_config = source_config(fields)
+    release = next((reader for reader in _RELEASE_READERS if reader.recognises(folder)), None)
+    opened = _open_stock(folder, name) if release is None else release.open(folder, name)
     card = card_metadata(folder)
-    files = weight_files(folder, fields, name)
-    reader: TensorReader = SafetensorsReader(files)
-    folded = gamma_folded or bool(fields.get(GAMMA_FOLDED))
-    released = is_bhyt_release(fields) or folded
-    # The BHyT authors' code has fields of its own, which its reader looks at.
-    warnings = check_fields(fields, stock_config, others=not released and "norm_type" not in fields)
-    config = decoder_config(stock_config)
-    if is_bhyt_release(fields):
-        config = release_config(fields, config)
-    if released:
-        release = BhytReleaseReader(reader, fields, config, gamma_folded=folded)
-        reader, warnings = release, warnings + release.warnings()
-    else:
-        reader = with_stock_names(reader, config)
-    warnings += _dtype_warning(stock_config, reader)
     return Source(
         location=location,
         files=folder,
-        reader=reader,
-        stock_config=stock_config,
-        config=config,
-        fields=fields,
-        weight_files=files,
+        reader=opened.reader,
+        stock_config=opened.stock_config,
+        config=opened.config,
+        fields=opened.fields,
+        weight_files=opened.weight_files,
         # A patched checkpoint goes back to the stock model that it was made from.
-        base_model=card.get("base_model") if isinstance(stock_config, DecoderConfig) else repo,
+        base_model=card.get("base_model") if isinstance(opened.stock_config, DecoderConfig) else repo,
         license=card.get("license"),
         revision=revision,
-        warnings=warnings,
+        warnings=opened.warnings + _dtype_warning(opened.stock_config, opened.reader),
     )
+
+
+def _open_stock(folder: Path, name: str) -> Release:
+    """A folder in the layout of transformers, of a stock model or of one of our own."""
+    fields = read_config(folder, name)
+    stock_config = source_config(fields)
+    files = weight_files(folder, fields, name)
+    reader = SafetensorsReader(files)
+    warnings = check_fields(fields, stock_config)
+    config = decoder_config(stock_config)
+    return Release(with_stock_names(reader, config), stock_config, config, files, fields, warnings)
 
 
 def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
@@ -263,31 +248,8 @@ def _open_gguf(location: str, path: Path) -> Source:
     )
 
 
-def _open_lingua(location: str, folder: Path) -> Source:
-    if not (folder / PARAMS_NAME).is_file():
-        raise HFEError(
-            f"{folder.name} has no {PARAMS_NAME}, which says what model its weights are",
-            f"copy {PARAMS_NAME} from the folder of the training step",
-        )
-    reader = LinguaReader(folder, read_json(folder / PARAMS_NAME))
-    return Source(
-        location=location,
-        files=folder,
-        reader=reader,
-        stock_config=reader.config,
-        config=_lingua_config(reader),
-        weight_files=reader.paths,
-    )
-
-
-def _lingua_config(reader: LinguaReader) -> EfficientDecoderConfig:
-    config = decoder_config(reader.config)
-    config.stem_layers = reader.stem_layers
-    return decoder_config(config)  # once more, for its rules
-
-
 def _with_special_tokens(source: Source) -> Source:
-    """A checkpoint of Lingua with the special tokens of its tokenizer; where none can be loaded, it keeps none."""
+    """A source without config.json with the special tokens of its tokenizer; none if no tokenizer can be loaded."""
     try:
         tokenizer = source.tokenizer()
     except HFEError:

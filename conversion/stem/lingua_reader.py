@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.families.decoder import source_config
+from hf_efficient.conversion.families.decoder import decoder_config, source_config
+from hf_efficient.conversion.reading.checkpoint_files import CONFIG
+from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.rotary_order import split_halves
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
 from hf_efficient.errors import HFEError, error_text
-from hf_efficient.json_file import is_whole
+from hf_efficient.json_file import is_whole, read_json
 
 PARAMS_NAME = "params.json"
 _BACKBONE = "consolidated.pth"
@@ -64,12 +66,6 @@ _MUST_BE_EMPTY = {
 }
 
 
-def is_lingua(folder: Path) -> bool:
-    """True for a folder that holds a checkpoint of this format, whole or not, and no `config.json`."""
-    signs = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
-    return not (folder / "config.json").exists() and any((folder / sign).exists() for sign in signs)
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Tensors side by side that make up one tensor of the checkpoint, and the file of the first."""
@@ -100,6 +96,26 @@ class LinguaReader:
         self._pieces = {stock_name(name): _Piece([tensor], backbone) for name, tensor in state.items()}
         for position, index in enumerate(self.stem_layers):
             self._pieces[f"model.layers.{index}.mlp.stem_embed.weight"] = tables[position]
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """True for a folder that holds a checkpoint of this layout, complete or not, and no `config.json`."""
+        signs = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
+        return not (folder / CONFIG).exists() and any((folder / sign).exists() for sign in signs)
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Release:
+        """The checkpoint in `folder`, which error messages call `name`."""
+        if not (folder / PARAMS_NAME).is_file():
+            raise HFEError(
+                f"{name} has no {PARAMS_NAME}, which says what model its weights are",
+                f"copy {PARAMS_NAME} from the folder of the training step",
+            )
+        reader = cls(folder, read_json(folder / PARAMS_NAME))
+        config = decoder_config(reader.config)
+        config.stem_layers = reader.stem_layers
+        # Built again, so that the configuration checks the field that was added.
+        return Release(reader, reader.config, decoder_config(config), reader.paths)
 
     def names(self) -> list[str]:
         return list(self._pieces)

@@ -33,13 +33,6 @@ def command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a tokenizer, for a source that has none of its own.")
     ] = None,
-    gamma_folded: Annotated[
-        bool,
-        typer.Option(
-            "--gamma-folded",
-            help="The source is of the BHyT authors' code, with norm_fold applied: take the gammas out again.",
-        ),
-    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: a built-in sample."),
@@ -91,7 +84,6 @@ def command(
         base_model=base_model,
         license=license,
         tokenizer=tokenizer,
-        gamma_folded=gamma_folded,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         evaluate=evaluate,

@@ -235,23 +235,27 @@ def test_an_rms_checkpoint_of_the_release_is_a_plain_llama(tmp_path: Path) -> No
     assert (found - reference(ids)).norm() / reference(ids).norm() < 1e-5
 
 
-@pytest.mark.parametrize("told", ["option", "config.json"])
+def mark_folded(source: Path) -> None:
+    """Add the field that says that `norm_fold` was applied, as a user does."""
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**fields, "bhyt_gamma_folded": True}))
+
+
 @pytest.mark.parametrize("norm_type", ["bhyt", "rms"])
-def test_gammas_that_the_projections_hold_are_not_applied_twice(norm_type: str, told: str, tmp_path: Path) -> None:
+def test_gammas_that_the_projections_hold_are_not_applied_twice(norm_type: str, tmp_path: Path) -> None:
     reference, ids = Reference(norm_type=norm_type), torch.randint(VOCABULARY, (2, 9))
     expected = reference(ids)
     reference.fold()
-    if told == "config.json":
-        reference.config["bhyt_gamma_folded"] = True
     source = reference.save(tmp_path / "release")
-    report = convert(source, tmp_path / "out", [], gamma_folded=told == "option", **QUIET)
+    # Without the field they are applied twice: nothing in such a checkpoint shows it.
+    convert(source, tmp_path / "unmarked", [], **QUIET)
+    doubled = AutoModelForCausalLM.from_pretrained(tmp_path / "unmarked")(ids).logits.double()
+    assert (doubled - expected).norm() / expected.norm() > 0.01
+    mark_folded(source)
+    report = convert(source, tmp_path / "out", [], **QUIET)
     assert f"gammas of {2 * LAYERS} norms were divided out" in " ".join(report.warnings)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits.double()
     assert (found - expected).norm() / expected.norm() < 1e-5
-    if told == "option":  # untold, they are: nothing in such a checkpoint shows it
-        convert(source, tmp_path / "untold", [], **QUIET)
-        doubled = AutoModelForCausalLM.from_pretrained(tmp_path / "untold")(ids).logits.double()
-        assert (doubled - expected).norm() / expected.norm() > 0.01
 
 
 def test_folded_gammas_that_are_ones_or_zeros_change_nothing(tmp_path: Path) -> None:
@@ -262,7 +266,8 @@ def test_folded_gammas_that_are_ones_or_zeros_change_nothing(tmp_path: Path) -> 
             tensor.copy_(torch.arange(WIDTH) % 3 > 0)
     reference.fold()
     source = reference.save(tmp_path / "release")
-    convert(source, tmp_path / "out", [], gamma_folded=True, **QUIET)
+    mark_folded(source)
+    convert(source, tmp_path / "out", [], **QUIET)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -273,9 +278,12 @@ def test_a_backup_of_unfolded_weights_gives_a_folded_checkpoint_away(tmp_path: P
     name = "model.layers.0.self_attn.q_proj._bhyt_norm_fold_backup_self_attn_q_proj"
     reference.p[name] = torch.zeros(HEADS * HEAD, WIDTH)
     source = reference.save(tmp_path / "release")
-    with pytest.raises(HFEError, match=rf"{name}, which norm_fold makes.*--gamma-folded"):
+    with pytest.raises(
+        HFEError, match=rf"{name}, which norm_fold makes.*add \"bhyt_gamma_folded\": true to config.json"
+    ):
         convert(source, tmp_path / "out", [], **QUIET)
-    convert(source, tmp_path / "out", [], gamma_folded=True, **QUIET)
+    mark_folded(source)
+    convert(source, tmp_path / "out", [], **QUIET)
     assert name not in load_file(tmp_path / "out" / "model.safetensors")
 
 
@@ -344,14 +352,13 @@ def test_an_estimate_that_vanishes_is_refused(tmp_path: Path) -> None:
         convert(reference.save(tmp_path / "release"), tmp_path / "out", [], **QUIET)
 
 
-def test_folded_gammas_are_an_option_of_such_checkpoints_only(tmp_path: Path) -> None:
+def test_folded_gammas_are_a_field_of_such_checkpoints_only(tmp_path: Path) -> None:
     star = Reference(norm_type="bhytstar").save(tmp_path / "star")
-    with pytest.raises(HFEError, match="bhytstar are never folded"):
-        convert(star, tmp_path / "out", [], gamma_folded=True, **QUIET)
+    mark_folded(star)
+    with pytest.raises(HFEError, match="never folds the gammas of norm_type bhytstar"):
+        convert(star, tmp_path / "out", [], **QUIET)
     qwen = Reference().save(tmp_path / "qwen")
     (qwen / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen3"}))
-    with pytest.raises(HFEError, match="this is a qwen3"):
-        convert(qwen, tmp_path / "out", [], gamma_folded=True, **QUIET)
-    (tmp_path / "weights.gguf").touch()
-    with pytest.raises(HFEError, match="weights.gguf is none"):
-        convert(tmp_path / "weights.gguf", tmp_path / "out", [], gamma_folded=True, **QUIET)
+    mark_folded(qwen)
+    with pytest.raises(HFEError, match="bhyt_gamma_folded.*model_type is qwen3"):
+        convert(qwen, tmp_path / "out", [], **QUIET)

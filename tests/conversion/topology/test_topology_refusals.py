@@ -133,5 +133,5 @@ def test_the_patch_reads_the_tokenizer_only_when_it_is_asked(monkeypatch: pytest
     monkeypatch.setattr(Source, "tokenizer", lambda self: pytest.fail("the tokenizer was read"))
     names = {field.name: None for field in dataclasses.fields(ConversionOptions)}
     defaults = {"dtype": "auto", "max_shard_size": "5GB", "device": "cpu", "seed": 0, "calibration_tokens": 1}
-    given = {**names, **defaults, "evaluate": False, "gamma_folded": False}
+    given = {**names, **defaults, "evaluate": False}
     ConversionOptions(**{**given, "patches": [Multiverse()]})
