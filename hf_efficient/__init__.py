@@ -18,7 +18,7 @@ from hf_efficient.modeling.base.tested_releases import check_transformers  # noq
 
 check_transformers()
 
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig  # noqa: E402
+from hf_efficient.modeling.base.registered_config import RegisteredConfig  # noqa: E402
 from hf_efficient.registry import register_architectures  # noqa: E402
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ def _installed_code(config_class: type) -> Any:
     return import_module("hf_efficient.hub.export").installed_code(config_class)
 
 
-DecoderConfig.code_source = staticmethod(_installed_code)
+RegisteredConfig.code_source = staticmethod(_installed_code)
 
 # Public name -> the module that defines it. Resolved on first use, so that importing the package stays cheap.
 _PUBLIC = {

@@ -3,18 +3,12 @@
 Annotations are evaluated in this file and in those of the patches: `strict` does not check a type that is a string.
 """
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME
 
-from hf_efficient.modeling.base.peft_targets import register_peft_targets
-from hf_efficient.modeling.base.saved_code import SavedCode, carried_code, is_ours
+from hf_efficient.modeling.base.registered_config import RegisteredConfig
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
@@ -30,7 +24,7 @@ def length_dependent_rope(rope_parameters: dict[str, Any] | None) -> str | None:
 
 
 @strict
-class DecoderConfig(PreTrainedConfig):
+class DecoderConfig(RegisteredConfig, PreTrainedConfig):
     """Llama, Mistral, Qwen2 and Qwen3 as one set of fields; the defaults are a Llama.
 
     | field | meaning |
@@ -53,11 +47,8 @@ class DecoderConfig(PreTrainedConfig):
     model_type = "hfe_decoder_base"
     # An architecture is defined by its patch, so the patch may not be absent; `hfe_decoder` takes any combination.
     patch_is_optional = False
-    # PEFT's default target modules are those of this stock model type, since the modules have its names.
     peft_targets = "llama"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    # The code to save with a configuration of a class. The installed package sets its exporter here.
-    code_source: ClassVar[Callable[[type], SavedCode | None]] = staticmethod(carried_code)
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -120,39 +111,14 @@ class DecoderConfig(PreTrainedConfig):
                 plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
         return plan
 
-    @property
-    def active_patches(self) -> list[str]:
-        """Names of the patches that this configuration carries, as the command line spells them."""
-        return []
-
     def fields_of_absent_patches(self) -> set[str]:
         """Names of the fields that mean nothing here, since their patch is absent. A patch adds its own."""
         return set()
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without the fields of absent patches, which have their defaults again once loaded."""
-        # PEFT asks for it before it looks up its targets, whenever it was imported, so that nothing is paid before.
-        register_peft_targets(self.model_type, self.peft_targets)
         absent = self.fields_of_absent_patches()
         return {name: value for name, value in super().to_dict().items() if name not in absent}
-
-    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """As in transformers; a file named `config.json` gets the code beside it that loads it, and names that code.
-
-        So do `save_pretrained` and `push_to_hub` of configuration and model, which write the file by this method.
-        """
-        path = Path(json_file_path)
-        code = type(self).code_source(type(self)) if path.name == CONFIG_NAME else None
-        if code is None:
-            super().to_json_file(json_file_path, use_diff=use_diff)
-        else:
-            code.write(path.parent, json.loads(self.to_json_string(use_diff=use_diff)))
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
-        """As in transformers for a class of the user's own. Ours are saved with their code anyway."""
-        if not is_ours(cls):
-            super().register_for_auto_class(auto_class)
 
     def validate_architecture(self) -> None:
         """Cross-field rules; raises `ValueError` with the value and the rule."""

@@ -13,7 +13,6 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 check_transformers()
 
 import re
-import sys
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError, TokenIdError
-from hf_efficient.logging import warn_once
 from hf_efficient.modeling.base.class_lookup import offer_to_transformers
-from hf_efficient.modeling.base.saved_code import is_ours
+from hf_efficient.modeling.base.registered_model import RegisteredModel
 from hf_efficient.modeling.decoder.attention import DecoderAttention, DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.cache_compat import (
     CACHE_ARGUMENT,
@@ -130,7 +128,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         return bool(foreign) or "forward" in self.__dict__ or _has_any_global_hook()
 
 
-class DecoderPreTrainedModel(PreTrainedModel):
+class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
     config: DecoderConfig
     config_class = DecoderConfig  # transformers reads annotations unevaluated, so it is named here too
     base_model_prefix = "model"
@@ -157,24 +155,6 @@ class DecoderPreTrainedModel(PreTrainedModel):
         if any(name not in missing_keys for name, _ in model.named_parameters()):
             model.check_loaded(missing_keys, set(loading_info["unexpected_keys"]))
         return (model, loading_info) if output_loading_info else model
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """As in transformers for a class of the user's own. The configuration saves the code of ours anyway.
-
-        transformers would copy single files, and name another file for the configuration than for the model.
-        """
-        if not is_ours(cls):
-            super().register_for_auto_class(auto_class)
-
-    def train(self, mode: bool = True) -> Any:
-        """As in PyTorch; says so where Liger was asked for, which passes over models that it does not know."""
-        if mode and "liger_kernel.transformers.monkey_patch" in sys.modules:
-            warn_once(
-                f"use_liger_kernel changes nothing in {self.config.model_type} models: Liger has no patches for them, "
-                "so they train on their own modules and kernels"
-            )
-        return super().train(mode)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in transformers, with our own attention where nobody asks for another."""

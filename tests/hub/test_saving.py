@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, installed_code, render_code
 from hf_efficient.hub.verify import verify
+from hf_efficient.modeling.base import saved_code
 from hf_efficient.modeling.base.saved_code import GENERATE, UNDER_WAY, SavedCode
-from hf_efficient.modeling.decoder import saved_code
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
