@@ -1,7 +1,8 @@
-"""bhyt_norm over the Triton kernels: operators for tracing, and autograd."""
+"""The custom operators of bhyt_norm, and its autograd."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,19 @@ from hf_efficient.kernels.bhyt_norm.reference import compute_dtype
 from hf_efficient.kernels.operators import define_operator
 
 
-def _forward(
+def _load_forward() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from hf_efficient.kernels.bhyt_norm.triton_kernels import launch_forward
+
+    return launch_forward
+
+
+def _load_backward() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    from hf_efficient.kernels.bhyt_norm.triton_kernels import launch_backward
+
+    return launch_backward
+
+
+def _fake_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -25,19 +38,13 @@ def _forward(
     eps: float,
     kappa: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from hf_efficient.kernels.bhyt_norm.triton_kernels import launch_forward
-
-    return launch_forward(x, residual, weight, bound, variance, affine, branch, first_bound, out_scale, eps, kappa)
-
-
-def _fake_forward(x, residual, weight, bound, variance, affine, branch, first_bound, out_scale, eps, kappa):
     summed = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     wide = compute_dtype(x, weight, bound, residual, variance)
     found = x.new_empty(x.shape[0] if variance is None else 0, dtype=wide)
     return torch.empty_like(x, memory_format=torch.contiguous_format), summed, found
 
 
-def _backward(
+def _fake_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     dvariance: Tensor | None,
@@ -53,42 +60,6 @@ def _backward(
     kappa: float,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from hf_efficient.kernels.bhyt_norm.triton_kernels import launch_backward
-
-    return launch_backward(
-        dnormed,
-        dsummed,
-        dvariance,
-        summed,
-        variance,
-        weight,
-        bound,
-        affine,
-        branch,
-        first_bound,
-        out_scale,
-        eps,
-        kappa,
-        exact,
-    )
-
-
-def _fake_backward(
-    dnormed,
-    dsummed,
-    dvariance,
-    summed,
-    variance,
-    weight,
-    bound,
-    affine,
-    branch,
-    first_bound,
-    out_scale,
-    eps,
-    kappa,
-    exact,
-):
     return (
         torch.empty_like(summed, memory_format=torch.contiguous_format),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
@@ -98,14 +69,14 @@ def _fake_backward(
     )
 
 
-# normalised rows [T, D]; the sum [T, D], empty without a residual; mean squares [T], empty where they are given
-bhyt_norm_forward = define_operator("bhyt_norm", _forward, _fake_forward)
-# gradients of the sum, of weight and bound, of given mean squares and of affine
-bhyt_norm_backward = define_operator("bhyt_norm_backward", _backward, _fake_backward)
+# Normalised rows [T, D]; the sum [T, D], empty without a residual; mean squares [T], empty where they are given.
+bhyt_norm_forward = define_operator("bhyt_norm", _load_forward, _fake_forward)
+# Gradients of the sum, of weight and bound, of given mean squares and of affine.
+bhyt_norm_backward = define_operator("bhyt_norm_backward", _load_backward, _fake_backward)
 
 
 class _BhytNorm(torch.autograd.Function):
-    """Differentiable in x, residual, weight, bound, variance and affine; keeps the sum, mean squares, parameters."""
+    """Differentiable in x, residual, weight, bound, variance and affine; saves the sum, mean squares, parameters."""
 
     @staticmethod
     def forward(
@@ -125,8 +96,8 @@ class _BhytNorm(torch.autograd.Function):
         normed, summed, found = bhyt_norm_forward(
             x, residual, weight, bound, variance, affine, branch, first_bound, out_scale, eps, kappa
         )
-        # Without a residual the stream goes on through here too: its gradient then comes back to one place, where it is
-        # added without a pass of its own.
+        # Without a residual, x is returned as the sum: the gradient of the residual stream then comes back here, where
+        # it is added in the same kernel.
         summed = x if residual is None else summed
         mean_squares = found if variance is None else variance
         ctx.save_for_backward(summed, mean_squares, weight, bound, affine, branch, first_bound, out_scale)
@@ -156,7 +127,7 @@ class _BhytNorm(torch.autograd.Function):
         )
         if ctx.exact:
             dgiven = None
-        elif dvariance is not None:  # it went through unchanged
+        elif dvariance is not None:  # a given variance is also returned unchanged
             dgiven = dgiven + dvariance
         dresidual = None if ctx.dtypes[1] is None else dx
         daffine = None if parameters[2] is None else daffine
@@ -176,7 +147,7 @@ def bhyt_norm_rows(
     eps: float,
     kappa: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation for x [T, D] and variance [T], differentiable where a gradient is wanted."""
+    """The operation for x [T, D] and variance [T], differentiable."""
     arguments = (x, residual, weight, bound, variance, affine, branch, first_bound, out_scale, eps, kappa)
     differentiable = (x, residual, weight, bound, variance, affine)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):

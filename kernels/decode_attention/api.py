@@ -98,9 +98,9 @@ def decode_attention(
         raise BackendError(f"{OP}: the Triton kernel does not compute in float64", "pass backend='reference'")
     from hf_efficient.kernels.decode_attention.op import decode_attention_forward
 
-    lengths, columns = (kv_len, k.shape[2]) if isinstance(kv_len, Tensor) else (None, kv_len)
+    lengths, max_kv_len = (kv_len, k.shape[2]) if isinstance(kv_len, Tensor) else (None, kv_len)
     return decode_attention_forward(
-        q, k, v, lengths, q_pos, kv_segment_ids, segment_visibility, columns, window, scale
+        q, k, v, lengths, q_pos, kv_segment_ids, segment_visibility, max_kv_len, window, scale
     ).transpose(1, 2)
 
 

@@ -1,27 +1,18 @@
-"""decode_attention over the Triton kernels: the operator for tracing."""
+"""The custom operator of decode_attention."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from hf_efficient.kernels.operators import define_operator
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_len: Tensor | None,
-    q_pos: Tensor,
-    kv_segment_ids: Tensor | None,
-    segment_visibility: Tensor | None,
-    columns: int,
-    window: int | None,
-    scale: float,
-) -> Tensor:
+def _load_launcher() -> Callable[..., Tensor]:
     from hf_efficient.kernels.decode_attention.triton_kernels import launch
 
-    return launch(q, k, v, kv_len, q_pos, kv_segment_ids, segment_visibility, columns, window, scale)
+    return launch
 
 
 def _fake(
@@ -32,13 +23,13 @@ def _fake(
     q_pos: Tensor,
     kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
-    columns: int,
+    max_kv_len: int,
     window: int | None,
     scale: float,
 ) -> Tensor:
-    batch, heads, queries, width = q.shape
-    return q.new_empty((batch, queries, heads, width))
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty((batch, queries, heads, head_dim))
 
 
-# [B, Q, Hq, D], contiguous. Of `kv_len` a tensor comes here as it is; a number is in `columns`.
-decode_attention_forward = define_operator("decode_attention", _launch, _fake)
+# [B, Q, Hq, D], contiguous. `kv_len` as a tensor is passed as it is, as a number it is `max_kv_len`.
+decode_attention_forward = define_operator("decode_attention", _load_launcher, _fake)

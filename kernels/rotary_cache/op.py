@@ -1,6 +1,8 @@
-"""rotary_cache over the Triton kernel, as an operator for tracing that changes the caches in place."""
+"""The custom operator of rotary_cache, which writes the caches in place."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +10,13 @@ from torch import Tensor
 from hf_efficient.kernels.operators import define_operator
 
 
-def _launch(
+def _load_launcher() -> Callable[..., Tensor]:
+    from hf_efficient.kernels.rotary_cache.triton_kernels import launch
+
+    return launch
+
+
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,14 +30,10 @@ def _launch(
     eps: float,
     length: Tensor | None,
 ) -> Tensor:
-    from hf_efficient.kernels.rotary_cache.triton_kernels import launch
-
-    return launch(q, k, v, cos, sin, key_cache, value_cache, cache_position, q_weight, k_weight, eps, length)
-
-
-def _fake(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-# rotated q as [B, Q, Hq, D]; k and v go to the caches
-rotary_cache_write = define_operator("rotary_cache", _launch, _fake, mutates=("key_cache", "value_cache", "length"))
+# Rotated q as [B, Q, Hq, D]; k and v go to the caches.
+rotary_cache_write = define_operator(
+    "rotary_cache", _load_launcher, _fake, mutates=("key_cache", "value_cache", "length")
+)

@@ -1,13 +1,21 @@
-"""row_adamw over the Triton kernel, as an operator for tracing that changes parameter and state in place."""
+"""The custom operator of row_adamw, which changes parameter and optimizer state in place."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from hf_efficient.kernels.operators import define_operator
 
 
-def _launch(
+def _load_launcher() -> Callable[..., None]:
+    from hf_efficient.kernels.row_adamw.triton_kernels import launch
+
+    return launch
+
+
+def _fake(
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -22,14 +30,10 @@ def _launch(
     eps: float,
     log_decay: float,
 ) -> None:
-    from hf_efficient.kernels.row_adamw.triton_kernels import launch
-
-    launch(
-        param, exp_avg, exp_avg_sq, steps, log_decays, ids, grad, scale, lr, beta1, beta2, eps, log_decay
-    )  # fmt: skip
+    """Returns nothing: parameter and state are changed in place."""
 
 
-# one step for rows `ids` [u] with gradients [u, F]
+# One AdamW step of the rows `ids` [u] with gradients [u, F].
 row_adamw_step = define_operator(
-    "row_adamw", _launch, lambda *_: None, mutates=("param", "exp_avg", "exp_avg_sq", "steps", "log_decays")
+    "row_adamw", _load_launcher, _fake, mutates=("param", "exp_avg", "exp_avg_sq", "steps", "log_decays")
 )

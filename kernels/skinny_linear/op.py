@@ -1,8 +1,8 @@
-"""skinny_linear over the Triton kernels, as an operator for tracing."""
+"""The custom operator of skinny_linear."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 from torch import Tensor
@@ -10,24 +10,22 @@ from torch import Tensor
 from hf_efficient.kernels.operators import define_operator
 
 
-def _launch(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Optional[Tensor]],  # noqa: UP045 - the schema is read from this spelling
-    residual: Tensor | None,
-    gated: bool,
-) -> Tensor:
+def _load_launcher() -> Callable[..., Tensor]:
     from hf_efficient.kernels.skinny_linear.triton_kernels import launch
 
-    return launch(x, weights, biases, residual, gated)
+    return launch
 
 
 def _fake(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], residual: Tensor | None, gated: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Optional[Tensor]],  # noqa: UP045 - the only spelling that `infer_schema` accepts
+    residual: Tensor | None,
+    gated: bool,
 ) -> Tensor:
-    width = weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights)
-    return x.new_empty((x.shape[0], width))
+    outputs = weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights)
+    return x.new_empty((x.shape[0], outputs))
 
 
-# linear maps of x [rows, K]; as many biases as weights
-skinny_linear_rows = define_operator("skinny_linear", _launch, _fake)
+# Linear layers on x [rows, K], one bias or None for each weight: [rows, N].
+skinny_linear_rows = define_operator("skinny_linear", _load_launcher, _fake)

@@ -1,7 +1,8 @@
-"""topology_attention over the Triton kernels: operators for tracing, and autograd."""
+"""The custom operators of topology_attention, and its autograd."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,19 @@ from hf_efficient.kernels.operators import define_operator
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
 
 
-def _forward(
+def _load_forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    from hf_efficient.kernels.topology_attention.triton_kernels import launch_forward
+
+    return launch_forward
+
+
+def _load_backward() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from hf_efficient.kernels.topology_attention.triton_gradients import launch_backward
+
+    return launch_backward
+
+
+def _fake_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -23,18 +36,12 @@ def _forward(
     present: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from hf_efficient.kernels.topology_attention.triton_kernels import launch_forward
-
-    return launch_forward(q, k, v, segment_ids, segment_visibility, counts, lists, present, scale)
-
-
-def _fake_forward(q, k, v, segment_ids, segment_visibility, counts, lists, present, scale):
-    batch, heads, length, width = q.shape
+    batch, heads, length, head_dim = q.shape
     rows = lists.shape[2] * BLOCK
-    return q.new_empty((batch, length, heads, width)), q.new_empty((batch, heads, rows), dtype=torch.float32)
+    return q.new_empty((batch, length, heads, head_dim)), q.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
-def _backward(
+def _fake_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -48,23 +55,17 @@ def _backward(
     present: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from hf_efficient.kernels.topology_attention.triton_gradients import launch_backward
-
-    return launch_backward(dout, q, k, v, out, lse, segment_ids, segment_visibility, counts, lists, present, scale)
-
-
-def _fake_backward(dout, q, k, v, out, lse, segment_ids, segment_visibility, counts, lists, present, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-# Output [B, S, Hq, D], and the logarithm to base 2 of each query's sum of exponentials [B, Hq, NB * BLOCK].
-topology_attention_forward = define_operator("topology_attention", _forward, _fake_forward)
+# Output [B, S, Hq, D], and the log-sum-exp to base 2 of each query's scores [B, Hq, NB * BLOCK].
+topology_attention_forward = define_operator("topology_attention", _load_forward, _fake_forward)
 # Gradients of q, k and v.
-topology_attention_backward = define_operator("topology_attention_backward", _backward, _fake_backward)
+topology_attention_backward = define_operator("topology_attention_backward", _load_backward, _fake_backward)
 
 
 class _TopologyAttention(torch.autograd.Function):
-    """Differentiable in q, k and v; keeps these, the output and one number for each query and head."""
+    """Differentiable in q, k and v; saves them, the output and the log-sum-exp of each query and head."""
 
     @staticmethod
     def forward(
@@ -95,8 +96,8 @@ class _TopologyAttention(torch.autograd.Function):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, segment_visibility: Tensor, blocks: BlockLists, scale: float
 ) -> Tensor:
-    """Output [B, S, Hq, D], contiguous, differentiable where a gradient is wanted."""
+    """Output [B, S, Hq, D], contiguous, differentiable in q, k and v."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _TopologyAttention.apply(q, k, v, segment_ids, segment_visibility, *blocks, scale)
-    # Autograd's bookkeeping costs more than a small kernel.
+    # Without gradients, skip autograd's bookkeeping: it costs more than a small kernel.
     return topology_attention_forward(q, k, v, segment_ids, segment_visibility, *blocks, scale)[0]

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -47,11 +48,12 @@ def copied(tmp_path: Path, repository_root: Path, monkeypatch: pytest.MonkeyPatc
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def _plus(number: float):
-    def launch(x: Tensor) -> Tensor:
-        return x + number
+def _plus(number: float) -> Callable[[], Callable[[Tensor], Tensor]]:
+    return lambda: lambda x: x + number
 
-    return launch
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def test_a_custom_op_of_the_same_name_silently_replaces_the_first() -> None:
@@ -71,27 +73,27 @@ def test_a_custom_op_of_the_same_name_silently_replaces_the_first() -> None:
 
 
 def test_two_name_spaces_keep_their_operators_apart(copied) -> None:
-    first = copied("hfe_version_one").define_operator("add", _plus(1), torch.empty_like)
-    second = copied("hfe_version_two").define_operator("add", _plus(2), torch.empty_like)
+    first = copied("hfe_version_one").define_operator("add", _plus(1), _fake)
+    second = copied("hfe_version_two").define_operator("add", _plus(2), _fake)
     assert first(torch.zeros(1)).item() == 1
     assert second(torch.zeros(1)).item() == 2
     assert torch.ops.hfe_version_one.add(torch.zeros(1)).item() == 1
 
 
 def test_the_same_code_imported_from_two_places_shares_its_operators(copied) -> None:
-    first = copied("hfe_shared", 1).define_operator("add", _plus(1), torch.empty_like)
-    again = copied("hfe_shared", 2).define_operator("add", _plus(1), torch.empty_like)
+    first = copied("hfe_shared", 1).define_operator("add", _plus(1), _fake)
+    again = copied("hfe_shared", 2).define_operator("add", _plus(1), _fake)
     assert again is first
     assert torch.compile(again, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item() == 1
 
 
 def test_an_operator_outlives_the_module_that_defined_it(copied) -> None:
-    operator = copied("hfe_outliving").define_operator("add", _plus(1), torch.empty_like)
+    operator = copied("hfe_outliving").define_operator("add", _plus(1), _fake)
     for name in [n for n in sys.modules if n.startswith("copy_of_hfe_outliving")]:
         del sys.modules[name]
     gc.collect()
     assert operator(torch.zeros(1)).item() == 1
-    assert copied("hfe_outliving", 2).define_operator("add", _plus(1), torch.empty_like) is operator
+    assert copied("hfe_outliving", 2).define_operator("add", _plus(1), _fake) is operator
 
 
 def test_every_operator_is_named_through_the_name_space(repository_root: Path) -> None:
