@@ -34,12 +34,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import RESULTS, describe_machine, read, write
 from benchmarks.plot import load_pyplot
+from benchmarks.scripted_sampler import ScriptedSampler
 from benchmarks.topology_transcripts import Transcript, medverse, multiverse, tokenizer_of
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.topology.generation.generation_topology import parallel_generate
-from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
 from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
-from hf_efficient.modeling.topology.grammar.control_tokens import GRAMMARS, token_ids_of
+from hf_efficient.modeling.topology.grammar.control_tokens import GRAMMARS, control_token_ids
 
 PARTS = ("transcripts", "branches")
 IDENTITY = ("part", "model", "case", "batch")
@@ -90,7 +90,7 @@ def models(shape: dict[str, Any], device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     for grammar in GRAMMARS:
-        topology = {"grammar": grammar, "token_ids": token_ids_of(tokenizer_of(grammar), grammar)}
+        topology = {"grammar": grammar, "token_ids": control_token_ids(tokenizer_of(grammar), grammar)}
         config = EfficientDecoderConfig(**shape, **COMMON, eos_token_id=None, topology=topology)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

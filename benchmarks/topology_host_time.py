@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler
+from hf_efficient.modeling.topology.generation.limits import Limits
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
@@ -58,7 +59,7 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
     ]
     offsets = [0] * rows
     for row in schedulers:
-        row.advance()
+        row.schedule()
         row.num_computed_tokens = len(row.tokens)
     step = TopologyStep(rows, 1 << (branches - 1).bit_length(), 1, False, torch.device("cpu"))
     answer = torch.zeros(1, rows, step.queries, dtype=torch.int64)
@@ -69,7 +70,7 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
             step.read(answer)
             for row in schedulers:
                 row.accept([TEXT] * len(row.active_branches))
-                row.advance()
+                row.schedule()
             step.load(schedulers, offsets)
         found.append((time.perf_counter() - start) / steps * 1e6)
     return found

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_efficient.modeling.topology.generation.branches import BranchPath
-from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, token_ids_of
-from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encoder_of
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, control_token_ids
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encode_function
 
 EOS = "<eos>"
 _WORDS = " and so the other one is seen from here with care while some of them wait"
@@ -66,8 +66,8 @@ class _Writer:
 
     def __init__(self, grammar: str) -> None:
         self.tokenizer = tokenizer_of(grammar)
-        self.encode = encoder_of(self.tokenizer)
-        self.ids = token_ids_of(self.tokenizer, grammar)
+        self.encode = encode_function(self.tokenizer)
+        self.ids = control_token_ids(self.tokenizer, grammar)
         self.forced = ForcedText(grammar, self.ids, self.encode)
         self.words = list(self.encode(_WORDS))
 
@@ -102,10 +102,10 @@ def multiverse(prompt: int, blocks: Sequence[tuple[int, int]], trunk: Sequence[i
     found.critical_path = found.tokens = len(root)
     for number, (paths, length) in enumerate(blocks):
         for path in range(1, paths + 1):
-            ahead = len(forced.path_header(str(path))) + len(forced.separator)
+            ahead = len(forced.path_header(str(path))) + len(forced.separator_ids)
             found.scripts[((number, str(path)),)] = writer.filled(length - ahead, "</Path>")
             found.forced += ahead
-        ahead = len(forced.separator) + len(forced.join)
+        ahead = len(forced.separator_ids) + len(forced.join_ids)
         end = goal(blocks[number + 1][0]) if number + 1 < len(blocks) else ""
         closing = [writer.ids["</Conclusion>"], *writer.encode("\n"), writer.ids["</Parallel>"]]
         rest = trunk[number + 1] - ahead - len(closing)
@@ -128,10 +128,10 @@ def medverse(prompt: int, steps: Mapping[int, Sequence[int]], length: int, concl
     depth: dict[int, int] = {}
     for number, needs in steps.items():
         depth[number] = 1 + max((depth[need] for need in needs), default=0)
-        ahead = len(forced.step_header(number, "A -> B")) + len(forced.separator)
+        ahead = len(forced.step_header(number, "A -> B")) + len(forced.separator_ids)
         found.scripts[((0, str(number)),)] = writer.filled(length - ahead, "</Step>")
         found.forced += ahead
-    ahead = len(forced.separator) + len(forced.execution) + len(forced.join)
+    ahead = len(forced.separator_ids) + len(forced.execution_ids) + len(forced.join_ids)
     found.forced += ahead
     found.scripts[()] = writer.filled(conclusion - ahead, [writer.ids["</Conclusion>"], *writer.eos()])
     found.tokens = len(steps) * length + conclusion

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import hf_efficient
 from hf_efficient import Multiverse, TopologyDataCollator, mark_topology_trained, to_multiverse
-from hf_efficient.modeling.topology.grammar.control_tokens import decoder_of
+from hf_efficient.modeling.topology.grammar.control_tokens import decode_function
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 THINGS = ["apples", "figs", "grapes", "kiwis", "lemons", "limes", "mangos", "melons", "nuts", "onions", "pears"]
@@ -201,7 +201,7 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Problem], batch: int, mo
         )
         for row, problem in enumerate(part):
             ids = out.sequences[row][out.segment_ids[row] >= 0].tolist()
-            decode = decoder_of(tokenizer)
+            decode = decode_function(tokenizer)
             topology = Topology.from_token_ids(
                 ids, config["grammar"], config["token_ids"], strict=False, decode=decode, allow_truncated=True
             )
@@ -212,7 +212,7 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Problem], batch: int, mo
 
 def show(answer: Answer, tokenizer: Any) -> None:
     """Print an answer segment by segment, with the branch of each."""
-    decode, topology = decoder_of(tokenizer), answer.topology
+    decode, topology = decode_function(tokenizer), answer.topology
     for segment, label in enumerate(topology.labels):
         here = [token for token, of in zip(answer.ids, topology.segment_ids, strict=True) if of == segment]
         after = ", ".join(topology.labels[parent] for parent in topology.parents[segment])
@@ -224,7 +224,7 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
     """The segments of an answer as bars over their positions, and which follows which."""
     from matplotlib.figure import Figure
 
-    topology, decode = answer.topology, decoder_of(tokenizer)
+    topology, decode = answer.topology, decode_function(tokenizer)
     lanes, spans, texts = [], [], []
     for segment, label in enumerate(topology.labels):
         mine = topology.segment_ids == segment

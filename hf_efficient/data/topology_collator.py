@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.modeling.topology.generation.scheduler import is_whole
-from hf_efficient.modeling.topology.grammar.control_tokens import Decode, check_grammar, decoder_of, token_ids_of
+from hf_efficient.modeling.topology.generation.limits import is_integer
+from hf_efficient.modeling.topology.grammar.control_tokens import (
+    Decode,
+    check_grammar,
+    control_token_ids,
+    decode_function,
+)
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 IGNORED = -100
@@ -79,7 +84,7 @@ class TopologyDataCollator:
         for name, words in (("label_mode", _LABEL_MODES), ("backend", _BACKENDS)):
             if getattr(self, name) not in words:
                 raise UsageError(f"{name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
-        if self.max_length is not None and (not is_whole(self.max_length) or self.max_length < 1):
+        if self.max_length is not None and (not is_integer(self.max_length) or self.max_length < 1):
             raise UsageError(
                 f"max_length={self.max_length!r} must be a whole number, at least 1", "leave it out for no limit"
             )
@@ -111,11 +116,11 @@ class TopologyDataCollator:
 
     @cached_property
     def _token_ids(self) -> dict[str, int]:
-        return token_ids_of(self.tokenizer, self.grammar)
+        return control_token_ids(self.tokenizer, self.grammar)
 
     @cached_property
     def _decode(self) -> Decode:
-        return decoder_of(self.tokenizer)
+        return decode_function(self.tokenizer)
 
     def _row(self, feature: Mapping[str, Any], place: int) -> _Row:
         ids, learnt = self._tokens(feature, place)

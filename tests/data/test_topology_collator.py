@@ -16,7 +16,7 @@ from hf_efficient.data.topology_collator import IGNORED, TopologyDataCollator, m
 from hf_efficient.errors import HFEError, TopologyError, UsageError
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, token_ids_of
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, control_token_ids
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 PROMPT = "Q: both?\n"
@@ -65,7 +65,7 @@ def tiny(tokenizer: Any, grammar: str = "multiverse", **options: Any) -> Any:
     }
     config_class, model_class = classes[grammar]
     torch.manual_seed(0)
-    config = config_class(**SHAPE, topology={"token_ids": token_ids_of(tokenizer, grammar)})
+    config = config_class(**SHAPE, topology={"token_ids": control_token_ids(tokenizer, grammar)})
     return model_class._from_config(config, **options).double().eval()
 
 
@@ -158,7 +158,7 @@ def test_rows_are_padded_on_the_right(tokenizer: Any) -> None:
     assert (batch["labels"][0, length:] == IGNORED).all()
     assert (batch["segment_ids"][0, length:] == -1).all() and (batch["segment_ids"][0, :length] == 0).all()
     ids = tokenizer(BLOCK + "</s>").input_ids
-    topology = Topology.from_token_ids(ids, "multiverse", token_ids_of(tokenizer, "multiverse"))
+    topology = Topology.from_token_ids(ids, "multiverse", control_token_ids(tokenizer, "multiverse"))
     assert batch["segment_ids"][1, : len(ids)].tolist() == topology.segment_ids.tolist()
     assert batch["position_ids"][1, : len(ids)].tolist() == topology.position_ids.tolist()
     assert torch.equal(batch["segment_visibility"][1], topology.bitmaps())

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.scripted_sampler import ScriptedSampler
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
 from hf_efficient.modeling.topology.generation import parallel_decoding, topology_step
 from hf_efficient.modeling.topology.generation.branches import BranchPath
 from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput
-from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 
 EOS = 1

@@ -24,12 +24,18 @@ from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENTS
 from hf_efficient.modeling.topology.generation.branches import BranchPath, BranchState, all_branches
+from hf_efficient.modeling.topology.generation.limits import Limits, is_integer
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
 from hf_efficient.modeling.topology.generation.sampling import ProcessedSampler, Sampler
-from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler, is_whole
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 from hf_efficient.modeling.topology.generation.topology_step import free_session, idle_session
-from hf_efficient.modeling.topology.grammar.control_tokens import check_grammar, decoder_of, is_trained, token_ids_of
-from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encoder_of
+from hf_efficient.modeling.topology.grammar.control_tokens import (
+    check_grammar,
+    control_token_ids,
+    decode_function,
+    is_trained,
+)
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText, encode_function
 
 # Arguments of `generate` that ask for another way of decoding, and those that a shared cache cannot serve.
 _NOT_WITH_BRANCHES = (
@@ -202,7 +208,7 @@ def parallel_generate(
         tokenizer = _tokenizer_of(model)
     if type(constrain) is not bool:
         raise UsageError(f"constrain={constrain!r} is neither True nor False", "pass one of them")
-    if seed is not None and not is_whole(seed):
+    if seed is not None and not is_integer(seed):
         raise UsageError(f"seed={seed!r} is not a whole number", "pass one, or leave it out")
     options = _Options(
         tokenizer=tokenizer,
@@ -264,7 +270,7 @@ class _Decoding:
         grammar, mode, separator, token_ids = _grammar_of(model, options)
         eos = generation_config._eos_token_tensor
         eos_ids = () if eos is None else tuple(eos.reshape(-1).tolist())
-        forced = ForcedText(grammar, token_ids, encoder_of(options.tokenizer), separator)
+        forced = ForcedText(grammar, token_ids, encode_function(options.tokenizer), separator)
         limits = Limits(
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             budget=options.budget,
@@ -281,7 +287,7 @@ class _Decoding:
             grammar=grammar,
             token_ids=token_ids,
             mode=mode,
-            decode=decoder_of(options.tokenizer),
+            decode=decode_function(options.tokenizer),
             forced=forced,
             limits=limits,
             sampler=_sampler(model, options, logits_processor, generation_config, forced, eos_ids),
@@ -321,7 +327,7 @@ def _grammar_of(model: Any, options: _Options) -> tuple[str, str, str, dict[str,
         raise UsageError("the model's configuration names no grammar", "pass grammar='multiverse' or 'medverse'")
     mode = options.mode or configured.get("mode", "dag")
     check_grammar(grammar, mode)
-    token_ids = token_ids_of(options.tokenizer, grammar)
+    token_ids = control_token_ids(options.tokenizer, grammar)
     known = configured.get("token_ids") or {}
     if configured.get("grammar") == grammar:
         if getattr(model, "supports_topology", False) and not known:
@@ -388,7 +394,7 @@ def _sampler(
     seed = options.seed
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    banned = forced.misplaced(eos_ids) if options.constrain else None
+    banned = forced.disallowed_ids(eos_ids) if options.constrain else None
     return ProcessedSampler(processors, bool(generation_config.do_sample), seed, banned)
 
 
@@ -418,7 +424,7 @@ def _output(loop: ParallelDecodeLoop, pad: int, device: torch.device) -> Topolog
         position_ids=position_ids.to(device),
         parents=parents,
         branch_info=info,
-        warnings=[row.root.builder.warnings for row in rows],
+        warnings=[row.trunk.builder.warnings for row in rows],
         num_forward_passes=loop.passes,
         generated_tokens=generated,
         critical_path=critical,
@@ -428,7 +434,7 @@ def _output(loop: ParallelDecodeLoop, pad: int, device: torch.device) -> Topolog
 
 def _branch_info(row: SequenceScheduler, number: dict[int, int]) -> list[BranchInfo]:
     found = []
-    for branch in all_branches(row.root):
+    for branch in all_branches(row.trunk):
         columns = [item for item in branch.contents if isinstance(item, int)]
         segments = sorted({number[row.segments[column]] for column in columns})
         state = "skipped" if branch.state is BranchState.SKIPPED else "done"

@@ -15,8 +15,9 @@ from hf_efficient.errors import HFEError, TopologyError
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.generation.branches import Branch
+from hf_efficient.modeling.topology.generation.limits import Limits
 from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler
-from hf_efficient.modeling.topology.generation.scheduler import Limits, SequenceScheduler
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 from hf_efficient.modeling.topology.generation.streaming import StreamWriter
 from hf_efficient.modeling.topology.generation.topology_step import (
     MOST_CAPTURED_QUERIES,
@@ -113,13 +114,13 @@ class ParallelDecodeLoop:
 
     def run(self) -> None:
         """Generate until every row has ended."""
-        branches = [row.root for row in self.rows if row.active_branches]
+        branches = [row.trunk for row in self.rows if row.active_branches]
         logits = self._prefill()
         if branches:
             live = torch.tensor([branch.row for branch in branches], device=logits.device)
             self._accept(branches, *self._choose(branches, logits[live, -1]))
         for row in self.rows:
-            row.advance()
+            row.schedule()
         pending: PendingStep | None = None
         while not all(row.finish_reason for row in self.rows):
             pending = pending or self._dispatch()
@@ -200,7 +201,7 @@ class ParallelDecodeLoop:
                     else proposed[at : at + count],
                     [branch.position for branch in row.active_branches],
                     range(end, end + count),
-                    [branch.builder.cur for branch in row.active_branches],
+                    [branch.builder.segment for branch in row.active_branches],
                     end + count,
                 )
             )
@@ -236,7 +237,7 @@ class ParallelDecodeLoop:
             tokens, logprobs = self._choose(pending.branches, step.logits.flatten(0, 1)[at])
         self._accept(pending.branches, tokens, logprobs)
         for row in self.rows:
-            row.advance()
+            row.schedule()
 
     def _speculation_holds(self, speculative: PendingStep) -> bool:
         """True when the rows have become what a pass took them for; then it is theirs."""

@@ -135,9 +135,9 @@ class ProcessedSampler(Sampler):
         return draw(scores, numbers.to(scores.device))
 
     def _number(self, branch: Branch) -> float:
-        if branch.key is None:
-            branch.key = branch_key(self.seed, branch.row, branch.path)
-        return uniform(branch.key, branch.num_sampled_tokens)
+        if branch.rng_key is None:
+            branch.rng_key = branch_key(self.seed, branch.row, branch.path)
+        return uniform(branch.rng_key, branch.num_sampled_tokens)
 
     def _process(self, branches: Sequence[Branch], scores: Tensor) -> Tensor:
         ids: list[Tensor] = []
@@ -174,32 +174,3 @@ def draw(scores: Tensor, numbers: Tensor) -> Choice:
     points = numbers[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=scores.shape[-1] - 1)
     return Choice(tokens[:, 0], logprobs.gather(1, tokens)[:, 0])
-
-
-class ScriptedSampler(Sampler):
-    """Replays tokens for each branch, while the model computes its own choices all the same.
-
-    For measurements and tests on a transcript that is known beforehand.
-
-    Args:
-        scripts: (row, path of the branch) -> the tokens that it samples; forced tokens are no part of it. A branch
-            without a script, or past its end, goes on with the tokens of `after`.
-        after: takes the place of sampled tokens where a script has none; None leaves the model's own.
-    """
-
-    def __init__(self, scripts: Mapping[tuple[int, BranchPath], Iterable[int]], after: int | None = None) -> None:
-        self.scripts = {key: list(tokens) for key, tokens in scripts.items()}
-        self.after = after
-
-    def finalize(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
-        return [self._scripted(branch, token) for branch, token in zip(branches, tokens, strict=True)]
-
-    def propose(self, branches: Sequence[Branch]) -> list[int] | None:
-        tokens = [self._scripted(branch, -1) for branch in branches]
-        return None if -1 in tokens else tokens
-
-    def _scripted(self, branch: Branch, token: int) -> int:
-        script = self.scripts.get((branch.row, branch.path), ())
-        if branch.num_sampled_tokens < len(script):
-            return script[branch.num_sampled_tokens]
-        return token if self.after is None else self.after

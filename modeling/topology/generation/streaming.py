@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.errors import UsageError
-from hf_efficient.modeling.topology.generation.branches import BranchPath
+from hf_efficient.modeling.topology.generation.branches import BranchPath, TextOrderReader
 from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 
 
@@ -47,7 +47,7 @@ class StreamWriter:
         self.streamer = streamer
         self.rows = rows
         self._handed = [row.prompt_length for row in rows]
-        self._reader = rows[0].text_order_reader
+        self._reader = TextOrderReader(rows[0].trunk)
         self._knows_branches = hasattr(streamer, "put_token")
         if not self._knows_branches and len(rows) > 1:
             raise UsageError(

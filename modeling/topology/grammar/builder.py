@@ -1,9 +1,8 @@
-"""The state machine that gives every token its segment and its position, in training and in decoding alike."""
+"""The state machine that assigns a segment and a position to every token, in training and in generation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,27 +21,31 @@ from hf_efficient.modeling.topology.grammar.plan import Plan
 from hf_efficient.modeling.topology.grammar.segment_graph import Placement, Placements, SegmentGraph
 
 RULES = {"multiverse": MULTIVERSE_RULES, "medverse": MEDVERSE_RULES}
-# Tokens in which a path's label, and a step's title, must end.
+# Tokens after the control token within which a path's label, and a step's title, must end.
 LABEL_TOKENS = 16
 TITLE_TOKENS = 64
-# Tags that generation writes itself, and tags after which it writes a separator.
+# Control tokens that generation forces, and control tokens after which it forces a separator.
 _FORCED = frozenset({"<Path>", "<Step>", "<Execution>", "</Execution>", "<Conclusion>"})
 _SEPARATED = frozenset({"</Goal>", "</Path>", "</Plan>", "</Step>"})
 
 
 class TopologyBuilder(MultiverseRules, MedVerseRules):
-    """A cursor that appends tokens to a graph of segments and follows the control tokens among them.
+    """A cursor that appends tokens to a graph of segments and applies the rules of the control tokens among them.
 
     A separator after a path's closing tag belongs to that path, and its siblings do not see it.
 
     Args:
         grammar: `multiverse` or `medverse`.
         token_ids: control token -> id.
-        mode: what MedVerse's steps see: `dag`, `layers` or `flat`.
-        strict: malformed input raises `TopologyError`; else the cursor makes the best of it and `warnings` tells.
-        decode: text of token ids. MedVerse cannot do without; Multiverse reads labels with it.
-        graph: graph to go on with, at its last segment; by default a new one with a root.
-        row: row of the batch, for messages.
+        mode: what MedVerse's steps see: `dag`, `layers` or `flat`; see `StepOrder`.
+        strict: malformed input raises `TopologyError`; otherwise it is read leniently and listed in `warnings`.
+        decode: text of token ids. Required for MedVerse; without it Multiverse's labels are not read.
+        graph: graph to continue at its last segment; by default a new one with a root segment.
+        row: batch row, for messages.
+
+    Raises:
+        UsageError: `grammar` or `mode` is unknown.
+        TopologyError: `token_ids` lacks a control token, or `decode` is missing.
     """
 
     def __init__(
@@ -72,39 +75,47 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         self.decode = decode
         self.graph = SegmentGraph() if graph is None else graph
         self.row = row
-        self.cur = len(self.graph) - 1 if len(self.graph) else self.graph.new([], "root")
+        self.segment = len(self.graph) - 1 if len(self.graph) else self.graph.new([], "root")
         self.frames = []
-        self.plan_read = Plan()
+        self.parsed_plan = Plan()
         self.warnings = []
-        self.fed = 0
+        self.num_tokens = 0
         self._rules = RULES[grammar]
         self._tags = {token_ids[tag]: tag for tag in self._rules}
-        self._control = np.array(sorted(self._tags), dtype=np.int64)
-        self._texts: dict[int, str] = {}  # of single tokens
+        self._control_ids = np.array(sorted(self._tags), dtype=np.int64)
+        self._token_texts: dict[int, str] = {}
 
     @property
     def outline_labels(self) -> list[str]:
-        """Labels of the open block's outlines, an empty text for each that has none."""
-        return list(self.frames[-1].labels) if self.frames else []
+        """Labels of the open block's outlines, an empty text for each without a label."""
+        return list(self.frames[-1].outline_labels) if self.frames else []
 
     def feed(self, token_id: int, step: int | None = None) -> Placement:
         """Append one token.
 
         Args:
             token_id: the token.
-            step: the number of the step that a `<Step>` opens. A step of unknown number, as in text that was not
-                foreseen, sees all steps before it; `feed_many` reads the number from the header instead.
+            step: number of the step that a `<Step>` opens. A step without a number sees all steps before it.
+                `feed_many` reads the number from the header instead.
+
+        Raises:
+            TopologyError: the token is malformed here, and the cursor is `strict`.
         """
         tag = self._tags.get(token_id)
         if tag is not None:
-            self._follow(tag, _Header(step=step))
+            self._apply_rule(tag, _Header(step=step))
         elif self.outline_ids is not None:
             self.outline_ids.append(token_id)
-        self.fed += 1
-        return Placement(self.cur, self.graph.append(self.cur))
+        self.num_tokens += 1
+        return Placement(self.segment, self.graph.append(self.segment))
 
     def feed_many(self, ids: Sequence[int] | np.ndarray) -> Placements:
-        """Append tokens; the time depends on the number of control tokens, hardly on that of the others."""
+        """Append tokens [S]. The time is nearly proportional to the number of control tokens among them.
+
+        Raises:
+            UsageError: `ids` is not one-dimensional, or not of integers.
+            TopologyError: the text is malformed, and the cursor is `strict`.
+        """
         given = np.asarray(ids)
         if given.size and (given.size != given.shape[-1] or given.dtype.kind not in "iu"):
             raise UsageError(
@@ -117,13 +128,13 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         counts: list[int] = []
 
         def append(count: int) -> None:
-            segments.append(self.cur)
-            starts.append(self.graph.append(self.cur, count))
+            segments.append(self.segment)
+            starts.append(self.graph.append(self.segment, count))
             counts.append(count)
-            self.fed += count
+            self.num_tokens += count
 
         at = 0
-        stops = np.flatnonzero(np.isin(ids, self._control)).tolist()
+        stops = np.flatnonzero(np.isin(ids, self._control_ids)).tolist()
         for stop, following in zip(stops, [*stops[1:], len(ids)], strict=False):
             if stop > at:
                 if self.outline_ids is not None:
@@ -131,8 +142,8 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
                 append(stop - at)
             tag = self._tags[int(ids[stop])]
             header = self._read_header(tag, ids[stop + 1 : min(following, stop + 1 + TITLE_TOKENS)])
-            # A tag that is taken for ordinary text forces nothing.
-            if self._follow(tag, header):
+            # No token is forced after a control token that counts as ordinary text.
+            if self._apply_rule(tag, header):
                 forced[stop + (tag in _SEPARATED) : stop + 1 + header.length] = tag in _FORCED or tag in _SEPARATED
             append(1)
             at = stop + 1
@@ -147,67 +158,78 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return Placements(np.repeat(np.array(segments, dtype=np.int32), lengths), position_ids, forced)
 
     def finish(self, allow_truncated: bool = False) -> None:
-        """Complain about what is left open at the end of a text."""
+        """Check at the end of a text that every block is closed and every plan executed.
+
+        Args:
+            allow_truncated: check nothing, for a text that may be cut.
+
+        Raises:
+            TopologyError: a block is open or a plan not executed, and the cursor is `strict`.
+        """
         if allow_truncated:
             return
         if self.frames:
             frame = self.frames[-1]
-            self.complain(
-                f"the block that opened at token {frame.opened} is not closed",
+            self.report_malformed(
+                f"the block that opened at token {frame.token_index} is not closed",
                 frame.tag,
                 "close it, or read a text that was cut with allow_truncated=True (collator: strict=False)",
             )
         elif self.plan and not self.executed:
-            self.complain(
+            self.report_malformed(
                 "the plan is never executed", "<Plan>", "write its steps between <Execution> and </Execution>"
             )
 
-    # Cursors that run beside each other
+    # Parallel cursors
 
     def fork(self, branches: int | Sequence[Any]) -> list[TopologyBuilder]:
-        """A cursor for each path of the open block, or each step of the open execution, on the same graph.
+        """One cursor for each path of the open block, or each step of the open execution, on the same graph.
 
-        The first token that a cursor is fed must be its opener: `<Path>`, or `<Step>` with ``step=``, once the steps
-        that it needs are done. This cursor waits until `join`.
+        The first token fed to such a cursor must be its `<Path>`, or its `<Step>` with ``step=``, fed after the steps
+        that it depends on are done. Feed nothing to this cursor until `join`.
 
         Args:
-            branches: how many paths, labelled as the outlines are, or their labels; for steps their numbers, in the
-                order of the text.
+            branches: number of paths, which take the labels of the outlines; or the paths' labels; or, for an
+                execution, the steps' numbers in the order of the text.
+
+        Raises:
+            TopologyError: no block is open whose paths could begin here.
         """
         frame = self.frame
         if frame is None or frame.in_path or frame.joined:
             raise TopologyError("there is no open block to fork", "fork after </Goal> or <Execution>", row=self.row)
         if isinstance(branches, int):
-            branches = [*frame.labels, *[""] * branches][:branches]
+            branches = [*frame.outline_labels, *[""] * branches][:branches]
         labels = list(branches)
         if frame.steps is not None:
-            frame.steps.foresee(labels)
+            frame.steps.register(labels)
         children = []
-        for count, label in enumerate(labels, len(frame.tails) + 1):
-            child = object.__new__(type(self))
-            child.__dict__.update(self.__dict__)
-            trunk = self.cur if frame.steps is None else frame.trunk
-            named = [str(label) or f"{frame.prefix}{count}"]
-            child.frames = [replace(frame, trunk=trunk, tails=[], labels=named, paths=[])]
-            child.warnings = []
+        for count, label in enumerate(labels, len(frame.path_ends) + 1):
+            child = self.copy()
             child.base_depth = self.depth - 1
+            child_frame = frame.copy()
+            child_frame.trunk = self.segment if frame.steps is None else frame.trunk
+            child_frame.outline_labels = [str(label) or f"{frame.prefix}{count}"]
+            child_frame.path_ends, child_frame.path_labels = [], []
+            child.frames = [child_frame]
             children.append(child)
         return children
 
     def join(self, children: Iterable[TopologyBuilder]) -> None:
-        """Take the cursors of a fork back, in the order of their labels; the next tag joins them.
+        """End the cursors of a fork, given in the order of their labels, so that this cursor can be fed again.
 
-        That is `<Conclusion>` or `</Parallel>`, for steps `</Execution>` or `<Conclusion>`.
+        Its next control token joins their segments: `<Conclusion>` or `</Parallel>`, for steps `</Execution>` or
+        `<Conclusion>`.
         """
         frame = self.frames[-1]
         for child in children:
-            frame.tails.append(child.cur)
+            frame.path_ends.append(child.segment)
             self.warnings.extend(child.warnings)
 
-    # Tags
+    # Control tokens
 
-    def _follow(self, tag: str, header: _Header) -> bool:
-        """Make the transition of `tag`; False when it is taken for ordinary text."""
+    def _apply_rule(self, tag: str, header: _Header) -> bool:
+        """Apply the rule of `tag`; False when it counts as ordinary text."""
         if tag == "<Step>":
             return self.open_step(header.step)
         if tag == "<Path>":
@@ -215,17 +237,17 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return self._rules[tag](self)
 
     def _read_header(self, tag: str, tail: np.ndarray) -> _Header:
-        """What `tail`, the ids between a tag and the next, says of it."""
+        """The header of `tag` at the beginning of `tail`, the ids between it and the next control token."""
         if self.decode is None or not (tag in _FORCED or tag in _SEPARATED):
             return _Header()
         following = tail.tolist()
         if tag == "<Path>":
             return self._read_label(following)
-        blank = next((i for i, token_id in enumerate(following) if self._text(token_id).strip()), len(following))
+        blank = next((i for i, token_id in enumerate(following) if self._token_text(token_id).strip()), len(following))
         if tag != "<Step>":
             return _Header(blank)
         # The title ends with its line, or where tokens run out.
-        breaks = (i for i in range(blank, len(following)) if "\n" in self._text(following[i]))
+        breaks = (i for i in range(blank, len(following)) if "\n" in self._token_text(following[i]))
         count = next(breaks, len(following) - 1) + 1
         title = self.decode(following[:count]).lstrip().split("\n", 1)[0]
         found = STEP_NUMBER.search(title)
@@ -234,22 +256,28 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
     def _read_label(self, following: list[int]) -> _Header:
         text = ""
         for count, token_id in enumerate(following[:LABEL_TOKENS], 1):
-            text += self._text(token_id)
+            text += self._token_text(token_id)
             found = PATH_LABEL.match(text)
             if found:
                 return _Header(count, label=found[1])
         return _Header()
 
-    def _text(self, token_id: int) -> str:
-        """Text of one token; asked again and again for few of them."""
-        text = self._texts.get(token_id)
+    def _token_text(self, token_id: int) -> str:
+        """Text of one token, cached: decoding is slow, and headers consist of few different tokens."""
+        text = self._token_texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = self.decode([token_id]) if self.decode is not None else ""
+            text = self._token_texts[token_id] = self.decode([token_id]) if self.decode is not None else ""
         return text
 
 
 class _Header(NamedTuple):
-    """What follows a tag: how many tokens belong to it, and what they say."""
+    """The tokens that belong to the control token before them.
+
+    Attributes:
+        length: number of these tokens: white space, a path's label, or a step's title with its line break.
+        label: label of a path, or an empty text.
+        step: number of a step.
+    """
 
     length: int = 0
     label: str = ""

@@ -1,11 +1,11 @@
-"""The two grammars of parallel reasoning: their control tokens, and what is read from the text between them.
+"""The control tokens of the two grammars, and the patterns of the text between them.
 
 Multiverse: text, and blocks of parallel paths that may be nested.
 
     <Parallel> <Goal> (<Outline> 1: text </Outline>)+ </Goal>
     (<Path> 1: text </Path>)+ <Conclusion> text </Conclusion> </Parallel>
 
-MedVerse: one plan of numbered steps with their dependencies, and the steps.
+MedVerse: a plan of numbered steps with their dependencies, and an execution of the steps.
 
     <Plan> (<Outline> Transient Step 1: A -> B; Dependency: [] </Outline>)+ </Plan>
     <Execution> (<Step> Transient Step 1: A -> B\\n text </Step>)+ </Execution> <Conclusion> text </Conclusion>
@@ -29,10 +29,10 @@ MEDVERSE = (
 )
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {"multiverse": MULTIVERSE, "medverse": MEDVERSE}
 GRAMMARS = tuple(CONTROL_TOKENS)
-# What a MedVerse step sees: its ancestors; every step of the earlier layers; nothing but the text before the steps.
+# What a MedVerse step sees besides the text before the steps: its ancestors, all steps of earlier layers, or nothing.
 MODES = ("dag", "layers", "flat")
 
-# Nine digits at most: a model may write any number of them.
+# At most nine digits: a model may write a number of any length, and Python limits the digits that `int` takes.
 STEP_NUMBER = re.compile(r"Transient\s+Step\s+([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 STEP_TITLE = re.compile(
     r"Transient\s+Step\s+[0-9]{1,9}\s*:\s*(.*?)\s*(?:;\s*Dependency\b|$)", re.IGNORECASE | re.DOTALL
@@ -51,22 +51,22 @@ def check_grammar(grammar: str, mode: str) -> None:
 
 
 def is_trained(config: Any) -> bool:
-    """True for the configuration of a model that has learnt to write control tokens."""
+    """True for the configuration of a model that was trained to write control tokens."""
     return bool((getattr(config, "topology", None) or {}).get("trained"))
 
 
-def token_ids_of(tokenizer: Any, grammar: str) -> dict[str, int]:
-    """The id of each control token of `grammar`.
+def control_token_ids(tokenizer: Any, grammar: str) -> dict[str, int]:
+    """Control token -> id, for the control tokens of `grammar`.
 
     Raises:
-        UsageError: this is no tokenizer.
-        TopologyError: a tag is not one token of this tokenizer.
+        UsageError: `tokenizer` is not a tokenizer, or `grammar` is unknown.
+        TopologyError: the tokenizer does not encode a control token as one token.
     """
     check_grammar(grammar, "dag")
     if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
         raise UsageError(f"tokenizer={tokenizer!r} is not a tokenizer", "pass AutoTokenizer.from_pretrained(…)")
     found = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in CONTROL_TOKENS[grammar]}
-    # A tokenizer with an unknown token has one id for every tag that it lacks.
+    # A tokenizer encodes every text that it lacks as its unknown token, which is one id too.
     unknown = getattr(tokenizer, "unk_token_id", None)
     lacking = [tag for tag, ids in found.items() if len(ids) != 1 or ids[0] == unknown]
     if lacking:
@@ -78,8 +78,8 @@ def token_ids_of(tokenizer: Any, grammar: str) -> dict[str, int]:
     return {tag: ids[0] for tag, ids in found.items()}
 
 
-def decoder_of(tokenizer: Any) -> Decode:
-    """The text of token ids as it stands, control tokens included."""
+def decode_function(tokenizer: Any) -> Decode:
+    """A function from token ids to their text, with control tokens and without cleaning up spaces."""
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""MedVerse's control tokens: a plan of numbered steps, and the steps, each seeing those that it needs."""
+"""MedVerse's control tokens: a plan of numbered steps with dependencies, and the steps of its execution."""
 
 from __future__ import annotations
 
@@ -11,132 +11,157 @@ from hf_efficient.modeling.topology.grammar.plan import Plan, StepOrder
 
 
 class MedVerseRules(Cursor):
-    """What each tag does."""
+    """The rule of each control token; see `Cursor` for what a rule returns.
+
+    Attributes:
+        in_plan: a plan is open.
+        executed: the last plan has been followed by an execution.
+    """
 
     in_plan: bool = False
     executed: bool = False
 
     @property
     def plan(self) -> dict[int, list[int]]:
-        """Number of each planned step -> numbers of the steps that it needs."""
-        return self.plan_read.dependencies
+        """Number of each planned step -> numbers of the steps that it depends on."""
+        return self.parsed_plan.dependencies
 
     @property
     def titles(self) -> dict[int, str]:
         """Number of each planned step -> its title."""
-        return self.plan_read.titles
+        return self.parsed_plan.titles
 
     @property
     def step_segment(self) -> dict[int, int]:
-        """Number of each step that was opened in the open execution -> its segment."""
+        """Number of each step opened in the open execution -> its segment."""
         steps = self.frame.steps if self.frame else None
         if steps is None:
             return {}
-        return {n: steps.segments[place] for n, place in steps.order.counted.items() if place in steps.segments}
+        return {n: steps.segments[index] for n, index in steps.order.index.items() if index in steps.segments}
 
     def open_plan(self) -> bool:
+        """`<Plan>`: start a new plan."""
         if self.in_path:
-            return self.complain("a plan opens inside a step", "<Plan>", "close the step with </Step>")
-        self.plan_read = Plan()
+            return self.report_malformed("a plan opens inside a step", "<Plan>", "close the step with </Step>")
+        self.parsed_plan = Plan()
         self.in_plan, self.executed = True, False
         return True
 
-    def open_planned(self) -> bool:
+    def open_planned_step(self) -> bool:
+        """`<Outline>`: start collecting a planned step; ordinary text outside a plan."""
         return self.in_plan and self.open_outline()
 
-    def close_planned(self) -> bool:
+    def close_planned_step(self) -> bool:
+        """`</Outline>`: add the step to the plan."""
         if self.outline_ids is None:
             return False
-        if self.plan_read.add(self.take_outline()) is None:
-            return self.complain("the outline has no `Transient Step N`", "</Outline>", "number it, from 1")
+        if self.parsed_plan.add(self.pop_outline()) is None:
+            return self.report_malformed("the outline has no `Transient Step N`", "</Outline>", "number it, from 1")
         return True
 
     def close_plan(self) -> bool:
+        """`</Plan>`: check that the plan can be executed."""
         if not self.in_plan:
-            return self.complain("no plan is open", "</Plan>", "open it with <Plan>")
+            return self.report_malformed("no plan is open", "</Plan>", "open it with <Plan>")
         self.in_plan, self.outline_ids = False, None
-        fault = self.plan_read.fault()
-        if fault:
-            self.complain(fault, "</Plan>", "let each step depend only on planned steps with smaller numbers")
+        problem = self.parsed_plan.problem()
+        if problem:
+            self.report_malformed(problem, "</Plan>", "let each step depend only on planned steps with smaller numbers")
         return True
 
     def open_execution(self) -> bool:
+        """`<Execution>`: open the block of the steps."""
         if self.frames:
-            return self.complain("an execution opens inside another", "<Execution>", "close it with </Execution>")
+            return self.report_malformed(
+                "an execution opens inside another", "<Execution>", "close it with </Execution>"
+            )
         frame = self.open_frame("<Execution>")
         if frame is None:
             return False
-        frame.steps = Steps(StepOrder(self.plan_read, self.mode))
+        frame.steps = Steps(StepOrder(self.parsed_plan, self.mode))
         self.in_plan, self.executed = False, True
         return True
 
     def open_step(self, number: int | None) -> bool:
+        """`<Step>`: continue in a new segment that follows the steps it depends on, or the trunk.
+
+        Args:
+            number: the step's number; None where its header has none.
+
+        Raises:
+            TopologyError: a step that it depends on has not been opened, in an execution whose steps were forked.
+        """
         if self.frame is None:
-            self.complain("a step opens outside an execution", "<Step>", "open it with <Execution>")
+            self.report_malformed("a step opens outside an execution", "<Step>", "open it with <Execution>")
             self.open_execution()
         frame = self.frames[-1]
         if frame.in_path:
-            self.complain("a step opens inside another", "<Step>", "close it with </Step>")
+            self.report_malformed("a step opens inside another", "<Step>", "close it with </Step>")
             self.close_path(frame)
         steps = frame.steps
-        if steps is None or not self.may_branch("<Step>"):
+        if steps is None or not self.can_add_path("<Step>"):
             return False
         if number in steps.schedule:
-            place, followed = steps.schedule[number]
+            index, parents = steps.schedule[number]
         else:
-            fault = steps.order.fault(number)
-            if fault:
-                self.complain(fault, "<Step>", "let plan and execution have the same steps, each after those it needs")
-            place, followed = steps.order.count, steps.order.admit(number)
-        if any(step not in steps.segments for step in followed):
+            problem = steps.order.problem(number)
+            if problem:
+                self.report_malformed(
+                    problem, "<Step>", "let plan and execution have the same steps, each after those it depends on"
+                )
+            index, parents = steps.order.count, steps.order.add(number)
+        if any(parent not in steps.segments for parent in parents):
             raise TopologyError(
-                f"step {number} opens before a step that it waits for", "open it later", tag="<Step>", row=self.row
+                f"step {number} opens before a step that it depends on", "open it later", tag="<Step>", row=self.row
             )
-        parents = [steps.segments[step] for step in followed] or [frame.trunk]
-        self.cur = steps.segments[place] = self.graph.new(parents, "?" if number is None else str(number))
+        segments = [steps.segments[parent] for parent in parents] or [frame.trunk]
+        self.segment = steps.segments[index] = self.graph.new(segments, "?" if number is None else str(number))
         frame.in_path = True
         return True
 
     def close_step(self) -> bool:
+        """`</Step>`: end the open step."""
         frame = self.frame
         if frame is None or not frame.in_path:
-            return self.complain("no step is open", "</Step>", "open it with <Step>")
+            return self.report_malformed("no step is open", "</Step>", "open it with <Step>")
         self.close_path(frame)
         return True
 
     def close_execution(self) -> bool:
+        """`</Execution>`: join the steps."""
         if self.frame is None:
-            return self.complain("no execution is open", "</Execution>", "open it with <Execution>")
+            return self.report_malformed("no execution is open", "</Execution>", "open it with <Execution>")
         self.end_steps(self.frame, "</Execution>")
         return True
 
     def conclude_execution(self) -> bool:
+        """`<Conclusion>`: join the steps where `</Execution>` has not."""
         if self.frame is not None:
-            self.complain("the execution is still open", "<Conclusion>", "close it with </Execution>")
+            self.report_malformed("the execution is still open", "<Conclusion>", "close it with </Execution>")
             self.end_steps(self.frame, "<Conclusion>")
         return True
 
     def end_steps(self, frame: Frame, tag: str) -> None:
-        """Close what is open, check that all was executed, and join."""
+        """Close the open step, check that every planned step was executed, join the steps and close the block."""
         if frame.in_path:
-            self.complain("a step is still open", tag, "close it with </Step>")
+            self.report_malformed("a step is still open", tag, "close it with </Step>")
             self.close_path(frame)
         opened = self.step_segment
         missing = next((number for number in self.plan if number not in opened), None)
         if missing is not None:
-            self.complain(
+            self.report_malformed(
                 f"step {missing} is planned but never executed", tag, "execute it, or leave it out of the plan"
             )
-        if frame.tails:
-            self.join_segments(frame)
+        if frame.path_ends:
+            self.join_paths(frame)
         self.frames.pop()
 
 
 MEDVERSE_RULES: dict[str, Callable[..., Any]] = {
     "<Plan>": MedVerseRules.open_plan,
     "</Plan>": MedVerseRules.close_plan,
-    "<Outline>": MedVerseRules.open_planned,
-    "</Outline>": MedVerseRules.close_planned,
+    "<Outline>": MedVerseRules.open_planned_step,
+    "</Outline>": MedVerseRules.close_planned_step,
     "<Execution>": MedVerseRules.open_execution,
     "<Step>": MedVerseRules.open_step,
     "</Step>": MedVerseRules.close_step,

@@ -1,4 +1,4 @@
-"""Multiverse's control tokens: blocks of parallel paths, which may hold blocks themselves."""
+"""Multiverse's control tokens: blocks of parallel paths, which may be nested."""
 
 from __future__ import annotations
 
@@ -10,99 +10,118 @@ from hf_efficient.modeling.topology.grammar.cursor import Cursor, Frame
 
 
 class MultiverseRules(Cursor):
-    """What each tag does."""
+    """The rule of each control token; see `Cursor` for what a rule returns."""
 
     def open_parallel(self) -> bool:
+        """`<Parallel>`: open a block."""
         if self.frames and not self.in_path:
-            self.complain("a block opens beside the paths of another", "<Parallel>", "open it in a path or outside")
+            self.report_malformed(
+                "a block opens beside the paths of another", "<Parallel>", "open it in a path or outside"
+            )
         return self.open_frame("<Parallel>") is not None
 
     def close_outline(self) -> bool:
+        """`</Outline>`: add the outline's label to the block."""
         if self.outline_ids is None:
             return False
-        found, frame = PATH_LABEL.match(self.take_outline()), self.frame
+        found, frame = PATH_LABEL.match(self.pop_outline()), self.frame
         if frame is None or frame.in_path or frame.joined:
             return False
-        frame.labels.append(found[1] if found else "")
+        frame.outline_labels.append(found[1] if found else "")
         return True
 
     def close_goal(self) -> bool:
+        """`</Goal>`: check that the outlines have different labels."""
         frame = self.frame
         if frame is None or frame.in_path or frame.joined:
             return False
-        repeated = first_repeated(frame.labels)
+        repeated = first_repeated(frame.outline_labels)
         if repeated:
-            self.complain(f"two outlines are labelled {repeated}", "</Goal>", "give each path a label of its own")
+            self.report_malformed(f"two outlines are labelled {repeated}", "</Goal>", "give each path its own label")
         return True
 
     def open_path(self, label: str = "") -> bool:
+        """`<Path>`: continue in a new segment that follows the trunk of the block.
+
+        Args:
+            label: label in the path's header. The segment takes the label of its outline where that has one.
+        """
         frame = self.frame
         if frame is None or frame.joined:
-            return self.complain("a path opens outside a block", "<Path>", "open a block with <Parallel> first")
+            return self.report_malformed("a path opens outside a block", "<Path>", "open a block with <Parallel> first")
         if frame.in_path:
-            self.complain("a path opens inside another", "<Path>", "close it with </Path>, or open a <Parallel> in it")
+            self.report_malformed(
+                "a path opens inside another", "<Path>", "close it with </Path>, or open a <Parallel> in it"
+            )
             self.close_path(frame)
-        if not self.may_branch("<Path>"):
+        if not self.can_add_path("<Path>"):
             return False
-        count = len(frame.paths)
-        frame.paths.append(label)
-        if label and label in frame.paths[:count]:
-            self.complain(f"two paths are labelled {label}", "<Path>", "give each path a label of its own")
-        outlined = frame.labels[count] if count < len(frame.labels) else ""
-        self.cur = self.graph.new([frame.trunk], outlined or label or f"{frame.prefix}{count + 1}")
+        count = len(frame.path_labels)
+        frame.path_labels.append(label)
+        if label and label in frame.path_labels[:count]:
+            self.report_malformed(f"two paths are labelled {label}", "<Path>", "give each path its own label")
+        outlined = frame.outline_labels[count] if count < len(frame.outline_labels) else ""
+        self.segment = self.graph.new([frame.trunk], outlined or label or f"{frame.prefix}{count + 1}")
         frame.in_path = True
         return True
 
     def close_open_path(self) -> bool:
+        """`</Path>`: end the open path."""
         frame = self.frame
         if frame is None or not frame.in_path:
-            return self.complain("no path is open", "</Path>", "open it with <Path>")
+            return self.report_malformed("no path is open", "</Path>", "open it with <Path>")
         self.close_path(frame)
         return True
 
     def conclude_block(self) -> bool:
+        """`<Conclusion>`: join the paths of the block."""
         frame = self.frame
         if frame is None:
-            return self.complain("no block is open", "<Conclusion>", "open it with <Parallel>")
+            return self.report_malformed("no block is open", "<Conclusion>", "open it with <Parallel>")
         if frame.joined:
-            return self.complain("the block has a conclusion already", "<Conclusion>", "write one for each block")
+            return self.report_malformed(
+                "the block has a conclusion already", "<Conclusion>", "write one for each block"
+            )
         self.end_paths(frame, "<Conclusion>")
-        if frame.tails:
-            self.join_segments(frame)
-        return bool(frame.tails)
+        if frame.path_ends:
+            self.join_paths(frame)
+        return bool(frame.path_ends)
 
     def close_parallel(self) -> bool:
+        """`</Parallel>`: close the block, joining its paths where no conclusion has."""
         frame = self.frame
         if frame is None:
-            return self.complain("no block is open", "</Parallel>", "open it with <Parallel>")
+            return self.report_malformed("no block is open", "</Parallel>", "open it with <Parallel>")
         if not frame.joined:
             self.end_paths(frame, "</Parallel>")
-            if frame.tails:
-                self.complain("the block has no conclusion", "</Parallel>", "write <Conclusion> after its last path")
-                self.join_segments(frame)
+            if frame.path_ends:
+                self.report_malformed(
+                    "the block has no conclusion", "</Parallel>", "write <Conclusion> after its last path"
+                )
+                self.join_paths(frame)
         self.frames.pop()
         # A block between two paths belongs to the path before it.
         outer = self.frame
-        if outer is not None and outer.tails and not outer.in_path and not outer.joined:
-            outer.tails[-1] = self.cur
+        if outer is not None and outer.path_ends and not outer.in_path and not outer.joined:
+            outer.path_ends[-1] = self.segment
         return True
 
     def end_paths(self, frame: Frame, tag: str) -> None:
-        """Close what is open before a join, and check the number of paths."""
+        """Close the open path before a join, and check that there is one path for each outline."""
         if frame.in_path:
-            self.complain("a path is still open", tag, "close it with </Path>")
+            self.report_malformed("a path is still open", tag, "close it with </Path>")
             self.close_path(frame)
-        outlines, paths = len(frame.labels), len(frame.tails)
+        outlines, paths = len(frame.outline_labels), len(frame.path_ends)
         if not paths:
-            self.complain("the block has no path", tag, "write at least one <Path>")
+            self.report_malformed("the block has no path", tag, "write at least one <Path>")
         elif outlines != paths:
-            self.complain(
+            self.report_malformed(
                 f"the block has {outlines} outlines and {paths} paths", tag, "write one outline for each path"
             )
 
 
 def first_repeated(labels: Sequence[str]) -> str:
-    """The first label that is there for the second time; unread ones do not count."""
+    """The first label that occurs again, or an empty text; empty labels do not count."""
     return next((label for i, label in enumerate(labels) if label and label in labels[:i]), "")
 
 

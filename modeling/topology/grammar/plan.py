@@ -1,11 +1,30 @@
-"""The plan of a MedVerse text: what its outlines say, whether it can be carried out, and what each step sees."""
+"""The plan of a MedVerse text: steps and their dependencies, and the order in which the steps are executed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import TypeVar
 
 from hf_efficient.modeling.topology.grammar.control_tokens import DEPENDENCIES, STEP_NUMBER, STEP_TITLE
+
+Node = TypeVar("Node", bound=Hashable)
+
+
+def find_cycle(dependencies: Mapping[Node, Sequence[Node]]) -> list[Node]:
+    """A cycle of dependencies: each node is followed by one that it depends on; an empty list when there is none.
+
+    The cycle begins and ends with the same node, the one of the cycle that comes first in `dependencies`.
+    """
+    try:
+        TopologicalSorter(dependencies).prepare()
+    except CycleError as error:
+        # graphlib lists dependencies before dependents, and repeats the first node at the end.
+        cycle = error.args[1][:0:-1]
+        start = cycle.index(next(node for node in dependencies if node in cycle))
+        return [*cycle[start:], *cycle[: start + 1]]
+    return []
 
 
 @dataclass
@@ -13,19 +32,19 @@ class Plan:
     """Planned steps in the order of their outlines.
 
     Attributes:
-        dependencies: number of a step -> numbers of the steps that it needs.
-        titles: number of a step -> its title, as the outline has it.
-        repeated: numbers that more than one outline has.
-        unread: numbers of the outlines that list no dependencies, not even `[]`.
+        dependencies: number of a step -> numbers of the steps that it depends on.
+        titles: number of a step -> its title in the outline.
+        repeated: numbers that occur in more than one outline.
+        unparsed: numbers of the outlines without a list of dependencies (an empty list `[]` is one).
     """
 
     dependencies: dict[int, list[int]] = field(default_factory=dict)
     titles: dict[int, str] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
-    unread: set[int] = field(default_factory=set)
+    unparsed: set[int] = field(default_factory=set)
 
     def add(self, outline: str) -> int | None:
-        """Take an outline's text up; its number, or None when it has none."""
+        """Add the step that an outline's text describes; its number, or None when the text has no number."""
         found = STEP_NUMBER.search(outline)
         if found is None:
             return None
@@ -35,78 +54,63 @@ class Plan:
             return number
         listed = DEPENDENCIES.search(outline)
         if listed is None:
-            self.unread.add(number)
+            self.unparsed.add(number)
         numbers = listed[1].replace(",", " ").split() if listed else []
-        # A number too long to be a step's is one that no step has.
+        # STEP_NUMBER matches at most nine digits, so a longer number is never that of a step.
         self.dependencies[number] = list(dict.fromkeys(int(text) if len(text) < 10 else -1 for text in numbers))
         title = STEP_TITLE.search(outline)
         self.titles[number] = title[1] if title else ""
         return number
 
-    def fault(self) -> str:
-        """Why the plan cannot be carried out as it stands, or an empty text."""
+    def problem(self) -> str:
+        """Why the plan cannot be executed as it is written, or an empty text."""
         if self.repeated:
             return f"the plan has step {min(self.repeated)} more than once"
-        if self.unread:
-            return f"step {min(self.unread)} lists no numbers as `Dependency: [...]`"
+        if self.unparsed:
+            return f"step {min(self.unparsed)} lists no numbers as `Dependency: [...]`"
         for number, needed in self.dependencies.items():
             for other in needed:
                 if other == number:
                     return f"step {number} depends on itself"
                 if other not in self.dependencies:
                     return f"step {number} depends on step {other}, which the plan does not have"
-        cycle = self._cycle()
+        cycle = find_cycle(self.dependencies)
         if cycle:
-            return f"the steps {' -> '.join(map(str, cycle))} depend on each other in a circle"
+            return f"the dependencies of the steps form a cycle: {' -> '.join(map(str, cycle))}"
         for number, needed in self.dependencies.items():
             later = [other for other in needed if other > number]
             if later:
                 return f"step {number} depends on the later step {later[0]}"
         return ""
 
-    def _cycle(self) -> list[int]:
-        """A circle of dependencies, its first number again at the end; empty when there is none."""
-        settled: set[int] = set()
-        for start in self.dependencies:
-            trail: list[int] = []
-            pending = [iter((start,))]
-            while pending:
-                number = next(pending[-1], None)
-                if number is None:
-                    pending.pop()
-                    if trail:
-                        settled.add(trail.pop())
-                elif number in trail:
-                    return [*trail[trail.index(number) :], number]
-                elif number not in settled and number in self.dependencies:
-                    trail.append(number)
-                    pending.append(iter(self.dependencies[number]))
-        return []
-
 
 class StepOrder:
-    """What each step sees of those before it, as they come in the text. Steps are counted from 0 in that order.
+    """Parents of each step's segment, for steps that are added in the order of the text and indexed from 0.
 
     | mode | a step sees |
     |---|---|
-    | `dag` | the steps that the plan says it needs, and what those see |
-    | `layers` | every step of the earlier layers; a layer ends before a step that needs one of its steps |
+    | `dag` | the steps that it depends on, and the steps that those see |
+    | `layers` | every step of earlier layers; a new layer starts at a step that depends on one of the current layer |
     | `flat` | no other step |
 
-    Without a plan the steps are a chain. Except in `flat`, a step that the plan does not
-    explain sees all steps before it.
+    Without a plan each step follows the one before. In `dag` and `layers`, a step that does not match the plan (see
+    `problem`) sees all steps before it.
+
+    Attributes:
+        count: steps added so far.
+        index: number of a step -> index of the last step added with that number.
     """
 
     def __init__(self, plan: Plan, mode: str) -> None:
         self.plan = plan
         self.mode = mode
         self.count = 0
-        self.counted: dict[int, int] = {}  # number of a step -> the last step that had it
+        self.index: dict[int, int] = {}
         self._layer: list[int] = []
         self._previous_layer: list[int] = []
 
-    def fault(self, number: int | None) -> str:
-        """What is wrong with a step of this number here, or an empty text."""
+    def problem(self, number: int | None) -> str:
+        """Why a step of this number does not match the plan if it is added next, or an empty text."""
         if number is None:
             return "the step's first line has no `Transient Step N`"
         if not self.plan.dependencies:
@@ -115,39 +119,42 @@ class StepOrder:
             return f"step {number} is not in the plan"
         if number in self.plan.repeated:
             return f"the plan has step {number} more than once"
-        if number in self.plan.unread:
+        if number in self.plan.unparsed:
             return f"step {number} lists no numbers as `Dependency: [...]`"
-        if number in self.counted:
-            return f"step {number} is there for the second time"
+        if number in self.index:
+            return f"step {number} occurs twice"
         for other in self.plan.dependencies[number]:
-            if other not in self.counted:
-                return f"step {number} needs step {other}, which does not stand before it"
+            if other not in self.index:
+                return f"step {number} depends on step {other}, which does not come before it"
         return ""
 
-    def admit(self, number: int | None) -> list[int]:
-        """Count a step and tell which steps its segment follows; none: it follows the text before the steps."""
-        fault, step = self.fault(number), self.count
-        needed = [] if fault else [self.counted[other] for other in self.plan.dependencies[number or 0]]
+    def add(self, number: int | None) -> list[int]:
+        """Add a step; the indices of its parents, empty when its parent is the text before the steps."""
+        problem, index = self.problem(number), self.count
+        needed = [] if problem else [self.index[other] for other in self.plan.dependencies[number or 0]]
         self.count += 1
         if number is not None:
-            self.counted[number] = step
+            self.index[number] = index
         if self.mode == "flat":
             return []
         if not self.plan.dependencies:
-            return [step - 1] if step else []
+            return [index - 1] if index else []
         if self.mode == "dag":
-            return list(range(step)) if fault else needed
-        if self._layer and (fault or not set(needed).isdisjoint(self._layer)):
+            return list(range(index)) if problem else needed
+        if self._layer and (problem or not set(needed).isdisjoint(self._layer)):
             self._previous_layer, self._layer = self._layer, []
-        self._layer.append(step)
+        self._layer.append(index)
         return self._previous_layer
 
 
 def step_schedule(plan: Plan, mode: str, numbers: Iterable[int] | None = None) -> dict[int, list[int]]:
-    """For each step, the numbers of the steps that must be done before it starts; in the order of the plan.
+    """Number of each step -> numbers of the steps that must be done before it starts, in the order of the plan.
 
-    A step whose dependencies make no sense waits for all steps before it, as the same text does when it is read.
+    A step whose dependencies are invalid waits for all steps before it, which matches how `TopologyBuilder` reads it.
+
+    Args:
+        numbers: the steps in their order; by default those of the plan.
     """
     order = StepOrder(plan, mode)
     listed = list(plan.dependencies if numbers is None else numbers)
-    return {number: [listed[step] for step in order.admit(number)] for number in listed}
+    return {number: [listed[index] for index in order.add(number)] for number in listed}

@@ -24,7 +24,7 @@ from hf_efficient.data.topology_collator import mark_topology_trained
 from hf_efficient.errors import HFEError
 from hf_efficient.evaluation import evaluate
 from hf_efficient.modeling.decoder import generation_decoder
-from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MULTIVERSE, token_ids_of
+from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MULTIVERSE, control_token_ids
 
 Stock = Callable[..., Path]
 QUIET: dict[str, Any] = {"evaluate": False, "progress": False}
@@ -71,7 +71,7 @@ def test_plain_text_has_the_sources_logits(name: str, grammar: str, stock: Stock
     check_equal_logits(tmp_path / "out", model, torch.tensor([ids]), len(before))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert config.model_type == report.model_type == f"hfe_{grammar}"
-    token_ids = token_ids_of(after, grammar)
+    token_ids = control_token_ids(after, grammar)
     assert config.topology == {
         **{"grammar": grammar, "mode": "dag", "token_ids": token_ids},
         **{"trained": False, "separator": "\n", "version": 1},
@@ -93,7 +93,7 @@ def test_the_real_model_stays_what_it_is(smollm_gguf: Path, tmp_path: Path) -> N
     check_equal_logits(tmp_path / "out", stock, inputs["input_ids"], 49152)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.vocab_size == 49216
-    rows, ids = model.get_input_embeddings().weight, token_ids_of(tokenizer, "multiverse")
+    rows, ids = model.get_input_embeddings().weight, control_token_ids(tokenizer, "multiverse")
     (path,) = tokenizer.encode("Path", add_special_tokens=False)
     assert torch.equal(rows[ids["<Path>"]], rows[path])
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -133,7 +133,7 @@ def test_rows_of_control_tokens_are_means_of_their_names(name: str, grammar: str
     before, after = weights(stock(name)), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     old, new = (AutoTokenizer.from_pretrained(folder) for folder in (stock(name), tmp_path / "out"))
-    ids = token_ids_of(new, grammar)
+    ids = control_token_ids(new, grammar)
     matrices = [n for n in ("model.embed_tokens.weight", "lm_head.weight") if n in after]
     assert len(matrices) == (1 if "tied" in name else 2)
     for matrix in matrices:
@@ -159,7 +159,7 @@ def test_rows_in_half_precision(dtype: torch.dtype, stock: Stock, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     parts = tokenizer("/Path", add_special_tokens=False).input_ids
     expected = before[name][parts].float().mean(0).to(dtype)
-    assert torch.equal(after[name][token_ids_of(tokenizer, "multiverse")["</Path>"]], expected)
+    assert torch.equal(after[name][control_token_ids(tokenizer, "multiverse")["</Path>"]], expected)
     assert after[name].dtype == dtype and torch.equal(after[name][: len(before[name])], before[name])
 
 
@@ -281,7 +281,7 @@ def test_a_trained_checkpoint_is_taken_over(
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert config.topology["trained"] is True and config.topology["mode"] == mode
     assert config.vocab_size == len(before["model.embed_tokens.weight"])
-    assert config.topology["token_ids"] == token_ids_of(AutoTokenizer.from_pretrained(source), grammar)
+    assert config.topology["token_ids"] == control_token_ids(AutoTokenizer.from_pretrained(source), grammar)
 
 
 def test_mode_and_state_may_be_named(trained: Callable[[str], Path], tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_tokens_that_are_there_keep_their_rows(stock: Stock, tmp_path: Path) -> 
     tokenizer.save_pretrained(source)
     convert(source, tmp_path / "out", [Multiverse()], **QUIET)
     before, after = (weights(folder)["lm_head.weight"] for folder in (source, tmp_path / "out"))
-    ids = token_ids_of(AutoTokenizer.from_pretrained(tmp_path / "out"), "multiverse")
+    ids = control_token_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), "multiverse")
     kept = [tokenizer.convert_tokens_to_ids(token) for token in ("<Path>", "</Path>")]
     assert [ids["<Path>"], ids["</Path>"]] == kept
     assert torch.equal(before[kept], after[kept])
@@ -334,7 +334,7 @@ def test_stem_tables_get_rows_for_the_new_tokens(
     assert report.model_type == "hfe_decoder"
     before, after = weights(stem_only), weights(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = token_ids_of(tokenizer, "multiverse")
+    ids = control_token_ids(tokenizer, "multiverse")
     for table in TABLES:
         size = len(before[table])
         assert len(after[table]) == len(after["model.embed_tokens.weight"]) > size
@@ -385,7 +385,7 @@ def test_a_converted_checkpoint_takes_further_patches(stock: Stock, text: Path, 
     assert sorted(model.config.active_patches) == ["bhyt", "multiverse", "stem"]
     assert settings_of(tmp_path / "out") == settings_of(tmp_path / "multiverse")
     assert (
-        token_ids_of(AutoTokenizer.from_pretrained(tmp_path / "out"), "multiverse")
+        control_token_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), "multiverse")
         == (model.config.topology["token_ids"])
     )
 
@@ -418,7 +418,7 @@ def test_a_dry_run_tells_what_it_would_add(stock: Stock, tmp_path: Path) -> None
 def test_report_and_card_tell_what_was_done(stock: Stock, tmp_path: Path) -> None:
     report = convert(stock(), tmp_path / "out", [Multiverse()], **QUIET)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = token_ids_of(tokenizer, "multiverse")
+    ids = control_token_ids(tokenizer, "multiverse")
     rows = report.patches[0]["measured"]["token_rows"]
     assert rows == {str(ids[tag]): tokenizer(tag[1:-1], add_special_tokens=False).input_ids for tag in MULTIVERSE}
     card = (tmp_path / "out" / "README.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.scripted_sampler import ScriptedSampler
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
+from hf_efficient.modeling.topology.generation.branches import Branch, BranchPath, all_branches
+from hf_efficient.modeling.topology.generation.limits import Limits
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
+from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
+from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 from hf_efficient.modeling.topology.grammar.topology import Topology
+
+EOS = 1
+BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
+INNER = "<Parallel><Goal><Outline>2.1: c</Outline><Outline>2.2: d</Outline></Goal>"
+PATHS: dict[str, BranchPath] = {"": (), "1": ((0, "1"),), "2": ((0, "2"),), "2.1": ((0, "2"), (0, "2.1"))}
 
 
 class ToyVocabulary:
@@ -215,3 +227,187 @@ def model_of(toy: Callable, small_shape: dict[str, Any]) -> Callable[..., Any]:
         return model(config(**small_shape, **fields, topology=topology)).to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_tokenizer: Callable) -> Any:
+    """The toy vocabulary of Multiverse as a tokenizer."""
+    return toy_tokenizer("multiverse")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    """A small Multiverse model over the toy vocabulary; test modules with a `model` of their own override it."""
+    torch.manual_seed(0)
+    config = MultiverseConfig(
+        vocab_size=150,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        topology={"token_ids": tokenizer.token_ids},
+    )
+    return MultiverseForCausalLM(config).eval()
+
+
+@pytest.fixture
+def generate(model: Any, tokenizer: Any) -> Callable[..., Any]:
+    """Runs parallel generation of `model` on a text or on ids."""
+
+    def run(text: str | Tensor = f"Q{BLOCK}", **options: Any) -> Any:
+        ids = torch.tensor([tokenizer.encode(text)]) if isinstance(text, str) else text
+        settings = {"parallel": True, "max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
+        return model.generate(ids, tokenizer=tokenizer, **(settings | options))
+
+    return run
+
+
+@pytest.fixture
+def nested(tokenizer: Any) -> Callable[[], ScriptedSampler]:
+    """A sampler for one path and one with a block of its own."""
+    texts = {
+        (): f"t{BLOCK}so</Conclusion></Parallel>end",
+        PATHS["1"]: " first</Path>",
+        PATHS["2"]: f" v{INNER}inner</Conclusion></Parallel>y</Path>",
+        PATHS["2.1"]: "p</Path>",
+        ((0, "2"), (0, "2.2")): "qqqqqq</Path>",
+    }
+    return lambda: ScriptedSampler({(0, path): tokenizer.encode(text) for path, text in texts.items()}, after=EOS)
+
+
+@dataclass
+class Run:
+    """A finished sequence.
+
+    Attributes:
+        text: in the order of the text, with `<eos>` for the end.
+        passes: forward passes.
+        slots: cache slots in the order of the text.
+        computed: cache slots that each pass computed.
+    """
+
+    row: SequenceScheduler
+    text: str
+    passes: int
+    slots: list[int]
+    computed: list[list[int]]
+
+    def branch(self, *labels: str) -> Branch:
+        return next(b for b in all_branches(self.row.trunk) if tuple(label for _, label in b.path) == labels)
+
+    def first_pass(self, *labels: str) -> int:
+        """The pass that computed the branch's first token."""
+        slot = next(item for item in self.branch(*labels).contents if isinstance(item, int))
+        return next(i for i, slots in enumerate(self.computed) if slot in slots)
+
+
+Choose = Callable[[Branch], int]
+
+
+@pytest.fixture(scope="session")
+def course(toy: Callable) -> Callable[..., Run]:
+    """Runs a scheduler: `scripts` gives what each branch samples, by its labels; past its script a branch samples x."""
+
+    def run(
+        grammar: str,
+        scripts: dict[tuple[str, ...], str] | Choose,
+        prompt: str = "Q\n",
+        mode: str = "dag",
+        end: bool = True,
+        **limits: Any,
+    ) -> Run:
+        vocabulary = toy(grammar)
+
+        def scripted(branch: Branch) -> int:
+            script = vocabulary.encode(scripts.get(tuple(label for _, label in branch.path), ""))  # type: ignore
+            if branch.parent is None and end:
+                script.append(EOS)
+            return (
+                script[branch.num_sampled_tokens]
+                if branch.num_sampled_tokens < len(script)
+                else vocabulary.encode("x")[0]
+            )
+
+        choose = scripts if callable(scripts) else scripted
+        builder = TopologyBuilder(
+            grammar, vocabulary.token_ids, mode=mode, strict=False, decode=lambda ids: decode_with_eos(vocabulary, ids)
+        )
+        row = SequenceScheduler(
+            0,
+            vocabulary.encode(prompt),
+            builder,
+            ForcedText(grammar, vocabulary.token_ids, vocabulary.encode),
+            Limits(**({"max_new_tokens": 500, "eos_ids": {EOS}} | limits)),
+        )
+        computed: list[list[int]] = []
+        row.schedule()
+        while not row.finish_reason:
+            computed.append(list(range(row.num_computed_tokens, len(row.tokens))))
+            assert computed[-1], "every pass computes something"
+            assert all(branch.last_slot in computed[-1] for branch in row.active_branches), "logits are of this pass"
+            row.num_computed_tokens = len(row.tokens)
+            row.accept([choose(branch) for branch in row.active_branches])
+            row.schedule()
+            assert len(computed) < 5000
+        slots = list(row.slots_in_text_order())
+        found = Run(row, decode_with_eos(vocabulary, [row.tokens[c] for c in slots]), len(computed), slots, computed)
+        check_run(found, vocabulary, mode)
+        return found
+
+    return run
+
+
+def decode_with_eos(vocabulary: Any, ids: Sequence[int]) -> str:
+    return "".join("<eos>" if i == EOS else vocabulary.decode([i]) for i in ids)
+
+
+def check_run(run: Run, vocabulary: Any, mode: str) -> None:
+    """Invariants of every sequence: reading its text gives the topology it was generated with, within limits."""
+    row = run.row
+    assert sorted(run.slots) == list(range(len(row.tokens))), "each slot stands in the text once"
+    read = Topology.from_token_ids(
+        [row.tokens[c] for c in run.slots],
+        vocabulary.grammar,
+        vocabulary.token_ids,
+        mode=mode,
+        strict=False,
+        decode=lambda ids: decode_with_eos(vocabulary, ids),
+        allow_truncated=True,
+    )
+    number: dict[int, int] = {}
+    for slot in run.slots:
+        number.setdefault(row.segments[slot], len(number))
+    assert [number[row.segments[c]] for c in run.slots] == read.segment_ids.tolist()
+    assert [row.positions[c] for c in run.slots] == read.position_ids.tolist()
+    closures = read.closure()
+    for segment, new in number.items():
+        seen = sum(1 << number[s] for s in range(len(row.graph)) if row.graph.closure[segment] >> s & 1 and s in number)
+        assert seen == closures[new]
+    # All that a token sees was computed before it.
+    last: dict[int, int] = {}
+    for slot, segment in enumerate(row.segments):
+        last[segment] = slot
+    first: dict[int, int] = {}
+    for slot, segment in enumerate(row.segments):
+        first.setdefault(segment, slot)
+    for segment in number:
+        for other in range(len(row.graph)):
+            if other != segment and row.graph.closure[segment] >> other & 1 and other in last:
+                assert last[other] < first[segment]
+    limits = row.limits
+    if limits.budget == "positions":
+        assert row.critical_path <= limits.max_new_tokens
+    else:
+        assert row.num_generated_tokens <= limits.max_new_tokens
+    for branch in all_branches(row.trunk):
+        assert (
+            limits.branch_max_new_tokens is None
+            or branch.parent is None
+            or (branch.num_sampled_tokens <= limits.branch_max_new_tokens)
+        )

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.scripted_sampler import ScriptedSampler
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
@@ -29,7 +30,7 @@ from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.generation import parallel_decoding
 from hf_efficient.modeling.topology.generation.branches import Branch, slots_in_text_order
 from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput, parallel_generate
-from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler, ScriptedSampler, most_likely
+from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler, most_likely
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 EOS = 1

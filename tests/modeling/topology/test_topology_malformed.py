@@ -158,7 +158,7 @@ MEDVERSE: dict[str, tuple[str, str, str, str, list[list[int]]]] = {
         executed(plan(_1="", _2="4", _3="2", _4="1, 3"), 1, 2, 3, 4)[0],
         "a" + plan(_1="", _2="4", _3="2", _4="1, 3").removesuffix("</Plan>"),
         "</Plan>",
-        "the steps 2 -> 4 -> 3 -> 2 depend on each other in a circle",
+        "the dependencies of the steps form a cycle: 2 -> 4 -> 3 -> 2",
         [[], [0], [1], [2], [1, 3], [1, 2, 3, 4]],
     ),
     "number-planned-twice": (
@@ -172,7 +172,7 @@ MEDVERSE: dict[str, tuple[str, str, str, str, list[list[int]]]] = {
         _TWICE,
         _BEFORE_TWICE,
         "<Step>",
-        "step 2 is there for the second time",
+        "step 2 occurs twice",
         [[], [0], [0], [1, 2], [1, 2, 3]],
     ),
     "unplanned-step": (
@@ -186,7 +186,7 @@ MEDVERSE: dict[str, tuple[str, str, str, str, list[list[int]]]] = {
         executed(plan(_1="", _2="1"), 2, 1)[0],
         _BEFORE_EARLY,
         "<Step>",
-        "step 2 needs step 1, which does not stand before it",
+        "step 2 depends on step 1, which does not come before it",
         [[], [0], [0], [1, 2]],
     ),
     "no-number": (

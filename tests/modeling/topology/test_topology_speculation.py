@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from benchmarks.scripted_sampler import ScriptedSampler
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
-from hf_efficient.modeling.topology.generation.sampling import ScriptedSampler
 from hf_efficient.modeling.topology.generation.topology_step import TopologySession
 
 EOS = 1
