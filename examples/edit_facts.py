@@ -22,8 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import hf_efficient  # noqa: F401  (registers the model)
-from hf_efficient.modeling.stem.edit_plan import stem_edit_plan
+from hf_efficient import stem_edit_plan, stem_edit_rows, stem_override
 from hf_efficient.modeling.stem.modeling_stem import StemConfig
 
 TEMPLATES = {
@@ -188,7 +187,7 @@ class Facts:
         prompts = prompts_of(self.world, attribute, sources)
         pairs = list(zip(sources, targets, strict=True)) * len(TEMPLATES[attribute])
         plans = [stem_edit_plan(self.tokenizer, p, s, t, **options) for p, (s, t) in zip(prompts, pairs, strict=True)]
-        with self.model.stem_override(plans):
+        with stem_override(self.model, plans):
             return self.measure(self.next_word(prompts), attribute, sources, targets)
 
 
@@ -237,7 +236,7 @@ def run(facts: Facts, seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Te
     others = [p for a in TEMPLATES for p in prompts_of(world, a, untouched + world.double)]
     kept = facts.next_word(others)
     ids = facts.answer_ids(edited).tolist(), facts.answer_ids(donors).tolist()
-    edit = model.stem_edit_rows(dict(zip(*ids, strict=True)))
+    edit = stem_edit_rows(model, dict(zip(*ids, strict=True)))
     report["persistent"] = {
         a: summary(facts.measure(facts.next_word(prompts_of(world, a, edited)), a, edited, donors)) for a in TEMPLATES
     }

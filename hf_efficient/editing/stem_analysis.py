@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from hf_efficient.conversion.measuring.evaluation import Estimate, model_logits, nll_by_position
 from hf_efficient.conversion.measuring.text import load_text, pack
+from hf_efficient.editing.stem_tables import stem_base_model, table_weights
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.modeling.stem.row_edit import table_weights
 
 ANALYSIS_TOKENS = 4_096
 # Pairs whose cosines are computed at a time.
@@ -132,40 +132,6 @@ def stem_angular_spread(
     )
 
 
-def plot_angular_spread(spreads: Sequence[AngularSpread], path: str | Path, title: str = "") -> None:
-    """Draw the cosines of each table as a histogram over the density that isotropic rows have; writes a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(len(spreads), 5)
-    lines = -(-len(spreads) // columns)
-    size = (2.6 * columns + 0.6, 2.3 * lines + 0.5)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
-    reach = max(float(s.cosines.abs().quantile(0.995)) for s in spreads) if spreads else 1.0
-    grid = torch.linspace(-reach, reach, 401)
-    for axis in axes.flat[len(spreads) :]:
-        axis.set_axis_off()
-    for axis, spread in zip(axes.flat, spreads, strict=False):
-        axis.hist(spread.cosines.numpy(), 61, (-reach, reach), density=True, color="tab:blue")
-        # Cosines of random directions in F dimensions are normal to within 1/F.
-        density = (-0.5 * (grid / spread.baseline_std) ** 2).exp() / (spread.baseline_std * math.sqrt(2 * math.pi))
-        axis.plot(grid.numpy(), density.numpy(), color="black", linewidth=1, label="random rows")
-        axis.set_title(
-            f"layer {spread.layer}: std {spread.std:.3f} (random {spread.baseline_std:.3f})\n"
-            f"mean {spread.mean:+.3f}, directions {spread.participation_ratio:.0f} "
-            f"(random {spread.baseline_participation:.0f})",
-            fontsize=7,
-        )
-        axis.set_yticks([])
-        axis.tick_params(labelsize=7)
-    axes[0, 0].legend(fontsize=7, loc="upper right")
-    figure.suptitle(title or "cosines between rows of a table", fontsize=9)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
 @dataclass(frozen=True)
 class RowReport:
     """One row of one table.
@@ -217,7 +183,7 @@ def stem_row_report(
     cosines = nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(rows[token_id], dim=0)
     cosines[token_id] = -math.inf
     nearest = cosines.topk(min(k, len(rows) - 1))
-    down = model.base_model.layers[layer].mlp.down_proj.weight.detach().float()
+    down = stem_base_model(model).layers[layer].mlp.down_proj.weight.detach().float()
     strength = rows[token_id].abs() * down.norm(dim=0)
     strongest = strength.topk(min(k, len(strength)))
     return RowReport(
@@ -354,7 +320,7 @@ def stem_ablate(
     chosen: list[Any] = [*stem_layers, stem_layers] if layers is None else list(layers)
     groups = [[entry] if isinstance(entry, int) else list(entry) for entry in chosen]
     for group in groups:
-        table_weights(model.base_model, group)
+        table_weights(stem_base_model(model), group)
     ids = _token_ids(model, text, tokenizer)
     logits = model_logits(model)
     plain = nll_by_position(logits(ids), ids)
@@ -386,7 +352,8 @@ def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Ten
         for layer in layers:
             table = _table(model, layer)
             row = None if mode == "zero" else table[ids.flatten().to(table.device)].mean(0, dtype=torch.float32)
-            handles.append(model.base_model.layers[layer].mlp.stem_embed.register_forward_hook(give(row)))
+            mlp = stem_base_model(model).layers[layer].mlp
+            handles.append(mlp.stem_embed.register_forward_hook(give(row)))
         yield
     finally:
         for handle in handles:
@@ -394,7 +361,7 @@ def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Ten
 
 
 def _table(model: PreTrainedModel, layer: int) -> Tensor:
-    return table_weights(model.base_model, [layer])[layer].detach()
+    return table_weights(stem_base_model(model), [layer])[layer].detach()
 
 
 def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:

@@ -10,6 +10,7 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 from hf_efficient.errors import HFEError
@@ -31,7 +33,6 @@ from hf_efficient.modeling.decoder.task_heads import (
     DecoderForTokenClassification,
 )
 from hf_efficient.modeling.stem.configuration_stem import StemConfig
-from hf_efficient.modeling.stem.editing import StemEditing
 from hf_efficient.modeling.stem.embedding_match import match_token_ids
 from hf_efficient.modeling.stem.stem_table import StemTable, single_device
 from hf_efficient.modeling.stem.table_files import find_tensors, hub_arguments
@@ -46,9 +47,10 @@ _FETCHERS: WeakKeyDictionary[nn.Module, TableFetcher] = WeakKeyDictionary()
 
 
 class StemMLP(nn.Module):
-    """``down(act(gate(x)) * U[token_ids])``, plus `residual` where given.
+    """``down(act(gate(x)) * U[token_ids])`` with the table U [vocab_size, intermediate_size].
 
-    With `efficient` set to False the stock path ``down(act(gate(x)) * up(x))`` runs, where `stem_keep_up_proj` kept it.
+    With `efficient` set to False the stock path ``down(act(gate(x)) * up(x))`` runs; it needs the up-projection that
+    `stem_keep_up_proj` keeps.
     """
 
     def __init__(self, config: StemConfig) -> None:
@@ -64,31 +66,41 @@ class StemMLP(nn.Module):
             self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def _can_fuse(self, token_ids: Tensor | TokenRows | None) -> bool:
-        """True when the kernel, which reads the table's weight, does all that calling the two modules would do."""
+    def _can_fuse(self, token_inputs: Tensor | TokenRows | None) -> bool:
+        """True if the fused kernel, which reads the table's weight, gives the result of calling the two modules."""
         table = self.stem_embed
         return (
             is_bare(self.act_fn, SILU)
             and is_bare(table, (StemTable,))
-            and type(table.weight) is nn.Parameter  # quantised and distributed weights have types of their own
-            and (isinstance(token_ids, TokenRows) or table.weight.device == token_ids.device)
+            and type(table.weight) is nn.Parameter  # quantized and distributed weights have other types
+            and (not isinstance(token_inputs, Tensor) or table.weight.device == token_inputs.device)
             and not (table.scale_grad_by_freq or table.max_norm or table.padding_idx is not None)
         )
 
     def forward(
         self, hidden_states: Tensor, token_ids: Tensor | TokenRows | None, residual: Tensor | None = None
     ) -> Tensor:
+        """The feed-forward's output [B, S, hidden_size], plus `residual` if it is given.
+
+        Args:
+            hidden_states: [B, S, hidden_size].
+            token_ids: ids [B, S] that index the table, or their rows from `StemModel.begin_lookup`.
+            residual: [B, S, hidden_size].
+
+        Raises:
+            HFEError: `efficient` is False and the checkpoint has no up-projection.
+        """
         gate = linear(hidden_states, self.gate_proj)
         if not self.efficient:
             gated = self.act_fn(gate) * self._stock_up(hidden_states)
         elif not self._can_fuse(token_ids):
             table = self.stem_embed
-            rows = token_ids.look_up(table) if isinstance(token_ids, TokenRows) else table(token_ids)
+            rows = table(token_ids) if isinstance(token_ids, Tensor) else token_ids.look_up(table)
             gated = self.act_fn(gate) * rows.to(gate.dtype)
-        elif isinstance(token_ids, TokenRows):
-            gated = stem_gate(gate, token_ids.rows(self.stem_embed), token_ids.slots)
-        else:
+        elif isinstance(token_ids, Tensor):
             gated = stem_gate(gate, self.stem_embed.weight, token_ids)
+        else:
+            gated = stem_gate(gate, token_ids.rows(self.stem_embed), token_ids.slots)
         return linear(gated, self.down_proj, residual)
 
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
@@ -220,12 +232,15 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
                 module.num_embeddings = rows
 
 
-class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
+class StemModel(StemPreTrainedModel, DecoderModel):
     """Decoder with STEM feed-forwards in `config.stem_layers`.
 
     `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up in place of `input_ids`, or beside
     `inputs_embeds`.
     """
+
+    # The one hook for tools such as `hf_efficient.stem_override`: if set, it gives the token inputs of every call.
+    row_provider: Callable[..., Any] | None = None
 
     def build_mlp(self, layer_idx: int) -> nn.Module:
         return StemMLP(self.config) if layer_idx in self.config.stem_layers else super().build_mlp(layer_idx)
@@ -260,6 +275,35 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
                 "pass one id for each position of the input",
             )
         return ids
+
+    def prepare_token_inputs(
+        self,
+        token_ids: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Token inputs of the layers for ids [B, S]: the ids or their `TokenRows`, or what `row_provider` returns.
+
+        A row provider is called as ``row_provider(model, token_ids, look_up, prompt_rows=, attention_mask=,
+        position_ids=, past_key_values=)``. ``look_up(ids)`` gives the ordinary token inputs of any ids, and
+        `prompt_rows` [B] the prompt that each batch row was expanded from, None if none was.
+        """
+        prompt_rows = kwargs.pop("stem_prompt_rows", None)
+        arguments = (attention_mask, position_ids, past_key_values, kwargs)
+        if self.row_provider is None or token_ids is None:
+            return super().prepare_token_inputs(token_ids, *arguments)
+        prepare = super().prepare_token_inputs
+        return self.row_provider(
+            self,
+            token_ids,
+            lambda ids: prepare(ids, *arguments),
+            prompt_rows=prompt_rows,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
 
     def begin_lookup(self, token_ids: Tensor | None) -> Tensor | TokenRows | None:
         token_ids = super().begin_lookup(token_ids)
@@ -314,7 +358,7 @@ class StemModel(StemEditing, StemPreTrainedModel, DecoderModel):
                 )
 
 
-class StemForCausalLM(StemEditing, StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
+class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     """`StemModel` and a language-model head."""
 
     model_class = StemModel
@@ -341,6 +385,13 @@ class StemForCausalLM(StemEditing, StemPreTrainedModel, DecoderForCausalLM, Gene
             ids = torch.cat((stem_input_ids, input_ids[:, stem_input_ids.shape[1] :]), dim=1)
             inputs["stem_input_ids"] = ids[:, -inputs["input_ids"].shape[1] :]
         return inputs
+
+    def _expand_inputs_for_generation(self, **inputs: Any) -> Any:
+        """As in transformers; for a row provider, copies of a prompt, such as its beams, carry the prompt's index."""
+        if self.model.row_provider is not None and inputs.get("expand_size", 1) > 1:
+            ids = inputs["input_ids"]
+            inputs["stem_prompt_rows"] = torch.arange(len(ids), device=ids.device)
+        return super()._expand_inputs_for_generation(**inputs)
 
 
 class StemForSequenceClassification(StemPreTrainedModel, DecoderForSequenceClassification):

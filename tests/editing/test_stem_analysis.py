@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_efficient import stem_ablate, stem_angular_spread, stem_compare_dense, stem_row_report
-from hf_efficient.editing.stem_analysis import plot_angular_spread
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 
@@ -121,12 +119,6 @@ def test_only_frequent_tokens_count(model: StemForCausalLM) -> None:
 def test_a_spread_that_cannot_be_is_refused(model: StemForCausalLM, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(HFEError, match=message):
         stem_angular_spread(model, **arguments)
-
-
-def test_the_picture_is_written(model: StemForCausalLM, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot_angular_spread([stem_angular_spread(model, layer) for layer in (1, 2)], tmp_path / "spread.png")
-    assert (tmp_path / "spread.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # One row

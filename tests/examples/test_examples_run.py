@@ -133,6 +133,9 @@ def test_edit_facts_changes_the_answers_that_it_edits_and_no_others(tmp_path: Pa
 
     model = StemForCausalLM.from_pretrained(tmp_path)
     assert model.config.stem_layers == [1, 2, 3]
+    shown = run_example("plot_angular_spread.py", tmp_path, "--output", tmp_path / "spread.png")
+    assert shown.count("of random rows") == 3
+    assert (tmp_path / "spread.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_depth_study_finds_what_scale_does_and_what_tanh_does(text: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Edits beside captured decoding steps: a step never holds an override, and reads edited rows at once.
 
-`tests/modeling/test_stem_editing.py` shows the same of a step that is called.
+`tests/editing/test_stem_overrides.py` shows the same of a step that is called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_efficient.modeling.stem.edit_plan import StemEditPlan
+from hf_efficient import stem_edit_rows, stem_inject, stem_override
+from hf_efficient.editing.stem_edit_plan import StemEditPlan
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +59,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], captured: bool = True) -> T
 def test_override_acts_beside_captured_steps(device: torch.device) -> None:
     model, inputs = _model(device), _prompts(device)
     plain = _generate(model, inputs)  # leaves a captured step behind
-    with model.stem_override([PLAN, AVERAGE]):
+    with stem_override(model, [PLAN, AVERAGE]):
         expected = _generate(model, inputs, captured=False)
         found = _generate(model, inputs)
         again = _generate(model, inputs)
@@ -69,11 +70,11 @@ def test_override_acts_beside_captured_steps(device: torch.device) -> None:
 def test_captured_steps_hold_no_override(device: torch.device) -> None:
     """The first call, which captures the step, is made within the context."""
     model, inputs = _model(device), _prompts(device)
-    with model.stem_override([PLAN, AVERAGE]):
+    with stem_override(model, [PLAN, AVERAGE]):
         first = _generate(model, inputs)
     assert model.captured_steps()
     assert torch.equal(_generate(model, inputs), _generate(model, inputs, captured=False))
-    with model.stem_override([PLAN, AVERAGE]):
+    with stem_override(model, [PLAN, AVERAGE]):
         assert torch.equal(_generate(model, inputs), first)
 
 
@@ -82,7 +83,7 @@ def test_captured_steps_read_edited_rows(device: torch.device) -> None:
     model, inputs = _model(device), _prompts(device)
     plain = _generate(model, inputs)
     generated = int(plain[0, 7])
-    edit = model.stem_edit_rows({generated: TARGET})
+    edit = stem_edit_rows(model, {generated: TARGET})
     edited = _generate(model, inputs)
     assert torch.equal(edited, _generate(model, inputs, captured=False)) and not torch.equal(edited, plain)
     edit.revert()
@@ -117,12 +118,12 @@ def test_edits_of_tables_on_the_host_are_those_of_tables_on_the_device(
 
     def tokens(model: Any) -> list[Tensor]:
         found = [_generate(model, inputs, captured)]
-        with model.stem_override([PLAN, AVERAGE]):
+        with stem_override(model, [PLAN, AVERAGE]):
             found.append(_generate(model, inputs, captured))
         found.append(_generate(model, inputs, captured))
-        edit = model.stem_edit_rows({SOURCE: TARGET, int(plain[0, 7]): [TARGET, 13]})
+        edit = stem_edit_rows(model, {SOURCE: TARGET, int(plain[0, 7]): [TARGET, 13]})
         found.append(_generate(model, inputs, captured))
-        added = model.stem_inject([TARGET, 13], delta)
+        added = stem_inject(model, [TARGET, 13], delta)
         found.append(_generate(model, inputs, captured))
         added.revert()
         edit.revert()

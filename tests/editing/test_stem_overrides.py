@@ -1,66 +1,34 @@
-"""Knowledge editing: what a plan says, what a transient override reaches, and what a persistent edit leaves behind."""
+"""Transient overrides: which rows they replace, in forward calls and in every mode of `generate`, and what remains."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hf_efficient import stem_edit_plan, stem_edit_rows, stem_override
+from hf_efficient.editing.stem_edit_plan import StemEditPlan
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder import generation_decoder
 from hf_efficient.modeling.decoder.decode_step import DecodeStep
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.stem import modeling_stem
-from hf_efficient.modeling.stem.edit_plan import StemEditPlan, stem_edit_plan
 
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "the",
-    "capital",
-    "of",
-    "is",
-    "spain",
-    "germany",
-    "united",
-    "states",
-    "america",
-]
-WORDS += ["czech", "republic", "and", "isle", "man"]
-ID = {word: i for i, word in enumerate(WORDS)}
 PROMPT = "the capital of spain is"
-
-
-def ids_of(text: str) -> tuple[int, ...]:
-    return tuple(ID[word] for word in text.split())
-
-
-def make_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"} | special
-    given = {name: token for name, token in names.items() if token}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **given)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+# Ids of the tokenizer's words.
+SPAIN, GERMANY = 8, 9
 
 
 @pytest.fixture(params=[[1, 2], [0, 1, 2]], ids=["layer-0-dense", "all-layers"])
-def stem(request: pytest.FixtureRequest, tiny_model: Callable) -> PreTrainedModel:
-    model = tiny_model("hfe_stem", stem_layers=request.param)
+def stem(request: pytest.FixtureRequest, tiny_stem: Callable) -> PreTrainedModel:
+    model = tiny_stem(stem_layers=request.param)
     with torch.no_grad():  # rows that weigh as much as the embedding, so that an edit changes what is generated
         for layer in request.param:
             model.model.layers[layer].mlp.stem_embed.weight *= 5
@@ -73,10 +41,10 @@ def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def share_embeddings(model: PreTrainedModel, source: str, target: str) -> None:
+def share_embeddings(model: PreTrainedModel, source: tuple[int, ...], target: tuple[int, ...]) -> None:
     """Let the tokens of two entities differ in their table rows alone."""
     embedding = model.get_input_embeddings().weight
-    for s, t in zip(ids_of(source), ids_of(target), strict=True):
+    for s, t in zip(source, target, strict=True):
         embedding[s] = embedding[t]
 
 
@@ -107,137 +75,22 @@ def mean_rows(model: PreTrainedModel, tokens: tuple[int, ...]) -> dict[int, Tens
     }
 
 
-# Plans
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "mode", "expected", "resolved"),
-    [
-        ("spain", "germany", "auto", ["germany"], "one_to_one"),
-        ("czech republic", "united states", "one_to_one", ["united", "states"], "one_to_one"),
-        ("united states of america", "czech republic", "left_pad", ["<pad>", "<pad>", "czech", "republic"], "left_pad"),
-        ("czech republic", "united states of america", "left_pad", ["of", "america"], "left_pad"),
-        (
-            "united states of america",
-            "czech republic",
-            "right_pad",
-            ["czech", "republic", "<pad>", "<pad>"],
-            "right_pad",
-        ),
-        ("czech republic", "united states of america", "right_pad", ["united", "states"], "right_pad"),
-        ("united states of america", "isle of man", "copy", ["isle", "of", "man", "isle"], "copy"),
-        ("czech republic", "isle of man", "copy", ["isle", "of"], "copy"),
-        ("isle of man", "spain", "average", ["spain"] * 3, "average"),
-        ("spain", "isle of man", "auto", ["isle of man"], "average"),
-        ("isle of man", "czech republic", "auto", ["czech republic"] * 3, "average"),
-    ],
-)
-def test_modes_match_lengths(
-    tokenizer: Any, source: str, target: str, mode: str, expected: list[str], resolved: str
-) -> None:
-    prompt = f"the capital of {source} is"
-    plan = stem_edit_plan(tokenizer, prompt, source, target, mode)
-    assert plan.replacements == tuple(ids_of(words) for words in expected)
-    assert plan.mode == resolved
-    assert plan.source_ids == ids_of(source) and plan.target_ids == ids_of(target)
-    assert plan.positions == tuple(range(4, 4 + len(plan.source_ids)))  # after <s> the capital of
-
-
-def test_subset_keeps_named_or_rare_tokens_in_their_order(tokenizer: Any) -> None:
-    arguments = (tokenizer, "the capital of czech republic is", "czech republic", "united states of america", "subset")
-    assert stem_edit_plan(*arguments, keep=[3, 1]).replacements == tuple((t,) for t in ids_of("states america"))
-    counts = {ID["united"]: 2, ID["states"]: 9, ID["of"]: 100, ID["america"]: 1}
-    rare = tuple((t,) for t in ids_of("united america"))
-    assert stem_edit_plan(*arguments, counts=counts).replacements == rare
-    assert stem_edit_plan(*arguments, counts=torch.tensor([counts.get(i, 0) for i in range(97)])).replacements == rare
-
-
-def test_entity_is_the_last_occurrence(tokenizer: Any) -> None:
-    plan = stem_edit_plan(tokenizer, "spain and germany and spain is", "spain", "germany")
-    assert plan.positions == (5,)
-
-
-def test_a_space_belongs_to_the_token_where_the_tokenizer_has_it_so(tiny_llama: Path) -> None:
-    """Byte-level BPE: the entity's tokens in a sentence are not those of the entity alone."""
-    vocabulary = {
-        token: i for i, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠS", "ĠG", "pa"])
-    }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "S"), ("Ġ", "G"), ("p", "a")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    plan = stem_edit_plan(fast, "in Spa we", "Spa", "Gp")
-    assert fast.convert_ids_to_tokens(plan.source_ids) == ["ĠS", "pa"]
-    assert fast.convert_ids_to_tokens(plan.target_ids) == ["ĠG", "p"]
-
-
-@pytest.mark.parametrize(
-    ("special", "expected"), [({"pad_token": None}, 2), ({"pad_token": None, "eos_token": None}, 1)]
-)
-def test_padding_falls_back_to_eos_then_bos(special: dict, expected: int, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "hf_efficient"):
-        plan = stem_edit_plan(make_tokenizer(**special), "the isle of man", "isle of man", "spain", "left_pad")
-    assert plan.replacements == ((expected,), (expected,), (ID["spain"],))
-    assert ("BOS" in caplog.text) == (expected == 1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"source": "france"}, "'france' does not stand in the prompt 'the capital of spain is'"),
-        ({"source": ""}, "neither may be empty"),
-        ({"target": ""}, "neither may be empty"),
-        ({"target": "isle of man", "mode": "one_to_one"}, r"the source has 1 tokens \[8\], the target 3 \[16, 6, 17\]"),
-        ({"mode": "median"}, "mode='median' is unknown.*one_to_one"),
-        ({"target": "atlantis"}, r"'atlantis' has tokens \[3\], where 3 stands for unknown"),
-        ({"mode": "subset", "target": "isle of man"}, "either keep or counts"),
-        ({"mode": "subset", "target": "isle of man", "keep": [0], "counts": {}}, "either keep or counts"),
-        ({"mode": "subset", "target": "isle of man", "keep": [3]}, r"keep=\[3\] must be 1 different indices of 0..2"),
-        ({"mode": "subset", "target": "isle of man", "keep": [0, 1]}, r"keep=\[0, 1\] must be 1"),
-        (
-            {"mode": "subset", "target": "isle of man", "counts": [1, 2]},
-            "counts has 2 entries, the target has token 16",
-        ),
-        ({"mode": "subset", "source": "capital of", "keep": [0]}, "at least as long.*it has 1 tokens, the source 2"),
-        ({"mode": "copy", "keep": [0]}, "mode='copy' takes neither keep nor counts"),
-        ({"source": "pain"}, "the token 'spain' holds more than the entity 'pain'"),
-    ],
-)
-def test_a_plan_that_cannot_be_is_refused(tokenizer: Any, changes: dict[str, Any], message: str) -> None:
-    arguments = {"prompt": PROMPT, "source": "spain", "target": "germany"} | changes
-    with pytest.raises(HFEError, match=message):
-        stem_edit_plan(tokenizer, **arguments)
-
-
-def test_padding_needs_a_token_to_pad_with() -> None:
-    bare = make_tokenizer(pad_token=None, eos_token=None, bos_token=None)
-    with pytest.raises(HFEError, match="no pad, EOS or BOS token"):
-        stem_edit_plan(bare, "the isle of man", "isle of man", "spain", "right_pad")
-
-
-def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(HFEError, match="object knows no character offsets"):
-        stem_edit_plan(object(), PROMPT, "spain", "germany")
-
-
-# Transient overrides
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("other", ["germany", "isle of man"])
 def test_override_of_all_layers_is_the_target_prompt(
-    stem: PreTrainedModel, tokenizer: Any, other: str, dtype: torch.dtype
+    stem: PreTrainedModel, tokenizer: Any, ids_of: Callable, other: str, dtype: torch.dtype
 ) -> None:
     """Identity enters by the embedding and the tables alone; with equal embeddings the logits agree bit for bit."""
     source = {"germany": "spain", "isle of man": "united and republic"}[other]
     stem = stem.to(dtype)
-    share_embeddings(stem, source, other)
+    share_embeddings(stem, ids_of(source), ids_of(other))
     prompt = f"the capital of {source} is"
     ids, wanted = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, f"the capital of {other} is"))
     expected, before = logits(stem, wanted), logits(stem, ids)
     assert not torch.equal(before, expected)
     plan = stem_edit_plan(tokenizer, prompt, source, other)
     for model in (stem, stem.model):  # with and without a head
-        with model.stem_override(plan):
+        with stem_override(model, plan):
             assert torch.equal(logits(stem, ids), expected)
     assert torch.equal(logits(stem, ids), before)
 
@@ -266,7 +119,7 @@ def test_each_mode_exchanges_just_its_rows(
         for position, tokens in zip(plan.positions, plan.replacements, strict=True)
         for layer, row in mean_rows(stem, tokens).items()
     }
-    with stem.stem_override(plan):
+    with stem_override(stem, plan):
         found = logits(stem, ids)
     torch.testing.assert_close(found, expected_logits(stem, ids, rows), rtol=0, atol=1e-5)
     assert (found - logits(stem, ids)).abs().max() > 1e-3
@@ -288,21 +141,21 @@ def test_every_layer_gets_the_override_and_nothing_else_changes(
     kept_ids, tables = ids.clone(), {name: p.clone() for name, p in stem.named_parameters()}
     logits(stem, ids)
     plain, seen[:] = list(seen), []
-    with stem.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
+    with stem_override(stem, stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
         logits(stem, ids)
     assert len(seen) == len(plain) == len(stem.config.stem_layers)
     for before, after, layer in zip(plain, seen, stem.config.stem_layers, strict=True):
         differs = (before != after).any(-1)
         assert differs.tolist() == [[word == "spain" for word in ["<s>", *PROMPT.split()]]]
-        assert torch.equal(after[0, 4], stem.model.layers[layer].mlp.stem_embed.weight[ID["germany"]])
+        assert torch.equal(after[0, 4], stem.model.layers[layer].mlp.stem_embed.weight[GERMANY])
     assert torch.equal(ids, kept_ids)
     assert all(torch.equal(p, tables[name]) for name, p in stem.named_parameters())
 
 
 def test_only_the_named_layers_act(stem: PreTrainedModel, tokenizer: Any) -> None:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    row = mean_rows(stem, ids_of("germany"))[2]
-    with stem.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany", layers=[2])):
+    row = mean_rows(stem, (GERMANY,))[2]
+    with stem_override(stem, stem_edit_plan(tokenizer, PROMPT, "spain", "germany", layers=[2])):
         found = logits(stem, ids)
     torch.testing.assert_close(found, expected_logits(stem, ids, {(2, 0, 4): row}), rtol=0, atol=1e-5)
 
@@ -319,11 +172,11 @@ def test_rows_of_a_batch_are_edited_each_by_its_plan_and_padding_shifts_it(
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     alone = []
     for prompt, plan in zip([prompts[0], prompts[2]], plans, strict=True):
-        with stem.stem_override(plan):
+        with stem_override(stem, plan):
             alone.append(stem.generate(**tokenizer(prompt, return_tensors="pt"), **settings))
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     plain = stem.generate(**batch, **settings)
-    with stem.stem_override(plans, row=[0, 2]):
+    with stem_override(stem, plans, row=[0, 2]):
         together = stem.generate(**batch, **settings)
     for row, one in zip([0, 2], alone, strict=True):
         assert torch.equal(together.sequences[row, -5:], one.sequences[0, -5:])
@@ -342,10 +195,10 @@ def test_logits_under_padding(stem: PreTrainedModel, tokenizer: Any, side: str, 
     if with_positions:
         inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     column = 1 + int(side == "left") * 3
-    assert batch.input_ids[0, column] == ID["spain"]
+    assert batch.input_ids[0, column] == SPAIN
     others = batch.input_ids.clone()
-    others[0, column] = ID["germany"]
-    with stem.stem_override(plan):
+    others[0, column] = GERMANY
+    with stem_override(stem, plan):
         found = logits(stem, batch.input_ids, **inputs)
     assert torch.equal(found, logits(stem, batch.input_ids, stem_input_ids=others, **inputs))
 
@@ -372,13 +225,13 @@ def test_generation_edits_the_prompt_and_not_what_follows(
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     row = len(prompts) - 1
     others = batch.input_ids.clone()
-    others[row, 4] = ID["germany"]
+    others[row, 4] = GERMANY
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True} | settings
     plain = stem.generate(**batch, **settings)
     # Other ids for the tables do not come in pieces; a prompt in pieces gives what the whole one does.
     whole = {name: value for name, value in settings.items() if name != "prefill_chunk_size"}
     expected = stem.generate(**batch, stem_input_ids=others, **whole)
-    with stem.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany"), row=row):
+    with stem_override(stem, stem_edit_plan(tokenizer, PROMPT, "spain", "germany"), row=row):
         found = stem.generate(**batch, **settings)
     assert torch.equal(found, expected)
     assert not torch.equal(found, plain)
@@ -394,9 +247,9 @@ def test_own_steps_after_an_overridden_prompt(
 
     def tokens() -> list[Tensor]:
         found = [stem.generate(**batch, **settings)]
-        with stem.stem_override(plan, row=1):
+        with stem_override(stem, plan, row=1):
             found.append(stem.generate(**batch, **settings))
-        edit = stem.stem_edit_rows({int(found[0][0, -6]): ID["germany"]})
+        edit = stem_edit_rows(stem, {int(found[0][0, -6]): GERMANY})
         found.append(stem.generate(**batch, **settings))
         edit.revert()
         return [*found, stem.generate(**batch, **settings)]
@@ -416,12 +269,12 @@ def test_own_steps_after_an_overridden_prompt(
 def test_sampled_copies_of_a_prompt_are_edited_alike(stem: PreTrainedModel, tokenizer: Any) -> None:
     batch = tokenizer([PROMPT, PROMPT], return_tensors="pt")
     settings = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 2, "output_logits": True}
-    with stem.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany"), row=1):
+    with stem_override(stem, stem_edit_plan(tokenizer, PROMPT, "spain", "germany"), row=1):
         out = stem.generate(**batch, **settings, return_dict_in_generate=True).logits[0]
     assert torch.equal(out[0], out[1]) and torch.equal(out[2], out[3]) and not torch.equal(out[1], out[2])
 
 
-def test_contexts_nest_and_the_inner_one_wins(stem: PreTrainedModel, tokenizer: Any) -> None:
+def test_contexts_nest_and_the_inner_one_wins(stem: PreTrainedModel, tokenizer: Any, ids_of: Callable) -> None:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     outer, inner = (stem_edit_plan(tokenizer, PROMPT, "spain", target) for target in ("germany", "czech"))
     above = stem_edit_plan(tokenizer, PROMPT, "spain", "czech", layers=[2])
@@ -431,16 +284,16 @@ def test_contexts_nest_and_the_inner_one_wins(stem: PreTrainedModel, tokenizer: 
     mixed = expected_logits(stem, ids, {(i, 0, 4): (czech if i == 2 else germany)[i] for i in layers})
     republic = {(i, 0, 2): row for i, row in mean_rows(stem, ids_of("republic")).items()}
     both = expected_logits(stem, ids, {(i, 0, 4): germany[i] for i in layers} | republic)
-    with stem.stem_override(inner):
+    with stem_override(stem, inner):
         only_inner = logits(stem, ids)
-    with stem.stem_override(outer):
+    with stem_override(stem, outer):
         first = logits(stem, ids)
         assert not torch.equal(first, only_inner)
-        with stem.stem_override(inner):
+        with stem_override(stem, inner):
             assert torch.equal(logits(stem, ids), only_inner)
-        with stem.stem_override(above):
+        with stem_override(stem, above):
             torch.testing.assert_close(logits(stem, ids), mixed, rtol=0, atol=1e-5)
-        with stem.stem_override(elsewhere):
+        with stem_override(stem, elsewhere):
             torch.testing.assert_close(logits(stem, ids), both, rtol=0, atol=1e-5)
         assert torch.equal(logits(stem, ids), first)
 
@@ -449,12 +302,12 @@ def test_nothing_remains_after_an_exception(stem: PreTrainedModel, tokenizer: An
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     before = logits(stem, ids)
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
-    with pytest.raises(KeyError), stem.stem_override(plan):
+    with pytest.raises(KeyError), stem_override(stem, plan):
         raise KeyError
-    with pytest.raises(HFEError), stem.stem_override(plan):
+    with pytest.raises(HFEError), stem_override(stem, plan):
         logits(stem, ids.flip(1))
     assert torch.equal(logits(stem, ids), before)
-    assert not stem.model._overrides
+    assert stem.model.row_provider is None
 
 
 def test_prompts_without_the_entity_are_refused_by_position_and_unchanged_by_row(
@@ -463,11 +316,11 @@ def test_prompts_without_the_entity_are_refused_by_position_and_unchanged_by_row
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
     other = tokenizer("the capital of isle is", return_tensors="pt").input_ids
     message = "row 0 has token 16 at position 4.*'spain' by 'germany' expects 8"
-    with pytest.raises(HFEError, match=message), stem.stem_override(plan):
+    with pytest.raises(HFEError, match=message), stem_override(stem, plan):
         logits(stem, other)
     batch = tokenizer([PROMPT, "the capital of isle is"], return_tensors="pt").input_ids
     before = logits(stem, batch)
-    with stem.stem_override(plan):
+    with stem_override(stem, plan):
         after = logits(stem, batch)
     assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
     assert torch.equal(after[0, :4], before[0, :4]), "positions before the entity cannot know of it"
@@ -488,16 +341,16 @@ def test_a_plan_for_another_model_is_refused(
 ) -> None:
     fields = {"positions": (4,), "source_ids": (8,), "replacements": ((9,),), "mode": "one_to_one", "layers": None}
     plan = StemEditPlan(**fields | {"source": "spain", "target": "germany", "target_ids": (9,)} | changes)
-    with pytest.raises(HFEError, match=message), stem.stem_override(plan, row):
+    with pytest.raises(HFEError, match=message), stem_override(stem, plan, row):
         pass
 
 
 def test_a_row_that_the_batch_lacks_is_refused(stem: PreTrainedModel, tokenizer: Any) -> None:
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
     batch = tokenizer([PROMPT, PROMPT], return_tensors="pt")
-    with pytest.raises(HFEError, match="names row 2, the batch has 2"), stem.stem_override(plan, row=2):
+    with pytest.raises(HFEError, match="names row 2, the batch has 2"), stem_override(stem, plan, row=2):
         stem(**batch)
-    with pytest.raises(HFEError, match="names row 2, the batch has"), stem.stem_override(plan, row=2):
+    with pytest.raises(HFEError, match="names row 2, the batch has"), stem_override(stem, plan, row=2):
         stem.generate(**batch, num_beams=2, max_new_tokens=2)
 
 
@@ -505,17 +358,22 @@ def test_an_override_that_met_no_call_says_so(
     stem: PreTrainedModel, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
-    with caplog.at_level(logging.WARNING, "hf_efficient"), stem.stem_override(plan):
+    with caplog.at_level(logging.WARNING, "hf_efficient"), stem_override(stem, plan):
         logits(stem, tokenizer("the", return_tensors="pt").input_ids)
-    assert "no call held positions [4] of row 0, so 'spain' was not replaced" in caplog.text
+    assert "no call contained positions [4] of row 0, so 'spain' was not replaced" in caplog.text
 
 
-def test_a_model_without_tables_is_refused(tiny_model: Callable, tokenizer: Any) -> None:
-    model = tiny_model("hfe_decoder")
-    with pytest.raises(HFEError, match="no STEM layers"):
-        model.stem_edit_rows({3: 4})
-    with pytest.raises(HFEError, match="no STEM layers"):
-        model.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany")).__enter__()
+def test_a_model_without_tables_is_refused(tokenizer: Any) -> None:
+    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
+    for model, message in (
+        (EfficientDecoderForCausalLM(EfficientDecoderConfig(**shape, num_hidden_layers=1)), "no STEM layers"),
+        (LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1)), "LlamaForCausalLM is not a STEM model"),
+    ):
+        with pytest.raises(HFEError, match=message):
+            stem_edit_rows(model, {3: 4})
+        with pytest.raises(HFEError, match=message), stem_override(model, plan):
+            pass
 
 
 def test_compiled_prompts_are_refused(stem: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,22 +381,22 @@ def test_compiled_prompts_are_refused(stem: PreTrainedModel, tokenizer: Any, mon
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
-    with pytest.raises(HFEError, match="eager calls only"), stem.stem_override(plan):
+    with pytest.raises(HFEError, match="works in eager calls only"), stem_override(stem, plan):
         stem.model.prepare_token_inputs(ids, None, None, None, {})
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_gradients_reach_the_rows_that_stand_in(tiny_model: Callable, tokenizer: Any, sparse: bool) -> None:
+def test_gradients_reach_the_rows_that_stand_in(tiny_stem: Callable, tokenizer: Any, sparse: bool) -> None:
     """The target's row learns from the edited position, the source's does not; as if the ids were the target's."""
-    model = tiny_model("hfe_stem", stem_layers=[1, 2], stem_sparse_grad=sparse)
+    model = tiny_stem(stem_sparse_grad=sparse)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     others = ids.clone()
-    others[0, 4] = ID["germany"]
+    others[0, 4] = GERMANY
     found = []
     for override in (True, False):
         model.zero_grad()
         if override:
-            with model.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
+            with stem_override(model, stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
                 model(input_ids=ids, labels=ids).loss.backward()
         else:
             model(input_ids=ids, labels=ids, stem_input_ids=others).loss.backward()
@@ -546,18 +404,18 @@ def test_gradients_reach_the_rows_that_stand_in(tiny_model: Callable, tokenizer:
         assert gradient.is_sparse == sparse
         found.append(gradient.to_dense() if sparse else gradient)
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
-    assert found[0][ID["spain"]].abs().max() == 0 and found[0][ID["germany"]].abs().max() > 0
+    assert found[0][SPAIN].abs().max() == 0 and found[0][GERMANY].abs().max() > 0
 
 
-def test_whatever_stands_around_the_table_acts_on_the_rows_that_stand_in(tiny_model: Callable, tokenizer: Any) -> None:
+def test_whatever_stands_around_the_table_acts_on_the_rows_that_stand_in(tiny_stem: Callable, tokenizer: Any) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    model = tiny_stem()
     config = peft.LoraConfig(r=4, target_modules=["stem_embed"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     others = ids.clone()
-    others[0, 4] = ID["germany"]
+    others[0, 4] = GERMANY
     expected, plain = logits(adapted, ids, stem_input_ids=others), logits(adapted, ids)
-    with adapted.stem_override(stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
+    with stem_override(adapted, stem_edit_plan(tokenizer, PROMPT, "spain", "germany")):
         torch.testing.assert_close(logits(adapted, ids), expected, rtol=0, atol=1e-6)
     assert not torch.equal(expected, plain)

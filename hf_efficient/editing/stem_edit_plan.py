@@ -1,4 +1,4 @@
-"""What a knowledge edit replaces: which positions of a prompt look up the rows of which other tokens."""
+"""Plans of knowledge edits: which positions of a prompt use the table rows of which other tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MODES = ("auto", "one_to_one", "left_pad", "right_pad", "copy", "subset", "avera
 
 @dataclass(frozen=True)
 class StemEditPlan:
-    """At these positions of the prompt, the STEM layers look up these rows.
+    """Positions of a prompt, and the tokens whose rows the STEM layers use there.
 
     Attributes:
-        positions: places of the source entity's tokens in the tokenised prompt, without padding.
-        source_ids: the token that stands at each; a call is refused where another one does.
-        replacements: for each position the tokens whose rows are looked up: one, or several whose mean is taken.
+        positions: of the source entity's tokens in the tokenised prompt, counted without padding.
+        source_ids: the token at each position; a call with another token there is an error.
+        replacements: for each position the tokens whose rows are used: one, or several whose mean is taken.
         mode: how lengths were matched; never `auto`.
-        layers: STEM layers that the edit acts in; None for all.
+        layers: STEM layers that the edit applies to; None for all.
         source, target: the entities.
         target_ids: the target's tokens.
     """
@@ -46,11 +46,11 @@ def stem_edit_plan(
     keep: Sequence[int] | None = None,
     counts: Mapping[int, float] | Sequence[float] | None = None,
 ) -> StemEditPlan:
-    """Plan to let `prompt`, which names `source`, look up the rows of `target`; for `model.stem_override`.
+    """A plan that gives the tokens of `source` in `prompt` the rows of `target`; for `stem_override`.
 
-    The entity is the last place where `source` stands literally in `prompt`. Its tokens are found by their character
-    offsets in the whole prompt, and those of `target` by offsets in the prompt with `target` put there, so that a
-    space before a word is part of its token where the tokenizer has it so. With n source and m target tokens:
+    The entity is the last literal occurrence of `source` in `prompt`. Its tokens are found by their character offsets
+    in the whole prompt, and those of `target` by offsets in the prompt with `target` in place of `source`, so that a
+    space before a word is part of its token if the tokenizer treats it so. With n source and m target tokens:
 
     | mode | row at source position k |
     |---|---|
@@ -63,11 +63,11 @@ def stem_edit_plan(
     | `auto` | `one_to_one` where n = m, else `average` |
 
     Args:
-        tokenizer: a fast tokenizer, which knows character offsets; called as ``tokenizer(prompt)``.
-        prompt: the text as the model will get it.
-        source, target: the entity in the prompt, and the one whose rows take its place.
+        tokenizer: a fast tokenizer, which gives character offsets; called as ``tokenizer(prompt)``.
+        prompt: the text that the model will be called with.
+        source, target: the entity in the prompt, and the one whose rows replace its rows.
         mode: one of the table.
-        layers: STEM layers to act in; None for all.
+        layers: STEM layers to edit; None for all.
         keep: for `subset`: indices of the target's tokens to keep, n of them.
         counts: for `subset`: how often each token id occurs in some text, by id; an absent id counts 0.
 
@@ -75,13 +75,13 @@ def stem_edit_plan(
 
     Raises:
         HFEError: the source is not in the prompt, shares a token with other words, or does not fit the mode; an
-            argument that the mode does not take; a target with unknown tokens. The message has the values.
+            argument is given that the mode does not take; the target has unknown tokens.
 
     Source: STEM, arXiv:2601.10639, section 3.5; `subset` by counts is our own.
 
     Example:
         >>> plan = stem_edit_plan(tokenizer, "The capital of Spain is", "Spain", "Germany")
-        >>> with model.stem_override(plan):
+        >>> with stem_override(model, plan):
         ...     model.generate(**tokenizer("The capital of Spain is", return_tensors="pt"))
     """
     if mode not in MODES:
@@ -92,7 +92,7 @@ def stem_edit_plan(
         raise HFEError(f"source={source!r} and target={target!r}: neither may be empty", "name both entities")
     start = prompt.rfind(source)
     if start < 0:
-        raise HFEError(f"the source {source!r} does not stand in the prompt {prompt!r}", "write it as the prompt does")
+        raise HFEError(f"the source {source!r} is not in the prompt {prompt!r}", "write it as the prompt does")
     positions, source_ids = _tokens_of_span(tokenizer, prompt, start, start + len(source))
     with_target = prompt[:start] + target + prompt[start + len(source) :]
     _, target_ids = _tokens_of_span(tokenizer, with_target, start, start + len(target))
@@ -116,7 +116,7 @@ def _tokens_of_span(tokenizer: Any, text: str, start: int, end: int) -> tuple[tu
     """Positions and ids of the tokens of the characters [start, end) of `text`."""
     if not getattr(tokenizer, "is_fast", False):
         raise HFEError(
-            f"{type(tokenizer).__name__} knows no character offsets", "load the fast tokenizer of this checkpoint"
+            f"{type(tokenizer).__name__} gives no character offsets", "load the fast tokenizer of this checkpoint"
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
     entity = text[start:end]
@@ -125,7 +125,7 @@ def _tokens_of_span(tokenizer: Any, text: str, start: int, end: int) -> tuple[tu
         if first < last and first < end and last > start:
             if text[first:start].strip() or text[end:last].strip():
                 raise HFEError(
-                    f"the token {text[first:last]!r} holds more than the entity {entity!r}", "name the whole word"
+                    f"the token {text[first:last]!r} contains more than the entity {entity!r}", "name the whole word"
                 )
             positions.append(position)
     if not positions:

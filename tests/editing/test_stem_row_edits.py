@@ -12,16 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_efficient import stem_edit_rows, stem_inject, stem_load_edit, stem_override
+from hf_efficient.editing.stem_edit_plan import StemEditPlan
+from hf_efficient.editing.stem_row_edits import EditConflictError
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.stem.edit_plan import StemEditPlan
-from hf_efficient.modeling.stem.row_edit import EditConflictError
 
 S, T, OTHER = 11, 12, 13
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def stem(request: pytest.FixtureRequest, tiny_model: Callable) -> PreTrainedModel:
-    return tiny_model("hfe_stem", stem_layers=[1, 2]).to(request.param)
+def stem(request: pytest.FixtureRequest, tiny_stem: Callable) -> PreTrainedModel:
+    return tiny_stem().to(request.param)
 
 
 def tables(model: PreTrainedModel) -> dict[int, Tensor]:
@@ -50,7 +51,7 @@ def test_an_edit_is_the_target_wherever_the_source_stands(stem: PreTrainedModel,
     ids[0, 2] = ids[1, 5] = S
     others = torch.where(ids == S, T, ids)
     before, plain, expected = copies(stem), logits(stem, ids), logits(stem, ids, stem_input_ids=others)
-    edit = stem.stem_edit_rows({S: T})
+    edit = stem_edit_rows(stem, {S: T})
     assert torch.equal(logits(stem, ids), expected) and not torch.equal(expected, plain)
     assert only_differ_at(stem, before, [S], [1, 2])
     elsewhere = torch.where(ids == S, OTHER, ids)
@@ -72,7 +73,7 @@ def test_an_edit_acts_on_generated_tokens_too(stem: PreTrainedModel, token_ids: 
         return ids
 
     expected = by_hand(ids)
-    stem.stem_edit_rows({generated: T})
+    stem_edit_rows(stem, {generated: T})
     assert torch.equal(stem.generate(ids, **settings), expected)
 
 
@@ -80,13 +81,13 @@ def test_means_given_rows_layers_and_scale(stem: PreTrainedModel) -> None:
     before = copies(stem)
     dtype = before[1].dtype
     row = torch.randn(48)
-    stem.stem_edit_rows({S: [T, OTHER], T: row, 7: torch.stack((row, 2 * row))})
+    stem_edit_rows(stem, {S: [T, OTHER], T: row, 7: torch.stack((row, 2 * row))})
     for number, (layer, table) in enumerate(tables(stem).items(), start=1):
         mean = before[layer][[T, OTHER]].double().mean(0).to(dtype)
         assert torch.equal(table[S], mean), "the target's row as it was before the edit"
         assert torch.equal(table[T], row.to(dtype)) and torch.equal(table[7], (number * row).to(dtype))
     half = copies(stem)
-    stem.stem_edit_rows({OTHER: 20}, layers=[2], scale=0.25)
+    stem_edit_rows(stem, {OTHER: 20}, layers=[2], scale=0.25)
     assert only_differ_at(stem, half, [OTHER], [2])
     expected = 0.75 * half[2][OTHER].double() + 0.25 * half[2][20].double()
     torch.testing.assert_close(
@@ -96,7 +97,7 @@ def test_means_given_rows_layers_and_scale(stem: PreTrainedModel) -> None:
 
 def test_two_tokens_exchange_their_rows(stem: PreTrainedModel) -> None:
     before = copies(stem)
-    stem.stem_edit_rows({S: T, T: S})
+    stem_edit_rows(stem, {S: T, T: S})
     for layer, table in tables(stem).items():
         assert torch.equal(table[S], before[layer][T]) and torch.equal(table[T], before[layer][S])
 
@@ -107,7 +108,7 @@ def test_injection_adds_and_is_taken_back(stem: PreTrainedModel, ids: Any) -> No
     tokens = [ids] if isinstance(ids, int) else ids
     deltas = torch.randn(2, len(tokens), 48)
     for given in (deltas[0, 0], deltas[0], deltas):
-        edit = stem.stem_inject(ids, given)
+        edit = stem_inject(stem, ids, given)
         assert only_differ_at(stem, before, tokens, [1, 2])
         added = given.expand(2, len(tokens), 48)
         for delta, (layer, table) in zip(added, tables(stem).items(), strict=True):
@@ -124,13 +125,13 @@ def test_an_edit_in_a_file_is_reverted_and_applied_by_another_process(
     with torch.no_grad():  # bits that arithmetic would not keep
         tables(stem)[1][S, :2] = torch.tensor([float("nan"), -0.0])
     odd = tables(stem)[1][S].clone()
-    edit = stem.stem_edit_rows({S: T, 5: OTHER}, layers=[1])
+    edit = stem_edit_rows(stem, {S: T, 5: OTHER}, layers=[1])
     after = copies(stem)
     edit.save(tmp_path / "edit.safetensors")
     stem.save_pretrained(tmp_path / "edited")
 
     edited = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
-    loaded = edited.stem_load_edit(tmp_path / "edit.safetensors")
+    loaded = stem_load_edit(edited, tmp_path / "edit.safetensors")
     assert (loaded.ids, loaded.layers, loaded.table_rows) == ([S, 5], [1], 97)
     loaded.revert()
     assert torch.equal(tables(edited)[1][S].view(torch.uint8), odd.view(torch.uint8))
@@ -142,15 +143,15 @@ def test_an_edit_in_a_file_is_reverted_and_applied_by_another_process(
 
 
 def test_revert_notices_training_later_edits_and_itself(stem: PreTrainedModel, token_ids: Callable) -> None:
-    first = stem.stem_edit_rows({S: T, 20: 21})
-    second = stem.stem_edit_rows({S: OTHER})
-    with pytest.raises(RuntimeError, match=r"layer 1 has other rows at tokens \[11\] than the edit knows.*later edits"):
+    first = stem_edit_rows(stem, {S: T, 20: 21})
+    second = stem_edit_rows(stem, {S: OTHER})
+    with pytest.raises(RuntimeError, match=r"layer 1 has other rows at tokens \[11\] than expected.*later edits"):
         first.revert()
     second.revert()
     first.revert()
     with pytest.raises(EditConflictError, match="other rows"):
         first.revert()
-    third = stem.stem_edit_rows({20: T})
+    third = stem_edit_rows(stem, {20: T})
     optimizer = torch.optim.SGD(stem.parameters(), lr=1.0)
     stem(input_ids=torch.tensor([[20, 30, 31]]), labels=torch.tensor([[20, 30, 31]])).loss.backward()
     optimizer.step()
@@ -164,7 +165,7 @@ def test_revert_notices_training_later_edits_and_itself(stem: PreTrainedModel, t
     "change", [lambda m: m.resize_token_embeddings(100), lambda m: m.half()], ids=["size", "dtype"]
 )
 def test_revert_notices_tables_that_were_resized_or_cast(stem: PreTrainedModel, change: Callable) -> None:
-    edit = stem.stem_edit_rows({S: T})
+    edit = stem_edit_rows(stem, {S: T})
     change(stem)
     with pytest.raises(EditConflictError, match=r"the table of layer 1 is \[(97|100), 48\].*for the edit \[97, 48\]"):
         edit.revert()
@@ -173,7 +174,7 @@ def test_revert_notices_tables_that_were_resized_or_cast(stem: PreTrainedModel, 
 def test_copies_of_changed_rows_are_forgotten(stem: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     monkeypatch.setattr(stem.model, "refresh_rows", lambda ids: told.append(ids.tolist()))
-    edit = stem.stem_edit_rows({S: T, 20: 21})
+    edit = stem_edit_rows(stem, {S: T, 20: 21})
     edit.revert()
     assert told == [[S, 20], [S, 20]]
 
@@ -181,23 +182,23 @@ def test_copies_of_changed_rows_are_forgotten(stem: PreTrainedModel, monkeypatch
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.stem_edit_rows({97: T}), r"token 97 is outside 0\.\.96"),
-        (lambda m: m.stem_edit_rows({S: -1}), r"token -1 is outside"),
-        (lambda m: m.stem_edit_rows({S: [T, 200]}), r"token 200 is outside"),
-        (lambda m: m.stem_edit_rows({"Spain": T}), "token 'Spain' is outside"),
-        (lambda m: m.stem_edit_rows({True: T}), "token True is outside"),
-        (lambda m: m.stem_edit_rows({S: None}), "token None is outside"),
-        (lambda m: m.stem_edit_rows({}), "no token is named"),
-        (lambda m: m.stem_edit_rows({S: []}), "no token is named"),
-        (lambda m: m.stem_edit_rows({S: torch.zeros(47)}), r"row for token 11 is torch.float32 of shape \[47\]"),
-        (lambda m: m.stem_edit_rows({S: torch.zeros(48).long()}), "is torch.int64 of shape"),
+        (lambda m: stem_edit_rows(m, {97: T}), r"token 97 is outside 0\.\.96"),
+        (lambda m: stem_edit_rows(m, {S: -1}), r"token -1 is outside"),
+        (lambda m: stem_edit_rows(m, {S: [T, 200]}), r"token 200 is outside"),
+        (lambda m: stem_edit_rows(m, {"Spain": T}), "token 'Spain' is outside"),
+        (lambda m: stem_edit_rows(m, {True: T}), "token True is outside"),
+        (lambda m: stem_edit_rows(m, {S: None}), "token None is outside"),
+        (lambda m: stem_edit_rows(m, {}), "no token is named"),
+        (lambda m: stem_edit_rows(m, {S: []}), "no token is named"),
+        (lambda m: stem_edit_rows(m, {S: torch.zeros(47)}), r"row for token 11 is torch.float32 of shape \[47\]"),
+        (lambda m: stem_edit_rows(m, {S: torch.zeros(48).long()}), "is torch.int64 of shape"),
         (
-            lambda m: m.stem_edit_rows({S: T}, layers=[0]),
+            lambda m: stem_edit_rows(m, {S: T}, layers=[0]),
             r"layers=\[0\] must be different ones of the STEM layers \[1, 2\]",
         ),
-        (lambda m: m.stem_inject([S, S], torch.zeros(48)), r"tokens \[11, 11\] must be different"),
-        (lambda m: m.stem_inject([S, T], torch.zeros(3, 48)), r"shape \[3, 48\].*\[\[48\], \[2, 48\], \[2, 2, 48\]\]"),
-        (lambda m: m.stem_load_edit("absent.safetensors"), "cannot read the edit absent.safetensors"),
+        (lambda m: stem_inject(m, [S, S], torch.zeros(48)), r"tokens \[11, 11\] must be different"),
+        (lambda m: stem_inject(m, [S, T], torch.zeros(3, 48)), r"shape \[3, 48\].*\[\[48\], \[2, 48\], \[2, 2, 48\]\]"),
+        (lambda m: stem_load_edit(m, "absent.safetensors"), "cannot read the edit absent.safetensors"),
     ],
 )
 def test_an_edit_that_cannot_be_is_refused(stem: PreTrainedModel, call: Callable, message: str) -> None:
@@ -209,8 +210,8 @@ def test_an_edit_that_cannot_be_is_refused(stem: PreTrainedModel, call: Callable
 
 def test_a_foreign_safetensors_file_is_refused(stem: PreTrainedModel, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(HFEError, match="model.safetensors is a safetensors file, but no STEM edit"):
-        stem.stem_load_edit(tmp_path / "model.safetensors")
+    with pytest.raises(HFEError, match="model.safetensors is a safetensors file, but not a STEM edit"):
+        stem_load_edit(stem, tmp_path / "model.safetensors")
 
 
 def test_tables_of_another_kind_are_refused(stem: PreTrainedModel) -> None:
@@ -220,37 +221,37 @@ def test_tables_of_another_kind_are_refused(stem: PreTrainedModel) -> None:
 
     nn.utils.parametrize.register_parametrization(stem.model.layers[2].mlp.stem_embed, "weight", Double())
     with pytest.raises(HFEError, match="the table of layer 2 is not an ordinary tensor"):
-        stem.stem_edit_rows({S: T})
+        stem_edit_rows(stem, {S: T})
 
 
-def test_the_table_under_an_adapter_is_edited(tiny_model: Callable) -> None:
+def test_the_table_under_an_adapter_is_edited(tiny_stem: Callable) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    model = tiny_stem()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["stem_embed"]))
     table = adapted.get_base_model().model.layers[1].mlp.stem_embed.base_layer.weight
     before = table.detach().clone()
-    edit = adapted.stem_edit_rows({S: T})
+    edit = stem_edit_rows(adapted, {S: T})
     assert torch.equal(table[S], before[T])
     edit.revert()
     assert torch.equal(table, before)
 
 
-def test_a_table_that_an_adapter_replaces_is_not_edited_in_vain(tiny_model: Callable) -> None:
+def test_a_table_that_an_adapter_replaces_is_not_edited(tiny_stem: Callable) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    model = tiny_stem()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["stem_embed"]))
-    with pytest.raises(HFEError, match="the table of layer 1 stands beside 1 of an adapter"):
-        adapted.stem_edit_rows({S: T})
+    with pytest.raises(HFEError, match="the table of layer 1 is replaced by 1 of an adapter"):
+        stem_edit_rows(adapted, {S: T})
     merged = adapted.merge_and_unload()
-    merged.stem_edit_rows({S: T})
+    stem_edit_rows(merged, {S: T})
     assert torch.equal(tables(merged)[1][S], tables(merged)[1][T])
 
 
 @pytest.mark.parametrize("placement", ["cpu", "disk"])
 def test_tables_on_the_host_are_edited_in_memory_and_not_in_their_files(
-    tiny_model: Callable, token_ids: Callable, tmp_path: Path, placement: str
+    tiny_stem: Callable, token_ids: Callable, tmp_path: Path, placement: str
 ) -> None:
-    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    model = tiny_stem()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
@@ -258,9 +259,9 @@ def test_tables_on_the_host_are_edited_in_memory_and_not_in_their_files(
     ids = token_ids(1, 9)
     ids[0, 4] = S
     plan = StemEditPlan((4,), (S,), ((T, OTHER),), "average", None, "source", "target", (T, OTHER))
-    with model.stem_override(plan), loaded.stem_override(plan):
+    with stem_override(model, plan), stem_override(loaded, plan):
         assert torch.equal(logits(loaded, ids), logits(model, ids))
-    edit, _ = loaded.stem_edit_rows({S: T}), model.stem_edit_rows({S: T})
+    edit, _ = stem_edit_rows(loaded, {S: T}), stem_edit_rows(model, {S: T})
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert file.read_bytes() == content
     edit.revert()
@@ -268,45 +269,59 @@ def test_tables_on_the_host_are_edited_in_memory_and_not_in_their_files(
     assert torch.equal(logits(loaded, ids), logits(fresh, ids))
 
 
-def test_an_exported_folder_edits_without_the_package(
-    tiny_model: Callable, token_ids: Callable, tmp_path: Path, repository_root: Path
+def test_a_model_with_the_code_of_its_own_folder_is_edited(
+    tiny_stem: Callable, token_ids: Callable, tmp_path: Path, repository_root: Path
 ) -> None:
     import subprocess
     import sys
 
     from hf_efficient.hub.export import export
 
-    model = tiny_model("hfe_stem", stem_layers=[1, 2])
+    model = tiny_stem()
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model")
     ids = token_ids(1, 9)
     ids[0, 4] = S
     script = """
 import sys, torch
-sys.modules["hf_efficient"] = None  # not importable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 folder, expected = sys.argv[1:]
+# Loaded before the package is imported, which would register its own class.
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+from hf_efficient import stem_edit_plan, stem_edit_rows, stem_override
+from hf_efficient.modeling.stem.modeling_stem import StemForCausalLM
+assert not isinstance(model, StemForCausalLM)
 found = torch.load(expected)
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
 prompt = " ".join(f"w{i}" for i in found["ids"][0].tolist())
-plan = model.stem_edit_plan(PreTrainedTokenizerFast(tokenizer_object=words), prompt, "w11", "w12 w13")
+plan = stem_edit_plan(PreTrainedTokenizerFast(tokenizer_object=words), prompt, "w11", "w12 w13")
 with torch.no_grad():
-    with model.stem_override(plan):
+    with stem_override(model, plan):
         assert torch.equal(model(found["ids"]).logits, found["override"])
-    edit = model.stem_edit_rows({11: 12})
+    edit = stem_edit_rows(model, {11: 12})
     assert torch.equal(model(found["ids"]).logits, found["edit"])
     edit.revert()
     assert torch.equal(model(found["ids"]).logits, found["plain"])
+settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+with stem_override(model, plan):
+    assert torch.equal(model.generate(found["ids"], **settings), found["beams"])
+model.train()
+with stem_override(model, plan):
+    model(found["ids"], labels=found["ids"]).loss.backward()
+assert torch.equal(model.model.layers[1].mlp.stem_embed.weight.grad, found["gradient"])
 print("edited")
 """
     plan = StemEditPlan((4,), (S,), ((T, OTHER),), "average", None, "w11", "w12 w13", (T, OTHER))
     expected = {"ids": ids, "plain": logits(model, ids)}
-    with model.stem_override(plan):
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+    with stem_override(model, plan):
         expected["override"] = logits(model, ids)
-    model.stem_edit_rows({S: T})
+        expected["beams"] = model.generate(ids, **settings)
+        model.train()(ids, labels=ids).loss.backward()
+    expected["gradient"] = model.eval().model.layers[1].mlp.stem_embed.weight.grad
+    stem_edit_rows(model, {S: T})
     torch.save(expected | {"edit": logits(model, ids)}, tmp_path / "expected.pt")
     command = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "expected.pt"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=120)
