@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import get_configuration_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import is_file_name, read_json
 from hf_efficient.modeling.decoder.weight_files import resolve_weight_files, weight_file_names
-
-CONFIG = "config.json"
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -29,10 +27,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         HFEError: there is none, it cannot be read, or the folder holds an adapter.
     """
-    whole = (folder / CONFIG).is_file()
-    if (folder / _ADAPTER_CONFIG).exists():
+    whole = (folder / CONFIG_NAME).is_file()
+    if (folder / ADAPTER_CONFIG_NAME).exists():
         raise HFEError(
-            f"{name} holds an adapter beside its weights ({_ADAPTER_CONFIG}), which transformers would load with them"
+            f"{name} holds an adapter beside its weights ({ADAPTER_CONFIG_NAME}), which transformers would load too"
             if whole
             else f"{name} is an adapter, not a model",
             "merge it (PeftModel.merge_and_unload, or hf-efficient merge) or remove its files, and convert the result"
@@ -42,20 +40,26 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not whole:
         ggufs = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
         if ggufs:
-            raise HFEError(f"{name} has no {CONFIG}, but the file {ggufs[0]}", f"name the file: {folder / ggufs[0]}")
+            raise HFEError(
+                f"{name} has no {CONFIG_NAME}, but the file {ggufs[0]}", f"name the file: {folder / ggufs[0]}"
+            )
         weight_files(folder, {}, name)  # a folder of pickles has a better message
-        raise HFEError(f"{name} has no {CONFIG}", "name the folder of a whole checkpoint")
-    fields = read_json(file_inside(folder, CONFIG, name))
+        raise HFEError(f"{name} has no {CONFIG_NAME}", "name the folder of a whole checkpoint")
+    fields = read_json(file_inside(folder, CONFIG_NAME, name))
     named = fields.get("configuration_files")
     if "configuration_files" not in fields:
         return fields
     if not isinstance(named, list) or not all(is_file_name(each) for each in named):
-        raise HFEError(f"configuration_files in {CONFIG} must be a list of file names", "correct or remove the field")
+        raise HFEError(
+            f"configuration_files in {CONFIG_NAME} must be a list of file names", "correct or remove the field"
+        )
     try:
         chosen = get_configuration_file(named)
     except ValueError as error:  # packaging's error for what is no version
-        raise HFEError(f"configuration_files in {CONFIG} are not named by versions ({error})", "correct it") from error
-    return fields if chosen == CONFIG else read_json(file_inside(folder, chosen, CONFIG))
+        raise HFEError(
+            f"configuration_files in {CONFIG_NAME} are not named by versions ({error})", "correct it"
+        ) from error
+    return fields if chosen == CONFIG_NAME else read_json(file_inside(folder, chosen, CONFIG_NAME))
 
 
 def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
@@ -78,7 +82,7 @@ def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
 
 def open_folder_reader(folder: Path) -> SafetensorsReader:
     """A reader of the safetensors weights of a folder, in one file or sharded."""
-    fields = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    fields = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     return SafetensorsReader(weight_files(folder, fields, folder.name))
 
 

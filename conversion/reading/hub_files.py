@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, metadata_load, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import CONFIG_NAME
 
-from hf_efficient.conversion.reading.checkpoint_files import CONFIG, read_config
+from hf_efficient.conversion.reading.checkpoint_files import read_config
+from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.errors import HFEError, UsageError, error_text, hide_secret
 from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_names
 
@@ -63,7 +57,7 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
-    fields = read_config(folder, repo_id) if (folder / CONFIG).is_file() else {}
+    fields = read_config(folder, repo_id) if (folder / CONFIG_NAME).is_file() else {}
     for name in weight_file_names(fields):  # in the order in which transformers looks for them
         if not (folder / name).is_file():
             folder = _snapshot(repo_id, [*_SMALL_FILES, name], commit, token)
@@ -94,27 +88,12 @@ def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
 
 
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
-    at = f" at revision {revision}" if revision else ""
     checked_token(token if token is not None else get_token())
     try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise HFEError(f"the repository {repo_id} is gated", "ask for access on its page and pass --token") from error
-    except RevisionNotFoundError as error:
-        raise HFEError(f"the repository {repo_id} has no revision {revision}", "check --revision") from error
-    except RepositoryNotFoundError as error:
-        raise HFEError(
-            f"there is no local folder {repo_id} and no Hub repository of that name that you may read",
-            "check the name; a private repository needs --token",
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HFEError(
-            f"there is no local folder {repo_id}, the Hub cannot be reached, and its cache does not hold {repo_id}{at}",
-            "check the network, unset HF_HUB_OFFLINE, or name a local folder",
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        cause = error_text(error)
-        raise HFEError(f"downloading {repo_id}{at} failed: {cause}", "check the network and try again") from error
+        with hub_errors(repo_id, revision, or_folder=True):
+            return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+    except OSError as error:  # of the disk that holds the Hub's cache
+        raise HFEError(f"downloading {repo_id} failed: {error_text(error)}", "check the Hub's cache folder") from error
 
 
 def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:

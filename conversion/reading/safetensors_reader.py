@@ -40,7 +40,14 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file as it stands there, its length, and the size of the file."""
+    """The header of a safetensors file as parsed JSON, its length in bytes, and the size of the file in bytes.
+
+    Raises:
+        HFEError: the file cannot be read, is shorter than its header claims, has a header of more than
+            `MAX_JSON_BYTES`, or one that is not the JSON that `parse_json` accepts.
+    """
+    # huggingface_hub's parser accepts a tensor listed twice and bytes that are not UTF-8, and compares offsets neither
+    # with shapes nor with the size of the file.
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

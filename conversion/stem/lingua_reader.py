@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from hf_efficient.conversion.families.decoder import decoder_config, source_config
-from hf_efficient.conversion.reading.checkpoint_files import CONFIG
 from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.rotary_order import split_halves
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
@@ -101,7 +101,7 @@ class LinguaReader:
     def recognises(cls, folder: Path) -> bool:
         """True for a folder that holds a checkpoint of this layout, complete or not, and no `config.json`."""
         signs = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
-        return not (folder / CONFIG).exists() and any((folder / sign).exists() for sign in signs)
+        return not (folder / CONFIG_NAME).exists() and any((folder / sign).exists() for sign in signs)
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Release:

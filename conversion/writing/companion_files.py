@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_efficient.conversion.reading.checkpoint_files import file_inside
 from hf_efficient.conversion.reading.source import Source
@@ -29,8 +31,6 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
     *("chat_template.json", "additional_chat_templates/*.jinja"),
 )
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_GENERATION_CONFIG = "generation_config.json"
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 # The name of a text: a source's LICENSE.py is code.
 _LICENCE = re.compile(
@@ -69,9 +69,9 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
 
 def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> list[str]:
     """Those of generation_config.json or, where there is none, those that config.json holds, as transformers does."""
-    path = folder / _GENERATION_CONFIG
-    if source.gguf_file is None and (source.files / _GENERATION_CONFIG).is_file():
-        _copy(source.files, folder, (_GENERATION_CONFIG,))
+    path = folder / GENERATION_CONFIG_NAME
+    if source.gguf_file is None and (source.files / GENERATION_CONFIG_NAME).is_file():
+        _copy(source.files, folder, (GENERATION_CONFIG_NAME,))
         settings, warnings = _keep_known(path, GenerationSettings)
     else:
         warnings = []
@@ -106,16 +106,16 @@ def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     tokenizer.save_pretrained(folder)
-    path = folder / TOKENIZER_CONFIG
+    path = folder / TOKENIZER_CONFIG_FILE
     return _keep_known(path, TokenizerSettings)[1] if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
     _copy(origin, folder, TOKENIZER_FILES)
-    if not (origin / TOKENIZER_CONFIG).is_file():
+    if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
-    _copy(origin, folder, (TOKENIZER_CONFIG,))
-    return _keep_known(folder / TOKENIZER_CONFIG, TokenizerSettings)[1]
+    _copy(origin, folder, (TOKENIZER_CONFIG_FILE,))
+    return _keep_known(folder / TOKENIZER_CONFIG_FILE, TokenizerSettings)[1]
 
 
 def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:

@@ -68,11 +68,13 @@ class Shard:
 
 
 def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard]:
-    """Cut the tensors into files of at most `max_bytes` of data; a tensor larger than that has a file of its own.
+    """Cut the tensors, in their order, into files of at most `max_bytes` of data; a larger tensor has its own file.
 
     Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size: where it would
     not, a new file begins too.
     """
+    # huggingface_hub's split_state_dict_into_shards_factory puts a tensor beyond the limit into a file of its own and
+    # then goes on filling the file before it, so a stream would have two files open; and it does not align tensors.
     groups: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import read_json
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
-_CONFIG = "tokenizer_config.json"
 # Where tokenizers differ: composed and decomposed accents, digits, white space, cases, scripts, symbols, code.
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog. It's 12345.67 or 1,000,000; isn't it? HELLO World",
@@ -72,7 +72,7 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _name_class(tokenizer: Any, folder: Path) -> None:
-    path = folder / _CONFIG
+    path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
     settings["tokenizer_class"] = type(tokenizer).__name__
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

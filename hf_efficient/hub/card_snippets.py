@@ -6,8 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
 from hf_efficient import __version__
-from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import read_json
@@ -20,7 +21,7 @@ REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFOR
 def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     """How to load the model, generate, chat where the tokenizer has a chat template, and fine-tune it with LoRA."""
     auto_class = _auto_class(config)
-    tokenizer = (folder / TOKENIZER_CONFIG).is_file()
+    tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
     imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
     lines = [
         f"from transformers import {imported}",
@@ -90,7 +91,7 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
-        return bool(read_json(folder / TOKENIZER_CONFIG).get("chat_template"))
+        return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template"))
     # A broken file has no template to show; loading the tokenizer reports the fault.
     except HFEError:
         return False

@@ -7,16 +7,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
-from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG, TOKENIZER_FILES, is_licence
+from hf_efficient.conversion.writing.companion_files import TOKENIZER_FILES, is_licence
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
-_ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG, *TOKENIZER_FILES)
+_ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG_FILE, *TOKENIZER_FILES)
 _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
 # As much of a file as tells what it is.

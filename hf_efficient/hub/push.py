@@ -11,9 +11,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_efficient import __version__
+from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.errors import UsageError
 from hf_efficient.hub.card import CARD, write_card
-from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_errors, hub_token
+from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_token
 from hf_efficient.hub.verify import verify_upload
 
 # What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale

@@ -1,27 +1,18 @@
-"""A repository of the Hub, seen without downloading its weights; and the Hub's errors in our words."""
+"""A repository of the Hub, read without downloading its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_id
 
+from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.conversion.reading.hub_files import checked_token
-from hf_efficient.errors import HFEError, UsageError, error_text
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.contents import FIRST_BYTES, largest, may_be_part
 from hf_efficient.json_file import MAX_JSON_BYTES
 
@@ -148,40 +139,3 @@ def _read_range(url: str, start: int, stop: int, token: str | None) -> bytes:
     response = http_backoff("GET", url, headers=headers)
     response.raise_for_status()
     return response.content[: stop - start]
-
-
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into one clear line each."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise HFEError(f"the repository {repo_id} is gated", "ask for access on its page and pass --token") from error
-    except RevisionNotFoundError as error:
-        raise HFEError(f"the repository {repo_id} has no revision {revision!r}", "check --revision") from error
-    except RepositoryNotFoundError as error:
-        raise HFEError(
-            f"there is no repository {repo_id} that you may see",
-            "check the name; a private repository needs --token or `hf auth login`",
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise HFEError(
-                f"the Hub refused access to {repo_id} (status {status})",
-                "pass --token, or log in with `hf auth login`, with a token that may write there",
-            ) from error
-        raise HFEError(f"the Hub answered {_one_line(error)} for {repo_id}", "try again later") from error
-    except RuntimeError as error:
-        # huggingface_hub wraps the failure of a large file's upload.
-        if not isinstance(error.__cause__, HTTPError):
-            raise
-        raise HFEError(f"the upload to {repo_id} failed: {_one_line(error.__cause__)}", "push again") from error
-    except OfflineModeIsEnabled as error:
-        raise HFEError(f"{repo_id} cannot be reached: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise HFEError(f"the Hub cannot be reached for {repo_id}: {_one_line(error)}", "check the network") from error
-
-
-def _one_line(error: Exception) -> str:
-    return error_text(error) or type(error).__name__

@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any, Literal, TypedDict, get_type_hints
 
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
-from hf_efficient.conversion.writing.companion_files import TOKENIZER_CONFIG
 from hf_efficient.conversion.writing.known_settings import (
     GenerationSettings,
     TokenizerSettings,
@@ -122,7 +122,7 @@ def check_settings(folder: UntrustedFolder, names: tuple[str, ...]) -> list[Find
     }
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,
-        TOKENIZER_CONFIG: TokenizerSettings,
+        TOKENIZER_CONFIG_FILE: TokenizerSettings,
         SAFE_WEIGHTS_INDEX_NAME: WeightIndex,
         REPORT_NAME: TypedDict("Report", report, total=False),  # type: ignore[operator]
         **TOKENIZER_JSON,
@@ -132,14 +132,14 @@ def check_settings(folder: UntrustedFolder, names: tuple[str, ...]) -> list[Find
         if name.endswith(".json") and name not in (CONFIG, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
             findings += _differing(name, value, kinds[name])
-            if name == TOKENIZER_CONFIG:
+            if name == TOKENIZER_CONFIG_FILE:
                 findings += _tokenizer_class(value.get("tokenizer_class"))
     return findings
 
 
 def _tokenizer_class(name: Any) -> Iterator[Finding]:
     if isinstance(name, str) and not is_tokenizer_class(name):
-        yield Finding(TOKENIZER_CONFIG, f"tokenizer_class is {name!r}, which transformers does not have", REMEDY)
+        yield Finding(TOKENIZER_CONFIG_FILE, f"tokenizer_class is {name!r}, which transformers does not have", REMEDY)
 
 
 def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:

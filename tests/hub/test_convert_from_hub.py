@@ -72,7 +72,7 @@ def test_a_repository_is_converted(
     old, new, wrong_revision, absent, pickled = done["results"]
     assert (old["base_model"], old["license"], old["revision"]) == ("maker/small", "apache-2.0", first)
     assert (new["name"], new["revision"]) == ("maker/small", second)
-    assert wrong_revision == [1, "the repository maker/small has no revision nowhere; check --revision"]
+    assert wrong_revision == [1, "the repository maker/small has no revision 'nowhere'; check --revision"]
     assert absent[0] == 1 and "no local folder maker/absent and no Hub repository of that name" in absent[1]
     assert pickled[0] == 1 and "maker/pickled holds its weights as pickle (pytorch_model.bin)" in pickled[1]
     assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(done["fetched"])
