@@ -149,7 +149,7 @@ def speed_rows() -> Iterator[Row]:
 def quality_rows() -> Iterator[Row]:
     """Differences of the loss in nats: from the source after a conversion, or from a dense model trained alike."""
     source = "source; per token"
-    (bound,) = quote("decoder.md", r"logits agree within 1e-(\d)")
+    (bound,) = quote("decoder.md", r"same logits \(within 1e-(\d)")
     yield Row("none", "converted", source, 0.0, f"0 (logits within 1e-{bound:.0f})")
 
     value, low, high = quote("conversion.md", r"Δ nll +([\d.]+)  \[([\d.]+), ([\d.]+)\]")
