@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
 # A gain stays within this factor of 1 / a: tanh never exceeds its argument, and more would amplify noise.
@@ -149,9 +149,9 @@ class _NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states) if residual is None else residual
 
 
-def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, stream: BatchState) -> Tensor:
     """The residual stream between the layer's attention and its feed-forward [B, S, D]; `stream` stays before both."""
-    ahead = stream.fork()
+    ahead = stream.clone()
     with replaced(layer, mlp=_NoFeedForward()):
-        run.push(index, layer, ahead)
+        run.run_layer(index, layer, ahead)
     return ahead.hidden

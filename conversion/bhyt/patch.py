@@ -209,8 +209,8 @@ class Bhyt:
         own, so each layer makes good for some of what those below it have lost.
         """
         run = calibration.start(calibration.fit)
-        (converted,) = run.streams
-        source = None if self.bound is None else converted.fork()
+        (converted,) = run.batches
+        source = None if self.bound is None else converted.clone()
         for index, layer in run.layers():
             stock = {"input": layer.input_layernorm, "post": layer.post_attention_layernorm}
             first, second = (f"model.layers.{index}.{leaf}" for leaf in _LEAVES)
@@ -229,9 +229,9 @@ class Bhyt:
                 yield f"{second}.affine", line.tensor
             parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
             with replaced(layer, **parts):
-                run.push(index, layer, converted)
+                run.run_layer(index, layer, converted)
             if source is not None:
-                run.push(index, layer, source)
+                run.run_layer(index, layer, source)
             calibration.progress("calibrate", index + 1, config.num_hidden_layers)
         if config.bhyt_final == "bhyt":
             gain = self._gain("model.norm", config, lam, converted.hidden, None if source is None else source.hidden)
@@ -274,12 +274,12 @@ class Bhyt:
 def _line_misses(calibration: Calibration) -> dict[int, float]:
     """For each layer of the source, by how much of the scale a line misses on a little text, root mean square."""
     run = calibration.start(calibration.probe)
-    (stream,) = run.streams
+    (stream,) = run.batches
     misses = {}
     for index, layer in run.layers():
         ahead = after_attention(run, index, layer, stream)
         misses[index] = MeanSquareLine.fit(mean_square(stream.hidden), mean_square(ahead)).miss
-        run.push(index, layer, stream)
+        run.run_layer(index, layer, stream)
         calibration.progress("choose layers", index + 1, calibration.config.num_hidden_layers)
     return misses
 

@@ -129,7 +129,7 @@ def checkpoint_logits(
     def logits(ids: Tensor) -> Iterator[Tensor]:
         run = LayerwisePass(config, reader, [ids], device=device)
         run.run(progress)
-        (pieces,) = run.logits(*run.streams)
+        (pieces,) = run.logits(*run.batches)
         yield from pieces
 
     return logits

@@ -24,7 +24,13 @@ LOGIT_POSITIONS = 256
 
 
 def read_token_rows(reader: TensorReader, name: str, ids: Tensor) -> Tensor:
-    """Rows `ids` (sorted, unique) of a tensor [V, W] -> [len(ids), W]; consecutive ids are read in one piece."""
+    """Rows `ids` [R] of a tensor [V, W], as [R, W] in its own dtype.
+
+    Args:
+        reader: the checkpoint's tensors.
+        name: of the tensor.
+        ids: token ids, sorted and unique; each run of consecutive ids is one read.
+    """
     if ids.numel() == 0:
         return torch.empty(0, reader.shape(name)[1], dtype=reader.dtype(name))
     ids = ids.cpu()
@@ -34,40 +40,40 @@ def read_token_rows(reader: TensorReader, name: str, ids: Tensor) -> Tensor:
 
 
 @dataclass
-class Stream:
-    """One batch on its way through the layers.
+class BatchState:
+    """One batch between two layers.
 
     Attributes:
         ids: token ids [B, S], int64.
-        slots: the same tokens as positions in the pass's `vocabulary` [B, S].
+        local_ids: index of each token in the pass's `vocabulary` [B, S], int64.
         hidden: hidden states after the layers run so far [B, S, hidden_size], fp32.
     """
 
     ids: Tensor
-    slots: Tensor
+    local_ids: Tensor
     hidden: Tensor
 
-    def fork(self) -> Stream:
-        """A stream of its own that goes on from here."""
-        return Stream(self.ids, self.slots, self.hidden.clone())
+    def clone(self) -> BatchState:
+        """The same batch with a copy of its hidden states, so that both can continue on their own."""
+        return BatchState(self.ids, self.local_ids, self.hidden.clone())
 
 
 class LayerwisePass:
-    """One traversal of a checkpoint by several batches of text, in fp32.
+    """A forward pass of several batches through a checkpoint, layer after layer, in fp32.
 
-    Tables indexed by the token are read at the rows of the batches' tokens only, so inside a pass a token is known by
-    its position in `vocabulary`, not by its id.
+    Of tensors with a row for each token, only the rows of the batches' tokens are read. Inside a pass a token is
+    therefore given by its index in `vocabulary`.
 
     Args:
         config: the checkpoint's configuration.
         reader: the checkpoint's tensors.
-        batches: token ids [B, S], all sequences of a batch equally long and without padding.
-        device: where the layers run.
+        batches: token ids [B, S] of each batch, without padding.
+        device: on which the layers run.
 
     Attributes:
-        vocabulary: the ids that occur in the batches, sorted [R].
-        embeddings: their rows of the embedding [R, hidden_size].
-        streams: one for each batch, at the embedding's output.
+        vocabulary: the token ids that occur in the batches, sorted [R].
+        embeddings: the embedding's rows of these ids [R, hidden_size], fp32.
+        batches: the state of each batch, at first the output of the embedding.
 
     Raises:
         TokenIdError: an id lies outside the vocabulary.
@@ -92,62 +98,62 @@ class LayerwisePass:
         self.vocabulary = torch.unique(torch.cat([ids.flatten() for ids in batches]))
         _check_vocabulary(self.vocabulary, config.vocab_size)
         self.embeddings = read_token_rows(reader, EMBEDDING, self.vocabulary).to(self.device, torch.float32)
-        self.streams = [self._embed(ids) for ids in batches]
+        self.batches = [self._embed(ids) for ids in batches]
         self._shapes: dict[tuple[int, int], tuple[dict, tuple[Tensor, Tensor], Tensor]] = {}
 
-    def _embed(self, ids: Tensor) -> Stream:
-        slots = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
-        return Stream(ids, slots, self.embeddings[slots])
+    def _embed(self, ids: Tensor) -> BatchState:
+        local_ids = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
+        return BatchState(ids, local_ids, self.embeddings[local_ids])
 
     def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        """Each layer in turn, with its weights; they are freed when the next one is asked for."""
+        """Yields (index, layer) for each layer with its weights loaded; they are freed when the iterator advances."""
         for index, layer in enumerate(self.model.layers):
             self._materialise(layer, f"model.layers.{index}.")
             yield index, layer
             layer.to("meta")
 
     @torch.no_grad()
-    def push(self, index: int, layer: DecoderLayer, stream: Stream) -> None:
-        """Move a stream through the layer."""
+    def run_layer(self, index: int, layer: DecoderLayer, batch: BatchState) -> None:
+        """Apply layer `index` to a batch and write the result into `batch.hidden`."""
         kind = self.config.layer_types[index]
-        sequences, length, _ = stream.hidden.shape
+        sequences, length, _ = batch.hidden.shape
         step = max(MICRO_BATCH_TOKENS // length, 1)
         for start in range(0, sequences, step):
             part = slice(start, start + step)
-            hidden = stream.hidden[part]
+            hidden = batch.hidden[part]
             masks, position_embeddings, position_ids = self._positions(hidden)
-            stream.hidden[part] = layer(
+            batch.hidden[part] = layer(
                 hidden,
                 attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=False,
-                token_ids=stream.slots[part],
+                token_ids=batch.local_ids[part],
             )
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Move every stream through every layer; `progress` is told (layers done, layers in all)."""
+        """Apply every layer to every batch; after each layer `progress(layers done, number of layers)` is called."""
         for index, layer in self.layers():
-            for stream in self.streams:
-                self.push(index, layer, stream)
+            for batch in self.batches:
+                self.run_layer(index, layer, batch)
             if progress:
                 progress(index + 1, self.config.num_hidden_layers)
 
     @torch.no_grad()
-    def logits(self, *streams: Stream) -> Iterator[Iterator[Tensor]]:
-        """For each stream that has passed the last layer, its logits in pieces: see `LogitSource`."""
+    def logits(self, *batches: BatchState) -> Iterator[Iterator[Tensor]]:
+        """For each batch that has passed the last layer, an iterator over its logits in pieces: see `LogitSource`."""
         self._materialise(self.model.norm, "model.norm.")
         name = EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
         head = self.reader.read(name).to(self.device, torch.float32)
-        for stream in streams:
+        for batch in batches:
             yield (
                 nn.functional.linear(add_and_norm(self.model.norm, piece)[0], head)
-                for sequence in stream.hidden
+                for sequence in batch.hidden
                 for piece in sequence.split(LOGIT_POSITIONS)
             )
 
     def _positions(self, hidden: Tensor) -> tuple[dict, tuple[Tensor, Tensor], Tensor]:
-        """Masks by layer kind, rotary embedding and position ids for a micro-batch, computed once for each shape."""
+        """Masks by layer type, (cos, sin) and position ids of a micro-batch [B, S, D]; computed once for each shape."""
         shape = hidden.shape[0], hidden.shape[1]
         if shape not in self._shapes:
             position_ids = torch.arange(shape[1], device=self.device).unsqueeze(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.measuring.evaluation import nll_by_position
-from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.conversion.stem.tables import FittedTable, stem_feed_forward
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
@@ -65,7 +65,7 @@ class LayerProbe:
         self._steps, self._done = 2 + rounds, 0
         self.layers = range(1, calibration.config.num_hidden_layers)
         self._run = calibration.start(calibration.probe)
-        (self._start,) = self._run.streams
+        (self._start,) = self._run.batches
         self._stock_nll = 0.0
         self._rows = self._fit_rows(fitter)
         self.costs = self.rises((), self.layers)
@@ -93,26 +93,26 @@ class LayerProbe:
 
         One traversal: a candidate's branch leaves the common stream at its layer.
         """
-        run, common = self._run, self._start.fork()
-        branches: dict[int, Stream] = {}
+        run, common = self._run, self._start.clone()
+        branches: dict[int, BatchState] = {}
         last = max(candidates)
         for index, layer in run.layers():
             with stem_feed_forward(run, layer, self._rows[index] if index in chosen else None):
                 for branch in branches.values():
-                    run.push(index, layer, branch)
+                    run.run_layer(index, layer, branch)
                 if index in candidates:
-                    branches[index] = common.fork()
+                    branches[index] = common.clone()
                 if index < last or not chosen:
-                    run.push(index, layer, common)
+                    run.run_layer(index, layer, common)
             if index in candidates:
                 with stem_feed_forward(run, layer, self._rows[index]):
-                    run.push(index, layer, branches[index])
+                    run.run_layer(index, layer, branches[index])
             self._tell()
         if not chosen:
             (self._stock_nll,) = self._losses(common)
         return {i: loss - self._stock_nll for i, loss in zip(branches, self._losses(*branches.values()), strict=True)}
 
-    def _losses(self, *streams: Stream) -> list[float]:
+    def _losses(self, *streams: BatchState) -> list[float]:
         ids = self._calibration.probe
         return [float(nll_by_position(pieces, ids).double().mean()) for pieces in self._run.logits(*streams)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
-from hf_efficient.conversion.measuring.layerwise import LayerwisePass, Stream
+from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import occurrences
 from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.conversion.stem.layer_choice import FitLayer, LayerProbe, Round, cheapest, greedy
@@ -169,23 +169,23 @@ class Stem:
         calibration = prepared(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
-        fit, held_out = run.streams
-        converted: Stream | None = None
+        fit, held_out = run.batches
+        converted: BatchState | None = None
         regression = self._regression(run, fit)
         last = max(config.stem_layers)
         for index, layer in run.layers():
             if index not in config.stem_layers:
                 for stream in filter(None, (fit, held_out, converted)):
-                    run.push(index, layer, stream)
+                    run.run_layer(index, layer, stream)
             else:
                 if self.sequential and converted is None:
-                    converted = fit.fork()
+                    converted = fit.clone()
                 sums = observed_push(self.init, run, index, layer, fit, converted)
                 table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 rows = table.at(run.vocabulary, run.embeddings)
                 errors = TableError(layer.mlp, rows, sums.count)
                 with observe_feed_forward(layer.mlp, errors.add):
-                    run.push(index, layer, held_out)
+                    run.run_layer(index, layer, held_out)
                 self._layer_reports[index] = {
                     "relative_error": errors.overall(),
                     "relative_error_by_count": errors.by_count(),
@@ -193,7 +193,7 @@ class Stem:
                 }
                 if converted is not None:
                     with stem_feed_forward(run, layer, rows):
-                        run.push(index, layer, converted)
+                        run.run_layer(index, layer, converted)
                 dtype = config.dtype or torch.float32
                 yield _table_name(index), table.write(calibration.reader, config.vocab_size, dtype)
             calibration.progress("calibrate", index + 1, last + 1)
@@ -213,13 +213,13 @@ class Stem:
             "layers": self._layer_reports,
         }
 
-    def _regression(self, run: LayerwisePass, stream: Stream) -> EmbeddingRegression:
-        count, _ = occurrences(stream.slots, len(run.vocabulary))
+    def _regression(self, run: LayerwisePass, stream: BatchState) -> EmbeddingRegression:
+        count, _ = occurrences(stream.local_ids, len(run.vocabulary))
         return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
 
     def _fitter(self, run: LayerwisePass) -> FitLayer:
         """Fits the layers of a pass of the calibration text to the source's own stream."""
-        (stream,) = run.streams
+        (stream,) = run.batches
         regression = self._regression(run, stream)
 
         def fit(index: int, layer: DecoderLayer) -> FittedTable:

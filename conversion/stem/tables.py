@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.measuring.layerwise import EMBEDDING, LayerwisePass, Stream
+from hf_efficient.conversion.measuring.layerwise import EMBEDDING, BatchState, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of, occurrences
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.conversion.stem.output_fit import OutputFit
@@ -145,8 +145,8 @@ def observed_push(
     run: LayerwisePass,
     index: int,
     layer: DecoderLayer,
-    stream: Stream,
-    converted: Stream | None = None,
+    stream: BatchState,
+    converted: BatchState | None = None,
 ) -> TokenSums:
     """Move the stream through the stock layer and sum what its feed-forward sees, for the initialiser `init`.
 
@@ -155,13 +155,13 @@ def observed_push(
     met: list[Tensor | None] = []
     if converted is not None:
         with observe_feed_forward(layer.mlp, lambda _slots, _x, gate, _up: met.append(gate)):
-            run.push(index, layer, converted.fork())
+            run.run_layer(index, layer, converted.clone())
     gates = iter(met)
     rows = len(run.vocabulary)
-    outputs = OutputFit(layer.mlp.down_proj, stream.slots.numel(), rows) if init == "output_ls" else None
-    sums = TokenSums(stream.slots, rows, run.config.hidden_size, run.config.intermediate_size, outputs)
+    outputs = OutputFit(layer.mlp.down_proj, stream.local_ids.numel(), rows) if init == "output_ls" else None
+    sums = TokenSums(stream.local_ids, rows, run.config.hidden_size, run.config.intermediate_size, outputs)
     with observe_feed_forward(layer.mlp, lambda slots, x, gate, up: sums.add(slots, x, gate, up, next(gates, None))):
-        run.push(index, layer, stream)
+        run.run_layer(index, layer, stream)
     return sums
 
 

@@ -268,10 +268,10 @@ def test_the_stream_after_the_attention_is_what_the_second_norm_sees(tiny_llama:
     stock = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     seen = streams(stock, fit_ids)
     for index, layer in run.layers():
-        (stream,) = run.streams
+        (stream,) = run.batches
         before = stream.hidden.clone()
         found = after_attention(run, index, layer, stream)
         torch.testing.assert_close(found, seen[f"model.layers.{index}.post_attention_layernorm"], rtol=1e-4, atol=1e-5)
         assert torch.equal(stream.hidden, before)
         assert isinstance(layer.mlp.down_proj, nn.Linear)
-        run.push(index, layer, stream)
+        run.run_layer(index, layer, stream)

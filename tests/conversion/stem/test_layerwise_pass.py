@@ -16,7 +16,7 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import E
 def layerwise_logits(config, reader, *batches):
     run = LayerwisePass(config, reader, batches)
     run.run()
-    streams = zip(batches, run.logits(*run.streams), strict=True)
+    streams = zip(batches, run.logits(*run.batches), strict=True)
     return [torch.cat(list(pieces)).view(*ids.shape, -1) for ids, pieces in streams]
 
 

@@ -16,7 +16,7 @@ FITTED = ["gated_mean", "mean"]
 def logits(source, ids):
     run = LayerwisePass(source.config, source.reader, [ids])
     run.run()
-    (pieces,) = run.logits(*run.streams)
+    (pieces,) = run.logits(*run.batches)
     return torch.cat(list(pieces)).view(*ids.shape, -1)
 
 
@@ -30,10 +30,10 @@ def feed_forward(source, ids, layer):
     run = LayerwisePass(source.config, source.reader, [ids])
     for index, module in run.layers():
         if index < layer:
-            run.push(index, module, run.streams[0])
+            run.run_layer(index, module, run.batches[0])
             continue
         with observe_feed_forward(module.mlp, lambda *call: seen.append(call)):
-            run.push(index, module, run.streams[0])
+            run.run_layer(index, module, run.batches[0])
         slots, _, gate, up = (torch.cat(parts) for parts in zip(*seen, strict=True))
         tokens = run.vocabulary[slots]
         counts = torch.ones_like(tokens, dtype=torch.bool)
