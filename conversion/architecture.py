@@ -109,6 +109,11 @@ def active_architectures(config: PreTrainedConfig) -> list[ArchitectureSpec]:
     return [each for each in architectures_beside(spec) if each.patch in config.active_patches]
 
 
+def patch_classes() -> dict[str, type]:
+    """Name of each patch on the command line -> the dataclass of its options."""
+    return {spec.patch: load(spec.patch_options) for spec in _ARCHITECTURES if spec.patch and spec.patch_options}
+
+
 def runtime_fields() -> set[str]:
     """Every field that is of run time only, of all architectures."""
     return {name for spec in _ARCHITECTURES for name in spec.runtime_fields}

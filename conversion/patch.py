@@ -6,7 +6,7 @@ field carries its help text in `metadata["help"]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -95,8 +95,10 @@ class Patch(Protocol):
         The same options give the same bits, since an interrupted conversion asks again.
         """
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Mapping[str, Any]:
         """What the patch measured, for the report. Called after `choose`, and when `tensors` is exhausted.
+
+        Each patch annotates it with a `TypedDict`: verification accepts these keys in a report and no others.
 
         A `summary`, texts by label, is shown in the report's table.
         """

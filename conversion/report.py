@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
@@ -20,6 +20,37 @@ _MEASURED = {
     "kl": "KL from the source",
     "top1_agreement": "top-1 agreement",
 }
+
+
+Package = Literal["hf_efficient", "python", "torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf"]
+
+
+class SourceSummary(TypedDict, total=False):
+    """The source of a conversion."""
+
+    name: str
+    model_name: str | None
+    model_type: str
+    base_model: str | None
+    revision: str | None
+    license: str | None
+    fingerprint: str
+
+
+class TensorSummary(TypedDict, total=False):
+    """Number of copied tensors, `computed` (name -> how), `dropped` (names) and `left_out` (name -> reason)."""
+
+    copied: int
+    computed: dict[str, str]
+    dropped: list[str]
+    left_out: dict[str, str]
+
+
+class PlannedSize(TypedDict, total=False):
+    """Bytes that the plan of a conversion needs."""
+
+    disk_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass
@@ -46,16 +77,16 @@ class ConversionReport:
         seconds, peak_memory_bytes: wall time and peak resident memory of the process; None for a dry run.
     """
 
-    source: dict[str, Any]
+    source: SourceSummary
     model_type: str
     patches: list[dict[str, Any]]
-    tensors: dict[str, Any]
+    tensors: TensorSummary
     before: ModelSize
     after: ModelSize
     dtype: str
     options: dict[str, Any]
-    versions: dict[str, str]
-    estimate: dict[str, int]
+    versions: dict[Package, str]
+    estimate: PlannedSize
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None

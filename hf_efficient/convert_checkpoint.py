@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,7 +26,7 @@ from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conv
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
 from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
-from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
+from hf_efficient.conversion.report import REPORT_NAME, ConversionReport, Package
 from hf_efficient.conversion.writing.checkpoint_writer import write_weights
 from hf_efficient.conversion.writing.companion_files import write_companions
 from hf_efficient.conversion.writing.durable_files import disk_errors, format_bytes, write_text
@@ -42,7 +42,6 @@ from hf_efficient.logging import IN_REPORT, get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec
 
-_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf")
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
 _MEASURED_CHOICE_SECONDS = 55
@@ -380,12 +379,13 @@ class _Conversion:
         return plain
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[Package, str]:
     """Versions of what took part in the conversion."""
-    versions = {"hf_efficient": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    versions: dict[Package, str] = {"hf_efficient": __version__, "python": platform.python_version()}
+    for package in get_args(Package):
+        if package not in versions:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
     return versions
 
 

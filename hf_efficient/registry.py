@@ -10,7 +10,7 @@ from functools import partial
 
 import transformers
 
-from hf_efficient.conversion.architecture import ArchitectureSpec, architecture_of, register_architecture
+from hf_efficient.conversion.architecture import ArchitectureSpec, architecture_of, patch_classes, register_architecture
 
 _decoder = partial(
     ArchitectureSpec,
@@ -75,4 +75,4 @@ def register_architectures() -> None:
                 getattr(transformers, auto_name).register(spec.config_class, model_class, exist_ok=True)
 
 
-__all__ = ["ARCHITECTURES", "ArchitectureSpec", "architecture_of", "register_architectures"]
+__all__ = ["ARCHITECTURES", "ArchitectureSpec", "architecture_of", "patch_classes", "register_architectures"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ _SATURATED = 0.9
 def mean_square(hidden: Tensor) -> Tensor:
     """``mean(x^2)`` over the last dimension, in float64."""
     return torch.stack([row.double().square().mean(-1) for row in hidden])
+
+
+class SiteMeasurements(TypedDict, total=False):
+    """What was fitted at one norm: the figures of `ChannelGains` and `MeanSquareLine`."""
+
+    relative_error: float
+    max_over_rms: float
+    saturated: float
+    gain_times_a: tuple[float, float, float]
+    slope: float
+    intercept: float
+    through_origin: bool
+    miss: float
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,13 @@ class ChannelGains:
         )
 
     @property
-    def report(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "gain"}
+    def report(self) -> SiteMeasurements:
+        return {
+            "relative_error": self.relative_error,
+            "max_over_rms": self.max_over_rms,
+            "saturated": self.saturated,
+            "gain_times_a": self.gain_times_a,
+        }
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
@@ -127,8 +145,13 @@ class MeanSquareLine:
         return torch.tensor([self.slope, self.intercept], dtype=torch.float32)
 
     @property
-    def report(self) -> dict[str, Any]:
-        return asdict(self)
+    def report(self) -> SiteMeasurements:
+        return {
+            "slope": self.slope,
+            "intercept": self.intercept,
+            "through_origin": self.through_origin,
+            "miss": self.miss,
+        }
 
 
 @contextmanager

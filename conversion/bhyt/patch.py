@@ -15,12 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.bhyt.fits import ChannelGains, MeanSquareLine, after_attention, mean_square, replaced
+from hf_efficient.conversion.bhyt.fits import (
+    ChannelGains,
+    MeanSquareLine,
+    SiteMeasurements,
+    after_attention,
+    mean_square,
+    replaced,
+)
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
 from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.errors import UsageError
@@ -38,6 +45,14 @@ _LARGEST_A = 2.0**-10
 # layers above: those are estimated whose line misses the scale by no more than this.
 _ALWAYS_EXACT = (0, 1)
 _LARGEST_MISS = 0.03
+
+
+class BhytMeasurements(TypedDict, total=False):
+    """What `Bhyt.report` returns: `sites` by the norm's name, `line_misses` by layer."""
+
+    sites: dict[str, SiteMeasurements]
+    line_misses: dict[int, float]
+    summary: dict[str, str]
 
 
 @dataclass
@@ -108,7 +123,7 @@ class Bhyt:
                 )
         self._misses: dict[int, float] = {}
         self._summary: dict[str, str] = {}
-        self._sites: dict[str, dict[str, Any]] = {}
+        self._sites: dict[str, SiteMeasurements] = {}
 
     @property
     def needs_calibration(self) -> bool:
@@ -191,7 +206,7 @@ class Bhyt:
         for prefix, _ in _sites(config):
             yield f"{prefix}.lam", lam
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> BhytMeasurements:
         return {"sites": self._sites, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
+
+
+class CalibrationSummary(TypedDict, total=False):
+    """Names and sizes of the texts, as the report gives them."""
+
+    calibration_text: str
+    calibration_tokens: int
+    held_out_text: str
+    held_out_tokens: int
+    sequence_length: int
+    distinct_calibration_tokens: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Calibration:
         """How often the text that weights are fitted to holds each token [vocab_size], by the rule of `occurrences`."""
         return occurrences(self.fit, self.config.vocab_size)[0]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> CalibrationSummary:
         """Which text, and how much of it, for the report."""
         return {
             "calibration_text": self.fit_name,

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS, LayerwisePass
-from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of
+from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
@@ -25,6 +25,8 @@ CONFIDENCE = 0.95
 # In which `checkpoint_logits` computes, whatever the dtype of the weights.
 PASS_DTYPE = "float32"
 
+# A figure that is given for each bucket of `BUCKETS`.
+Figure = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
 # Logits of token ids [B, S]: pieces [n, V] of at most LOGIT_POSITIONS positions, sequence after sequence.
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
@@ -94,7 +96,7 @@ class EvaluationReport:
     delta_nll: Estimate | None = None
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
-    by_count: dict[str, dict[str, float]] | None = None
+    by_count: dict[Bucket, dict[Figure, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -186,7 +188,7 @@ def evaluate_logits(
         HFEError: the two models have vocabularies of different sizes.
     """
     sequences, length = ids.shape
-    measured: dict[str, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
+    measured: dict[Figure, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
     reference_pieces = iter(reference(ids)) if reference else None
     for target, piece in zip(_targets(ids), model(ids), strict=True):
         measured["nll"].append(next_token_nll(piece, target).cpu())
@@ -220,7 +222,7 @@ def evaluate_logits(
     )
 
 
-def _by_bucket(bucket: Tensor, figures: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, dict[Figure, float]]:
     """Share of the positions and means of the figures [B, S] in each bucket that holds a position."""
     found = {name: bucket == i for i, name in enumerate(BUCKETS)}
     return {

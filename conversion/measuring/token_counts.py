@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-# Lowest count of each bucket, and its name.
+Bucket = Literal["0", "1-3", "4-31", "32+"]
+BUCKETS: tuple[Bucket, ...] = get_args(Bucket)
+# Lowest count of each bucket.
 _LOWEST = (0, 1, 4, 32)
-BUCKETS = ("0", "1-3", "4-31", "32+")
 
 
 def occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

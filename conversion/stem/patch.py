@@ -6,21 +6,22 @@ The conversion is lossy: a row cannot know the token's context. `stem_tables` ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
 from hf_efficient.conversion.measuring.calibration import Calibration, prepared
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
-from hf_efficient.conversion.measuring.token_counts import occurrences
+from hf_efficient.conversion.measuring.token_counts import Bucket, occurrences
 from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.conversion.stem.layer_choice import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem.tables import (
     INITIALISERS,
     EmbeddingRegression,
     FittedTable,
+    Quantity,
     TableError,
     fit_table,
     observe_feed_forward,
@@ -36,6 +37,35 @@ from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 _CHOICES = ("auto", "greedy")
 # Held-out tokens on which each layer's errors are measured.
 _ERROR_TOKENS = 2_048
+
+
+class LayerMeasurements(TypedDict, total=False):
+    """Relative errors of one layer's table on held-out text, by quantity, in all and by count in the fitted text."""
+
+    relative_error: dict[Quantity, float]
+    relative_error_by_count: dict[Bucket, dict[Quantity, float]]
+    within_token_share: dict[Quantity, float]
+
+
+class RoundMeasurements(TypedDict, total=False):
+    """One step of the greedy choice: the fields of `Round`."""
+
+    layer: int
+    delta_nll: float
+    candidates: dict[int, float]
+
+
+class StemMeasurements(TypedDict, total=False):
+    """What `Stem.report` returns; layers are keys of `single_layer_delta_nll`, in nats per token, and of `layers`."""
+
+    init: str
+    shrinkage: float
+    ridge: float
+    sequential: bool
+    single_layer_delta_nll: dict[int, float]
+    greedy_rounds: list[RoundMeasurements]
+    summary: dict[str, str]
+    layers: dict[int, LayerMeasurements]
 
 
 @dataclass
@@ -118,7 +148,7 @@ class Stem:
             raise UsageError("stem max_layers and max_delta choose among layers, and layers are named", "leave one out")
         self._costs: dict[int, float] = {}
         self._rounds: list[Round] = []
-        self._layer_reports: dict[int, dict[str, Any]] = {}
+        self._layer_reports: dict[int, LayerMeasurements] = {}
 
     @property
     def measures_choice(self) -> bool:
@@ -200,7 +230,7 @@ class Stem:
             if index == last:
                 return
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> StemMeasurements:
         rounds = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
         return {
             "init": self.init,
@@ -208,7 +238,9 @@ class Stem:
             "ridge": self.ridge,
             "sequential": self.sequential,
             "single_layer_delta_nll": self._costs,
-            "greedy_rounds": [asdict(r) for r in self._rounds],
+            "greedy_rounds": [
+                {"layer": r.layer, "delta_nll": r.delta_nll, "candidates": r.candidates} for r in self._rounds
+            ],
             "summary": {"added, Δ nll of all": rounds} if rounds else {},
             "layers": self._layer_reports,
         }

@@ -25,17 +25,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_efficient.conversion.measuring.layerwise import EMBEDDING, BatchState, LayerwisePass
-from hf_efficient.conversion.measuring.token_counts import BUCKETS, bucket_of, occurrences
+from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of, occurrences
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.conversion.stem.output_fit import OutputFit
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
+# Whose relative error is measured: the up-projection u, the gated g * u, the feed-forward's output. Split by count, the
+# share of the tokens goes with them.
+Quantity = Literal["up", "gated_up", "output", "share_of_tokens"]
 INITIALISERS = ("gated_mean", "mean", "output_ls", "ridge", "embed")
 # Rows of the vocabulary handled at once where a whole table is computed.
 CHUNK_ROWS = 4096
@@ -130,7 +134,7 @@ class TokenSums:
         present = self.count[:, None] > 0
         return up_proj(self.inputs / self.count.clamp_min(1)[:, None]) * present
 
-    def within_token_share(self, up_proj: nn.Linear) -> dict[str, float]:
+    def within_token_share(self, up_proj: nn.Linear) -> dict[Quantity, float]:
         """Share of the energy of u and of g * u that varies among occurrences of a token: no table can give it."""
         up_kept = float((self.mean_up(up_proj).square().sum(1) * self.count).sum())
         gated_kept = float((self.weighted_up.square() / self.weight.clamp_min(torch.finfo(torch.float32).tiny)).sum())
@@ -304,7 +308,7 @@ class TableError:
         count: occurrences of each in the calibration text [R].
     """
 
-    _QUANTITIES = ("up", "gated_up", "output")
+    _QUANTITIES: tuple[Quantity, ...] = ("up", "gated_up", "output")
 
     def __init__(self, mlp: GatedMLP, rows: Tensor, count: Tensor) -> None:
         self.down = mlp.down_proj.weight
@@ -323,11 +327,11 @@ class TableError:
         self.energy.index_add_(0, self.bucket[slots], energy.double())
         self.tokens += torch.bincount(self.bucket[slots], minlength=len(self.tokens))
 
-    def overall(self) -> dict[str, float]:
+    def overall(self) -> dict[Quantity, float]:
         """Error of each quantity over all tokens."""
         return self._named(self.energy.sum(0))
 
-    def by_count(self) -> dict[str, dict[str, float]]:
+    def by_count(self) -> dict[Bucket, dict[Quantity, float]]:
         """Share of the tokens and errors, by how often the calibration text holds the token."""
         share = self.tokens / self.tokens.sum()
         return {
@@ -336,6 +340,6 @@ class TableError:
             if self.tokens[i]
         }
 
-    def _named(self, energy: Tensor) -> dict[str, float]:
+    def _named(self, energy: Tensor) -> dict[Quantity, float]:
         error = (energy[:, 0] / energy[:, 1]).sqrt()
         return dict(zip(self._QUANTITIES, error.tolist(), strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ _CARD_END = (
     "the model is its source until it has been trained on structured text, after which "
     "`hf_efficient.mark_topology_trained(model)` lets it write them."
 )
+
+
+class TopologyMeasurements(TypedDict, total=False):
+    """What `report` returns: `token_rows` gives, by the id of each new token, the ids whose rows it got the mean of."""
+
+    token_rows: dict[int, list[int]]
+    summary: dict[str, str]
 
 
 @dataclass
@@ -105,13 +112,13 @@ class _TopologyPatch:
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> TopologyMeasurements:
         change = self._added
         new = sorted(change.rows)
         tokens = f"{len(new)} added, ids {new[0]} to {new[-1]}" if new else "all known to the tokenizer"
         state = "trained" if self._is_trained else "untrained, so suppressed in generation"
         return {
-            "token_rows": {str(token_id): list(parts) for token_id, parts in change.rows.items()},
+            "token_rows": {token_id: list(parts) for token_id, parts in change.rows.items()},
             "summary": {f"{self.name}, control tokens": f"{tokens}; {state}"},
         }
 

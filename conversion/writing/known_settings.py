@@ -17,6 +17,7 @@ _TOKENIZER_CLASSES = {
     *("MistralCommonBackend", "MistralCommonTokenizer"),
 }
 _SHOWN = 80
+_UNKNOWN_KEY = "is not a key that is written there"
 
 IdList = list[int]
 
@@ -201,8 +202,8 @@ def misfits(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
     Args:
         value: a value that `json.loads` gave.
-        kind: a type: those of JSON, unions, literals, `list`, `dict` with text as keys, or a `TypedDict`, whose keys
-            are the only ones that may stand there.
+        kind: a type: those of JSON, unions, literals, `list`, `dict` or a `TypedDict`, whose keys are the only ones
+            that are allowed. Keys of a `dict` are texts, literals, or int for decimal digits.
         name: path of the value.
     """
     if _fits(value, kind):
@@ -216,17 +217,27 @@ def misfits(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
                 if key in hints:
                     yield from misfits(item, hints[key], path)
                 else:
-                    yield path, "is not a key that is written there"
+                    yield path, _UNKNOWN_KEY
             return
         if isinstance(value, dict) and get_origin(inner) is dict:
+            key_kind, item_kind = get_args(inner)
             for key, item in value.items():
-                yield from misfits(item, get_args(inner)[1], f"{name}.{key}" if name else key)
+                path = f"{name}.{key}" if name else key
+                if _key_fits(key, key_kind):
+                    yield from misfits(item, item_kind, path)
+                else:
+                    yield path, _UNKNOWN_KEY
             return
         if isinstance(value, list) and get_origin(inner) is list:
             for i, item in enumerate(value):
                 yield from misfits(item, get_args(inner)[0], f"{name}[{i}]")
             return
     yield name, f"is {_shown(value)}, which is not {' or '.join(_described(inner) for inner in kinds)}"
+
+
+def object_type(name: str, types_by_key: dict[str, Any]) -> Any:
+    """The type of a JSON object that may have these keys and no others, for `misfits`."""
+    return TypedDict(name, types_by_key, total=False)  # type: ignore[operator]
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -238,7 +249,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+        return isinstance(value, dict) and all(_key_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if is_typeddict(kind):
         hints = get_type_hints(kind)
         return isinstance(value, dict) and all(key in hints and _fits(value[key], hints[key]) for key in value)
@@ -249,6 +260,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) or (isinstance(value, dict) and value in _FLOAT_TAGS)
     return type(value) is kind  # a bool is no int
+
+
+def _key_fits(key: str, kind: Any) -> bool:
+    # JSON writes whole numbers that are keys as texts.
+    return key.isascii() and key.isdecimal() if kind is int else _fits(key, kind)
 
 
 def _described(kind: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import types
@@ -14,7 +13,7 @@ import typer
 
 from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import UsageError
-from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.registry import patch_classes
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
@@ -40,16 +39,6 @@ def show_report(report: Any, json: bool) -> None:
         print_json(report.to_dict())
     else:
         typer.echo(report.table())
-
-
-def patch_classes() -> dict[str, type]:
-    """Name of each patch on the command line -> the dataclass of its options."""
-    found = {}
-    for architecture in ARCHITECTURES:
-        if architecture.patch and architecture.patch_options:
-            module, _, name = architecture.patch_options.partition(":")
-            found[architecture.patch] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def _flag_type(hint: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hf_efficient import __version__
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import read_json
-from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.registry import patch_classes
 
 # Lowest versions that the exported code runs with; the same as in the package's own metadata.
 REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFORMERS[0]}"
@@ -44,13 +43,14 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
 
 def note(patch: str) -> str:
     """What the patch itself says to readers of a card."""
-    options = _options_of(patch)
+    options: Any = patch_classes().get(patch)
     return str(options.card_note) if options else ""
 
 
 def citations(patches: list[str]) -> str:
     """BibTeX of the papers that the patches come from."""
-    entries = [str(options.citation) for patch in patches if (options := _options_of(patch))]
+    known: dict[str, Any] = patch_classes()
+    entries = [str(known[patch].citation) for patch in patches if patch in known]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(entries) + "\n```" if entries else ""
 
 
@@ -95,15 +95,6 @@ def _has_chat_template(folder: Path) -> bool:
     # A broken file has no template to show; loading the tokenizer reports the fault.
     except HFEError:
         return False
-
-
-def _options_of(patch: str) -> Any:
-    """The dataclass of a patch's options; None for a name that no architecture has."""
-    named = next((a.patch_options for a in ARCHITECTURES if a.patch == patch), None)
-    if named is None:
-        return None
-    module, _, name = named.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _python(code: str) -> str:

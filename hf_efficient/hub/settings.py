@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, TypedDict
 
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from hf_efficient.conversion.plan import ModelSize
-from hf_efficient.conversion.report import REPORT_NAME, ConversionReport
+from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.known_settings import (
     GenerationSettings,
     TokenizerSettings,
     is_tokenizer_class,
     misfits,
+    object_type,
 )
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.errors import HFEError
@@ -24,6 +24,7 @@ from hf_efficient.hub.contents import largest
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
+from hf_efficient.hub.report_types import report_misfits
 from hf_efficient.json_file import parse_json
 from hf_efficient.registry import ArchitectureSpec
 
@@ -59,37 +60,6 @@ class WeightIndex(TypedDict, total=False):
     weight_map: dict[str, str]
 
 
-class ReportSource(TypedDict, total=False):
-    """The source of a conversion."""
-
-    name: str
-    model_name: str | None
-    model_type: str
-    base_model: str | None
-    revision: str | None
-    license: str | None
-    fingerprint: str
-
-
-class ReportPatch(TypedDict, total=False):
-    """One patch of a conversion."""
-
-    name: str
-    options: dict[str, Any]
-    calibrated: bool
-    choices: dict[str, Any]
-    measured: dict[str, Any]
-
-
-class ReportTensors(TypedDict, total=False):
-    """The tensors of a conversion."""
-
-    copied: int
-    computed: dict[str, str]
-    dropped: list[str]
-    left_out: dict[str, str]
-
-
 def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
     """The JSON object in a listed file; what is wrong with it becomes a finding, and the object is empty."""
     try:
@@ -101,11 +71,7 @@ def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -
 
 def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_map: dict[str, str]) -> list[Finding]:
     """Keys and values of `config.json` that are not those of the architecture's configuration."""
-    kinds = {"model_type": str, "auto_map": dict[str, str], **_COMMON}
-    for field in fields(architecture.config_class):
-        # The annotations of transformers are texts; those of the package are types.
-        kinds.setdefault(field.name, RopeParameters | None if field.name == "rope_parameters" else field.type)
-    findings = _differing(CONFIG, config, TypedDict("Config", kinds, total=False))  # type: ignore[operator]
+    findings = _differing(CONFIG, config, object_type("Config", config_types(architecture)))
     known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
@@ -113,25 +79,39 @@ def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_ma
     return findings + list(_auto_map_differences(config.get("auto_map"), auto_map))
 
 
-def check_settings(folder: UntrustedFolder, names: tuple[str, ...]) -> list[Finding]:
-    """Keys and values that nothing writes, in all JSON files among `names` but the configuration and the manifest."""
-    report = {
-        **get_type_hints(ConversionReport),
-        **{"source": ReportSource, "patches": list[ReportPatch], "tensors": ReportTensors},
-        **dict.fromkeys(("before", "after"), TypedDict("Size", get_type_hints(ModelSize), total=False)),  # type: ignore[operator]
-    }
+def config_types(architecture: ArchitectureSpec) -> dict[str, Any]:
+    """Type of each key that `config.json` may have for an architecture."""
+    config_class = architecture.config_class
+    types = {"model_type": str, "auto_map": dict[str, str], **_COMMON, "rope_parameters": RopeParameters | None}
+    types |= getattr(config_class, "field_types", {})
+    for field in fields(config_class):
+        # The annotations of transformers are texts; those of the package are types.
+        types.setdefault(field.name, field.type)
+    return types
+
+
+def check_settings(
+    folder: UntrustedFolder, names: tuple[str, ...], architecture: ArchitectureSpec | None
+) -> list[Finding]:
+    """Keys and values that nothing writes, in all JSON files among `names` but the configuration and the manifest.
+
+    Without an architecture the conversion report is not checked: its keys depend on it.
+    """
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,
         TOKENIZER_CONFIG_FILE: TokenizerSettings,
         SAFE_WEIGHTS_INDEX_NAME: WeightIndex,
-        REPORT_NAME: TypedDict("Report", report, total=False),  # type: ignore[operator]
         **TOKENIZER_JSON,
     }
     findings: list[Finding] = []
     for name in names:
         if name.endswith(".json") and name not in (CONFIG, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
-            findings += _differing(name, value, kinds[name])
+            if name != REPORT_NAME:
+                findings += _differing(name, value, kinds[name])
+            elif architecture is not None:
+                found = report_misfits(value, config_types(architecture))
+                findings += [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found]
             if name == TOKENIZER_CONFIG_FILE:
                 findings += _tokenizer_class(value.get("tokenizer_class"))
     return findings

@@ -106,7 +106,7 @@ def _verify_folder(
         foreign_fields = check_config(fields, architecture, exported.auto_map)
         tensors, faults = check_weights(folder, contents.model, architecture, fields, known=not foreign_fields)
         findings += differences + foreign_fields + faults
-    findings += check_settings(folder, contents.model)
+    findings += check_settings(folder, contents.model, architecture)
     findings += [finding for name in contents.model if (finding := _text_finding(folder, name))]
     others: tuple[str, ...] = contents.training
     if only_model:

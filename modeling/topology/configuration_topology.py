@@ -1,6 +1,6 @@
 """Configuration of topology attention: the control tokens of Multiverse or MedVerse, and what their branches see."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub.dataclasses import strict
 
@@ -15,6 +15,19 @@ _DEFAULTS: dict[str, Any] = {
     "separator": "\n",
     "version": 1,
 }
+# Control tokens of both grammars -> id.
+TokenIds = TypedDict("TokenIds", {tag: int for tags in CONTROL_TOKENS.values() for tag in tags}, total=False)
+
+
+class TopologySettings(TypedDict, total=False):
+    """Types of the values in the field `topology`."""
+
+    grammar: str
+    mode: str
+    token_ids: TokenIds
+    trained: bool
+    separator: str
+    version: int
 
 
 @strict
@@ -34,6 +47,9 @@ class TopologyConfig(DecoderConfig):
     model_type = "hfe_topology_base"
     # Those that `topology` may name; the only one is the default. Not annotated, or it would be a field.
     topology_grammars = GRAMMARS
+
+    # JSON types of fields whose annotation says only `dict`; verification checks config.json against them.
+    field_types = {"topology": TopologySettings | None}
 
     topology: dict | None = None
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from hf_efficient.hub.export import export
-from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.hub.export import CodeExport, export, render_code
+from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(94))]
 SMALL = {
@@ -74,6 +75,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     """A checkpoint of STEM that a test may change."""
     return Path(shutil.copytree(checkpoints["hfe_stem"], tmp_path / "model"))
+
+
+@cache
+def _rendered(model_type: str) -> CodeExport:
+    architecture = architecture_of(model_type)
+    assert architecture is not None
+    return render_code(architecture)
+
+
+@pytest.fixture
+def rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render the code that `verify` compares with once per architecture and not in each test: it takes a second."""
+    monkeypatch.setattr("hf_efficient.hub.verify.render_code", lambda found: _rendered(found.model_type))
 
 
 Runner = Callable[..., dict[str, Any]]

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import socket
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_efficient.hub.card import write_card
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
+from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.verify import verify, verify_upload
 from hf_efficient.hub.weights import INDEX, SINGLE_FILE
-from hf_efficient.registry import architecture_of
 
 Tampering = Callable[[Path], Any]
 GENERATION, TOKENIZER, SETTINGS = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+pytestmark = pytest.mark.usefixtures("rendered_once")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of an architecture is the same for every test here, and takes a second to make."""
-    monkeypatch.setattr("hf_efficient.hub.verify.render_code", lambda found: _rendered(found.model_type))
-
-
-@cache
-def _rendered(model_type: str) -> CodeExport:
-    architecture = architecture_of(model_type)
-    assert architecture is not None
-    return render_code(architecture)
 
 
 def edit(name: str, **changes: Any) -> Tampering:
