@@ -115,14 +115,14 @@ def test_every_command_and_flag_exists(page: Path) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=_name)
 def test_flags_in_prose_exist(page: Path) -> None:
     """A flag that stands alone in backticks, such as `--stem-layers`, is one of some subcommand, or of a script."""
     known = {flag for subcommand in SUBCOMMANDS for flag in _flags(subcommand)}
     scripts = [*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
     others = {"--model-impl", "--cb-num-blocks", "--continuous-batching"}  # of vLLM, SGLang and `transformers serve`
-    named = set(re.findall(r"`(--[a-z][\w-]*)[^`]*`", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(--[a-z][\w-]*\w)(?=[ `=])", page.read_text(encoding="utf-8")))
     wrong = {flag for flag in named - known - others if f'"{flag}"' not in source}
     assert not wrong - {"--fuzz-seconds"}, wrong
 
