@@ -102,9 +102,7 @@ class Stem:
     )
     init: str = field(
         default="gated_mean",
-        metadata={
-            "help": f"how rows are computed: {', '.join(INITIALISERS)} (embed needs no text and ruins the model)"
-        },
+        metadata={"help": f"how rows are computed: {', '.join(INITIALISERS)}"},
     )
     shrinkage: float = field(
         default=4.0, metadata={"help": "how many average occurrences of a token its prior counts for"}
@@ -169,8 +167,6 @@ class Stem:
                 raise UsageError(f"stem layers {outside} do not exist", f"the model has layers 0 to {count - 1}")
             if 0 in self.layers:
                 get_logger().warning("STEM in layer 0: its rows are needed at once, so they cannot be fetched ahead")
-        if self.init == "embed":
-            get_logger().warning("stem init=embed is worse than no feed-forward at all; gated_mean is the default")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
         layers = self._choose(prepared(calibration)) if self.measures_choice else self.layers

@@ -10,7 +10,6 @@ counts for), channel by channel:
 | `mean` | ``(sum u + k p) / (n + k)`` | ``u`` |
 | `output_ls` | by least squares from `gated_mean`: see `stem_output_fit` | the feed-forward's output |
 | `ridge` | ``p`` of `gated_mean` | |
-| `embed` | ``W_up norm(e) (+ b)``; needs no text | worse than no feed-forward at all |
 
 The prior is a ridge regression of such rows on the tokens' embeddings, `ridge_prior`; a token that the text does not
 hold gets it alone. The first two are the least-squares optimum of each token and channel in their own metric, so with
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,7 +39,7 @@ from hf_efficient.modeling.stem.modeling_stem import StemMLP
 # Whose relative error is measured: the up-projection u, the gated g * u, the feed-forward's output. Split by count, the
 # share of the tokens goes with them.
 Quantity = Literal["up", "gated_up", "output", "share_of_tokens"]
-INITIALISERS = ("gated_mean", "mean", "output_ls", "ridge", "embed")
+INITIALISERS = ("gated_mean", "mean", "output_ls", "ridge")
 # Rows of the vocabulary handled at once where a whole table is computed.
 CHUNK_ROWS = 4096
 # A channel that a token's occurrences hardly opened says next to nothing about u: it must not weigh like the others in
@@ -220,12 +219,6 @@ def ridge_prior(weight: Tensor, weighted_up: Tensor, count: Tensor, regression: 
     return lambda e: torch.addmm(mean_row, e, coefficients)
 
 
-def embedding_prior(layer: DecoderLayer) -> Prior:
-    """Rows [n, F] from embedding rows [n, D]: ``W_up norm(e) (+ b)``, as if the residual stream were the embedding."""
-    norm, up_proj = layer.post_attention_layernorm, layer.mlp.up_proj
-    return lambda e: up_proj(norm(e))
-
-
 @dataclass(frozen=True)
 class FittedTable:
     """The table of one layer, before it is written out.
@@ -271,17 +264,13 @@ def fit_table(
 ) -> FittedTable:
     """The table of one layer by the initialiser `init`, from the sums over the calibration text."""
     up_proj = layer.mlp.up_proj
-    none = FittedTable(run.vocabulary[:0], run.embeddings.new_empty(0, sums.weight.shape[1]), embedding_prior(layer))
-    if init == "embed":
-        return none
-
     if init == "mean":
         weight, weighted_up = sums.count[:, None], sums.mean_up(up_proj) * sums.count[:, None]
     else:
         weight, weighted_up = sums.weight, sums.weighted_up
     prior = ridge_prior(weight, weighted_up, sums.count, regression)
     if init == "ridge":
-        return replace(none, prior=prior)
+        return FittedTable(run.vocabulary[:0], run.embeddings.new_empty(0, sums.weight.shape[1]), prior)
 
     seen = sums.count > 0
     prior_weight = shrinkage * weight.sum(0) / sums.count.sum()

@@ -29,10 +29,10 @@ OTHERS = [named for named in os.environ.get("HFE_TEST_TRANSFORMERS", "").split(o
 # A STEM table can hold all that layer 0 computes of a token when its attention adds nothing.
 PATCHES: dict[str, Callable[[], list[Any]]] = {
     "decoder": lambda: [],
-    "stem": lambda: [Stem(layers=[0], init="embed")],
+    "stem": lambda: [Stem(layers=[0])],
     "bhyt": lambda: [Bhyt()],
     "multiverse": lambda: [Multiverse()],
-    "composed": lambda: [Stem(layers=[0], init="embed"), Bhyt(), Multiverse()],
+    "composed": lambda: [Stem(layers=[0]), Bhyt(), Multiverse()],
 }
 TABLE = "model.layers.0.mlp.stem_embed.weight"
 

@@ -55,14 +55,13 @@ def test_a_stem_checkpoint_is_no_source(tiny_source, text):
         Stem(layers=[2]).check(patched.config)
 
 
-def test_layer_zero_and_the_data_free_initialiser_are_warned_about(tiny_source, caplog):
+def test_layer_zero_is_warned_about(tiny_source, caplog):
     config = tiny_source().config
     with caplog.at_level("WARNING", "hf_efficient"):
         Stem(layers=[1]).check(config)
         assert not caplog.records
-        Stem(layers=[0], init="embed").check(config)
+        Stem(layers=[0]).check(config)
     assert "layer 0" in caplog.text
-    assert "worse than no feed-forward" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [False, True])

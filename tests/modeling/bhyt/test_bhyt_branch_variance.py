@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.bhyt.branch_variance import branch_variance
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytForCausalLM
+from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
+from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 
 SITE = "model.layers.{}.post_attention_layernorm.branch"
 PROJECTIONS = ("v_proj", "o_proj")
@@ -178,6 +180,16 @@ class TestMoments:
         saved = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path))
         assert torch.equal(logits, saved(input_ids=some_ids()).logits)
         model.to(torch.bfloat16)  # which rounds the weights
+        model(input_ids=some_ids())
+        assert_equal(stored(model), right(model))
+
+    @pytest.mark.parametrize("stem_layers", [[], [1]], ids=["alone", "with STEM"])
+    def test_calling_a_decoder_of_several_patches_after_a_change(
+        self, stem_layers: list[int], bhyt_model: Callable, some_ids: Callable, right: Callable
+    ) -> None:
+        fields = {**bhyt_model().config.to_diff_dict(), "stem_layers": stem_layers}
+        model = EfficientDecoderForCausalLM(EfficientDecoderConfig(**fields)).eval()
+        change(model)
         model(input_ids=some_ids())
         assert_equal(stored(model), right(model))
 
