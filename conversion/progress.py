@@ -1,4 +1,4 @@
-"""Progress of a whole conversion with its stage named: a bar on a terminal, a few plain lines in a log file."""
+"""Progress of a whole conversion by stage: a bar on a terminal, a few plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
-# What a stage calls: (done, total), in whatever unit it counts.
+# A stage calls it with (done, total), in any unit.
 Advance = Callable[[int, int], None]
 
-# A log file gets a line for each stage, and within it one when so much was added and so many seconds have passed.
+# A log file gets a line for each stage, and another after this much progress and this many seconds.
 _LINE_PERCENT = 10
 _LINE_SECONDS = 10.0
 
 
 class _Display(Protocol):
-    """Shows how far the work is."""
+    """Output of the progress."""
 
     def begin(self, stage: str, percent: float) -> None:
-        """Say that a stage begins, and how much of the whole is done."""
+        """Show the start of a stage, and the percentage of the whole that is done."""
 
-    def move(self, percent: float, step: str | None = None) -> None:
-        """Say how much of the whole is done, and what is being done where that has a name of its own."""
+    def update(self, percent: float, step: str | None = None) -> None:
+        """Show the percentage of the whole that is done, and the name of the current step if it has one."""
 
     def close(self) -> None:
-        """Show nothing more."""
+        """End the output."""
 
 
 class _Bar:
-    """A bar that is drawn over itself."""
+    """A tqdm bar."""
 
     def __init__(self, file: TextIO) -> None:
         layout = "{desc:<14} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -41,9 +41,9 @@ class _Bar:
 
     def begin(self, stage: str, percent: float) -> None:
         self._bar.set_description_str(stage)
-        self.move(percent)
+        self.update(percent)
 
-    def move(self, percent: float, step: str | None = None) -> None:
+    def update(self, percent: float, step: str | None = None) -> None:
         if step is not None:
             self._bar.set_description_str(step, refresh=False)
         self._bar.update(percent - self._bar.n)
@@ -65,7 +65,7 @@ class _Lines:
         self._percent, self._step = percent, stage
         self._write()
 
-    def move(self, percent: float, step: str | None = None) -> None:
+    def update(self, percent: float, step: str | None = None) -> None:
         self._percent, self._step = percent, step or self._step
         late = time.monotonic() - self._written_at >= _LINE_SECONDS
         if late and percent - self._written_percent >= _LINE_PERCENT:
@@ -82,11 +82,11 @@ class _Lines:
 
 
 class Progress:
-    """Goes from 0 to 100 %; each stage moves it through its share.
+    """Progress of several stages, from 0 to 100 %.
 
     Args:
         shares: stage -> its expected share of the time, in any unit, in order.
-        show: False keeps silent.
+        show: False for no output.
     """
 
     def __init__(self, shares: Mapping[str, float], *, show: bool = True) -> None:
@@ -100,7 +100,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
-        """Name the stage and give the function that moves the progress through its share."""
+        """Context of a stage: yields the function that reports its progress; at the end, the stage counts as done."""
         self._share = self._shares[name]
         if self._display is not None:
             self._display.begin(name, min(self._finished, 100.0))
@@ -110,13 +110,13 @@ class Progress:
         self.advance(0, 1)
 
     def advance(self, done: int, total: int, step: str | None = None) -> None:
-        """Move to `done` of `total` in the present stage."""
+        """Set the progress of the current stage to `done` of `total`; `step` names what is being done."""
         if self._display is not None:
             # Rounding of the shares must not push the progress past its end.
-            self._display.move(min(self._finished + self._share * min(done / max(total, 1), 1.0), 100.0), step)
+            self._display.update(min(self._finished + self._share * min(done / max(total, 1), 1.0), 100.0), step)
 
     def step(self, name: str, done: int, total: int) -> None:
-        """The same for a step that names itself within the present stage."""
+        """`advance` with the arguments of `measuring.calibration.Progress`."""
         self.advance(done, total, name)
 
     def __enter__(self) -> Progress:

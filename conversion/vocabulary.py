@@ -26,19 +26,19 @@ from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 # The released code rounds the vocabulary up to a multiple of this.
 _MULTIPLE = 64
-# A logit that no softmax notices, and of which differences are still numbers.
-_IMPOSSIBLE = -1e9
+# A logit whose probability is zero; finite, so that the difference of two is no NaN.
+_MASKED_LOGIT = -1e9
 
 
 @dataclass(frozen=True)
 class VocabularyChange:
-    """What becomes of the vocabulary.
+    """How a conversion changes the vocabulary.
 
     Attributes:
-        tokenizer: the source's with the new tokens; None where it stays as it is, file by file.
-        token_ids: id of each token that was asked for, new or not.
+        tokenizer: the source's with the new tokens; None if its files are copied unchanged.
+        token_ids: id of each requested token, new or not.
         old_size, new_size: rows of the embedding, before and after.
-        rows: id of each new token -> ids of the tokens whose rows it gets the mean of.
+        rows: id of each new token -> ids of the tokens whose rows are averaged for it.
         suppressed: ids that the result's generation settings suppress.
     """
 
@@ -51,7 +51,7 @@ class VocabularyChange:
 
     @property
     def unused(self) -> list[int]:
-        """Ids beyond the source's that no token has."""
+        """Ids from `old_size` on that belong to no token."""
         return [token_id for token_id in range(self.old_size, self.new_size) if token_id not in self.rows]
 
     def token_tensors(self, config: DecoderConfig) -> set[str]:
@@ -64,7 +64,7 @@ class VocabularyChange:
         return {name for name, shape in expected_tensors(wider).items() if shape != shapes[name]}
 
     def read(self, reader: TensorReader, name: str) -> Tensor:
-        """A tensor of the source with a row for each token [old_size, W], with the new rows [new_size, W]."""
+        """A tensor of the source that has a row for each token [old_size, W], extended to [new_size, W]."""
         width = reader.shape(name)[1]
         tensor = torch.empty(self.new_size, width, dtype=reader.dtype(name))
         step = max(1, CHUNK_ELEMENTS // width)
@@ -74,7 +74,7 @@ class VocabularyChange:
         return self.fill(tensor)
 
     def fill(self, tensor: Tensor) -> Tensor:
-        """Write the new rows into a tensor [new_size, W] that has the source's, and return it."""
+        """Compute the rows of new tokens and unused ids of a tensor [new_size, W] in place, and return it."""
         unused = self.unused
         if unused:
             total = torch.zeros(tensor.shape[1], dtype=torch.float64)
@@ -86,35 +86,35 @@ class VocabularyChange:
         return tensor
 
     def shared_logits(self, logits: LogitSource) -> LogitSource:
-        """The logits of the tokens that source and result have in common; a new token inside the matrix gets none."""
+        """`logits` of the first `old_size` ids; new tokens among these get probability zero."""
         inside = [token_id for token_id in self.rows if token_id < self.old_size]
 
         def shared(ids: Tensor) -> Any:
             for piece in logits(ids):
                 piece = piece[:, : self.old_size].clone()
-                piece[:, inside] = _IMPOSSIBLE
+                piece[:, inside] = _MASKED_LOGIT
                 yield piece
 
         return shared
 
 
 def add_tokens(source: Source, tokens: Sequence[str]) -> VocabularyChange:
-    """The vocabulary of `source` with `tokens`, each one token of its own. A token that it has keeps id and row.
+    """The vocabulary of `source` in which each string of `tokens` is one token. Existing tokens keep their id and row.
 
-    The row of a new token comes from the tokens of its name, which is what its brackets hold: `/Path` of `</Path>`.
+    The row of a new token is the mean of the rows of the tokens of its name without brackets: `/Path` for `</Path>`.
 
     Raises:
-        HFEError: the source has no tokenizer, it takes no new tokens, or still splits one of these.
+        HFEError: the source has no tokenizer, or its tokenizer refuses new tokens or still splits one of them.
     """
     before = source.tokenizer()
     size = source.config.vocab_size
     known = _single_ids(before, tokens, size)
     if len(known) == len(tokens):
         return VocabularyChange(None, known, size, size, {})
-    tokenizer = copy.deepcopy(before)  # the source's own still reads the calibration text
-    lacking = [token for token in tokens if token not in known]
+    tokenizer = copy.deepcopy(before)  # the source's own tokenizes the calibration text
+    missing = [token for token in tokens if token not in known]
     try:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in lacking], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
     # Tokenizers of other libraries raise errors of their own.
     except Exception as error:
         cause = error_text(error) or type(error).__name__
@@ -132,8 +132,8 @@ def add_tokens(source: Source, tokens: Sequence[str]) -> VocabularyChange:
             "name a folder or Hub id with a tokenizer.json as tokenizer",
         )
     taken = set(before.get_vocab().values())
-    # A token that was in the vocabulary, though no text was ever read as it, has a row already.
-    new = [token for token in lacking if token_ids[token] not in taken or token_ids[token] >= size]
+    # A token of the vocabulary that the tokenizer never produced from text already has a row.
+    new = [token for token in missing if token_ids[token] not in taken or token_ids[token] >= size]
     rows = {token_ids[token]: _parts(before, token, size) for token in new}
     longest = max([*taken, *token_ids.values()]) + 1
     rounded = -(-longest // _MULTIPLE) * _MULTIPLE
@@ -141,7 +141,7 @@ def add_tokens(source: Source, tokens: Sequence[str]) -> VocabularyChange:
 
 
 def _single_ids(tokenizer: Any, tokens: Sequence[str], size: int | None = None) -> dict[str, int]:
-    """The ids of those tokens that stay whole wherever they stand; below `size`, where that is given."""
+    """Token -> id of the tokens that are encoded as one id, alone and within text; with `size`, of ids below it."""
     found = {}
     for token in tokens:
         alone = tokenizer.encode(token, add_special_tokens=False)
@@ -153,6 +153,7 @@ def _single_ids(tokenizer: Any, tokens: Sequence[str], size: int | None = None) 
 
 
 def _parts(tokenizer: Any, token: str, size: int) -> tuple[int, ...]:
+    """Ids of the tokens of a new token's name; `HFEError` where one has no row."""
     ids = tuple(tokenizer.encode(token[1:-1], add_special_tokens=False))
     if not ids or max(ids) >= size:
         raise HFEError(

@@ -1,4 +1,4 @@
-"""What a patch may measure before it computes weights: the source model, layer by layer, on text."""
+"""The source model and the text on which a patch measures it, layer by layer, before it computes weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 CALIBRATION_TOKENS = 18_432
 HELD_OUT_TOKENS = 4_096
 PROBE_TOKENS = 1_024
-# Tokens of each document that weights are fitted to: short, since a table profits from many different words.
+# Tokens of each document that weights are fitted to: few, since a table gains from many different words.
 FIT_EXCERPT = 128
 
-# Told (stage, steps done, steps in all).
+# Called with (stage, steps done, number of steps).
 Progress = Callable[[str, int, int], None]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Show nothing."""
 
 
 class CalibrationSummary(TypedDict, total=False):
@@ -48,11 +48,11 @@ class Calibration:
     Attributes:
         config, reader: the source checkpoint.
         fit: text that weights are fitted to.
-        probe: a little text for choices between options, from the same documents as `fit` but beyond it.
-        held_out: text of other documents, for the figures that are reported.
-        fit_name, held_out_name: what reports call the texts.
-        device: where layers run.
-        progress: told of every layer.
+        probe: a short text for choices between options, of the same source as `fit` and after it.
+        held_out: text of other documents, for the reported figures.
+        fit_name, held_out_name: names of the texts in reports.
+        device: on which layers run.
+        progress: called after every layer.
     """
 
     config: EfficientDecoderConfig
@@ -66,15 +66,15 @@ class Calibration:
     progress: Progress = no_progress
 
     def start(self, *batches: Tensor) -> LayerwisePass:
-        """A traversal of the source model by the given batches."""
+        """A layer-by-layer pass through the source model of batches of token ids [B, S]."""
         return LayerwisePass(self.config, self.reader, batches, device=self.device)
 
     def token_counts(self) -> Tensor:
-        """How often the text that weights are fitted to holds each token [vocab_size], by the rule of `occurrences`."""
+        """Number of occurrences of each token in `fit` [vocab_size], fp32, counted as in `occurrences`."""
         return occurrences(self.fit, self.config.vocab_size)[0]
 
     def summary(self) -> CalibrationSummary:
-        """Which text, and how much of it, for the report."""
+        """Names and sizes of the texts, for the report."""
         return {
             "calibration_text": self.fit_name,
             "calibration_tokens": self.fit.numel(),
@@ -94,15 +94,18 @@ def prepare_calibration(
     device: str | torch.device = "cpu",
     progress: Progress = no_progress,
 ) -> Calibration:
-    """Read, split and tokenise the text that `load_text` finds under `text`.
+    """The calibration of a patch on `source`, with the text that `load_text(text)` reads.
 
     Args:
         tokens, held_out_tokens: upper bounds, rounded down to whole sequences; a short text gives fewer.
+
+    Raises:
+        HFEError: the text or the tokenizer cannot be read, or they do not fit the model; see `load_text` and `pack`.
     """
     fit_text, held_out_text = load_text(text)
     tokenizer, vocab_size = source.tokenizer(), source.config.vocab_size
     packed = pack(tokenizer, fit_text, tokens + PROBE_TOKENS, vocab_size, excerpt=FIT_EXCERPT)
-    # A text too short to give the probe sequences of its own lends some of its fit to it.
+    # If the text is too short for separate probe sequences, `fit` includes them.
     probe = PROBE_TOKENS // SEQUENCE_LENGTH
     fit = packed[:-probe] if len(packed) > 2 * probe else packed
     return Calibration(

@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate on: where it comes from, how it is split, how it becomes token ids."""
+"""Text to calibrate and evaluate on: reading it, splitting it in two, and packing it into token ids."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SAMPLE_SHA256 = "fdf39973aa712b570dc9c0064c67ef4ea882e9c3ea163a174abbd1a639570f
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and the name that reports give them: a file's base name or a data set's id, never a path."""
+    """Documents, and their name in reports: a file's base name or a data set's id, never a path."""
 
     name: str
     documents: Iterable[str]
 
 
 def load_text(source: str | None) -> tuple[Text, Text]:
-    """Text to calibrate on and text held out from it, of different documents.
+    """Text to calibrate on, and held-out text of other documents.
 
     Args:
         source: a `.jsonl` file with a field `text` on each line, a `.txt` file (documents are paragraphs, separated by
@@ -43,7 +43,7 @@ def load_text(source: str | None) -> tuple[Text, Text]:
             `text`), or None for the sample of Python's English documentation that is part of this package.
 
     Raises:
-        HFEError: the source is absent or unreadable (the line is named), or holds fewer than two documents.
+        HFEError: the source is missing or cannot be read (the message names the line), or has fewer than two documents.
     """
     if source is None:
         return _read_sample()
@@ -59,15 +59,15 @@ def load_text(source: str | None) -> tuple[Text, Text]:
 def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: int = SEQUENCE_LENGTH) -> Tensor:
     """Token ids [B, SEQUENCE_LENGTH] of at most `tokens` tokens in all; a shorter text gives one shorter sequence.
 
-    Every sequence begins with the tokenizer's BOS where it has one, whether or not the tokenizer adds it by itself: a
-    decoder parks its attention on the first position, and it is best that this be the same token in every text. The
-    rest is the first `excerpt` tokens of each document, closed by the EOS token, laid end to end and cut.
+    Every sequence begins with the tokenizer's BOS if it has one, whether or not the tokenizer adds it: the first
+    position is an attention sink, and should hold the same token in every text. The rest is the first `excerpt` tokens
+    of each document followed by EOS, concatenated and cut into sequences; an incomplete last one is dropped.
 
     Raises:
         HFEError: the text gives fewer than two tokens.
         TokenIdError: the tokenizer gives an id outside the model's vocabulary.
     """
-    prefix, eos = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    bos, eos = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     ids: list[int] = []
     for document in text.documents:
         ids += tokenizer(document, add_special_tokens=False).input_ids[:excerpt] + eos
@@ -81,11 +81,12 @@ def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: i
             f"the tokenizer gives id {max(ids)}, the model's vocabulary is 0..{vocab_size - 1}",
             "use the tokenizer that belongs to this checkpoint",
         )
-    own = min(SEQUENCE_LENGTH - len(prefix), len(ids))
-    return torch.tensor([[*prefix, *ids[start : start + own]] for start in range(0, len(ids) - own + 1, own)])
+    length = min(SEQUENCE_LENGTH - len(bos), len(ids))
+    return torch.tensor([[*bos, *ids[start : start + length]] for start in range(0, len(ids) - length + 1, length)])
 
 
 def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:
+    """The first documents, and the last 1 / HELD_OUT_SHARE of them."""
     if len(documents) < 2:
         raise HFEError(
             f"the text {name} holds {len(documents)} document(s); calibration and held-out text need one each",
@@ -108,7 +109,7 @@ def _open_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    # Not splitlines: a line separator of Unicode may stand inside a text.
+    # Not splitlines, which also splits at U+2028 and others; these may occur inside a text.
     for number, line in enumerate(_open_text(path).split("\n"), start=1):
         if not line.strip():
             continue

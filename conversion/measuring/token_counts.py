@@ -1,4 +1,4 @@
-"""How often a text holds each token, and the buckets by which reports split what they measure."""
+"""How often each token occurs in a text, and the buckets of counts by which reports split their figures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LOWEST = (0, 1, 4, 32)
 
 
 def occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How often each token of 0..size - 1 counts [size], fp32, and which occur at first positions only [size], bool.
+    """Counts of the token ids below `size` [size], fp32, and which occur at no position but the first [size], bool.
 
-    The first position of a sequence is where a decoder parks its attention: whatever the token, its activations are
-    there hundreds of times larger, and one such occurrence would drown all others of its token. So it counts only for
-    tokens that occur nowhere else, such as a BOS.
+    The first position of a sequence is an attention sink: its activations are hundreds of times larger whatever the
+    token, so one such occurrence would dominate the sums of its token. First positions are therefore counted only for
+    tokens that occur nowhere else, such as BOS.
 
     Args:
         ids: tokens [B, S].
@@ -28,5 +28,5 @@ def occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def bucket_of(count: Tensor) -> Tensor:
-    """Position in `BUCKETS` of counts of any shape."""
+    """Index into `BUCKETS` of each count, int64, of any shape."""
     return torch.bucketize(count, torch.tensor(_LOWEST, device=count.device), right=True) - 1

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder are read: the ones that transformers would load."""
+"""The files of a checkpoint folder that are read: those that transformers would load."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
     Args:
         folder: of the checkpoint.
-        name: what a message calls it.
+        name: of the checkpoint in error messages.
 
     Raises:
-        HFEError: there is none, it cannot be read, or the folder holds an adapter.
+        HFEError: there is no configuration, it cannot be read, or the folder holds an adapter.
     """
     whole = (folder / CONFIG_NAME).is_file()
     if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -55,7 +55,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         )
     try:
         chosen = get_configuration_file(named)
-    except ValueError as error:  # packaging's error for what is no version
+    except ValueError as error:  # raised by packaging for an invalid version
         raise HFEError(
             f"configuration_files in {CONFIG_NAME} are not named by versions ({error})", "correct it"
         ) from error
@@ -68,7 +68,7 @@ def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
     Args:
         folder: of the checkpoint.
         fields: of its configuration.
-        name: what a message calls it.
+        name: of the checkpoint in error messages.
 
     Raises:
         HFEError: there are none, or one is missing, damaged or outside.
@@ -87,9 +87,17 @@ def open_folder_reader(folder: Path) -> SafetensorsReader:
 
 
 def file_inside(folder: Path, name: Any, origin: str) -> Path:
-    """`folder / name`, once it is sure to be a file that does not lie outside the folder.
+    """`folder / name`, checked to be an existing file inside the folder.
 
-    Links may leave the folder only for the blobs of the Hub's cache, whose snapshots are made of such links.
+    A symbolic link may lead out of the folder only to the blobs of the Hub's cache, whose snapshots consist of links.
+
+    Args:
+        folder: of the checkpoint.
+        name: path relative to it, as a file of the checkpoint gives it.
+        origin: the file or checkpoint that names it, for the message.
+
+    Raises:
+        HFEError: `name` is no relative path inside the folder, leads outside through a link, or does not exist.
     """
     if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise HFEError(

@@ -18,7 +18,7 @@ from hf_efficient.modeling.decoder.attention import DecoderRotaryEmbedding
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 _REMEDY = "correct config.json"
-# Far more than any model has; a number beyond these would only take time and memory.
+# Far more than any model has; larger numbers would only cost time and memory before they fail.
 _COUNTS = {
     **{"vocab_size": 1 << 28, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1 << 12},
     **{"num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "head_dim": 1 << 16},
@@ -27,7 +27,7 @@ _COUNTS = {
 _MAY_BE_ZERO = ("max_window_layers", "sliding_window")
 _NUMBERS = {"rms_norm_eps": 1.0, "initializer_range": 1e3, "attention_dropout": 1.0, "rope_theta": 1e30}
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
-# Attributes of the class that old checkpoints may name; they say nothing of the model.
+# Attributes of the class that old checkpoints may name; they do not describe the model.
 _NOT_OF_THE_MODEL = (
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
     "keys_to_ignore_at_inference",
@@ -35,16 +35,16 @@ _NOT_OF_THE_MODEL = (
 
 
 def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The fields of a `config.json` that may make a `config_class`, with values of the right kind and size.
+    """The fields of a `config.json` that may be passed to `config_class`, with types and sizes checked.
 
     Raises:
-        HFEError: a value is not of its kind or far beyond any model's, or a key is no field but would replace a part
-            of the class.
+        HFEError: a value has the wrong type or is far larger than any model's, or a key is not a field but would
+            overwrite an attribute of the class.
     """
     known = {field.name for field in dataclasses.fields(config_class)}
     kept = {name: value for name, value in fields.items() if name not in _NOT_OF_THE_MODEL and name[:1] != "_"}
     for name, value in kept.items():
-        # transformers sets every key as an attribute, so these would change how all others are read.
+        # transformers sets every key as an attribute, so such a key would change how the others are read.
         part = inspect.getattr_static(config_class, name, None)
         if name not in known and name != "model_type" and part is not None and not isinstance(part, property):
             raise HFEError(f"config.json has the key {name!r}, which is no field of a configuration", _REMEDY)
@@ -64,7 +64,7 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
 
 
 def check_decoder(config: DecoderConfig) -> None:
-    """Raise `HFEError` for fields from which no model can be built: activation, rotary embedding, padding token."""
+    """Raise `HFEError` for an activation, rotary embedding or padding token with which no model can be built."""
     if config.hidden_act not in ACT2FN:
         raise HFEError(
             f"config.json names the activation hidden_act={config.hidden_act!r}, which transformers does not know",
@@ -85,9 +85,9 @@ def check_decoder(config: DecoderConfig) -> None:
             "choose a checkpoint with one of these",
         )
     try:
-        with torch.device("cpu"):  # also where the model around it has no data
+        with torch.device("cpu"):  # also inside a meta-device context
             frequencies = DecoderRotaryEmbedding(config).inv_freq
-    # What is missing or of a wrong type depends on the kind, and each raises an error of its own.
+    # Every rope type has its own parameters, and raises its own errors for missing or wrong ones.
     except Exception as error:
         cause = error_text(error, named=True)
         raise HFEError(f"config.json has rope_parameters that cannot be used ({cause})", _REMEDY) from error
@@ -109,7 +109,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _may_be_id(value: Any) -> bool:
-    # Some old configurations say -1 where they mean none.
+    # Some old configurations have -1 for no token.
     return value is None or is_whole(value, -1, (1 << 31) - 1)
 
 

@@ -40,7 +40,7 @@ _MAX_KEPT_NUMBERS = 1 << 12
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Entry of the tensor table; `shape` in PyTorch's order, the last dimension running fastest."""
+    """Entry of the tensor table: byte offset in the file, shape in PyTorch's order, block type, bytes of a row."""
 
     offset: int
     shape: tuple[int, ...]
@@ -49,14 +49,17 @@ class GGUFTensor:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the tensor seen as [rows, last dimension]."""
         return math.prod(self.shape[:-1])
 
 
 class GGUFFile:
     """Metadata and tensors of one GGUF file, by the names that the file gives them.
 
-    `metadata` holds scalars and strings as they are, short arrays of numbers as lists, and of an array of strings (the
-    vocabulary) or a long array only its length.
+    Attributes:
+        metadata: scalars and strings as values, short arrays of numbers as lists; of an array of strings (the
+            vocabulary) or a long array only the length.
+        tensors: the tensor table.
 
     Raises:
         HFEError: the file cannot be read, or its header is damaged or larger than any model's.
@@ -78,7 +81,7 @@ class GGUFFile:
                 )
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor seen as [rows, last dimension], in float32."""
+        """Rows `start` to `stop` of a tensor seen as [rows, last dimension], dequantised to float32."""
         dequantize = _gguf().dequantize
         tensor = self.tensors[name]
         width = tensor.shape[-1]
@@ -93,7 +96,7 @@ class GGUFFile:
         return check_finite(name, out, self.path)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor in float32."""
+        """The whole tensor, dequantised to float32."""
         tensor = self.tensors[name]
         return self.read_rows(name, 0, tensor.rows).view(tensor.shape)
 
@@ -156,7 +159,7 @@ class GGUFFile:
 
 
 def _gguf() -> Any:
-    """The package gguf, which only GGUF sources need."""
+    """The package gguf, imported only for GGUF sources."""
     try:
         import gguf
     except ImportError as error:
@@ -165,7 +168,10 @@ def _gguf() -> Any:
 
 
 class _Header:
-    """The header of a GGUF file as a sequence of values; nothing is read that the file is too short to hold."""
+    """Reads the values of a GGUF header one after the other.
+
+    Every length is compared with the bytes left in the file before anything is read or allocated.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
@@ -174,21 +180,23 @@ class _Header:
         self.position = 0
 
     def damaged(self, what: str) -> HFEError:
+        """The error for a header that has `what` at the current position."""
         return HFEError(
             f"{self._path.name} breaks off or is damaged at byte {self.position} of its header: it has {what}",
             "download or copy it again",
         )
 
     def unpack(self, form: str) -> tuple[Any, ...]:
+        """The next little-endian values, by the format of `struct`."""
         form = "<" + form
         return struct.unpack(form, self._take(struct.calcsize(form)))
 
     def name(self) -> str:
-        """A key of the metadata, or the name of a tensor."""
+        """The next string, a metadata key or the name of a tensor."""
         return self._text(_MAX_NAME_BYTES)
 
     def value(self) -> Any:
-        """The next entry's type and value."""
+        """The next metadata value, which its type precedes; see `GGUFFile.metadata`."""
         (kind,) = self.unpack("I")
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])[0]

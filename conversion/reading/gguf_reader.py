@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from hf_efficient.conversion.families.decoder import source_config
 from hf_efficient.conversion.reading.gguf_file import GGUFFile
-from hf_efficient.conversion.reading.rotary_order import split_halves
+from hf_efficient.conversion.reading.rotary_order import to_rotate_half_order
 from hf_efficient.errors import HFEError
 
 _TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -41,7 +41,7 @@ _FIELDS = {
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FREQUENCIES = "rope_freqs.weight"
-# Further keys, all of which are looked at or say nothing of the model's results.
+# Further keys that are checked below or do not change the model's output.
 _OTHER_KEYS = frozenset(
     (
         *("attention.key_length", "attention.value_length", "attention.causal", "attention.sliding_window"),
@@ -50,7 +50,7 @@ _OTHER_KEYS = frozenset(
         *("expert_count", "expert_used_count", "vocab_size", "tensor_data_layout", "pooling_type"),
     )
 )
-# Factors that stand for no scaling.
+# Factors that mean no scaling.
 _UNSCALED = (None, 0, 1)
 # The names that llama.cpp gives the files of a model that it splits.
 _PART = re.compile(r".*-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
@@ -77,7 +77,7 @@ class GGUFReader:
     def read(self, name: str) -> Tensor:
         tensor = self.file.read(self._stored[name])
         heads = self._interleaved_heads(name)
-        return tensor if heads is None else split_halves(tensor, heads)
+        return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         shape = self.shape(name)
@@ -95,7 +95,7 @@ class GGUFReader:
 
 
 def stock_name(name: str) -> str:
-    """The stock name of a GGUF tensor; a name without one is returned as it is and reported as unknown later."""
+    """The stock name of a GGUF tensor; an unknown name is returned unchanged, and refused when tensors are checked."""
     stem, dot, suffix = name.rpartition(".")
     if stem in _TOP_LEVEL:
         return _TOP_LEVEL[stem] + dot + suffix
@@ -106,9 +106,13 @@ def stock_name(name: str) -> str:
 
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
-    """transformers' configuration of the model in a GGUF file, the same as its own loader makes.
+    """transformers' configuration of the model in a GGUF file, the same as transformers' GGUF loader makes.
 
-    Mistral models come as llama files, without their sliding window: here as there they attend to everything.
+    Mistral models are stored as llama files without their sliding window; both loaders give them full attention.
+
+    Raises:
+        HFEError: the file is one part of a split model, its architecture is not supported, a field is missing or
+            invalid, or the metadata describe something that the configuration cannot express.
     """
     metadata = file.metadata
     _refuse_parts(file)
@@ -171,9 +175,9 @@ def _refuse_parts(file: GGUFFile) -> None:
 
 
 def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
-    """GGUF keeps scaled rotary frequencies in forms that lose the parameters of transformers' rotary types.
+    """Raise `HFEError` for scaled rotary frequencies: GGUF does not store all parameters of transformers' rope types.
 
-    Where no type is named, llama.cpp takes a factor for a linear one, under its older name too.
+    llama.cpp reads a factor without a type as linear scaling, under its older name too.
     """
 
     def value(key: str) -> Any:
@@ -196,7 +200,7 @@ def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
 
 
 def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
-    """A key that no other rule knows may change what the model computes."""
+    """Raise `HFEError` for metadata keys that no other check covers, since they may change what the model computes."""
     for key, value in file.metadata.items():
         prefix, _, name = key.partition(".")
         if prefix == architecture and name not in _FIELDS and name not in _OTHER_KEYS and value not in (0, "", []):
@@ -216,7 +220,7 @@ def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
 
 
 def _check_head_dim(file: GGUFFile, architecture: str, fields: dict[str, Any]) -> None:
-    """Every head is as wide for queries, keys and values, and turns as a whole."""
+    """Raise `HFEError` unless queries, keys and values have one head_dim, all of which is rotated."""
     heads = fields["num_attention_heads"] or 1
     expected = fields["hidden_size"] // heads if architecture == "qwen2" else fields["head_dim"]
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):

@@ -1,4 +1,4 @@
-"""What a conversion fetches from the Hub, and what a local copy says about the repository it came from."""
+"""Downloading a checkpoint from the Hub, and the repository that local files name as their origin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICEN?E*", "NOTICE*", "COPYING*", "README.md"]
 
 
-# The id of a model, or the address of its page.
+# The id of a model, or the URL of its page.
 _HUB_ID = re.compile(
     r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?!datasets/|spaces/)([\w-][\w.-]*/[\w-][\w.-]*)(?:/|/tree/[\w.-]+)?",
     re.ASCII,
@@ -38,10 +38,10 @@ def is_repo_id(location: str) -> bool:
 
 
 def checked_token(token: str | None) -> str | None:
-    """`token` itself, which from here on no error shows.
+    """`token` unchanged; from this call on, error messages hide it.
 
     Raises:
-        UsageError: no token of the Hub has such characters; sent along they would stand in an error of the request.
+        UsageError: it is empty or has characters that no Hub token has, which the error of a request would show.
     """
     hide_secret(token)
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
@@ -53,7 +53,12 @@ def checked_token(token: str | None) -> str | None:
 
 
 def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
-    """Fetch the files of a checkpoint that a conversion reads, and no other weights; returns the snapshot's folder."""
+    """Download the files of a checkpoint that a conversion reads, and no other weights; returns the snapshot's folder.
+
+    Raises:
+        HFEError: the repository cannot be read (see `hub_errors`), or has pickle or GGUF files and no safetensors.
+        UsageError: the token is malformed.
+    """
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
@@ -83,7 +88,7 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
 
 
 def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
-    """Fetch a repository's small files, the tokenizer's among them; returns the snapshot's folder."""
+    """Download a repository's small files, which include the tokenizer; returns the snapshot's folder."""
     return _snapshot(repo_id, _SMALL_FILES, None, token)
 
 
@@ -97,7 +102,7 @@ def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: st
 
 
 def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
-    """Id and commit of a folder in the Hub's cache, `models--ORG--NAME/snapshots/COMMIT`; else (None, None)."""
+    """Repository id and commit of a folder `models--ORG--NAME/snapshots/COMMIT` of the Hub's cache, or (None, None)."""
     match = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
     if folder.parent.name != "snapshots" or match is None:
         return None, None
@@ -105,9 +110,9 @@ def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
 
 
 def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Hub id of the model that a GGUF file holds, and its name, as far as the file tells.
+    """Hub id and name of the model in a GGUF file, each None where its metadata do not give it.
 
-    The id is that of the model itself, else of what it was converted from, else of the one model that it is based on.
+    The id is that of the model itself, or of what it was converted from, or of its only base model, in this order.
     """
     based_on_one = metadata.get("general.base_model.count") == 1
     keys = (
@@ -120,13 +125,13 @@ def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
 
 
 def card_metadata(folder: Path) -> dict[str, str]:
-    """`license` and `base_model` from the header of a folder's README.md, where it has them as plain names."""
+    """`license` and `base_model` from the metadata of a folder's model card, if each is a single string."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
         header = metadata_load(card) or {}
-    # A card with a broken header says nothing; it is no reason to refuse the weights beside it.
+    # A card with invalid metadata is ignored: it is no reason to refuse the weights.
     except Exception:
         return {}
     found = {key: header.get(key) for key in ("license", "base_model")}

@@ -15,7 +15,7 @@ from hf_efficient.conversion.reading.tensor_file import check_finite, read_tenso
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import MAX_JSON_BYTES, is_whole, open_file, parse_json
 
-# The format's names of dtypes. Weights are of the first row; the others are known so that buffers can be skipped.
+# The format's names of dtypes. Weights have those of the first row; the others may occur in buffers, which are skipped.
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -26,7 +26,7 @@ _MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: file, first byte, shape and dtype."""
+    """Place of a tensor: file, offset of its first byte, shape and dtype."""
 
     path: Path
     offset: int
@@ -74,7 +74,7 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
     """
     header, length, size = read_header(path)
     header.pop("__metadata__", None)
-    described = [(name, *_described(path, name, entry)) for name, entry in header.items()]
+    described = [(name, *_parse_entry(path, name, entry)) for name, entry in header.items()]
 
     entries = {}
     position = 0
@@ -107,8 +107,8 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _described(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Dtype, shape, first and last byte of a header's entry."""
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, and the offsets of first byte and end of a header's entry; `HFEError` if it is malformed."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str):

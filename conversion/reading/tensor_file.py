@@ -1,6 +1,6 @@
-"""Reading tensors by byte range: an ordinary file read into a buffer that the caller owns.
+"""Reading tensors by byte range into memory that the caller owns.
 
-No file is ever mapped into memory: a mapping counts against a limit on address space, and its pages look like use.
+No file is mapped into memory: a mapping counts towards a limit on address space, and its pages as memory in use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import open_file
 
-# Elements handled at once where a step needs scratch memory, so that scratch stays small beside a tensor.
+# Elements per step where a step needs temporary memory, so that this stays small beside a tensor.
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -43,8 +43,8 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
 
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """`tensor` itself, or `HFEError` when it holds NaN or infinity."""
-    # The extremes of a tensor with a NaN are NaN, so no mask of the tensor's size is needed.
+    """`tensor` unchanged; `HFEError` if it holds NaN or infinity."""
+    # Minimum and maximum of a tensor with NaN are NaN, so no mask of the tensor's size is needed.
     if tensor.numel() and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
         bad = "NaN" if tensor.isnan().any() else "infinity"
         raise HFEError(

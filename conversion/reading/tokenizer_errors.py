@@ -1,4 +1,4 @@
-"""What goes wrong with a tokenizer's files, in one line."""
+"""Errors of tokenizer libraries as `HFEError`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hf_efficient.errors import HFEError, error_text
 
 @contextmanager
 def tokenizer_errors(problem: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a tokenizer raises into `HFEError` with `problem` and the cause."""
+    """Turn any error inside the `with` block into `HFEError` with the text `problem (cause)`."""
     try:
         yield
     except HFEError:
         raise
     except BaseException as error:
-        # The library tokenizers panics on some files, and its PanicException is no Exception.
+        # The library tokenizers panics on some files; PanicException derives from BaseException only.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         cause = error_text(error, named=True)

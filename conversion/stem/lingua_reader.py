@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_efficient.conversion.families.decoder import decoder_config, source_config
 from hf_efficient.conversion.reading.release import Release
-from hf_efficient.conversion.reading.rotary_order import split_halves
+from hf_efficient.conversion.reading.rotary_order import to_rotate_half_order
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
 from hf_efficient.errors import HFEError, error_text
@@ -130,7 +130,7 @@ class LinguaReader:
     def read(self, name: str) -> Tensor:
         heads = self._interleaved_heads(name)
         tensor = self._columns(name, slice(None))
-        return tensor if heads is None else split_halves(tensor, heads)
+        return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if self._interleaved_heads(name) is not None:
