@@ -199,7 +199,7 @@ def test_a_cache_that_grows_goes_on(device: torch.device, monkeypatch: pytest.Mo
     inputs = prompts(tokenizer, ["Q"], device)
     wide = generate(model, tokenizer, inputs, sampler=guide(tokenizer, 1, texts), max_new_tokens=1000)
     model.free_captured_steps()
-    monkeypatch.setattr(parallel_decoding, "FIRST_ROOM", 1)
+    monkeypatch.setattr(parallel_decoding, "INITIAL_NEW_SLOTS", 1)
     grown = generate(model, tokenizer, inputs, sampler=guide(tokenizer, 1, texts), max_new_tokens=1000)
     assert torch.equal(wide.sequences, grown.sequences)
     assert wide.generated_tokens[0] > 1000

@@ -1,4 +1,4 @@
-"""One call of parallel generation: prompt, steps, tokens, until every row has ended."""
+"""The decoding loop of parallel generation: prefill, then steps until every sequence is finished."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import Decode
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 
-# Room for new tokens that a cache begins with; more is made when it is needed.
-FIRST_ROOM = 4096
+# Cache slots allocated for new tokens at first; the cache grows when they are filled.
+INITIAL_NEW_SLOTS = 4096
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A forward pass that is under way.
+    """A forward pass that has been dispatched and not completed.
 
     Attributes:
-        branches: that want a token of it, all rows one after the other.
-        queries: what the rows were taken to want computed, where that was not known.
-        read: waits for the most likely tokens; None where the logits are looked at instead.
+        step: the step that computes it.
+        branches: branches that sample a token after it, those of the first sequence first.
+        queries: of a speculative step, the assumed queries of each sequence; empty otherwise.
+        read: waits for the most likely tokens [B, Q] and, where kept, their log-probabilities; None when the sampler
+            needs the logits instead.
     """
 
     step: TopologyStep
@@ -54,19 +56,27 @@ class PendingStep:
 
 
 class ParallelDecodeLoop:
-    """Rows of one batch while they are generated.
+    """Decodes the sequences of one batch in parallel branches.
+
+    Each forward pass computes the new tokens of all active branches of all sequences. While the device computes a step,
+    the loop dispatches the next one speculatively, assuming that every sampled token will be text. If a token turns out
+    to fork, join or end a branch, the speculative step is dropped, and the next step overwrites its cache slots.
 
     Args:
         model: any causal language model with full attention and rotary positions.
         input_ids: [B, P], padded on the left.
-        padding: [B, P], false at padding; None where there is none.
+        padding: [B, P], false at padding; None without padding.
         grammar, token_ids, mode, decode: as for `TopologyBuilder`.
-        forced: the grammar's own tokens.
-        limits: how far and how wide a row may grow.
+        forced: the grammar's forced tokens.
+        limits: limits of each sequence.
         sampler: chooses tokens.
-        criteria: transformers' stopping criteria; they end the branch for which they hold.
-        keeps_logprobs: keep the log-probability of each chosen token.
-        streamer: gets the tokens as they come; or None.
+        criteria: transformers' stopping criteria; each ends the branch that it holds for, `MaxTimeCriteria` all.
+        keep_logprobs: store the log-probability of each sampled token in its branch.
+        streamer: receives the tokens as they are generated; or None.
+
+    Raises:
+        HFEError: the model's attention cannot generate in parallel, or `padding` has another shape.
+        TopologyError: `padding` is not on the left.
     """
 
     def __init__(
@@ -83,221 +93,243 @@ class ParallelDecodeLoop:
         limits: Limits,
         sampler: Sampler,
         criteria: Sequence[Any] = (),
-        keeps_logprobs: bool = False,
+        keep_logprobs: bool = False,
         streamer: Any = None,
     ) -> None:
         check_attention(model)
         self.model = model
         self.sampler = sampler
-        self.keeps_logprobs = keeps_logprobs
-        self.clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
+        self.keep_logprobs = keep_logprobs
+        self.time_criteria = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         self.criteria = [criterion for criterion in criteria if not isinstance(criterion, MaxTimeCriteria)]
         self.prompt = input_ids.cpu().numpy()
         self.offsets = _left_padding(padding, *input_ids.shape)
-        self.rows = [
+        self.sequences = [
             SequenceScheduler(
-                b,
+                row,
                 ids[offset:],
-                TopologyBuilder(grammar, token_ids, mode=mode, strict=False, decode=decode, row=b),
+                TopologyBuilder(grammar, token_ids, mode=mode, strict=False, decode=decode, row=row),
                 forced,
                 limits,
                 ids[:offset].tolist(),
             )
-            for b, (ids, offset) in enumerate(zip(self.prompt, self.offsets, strict=True))
+            for row, (ids, offset) in enumerate(zip(self.prompt, self.offsets, strict=True))
         ]
-        self.stream = None if streamer is None else StreamWriter(streamer, self.rows)
-        self.passes = 0
-        room = min(limits.max_new_tokens, FIRST_ROOM)
+        self.stream = None if streamer is None else StreamWriter(streamer, self.sequences)
+        self.num_forward_passes = 0
+        new_slots = min(limits.max_new_tokens, INITIAL_NEW_SLOTS)
         self.session: TopologySession = take_session(
-            model, len(self.rows), self.prompt.shape[1] + room, sampler.suppressed
+            model, len(self.sequences), self.prompt.shape[1] + new_slots, sampler.suppressed
         )
 
     def run(self) -> None:
-        """Generate until every row has ended."""
-        branches = [row.trunk for row in self.rows if row.active_branches]
+        """Generate until every sequence is finished."""
+        # 1. Prefill: sample the first token of each trunk, unless the prompt has forked it.
+        branches = [sequence.trunk for sequence in self.sequences if sequence.active_branches]
         logits = self._prefill()
         if branches:
-            live = torch.tensor([branch.row for branch in branches], device=logits.device)
-            self._accept(branches, *self._choose(branches, logits[live, -1]))
-        for row in self.rows:
-            row.schedule()
+            rows = torch.tensor([branch.row for branch in branches], device=logits.device)
+            self._accept(branches, *self._choose(branches, logits[rows, -1]))
+        for sequence in self.sequences:
+            sequence.schedule()
+        # 2. Decode: one step in flight, and where possible a speculative one behind it.
         pending: PendingStep | None = None
-        while not all(row.finish_reason for row in self.rows):
-            pending = pending or self._dispatch()
-            speculative = self._dispatch_speculative(pending)
-            self._complete(pending)
-            pending = speculative if speculative is not None and self._speculation_holds(speculative) else None
+        while not all(sequence.finish_reason for sequence in self.sequences):
+            pending = pending or self.dispatch()
+            speculative = self.dispatch_speculative(pending)
+            self.complete(pending)
+            pending = speculative if speculative is not None and self.speculation_holds(speculative) else None
+        # 3. Flush the streamer and keep the cache and the captured steps for the next call.
         if self.stream is not None:
             self.stream.end()
         leave_session(self.model, self.session)
 
-    # The prompt
+    # Prefill
 
     def _prefill(self) -> Tensor:
-        """Logits [B, 1, V] after the prompts, which fill the first columns of the cache."""
+        """Logits [B, 1, V] after the prompts [B, P], whose keys and values fill the first P cache slots."""
         batch, length = self.prompt.shape
         segments = np.full((batch, length), -1, dtype=np.int32)
-        positions = np.zeros((batch, length), dtype=np.int64)
-        for b, (row, offset) in enumerate(zip(self.rows, self.offsets, strict=True)):
-            segments[b, offset:] = row.segments[: length - offset]
-            positions[b, offset:] = row.positions[: length - offset]
-            row.num_computed_tokens = length - offset
+        position_ids = np.zeros((batch, length), dtype=np.int64)
+        for row, (sequence, offset) in enumerate(zip(self.sequences, self.offsets, strict=True)):
+            segments[row, offset:] = sequence.segments[: length - offset]
+            position_ids[row, offset:] = sequence.positions[: length - offset]
+            sequence.num_computed_tokens = length - offset
         device, cache = self.session.device, self.session.cache
         segment_ids = torch.from_numpy(segments).to(device)
-        topology, padding = None, None
+        topology, padding_mask = None, None
         if segments.max(initial=0) > 0:
             count = int(segments.max()) + 1
             words = -(-count // 64)
-            segment_visibility = np.zeros((batch, count, words), dtype=np.int64)
-            for b, row in enumerate(self.rows):
-                known = min(count, len(row.graph))
-                segment_visibility[b, :known] = np.frombuffer(row.bitmaps(range(known), words), dtype="<i8").reshape(
-                    -1, words
-                )
-            topology = TopologyMask(segment_ids, torch.from_numpy(segment_visibility).to(device))
+            visibility = np.zeros((batch, count, words), dtype=np.int64)
+            for row, sequence in enumerate(self.sequences):
+                known = min(count, len(sequence.graph))
+                bitmaps = np.frombuffer(sequence.bitmaps(range(known), words), dtype="<i8")
+                visibility[row, :known] = bitmaps.reshape(-1, words)
+            topology = TopologyMask(segment_ids, torch.from_numpy(visibility).to(device))
             if getattr(self.model, "supports_topology", False):
                 topology = topology._replace(blocks=topology_blocks(topology.segment_ids, topology.segment_visibility))
         elif any(self.offsets):
-            padding = (segment_ids >= 0).long()
+            padding_mask = (segment_ids >= 0).long()
         cache.place(None)
         cache.segments[:, :length] = segment_ids
-        self.passes += 1
-        tokens, places = torch.from_numpy(self.prompt).to(device), torch.from_numpy(positions).to(device)
-        return forward(self.model, tokens, places, topology, cache, 1, padding)
+        self.num_forward_passes += 1
+        input_ids, positions = torch.from_numpy(self.prompt).to(device), torch.from_numpy(position_ids).to(device)
+        return forward(self.model, input_ids, positions, topology, cache, 1, padding_mask)
 
-    # The steps
+    # Decoding steps
 
-    def _dispatch(self) -> PendingStep:
-        """Begin a forward pass of all that no pass has computed."""
-        columns = max(offset + len(row.tokens) for row, offset in zip(self.rows, self.offsets, strict=True))
-        step = self._step_for(columns, max(len(row.tokens) - row.num_computed_tokens for row in self.rows))
-        step.load(self.rows, self.offsets)
+    def dispatch(self) -> PendingStep:
+        """Dispatch a forward pass of all tokens that no pass has computed."""
+        slots = max(
+            offset + len(sequence.tokens) for sequence, offset in zip(self.sequences, self.offsets, strict=True)
+        )
+        queries = max(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self.sequences)
+        step = self._step_for(slots, queries)
+        step.load(self.sequences, self.offsets)
         return self._enqueue(step, [])
 
-    def _dispatch_speculative(self, pending: PendingStep) -> PendingStep | None:
-        """Begin the pass after one that is under way, as it will be if its tokens are nothing but text.
+    def dispatch_speculative(self, pending: PendingStep) -> PendingStep | None:
+        """Dispatch the step after `pending`, assuming that each token sampled after `pending` is text.
 
-        The host learns while it runs whether they are; a tag, an end or a stop makes it a pass in vain, whose columns
-        the next one overwrites. None where the device would wait for the host in any case.
+        The step reads these tokens on the device, before the host knows them, unless the sampler proposes them.
+
+        Returns:
+            None when the device cannot continue before the host has the tokens: the sampler needs logits or may change
+            tokens, steps are not captured, or the cache must grow first.
         """
-        session, rows, width = self.session, self.rows, pending.step.queries
+        session, sequences, width = self.session, self.sequences, pending.step.queries
         if pending.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
             return None
-        columns = max(
-            offset + len(row.tokens) + len(row.active_branches) for row, offset in zip(rows, self.offsets, strict=True)
+        slots = max(
+            offset + len(sequence.tokens) + len(sequence.active_branches)
+            for sequence, offset in zip(sequences, self.offsets, strict=True)
         )
-        if columns > session.cache.capacity:
+        if slots > session.cache.capacity:
             return None
         proposed = self.sampler.propose(pending.branches)
         if proposed is None and type(self.sampler).finalize is not Sampler.finalize:
             return None
-        queries, at = [], 0
-        for b, row in enumerate(rows):
-            end, count = len(row.tokens), len(row.active_branches)
+        queries, first = [], 0
+        for row, sequence in enumerate(sequences):
+            end, count = len(sequence.tokens), len(sequence.active_branches)
             queries.append(
                 RowQueries(
-                    [pending.step.placeholder_token(b, place) for place in range(width - count, width)]
+                    [pending.step.placeholder_token(row, index) for index in range(width - count, width)]
                     if proposed is None
-                    else proposed[at : at + count],
-                    [branch.position for branch in row.active_branches],
+                    else proposed[first : first + count],
+                    [branch.position for branch in sequence.active_branches],
                     range(end, end + count),
-                    [branch.builder.segment for branch in row.active_branches],
+                    [branch.builder.segment for branch in sequence.active_branches],
                     end + count,
                 )
             )
-            at += count
-        step = self._step_for(columns, max(len(row.active_branches) for row in rows))
-        step.send(rows, self.offsets, queries)
+            first += count
+        step = self._step_for(slots, max(len(sequence.active_branches) for sequence in sequences))
+        step.send(sequences, self.offsets, queries)
         return self._enqueue(step, queries)
 
-    def _step_for(self, columns: int, queries: int) -> TopologyStep:
-        with_logprobs = self.keeps_logprobs and not self.sampler.needs_logits
-        return self.session.step_for(columns, queries, max(len(row.graph) for row in self.rows), with_logprobs)
+    def _step_for(self, slots: int, queries: int) -> TopologyStep:
+        """A step for `queries` tokens of each sequence, with a cache of at least `slots` slots."""
+        with_logprobs = self.keep_logprobs and not self.sampler.needs_logits
+        segments = max(len(sequence.graph) for sequence in self.sequences)
+        return self.session.step_for(slots, queries, segments, with_logprobs)
 
     def _enqueue(self, step: TopologyStep, queries: Sequence[RowQueries]) -> PendingStep:
+        """Start a loaded step and the copy of its tokens to the host."""
         result = self.session.execute(step, self.model)
-        self.passes += 1
-        branches = [branch for row in self.rows for branch in row.active_branches]
+        self.num_forward_passes += 1
+        branches = [branch for sequence in self.sequences for branch in sequence.active_branches]
         return PendingStep(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
 
-    def _complete(self, pending: PendingStep) -> None:
-        """Take the tokens of a pass, and what follows from them."""
+    def complete(self, pending: PendingStep) -> None:
+        """Wait for a step, append the sampled tokens and schedule what follows from them."""
         step, width = pending.step, pending.step.queries
-        places = [
-            place
-            for b, row in enumerate(self.rows)
-            for place in range((b + 1) * width - len(row.active_branches), (b + 1) * width)
+        # The queries of the active branches are the last ones of their batch row; indices are into [B * Q].
+        indices = [
+            index
+            for row, sequence in enumerate(self.sequences)
+            for index in range((row + 1) * width - len(sequence.active_branches), (row + 1) * width)
         ]
+        logprobs: list[float] | None
         if pending.read is not None:
-            found, logprobs = pending.read()
-            tokens = found.reshape(-1)[places].tolist()
-            logprobs = None if logprobs is None else logprobs.reshape(-1)[places].tolist()
+            most_likely, most_likely_logprobs = pending.read()
+            tokens = most_likely.reshape(-1)[indices].tolist()
+            logprobs = None if most_likely_logprobs is None else most_likely_logprobs.reshape(-1)[indices].tolist()
         else:
-            at = torch.tensor(places, device=step.logits.device)
-            tokens, logprobs = self._choose(pending.branches, step.logits.flatten(0, 1)[at])
+            rows = torch.tensor(indices, device=step.logits.device)
+            tokens, logprobs = self._choose(pending.branches, step.logits.flatten(0, 1)[rows])
         self._accept(pending.branches, tokens, logprobs)
-        for row in self.rows:
-            row.schedule()
+        for sequence in self.sequences:
+            sequence.schedule()
 
-    def _speculation_holds(self, speculative: PendingStep) -> bool:
-        """True when the rows have become what a pass took them for; then it is theirs."""
-        live = [branch for row in self.rows for branch in row.active_branches]
-        if live != speculative.branches:
+    def speculation_holds(self, speculative: PendingStep) -> bool:
+        """True when the sequences have the tokens that a speculative step assumed, which are then computed."""
+        if speculative.branches != [branch for sequence in self.sequences for branch in sequence.active_branches]:
             return False
-        for row, speculated in zip(self.rows, speculative.queries, strict=True):
-            at = speculated.end - len(speculated.tokens)
+        for sequence, assumed in zip(self.sequences, speculative.queries, strict=True):
+            start = assumed.end - len(assumed.tokens)
+            tokens = sequence.tokens[start:]
             if (
-                len(row.tokens) != speculated.end
-                or row.segments[at:] != list(speculated.segments)
-                or row.positions[at:] != list(speculated.positions)
-                # What the device chose stands; what a sampler proposed, it may have settled otherwise.
-                or any(0 <= told != token for told, token in zip(speculated.tokens, row.tokens[at:], strict=True))
+                len(sequence.tokens) != assumed.end
+                or sequence.segments[start:] != list(assumed.segments)
+                or sequence.positions[start:] != list(assumed.positions)
+                # Placeholders are negative: the step read the sampled token itself. A proposed token may differ.
+                or any(0 <= guess != token for guess, token in zip(assumed.tokens, tokens, strict=True))
             ):
                 return False
-        for row in self.rows:
-            row.num_computed_tokens = len(row.tokens)
+        for sequence in self.sequences:
+            sequence.num_computed_tokens = len(sequence.tokens)
         return True
 
+    # Sampled tokens
+
     def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
+        """Tokens that the sampler chooses from logits [n, V], and their log-probabilities where they are kept."""
         choice: Choice = self.sampler.choose(branches, logits)
-        return choice.tokens.tolist(), choice.logprobs.tolist() if self.keeps_logprobs else None
+        return choice.tokens.tolist(), choice.logprobs.tolist() if self.keep_logprobs else None
 
     def _accept(self, branches: Sequence[Branch], tokens: list[int], logprobs: list[float] | None) -> None:
-        """Give each branch its token; stop those, and all, for which a criterion holds."""
+        """Append the token of each branch, apply the stopping criteria and stream the new tokens."""
         tokens = self.sampler.finalize(branches, tokens)
         if logprobs is not None:
             for branch, logprob in zip(branches, logprobs, strict=True):
                 branch.logprobs.append(logprob)
-        at = 0
-        for row in self.rows:
-            count = len(row.active_branches)
+        first = 0
+        for sequence in self.sequences:
+            count = len(sequence.active_branches)
             if count:
-                row.accept(tokens[at : at + count])
-                at += count
+                sequence.accept(tokens[first : first + count])
+                first += count
         if self.criteria:
-            self._stop(branches)
-        if any(_holds(clock, np.zeros(1)) for clock in self.clocks):
-            for row in self.rows:
-                row.stop_all("max_time")
+            self._apply_criteria(branches)
+        if any(_holds(criterion, np.zeros(1)) for criterion in self.time_criteria):
+            for sequence in self.sequences:
+                sequence.stop_all("max_time")
         if self.stream is not None:
             self.stream.flush()
 
-    def _stop(self, branches: Sequence[Branch]) -> None:
+    def _apply_criteria(self, branches: Sequence[Branch]) -> None:
+        """Stop each active branch for whose visible ids a stopping criterion holds."""
         for branch in branches:
-            row = self.rows[branch.row]
-            if branch in row.active_branches:
+            sequence = self.sequences[branch.row]
+            if branch in sequence.active_branches:
                 ids = branch.visible_ids()
                 if any(_holds(criterion, ids) for criterion in self.criteria):
-                    row.stop(branch, "stopping_criteria")
+                    sequence.stop(branch, "stopping_criteria")
 
 
 def _holds(criterion: Any, ids: Any) -> bool:
-    """What a stopping criterion says of one text."""
+    """Result of a stopping criterion for one sequence of ids, without scores."""
     return bool(torch.as_tensor(criterion(torch.as_tensor([list(ids)], dtype=torch.long), None)).all())
 
 
 def _left_padding(padding: Tensor | None, batch: int, length: int) -> list[int]:
-    """Number of padding columns before each row's prompt."""
+    """Number of padding tokens before each prompt.
+
+    Args:
+        padding: [batch, length], false at padding; None without padding.
+    """
     if padding is None:
         return [0] * batch
     real = padding.to(torch.bool).cpu()

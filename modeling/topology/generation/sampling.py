@@ -1,7 +1,7 @@
-"""How a branch's next token is chosen: the most likely one, a sample, or what a script says.
+"""Samplers of parallel generation: greedy search, and sampling with transformers' logits processors.
 
-A sample takes one number from [0, 1) for each token, computed from the seed, the row, the branch's path of labels and
-the token's index in the branch. So a branch draws the same tokens whatever runs beside it, and in whatever order.
+Sampling uses one random number in [0, 1) for each token. It is a function of the seed, the batch row, the path of the
+branch and the token's index in the branch, so a branch samples the same tokens whatever other branches run.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from transformers.generation import (
 
 from hf_efficient.modeling.topology.generation.branches import Branch, BranchPath
 
-# These look at the scores of a row alone, so they take all branches at once; others get a branch's ids, one at a time.
-_BLIND_TO_IDS = (
+# Processors that ignore the ids, so one call processes all branches; others are called once for each branch.
+_SCORES_ONLY = (
     *(EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper),
     *(SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper),
 )
-_MASK = (1 << 64) - 1
+_MASK_64 = (1 << 64) - 1
 
 
 def branch_key(seed: int, row: int, path: BranchPath) -> int:
-    """64 bits that tell a branch from all others of all rows and seeds."""
-    name = f"{seed}/{row}/" + "/".join(f"{block}:{label}" for block, label in path)
+    """Key of a branch's random numbers: a 64-bit hash of seed, batch row and path."""
+    name = f"{seed}/{row}/" + "/".join(f"{fork}:{label}" for fork, label in path)
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def uniform(key: int, index: int) -> float:
-    """The number in [0, 1) of token `index` in the branch of this key: splitmix64, of which 53 bits are used."""
-    x = (key + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    """Random number in [0, 1) with 53 bits: output `index` of the generator splitmix64 with the state `key`."""
+    x = (key + (index + 1) * 0x9E3779B97F4A7C15) & _MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
@@ -66,14 +66,14 @@ def most_likely(logits: Tensor) -> Choice:
 
 
 class Sampler:
-    """Greedy search: the most likely token. Subclasses choose in another way.
+    """Greedy search; the base class of samplers.
 
     Args:
         suppressed: ids that are never chosen.
 
     Attributes:
-        needs_logits: True when `choose` must see the logits; otherwise the step's own choice of the most likely tokens
-            is taken, and the logits stay where they are.
+        needs_logits: True when the loop must call `choose` after each step. Otherwise it takes the most likely tokens,
+            which the step computes on the device.
     """
 
     needs_logits = False
@@ -83,29 +83,32 @@ class Sampler:
         self.suppressed = tuple(suppressed)
 
     def choose(self, branches: Sequence[Branch], logits: Tensor) -> Choice:
-        """The next token of each branch from its row of logits [n, V]."""
+        """The next token of each of n branches from logits [n, V]."""
         if self.suppressed:
             ids = torch.tensor(self.suppressed, device=logits.device)
             logits = logits.index_fill(-1, ids, float("-inf"))
         return most_likely(logits)
 
     def finalize(self, branches: Sequence[Branch], tokens: list[int]) -> list[int]:
-        """The last word on chosen tokens, once they have reached the host."""
+        """The tokens to append in place of the chosen ones; called on the host after each step."""
         return tokens
 
     def propose(self, branches: Sequence[Branch]) -> list[int] | None:
-        """What `finalize` will say, where that does not depend on the model; else None."""
+        """The next token of each branch if it is known before the step that computes it, for a speculative step.
+
+        A sampler that overrides `finalize` and cannot propose returns None, which turns speculation off.
+        """
         return None
 
 
 class ProcessedSampler(Sampler):
-    """Greedy search or sampling after transformers' logits processors.
+    """Greedy search or sampling from logits that transformers' logits processors have changed.
 
     Args:
-        processors: applied in order, to each branch alone where they read ids: those that the branch sees.
-        do_sample: draw from the distribution; otherwise take its maximum.
-        seed: of the draws.
-        disallowed: ids that the branch may not choose now, for each set of tags that `Branch.context` names.
+        processors: applied in order. Those that read ids are called once for each branch, with the ids it sees.
+        do_sample: sample from the distribution; otherwise take its maximum.
+        seed: seed of the random numbers.
+        disallowed: value of `Branch.context` -> ids that a branch in this context may not choose.
     """
 
     needs_logits = True
@@ -131,33 +134,34 @@ class ProcessedSampler(Sampler):
         scores = self._process(branches, scores)
         if not self.do_sample:
             return most_likely(scores)
-        numbers = torch.tensor([self._number(branch) for branch in branches], dtype=torch.float64)
-        return draw(scores, numbers.to(scores.device))
+        numbers = torch.tensor([self._random_number(branch) for branch in branches], dtype=torch.float64)
+        return sample(scores, numbers.to(scores.device))
 
-    def _number(self, branch: Branch) -> float:
+    def _random_number(self, branch: Branch) -> float:
         if branch.rng_key is None:
             branch.rng_key = branch_key(self.seed, branch.row, branch.path)
         return uniform(branch.rng_key, branch.num_sampled_tokens)
 
     def _process(self, branches: Sequence[Branch], scores: Tensor) -> Tensor:
+        """Scores [n, V] after all processors."""
         ids: list[Tensor] = []
         for processor in self.processors:
-            if isinstance(processor, _BLIND_TO_IDS):
+            if isinstance(processor, _SCORES_ONLY):
                 scores = processor(None, scores)
                 continue
             if not ids:
                 ids = [torch.tensor([branch.visible_ids()], device=scores.device) for branch in branches]
             scores = torch.cat(
                 [
-                    _of_row(processor, branch.row)(seen, scores[i : i + 1])
-                    for i, (branch, seen) in enumerate(zip(branches, ids, strict=True))
+                    _for_row(processor, branch.row)(visible, scores[i : i + 1])
+                    for i, (branch, visible) in enumerate(zip(branches, ids, strict=True))
                 ]
             )
         return scores
 
 
-def _of_row(processor: Any, row: int) -> Any:
-    """A processor as it is for one row: transformers gives that for repetitions each row's padding."""
+def _for_row(processor: Any, row: int) -> Any:
+    """The processor for one batch row: repetition penalties ignore a number of ids that differs between rows."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor) or ignored.ndim == 0:
         return processor
@@ -166,11 +170,11 @@ def _of_row(processor: Any, row: int) -> Any:
     return processor
 
 
-def draw(scores: Tensor, numbers: Tensor) -> Choice:
-    """Tokens of the distributions ``softmax(scores)`` [n, V] at these points [n] of [0, 1), by the inverse CDF."""
+def sample(scores: Tensor, numbers: Tensor) -> Choice:
+    """Samples of ``softmax(scores)`` [n, V] by inverse transform sampling with `numbers` [n] in [0, 1)."""
     logprobs = scores.log_softmax(dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
-    # Rounding leaves the last sum beside 1; and where it is reached, no token of probability 0 may be taken.
+    # The last sum is not exactly 1, so the numbers are scaled to it; `right` skips tokens of probability 0.
     points = numbers[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=scores.shape[-1] - 1)
     return Choice(tokens[:, 0], logprobs.gather(1, tokens)[:, 0])

@@ -1,4 +1,4 @@
-"""Tokens as they come, with the branch that each belongs to."""
+"""Streaming of generated tokens, with the branch that each belongs to."""
 
 from __future__ import annotations
 
@@ -14,60 +14,65 @@ from hf_efficient.modeling.topology.generation.scheduler import SequenceSchedule
 
 
 class BranchStreamer:
-    """A streamer that is told each token's row and branch. Subclass it, or read `events` afterwards.
+    """A streamer that also receives each token's batch row and branch. Subclass it, or read `events` afterwards.
 
     Attributes:
-        events: (row, path of the branch, token id), in the order in which the tokens were written; the prompt is not
-            among them.
+        events: (batch row, path of the branch, token id), in the order in which the tokens were generated, without the
+            prompt.
     """
 
     def __init__(self) -> None:
         self.events: list[tuple[int, BranchPath, int]] = []
 
     def put(self, value: Tensor) -> None:
-        """The prompt's ids [B, S], before all else."""
+        """Receive the prompt's ids [B, S], before any token."""
 
     def put_token(self, row: int, path: BranchPath, token_id: int) -> None:
-        """One token that was sampled or forced."""
+        """Receive one sampled or forced token."""
         self.events.append((row, path, token_id))
 
     def end(self) -> None:
-        """After the last token."""
+        """Called after the last token."""
 
 
 class StreamWriter:
-    """Hands the tokens of rows to a streamer: to a `BranchStreamer` as they come, to any other in the text's order.
+    """Writes generated tokens to a streamer.
+
+    A `BranchStreamer` receives them as they are generated, any other streamer in the order of the text.
 
     Args:
         streamer: has `put` and `end`, as in transformers.
-        rows: one row where the streamer knows no branches.
+        sequences: the sequences of the batch; only one for a streamer without `put_token`.
+
+    Raises:
+        UsageError: a streamer without `put_token` is given several sequences.
     """
 
-    def __init__(self, streamer: Any, rows: Sequence[SequenceScheduler]) -> None:
+    def __init__(self, streamer: Any, sequences: Sequence[SequenceScheduler]) -> None:
         self.streamer = streamer
-        self.rows = rows
-        self._handed = [row.prompt_length for row in rows]
-        self._reader = TextOrderReader(rows[0].trunk)
-        self._knows_branches = hasattr(streamer, "put_token")
-        if not self._knows_branches and len(rows) > 1:
+        self.sequences = sequences
+        self._num_streamed_tokens = [sequence.prompt_length for sequence in sequences]
+        self._reader = TextOrderReader(sequences[0].trunk)
+        self._has_branches = hasattr(streamer, "put_token")
+        if not self._has_branches and len(sequences) > 1:
             raise UsageError(
-                f"a {type(streamer).__name__} takes one row, and there are {len(rows)}",
+                f"a {type(streamer).__name__} takes one sequence, and there are {len(sequences)}",
                 "pass one prompt, or a BranchStreamer",
             )
 
     def flush(self) -> None:
-        """Hand over what has been written since the last call."""
-        if not self._knows_branches:
-            for column in self._reader.read():
-                self.streamer.put(torch.tensor([self.rows[0].tokens[column]]))
+        """Write the tokens generated since the last call."""
+        if not self._has_branches:
+            for slot in self._reader.read():
+                self.streamer.put(torch.tensor([self.sequences[0].tokens[slot]]))
             return
-        for i, row in enumerate(self.rows):
-            for column in range(self._handed[i], len(row.tokens)):
-                path = row.token_branches[column - row.prompt_length].path
-                self.streamer.put_token(row.row, path, row.tokens[column])
-            self._handed[i] = len(row.tokens)
+        for i, sequence in enumerate(self.sequences):
+            for slot in range(self._num_streamed_tokens[i], len(sequence.tokens)):
+                path = sequence.token_branches[slot - sequence.prompt_length].path
+                self.streamer.put_token(sequence.row, path, sequence.tokens[slot])
+            self._num_streamed_tokens[i] = len(sequence.tokens)
 
     def end(self) -> None:
-        """Hand over the rest."""
+        """Write the rest and end the stream."""
         self.flush()
         self.streamer.end()

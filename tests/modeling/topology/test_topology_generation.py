@@ -294,7 +294,7 @@ def test_rows_of_a_batch_are_those_of_each_alone(model_of: Callable, toy_tokeniz
 def test_a_cache_that_grows_loses_nothing(
     model_of: Callable, toy_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_decoding, "FIRST_ROOM", 1)
+    monkeypatch.setattr(parallel_decoding, "INITIAL_NEW_SLOTS", 1)
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     scripts = {(): f"t{BLOCK}so", ("1",): "u" * 120 + "</Path>", ("2",): "v" * 150 + "</Path>"}
     recorder = Recorder(scripted(tokenizer.vocabulary, scripts))

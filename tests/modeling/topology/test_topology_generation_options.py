@@ -26,7 +26,7 @@ from hf_efficient.modeling.topology.generation.branches import Branch, BranchPat
 from hf_efficient.modeling.topology.generation.sampling import (
     ProcessedSampler,
     branch_key,
-    draw,
+    sample,
     uniform,
 )
 from hf_efficient.modeling.topology.generation.streaming import BranchStreamer
@@ -52,10 +52,10 @@ def test_numbers_are_uniform_and_differ_between_branches_and_tokens() -> None:
 def test_draws_follow_the_distribution_and_never_take_what_is_excluded() -> None:
     chances = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
     points = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
-    choice = draw(chances.log().expand(10000, -1), points)
+    choice = sample(chances.log().expand(10000, -1), points)
     assert choice.tokens.bincount(minlength=6).tolist() == [0, 5000, 2000, 0, 3000, 0]
     torch.testing.assert_close(choice.logprobs, chances[choice.tokens].log())
-    edges = draw(chances.log().expand(2, -1), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+    edges = sample(chances.log().expand(2, -1), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
     assert edges.tokens.tolist() == [1, 4]
 
 
@@ -219,7 +219,7 @@ def test_a_plain_streamer_gets_the_text_in_its_order(generate: Callable, nested:
 
 def test_a_plain_streamer_takes_one_row(generate: Callable, tokenizer: Any) -> None:
     ids = torch.tensor([tokenizer.encode("Q")] * 2)
-    with pytest.raises((UsageError, ValueError), match="one row|batch size 1"):
+    with pytest.raises((UsageError, ValueError), match="one sequence|batch size 1"):
         generate(ids, streamer=Lines())
 
 
@@ -232,11 +232,11 @@ def test_without_a_dictionary_the_sequences_come_alone(generate: Callable, neste
     assert torch.equal(alone, found.sequences)
 
 
-def test_branches_are_told_of(generate: Callable, nested: Callable) -> None:
+def test_branches_are_reported(generate: Callable, nested: Callable) -> None:
     found = generate("Question", sampler=nested(), max_new_tokens=200)
     info = found.branch_info[0]
     assert [branch.path for branch in info] == [(), PATHS["1"], PATHS["2"], PATHS["2.1"], ((0, "2"), (0, "2.2"))]
-    assert sum(branch.tokens for branch in info) == found.generated_tokens[0]
+    assert sum(branch.num_tokens for branch in info) == found.generated_tokens[0]
     assert info[0].finish_reason == "eos" and all(
         branch.state == "done" and not branch.finish_reason for branch in info[1:]
     )

@@ -33,14 +33,14 @@ SCRIPTS = {
 def guesses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Passes run ahead; of each, whether it was the one that was needed."""
     found: list[bool] = []
-    came_true = ParallelDecodeLoop._speculation_holds
+    speculation_holds = ParallelDecodeLoop.speculation_holds
 
     def watched(loop: ParallelDecodeLoop, ahead: Any) -> bool:
-        found.append(came_true(loop, ahead))
+        found.append(speculation_holds(loop, ahead))
         return found[-1]
 
     monkeypatch.setattr(TopologySession, "can_speculate", lambda session: True)
-    monkeypatch.setattr(ParallelDecodeLoop, "_speculation_holds", watched)
+    monkeypatch.setattr(ParallelDecodeLoop, "speculation_holds", watched)
     return found
 
 
@@ -102,7 +102,7 @@ def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
     model.lm_head.weight.data[list(tokenizer.token_ids.values())] *= 1.5  # so that tags are chosen now and then
     fork = {"multiverse": "</Goal>", "medverse": "</Plan>"}[grammar]
     monkeypatch.setattr(f"{TopologyCache.__module__}.round_capacity", lambda columns: columns + 3)
-    monkeypatch.setattr(f"{ParallelDecodeLoop.__module__}.FIRST_ROOM", 4)
+    monkeypatch.setattr(f"{ParallelDecodeLoop.__module__}.INITIAL_NEW_SLOTS", 4)
     for seed in range(8):
         prompts = [f"{random_text(grammar, seed + 50 * b, seed % 2 == 0).split(fork)[0]}{fork}" for b in range(3)]
         rows = [tokenizer.encode(prompt) for prompt in prompts[: rng.randint(1, 3)]]

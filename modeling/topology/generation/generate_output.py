@@ -1,0 +1,135 @@
+"""The output of parallel generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from hf_efficient.modeling.topology.generation.branches import BranchPath, BranchState, all_branches
+from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
+from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
+
+
+@dataclass
+class BranchInfo:
+    """One branch of a generated sequence.
+
+    Attributes:
+        path: identifies the branch: for each fork from the trunk to it, the number of the fork in its branch and the
+            label of the next branch; () for the trunk.
+        state: `done`, or `skipped` when the budget was too small to start it.
+        finish_reason: why it ended without its own closing tag (`eos`, `length`, `max_time`, `stopping_criteria`,
+            `branch_max_new_tokens`, or the control token sampled instead), or an empty text. For the trunk, why the
+            sequence ended.
+        num_tokens: tokens written, including forced ones and those of its joins.
+        num_sampled_tokens: tokens chosen by the sampler.
+        segments: segments of its tokens.
+        logprobs: log-probability of each sampled token, under the distribution that it was chosen from; empty without
+            `output_scores`.
+    """
+
+    path: BranchPath
+    state: str
+    finish_reason: str
+    num_tokens: int
+    num_sampled_tokens: int
+    segments: list[int]
+    logprobs: list[float]
+
+    @property
+    def truncated(self) -> bool:
+        """True for a path or step that did not end with its own closing tag."""
+        return bool(self.path) and bool(self.finish_reason)
+
+
+@dataclass
+class TopologyGenerateOutput(ModelOutput):
+    """Output of parallel generation with ``return_dict_in_generate=True``.
+
+    Args:
+        sequences: int64 [B, L]: prompts and generated tokens in the order of the text (trunk, paths by label, join),
+            padded on the right. `Topology.from_token_ids` reads from them the topology they were generated with.
+        segment_ids: int32 [B, L], -1 at padding. Segments are numbered in the order of the text.
+        position_ids: int64 [B, L], 0 at padding.
+        parents: for each sequence, the parents of each segment.
+        branch_info: for each sequence, its branches in the order of the text, the trunk first.
+        warnings: for each sequence, what was malformed in its text, and which forks were refused.
+        num_forward_passes: forward passes of the model, including the prefill.
+        generated_tokens: for each sequence, the number of tokens after the prompt, including forced ones.
+        critical_path: for each sequence, the number of positions after the prompt: the length of the longest chain of
+            tokens.
+        parallelism: generated tokens divided by the critical path, summed over the batch first.
+    """
+
+    sequences: Tensor | None = None
+    segment_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    parents: list[list[list[int]]] | None = None
+    branch_info: list[list[BranchInfo]] | None = None
+    warnings: list[list[str]] | None = None
+    num_forward_passes: int | None = None
+    generated_tokens: list[int] | None = None
+    critical_path: list[int] | None = None
+    parallelism: float | None = None
+
+
+def collect_output(loop: ParallelDecodeLoop, pad_token_id: int, device: torch.device) -> TopologyGenerateOutput:
+    """The output of a finished decoding loop, with tensors on `device`."""
+    schedulers = loop.sequences
+    slots = [list(scheduler.slots_in_text_order()) for scheduler in schedulers]
+    length = max(offset + len(listed) for offset, listed in zip(loop.offsets, slots, strict=True))
+    sequences = torch.full((len(schedulers), length), pad_token_id, dtype=torch.long)
+    segment_ids = torch.full((len(schedulers), length), -1, dtype=torch.int32)
+    position_ids = torch.zeros((len(schedulers), length), dtype=torch.long)
+    parents, info = [], []
+    for row, (scheduler, offset, listed) in enumerate(zip(schedulers, loop.offsets, slots, strict=True)):
+        renumbered: dict[int, int] = {}  # the scheduler's segments -> numbers in the order of the text
+        for slot in listed:
+            renumbered.setdefault(scheduler.segments[slot], len(renumbered))
+        end = offset + len(listed)
+        sequences[row, :offset] = torch.from_numpy(loop.prompt[row, :offset])
+        sequences[row, offset:end] = torch.tensor([scheduler.tokens[slot] for slot in listed])
+        segment_ids[row, offset:end] = torch.tensor([renumbered[scheduler.segments[slot]] for slot in listed]).int()
+        position_ids[row, offset:end] = torch.tensor([scheduler.positions[slot] for slot in listed])
+        all_parents = scheduler.graph.parents
+        parents.append([[renumbered[p] for p in all_parents[segment] if p in renumbered] for segment in renumbered])
+        info.append(_branch_info(scheduler, renumbered))
+    generated_tokens = [scheduler.num_generated_tokens for scheduler in schedulers]
+    critical_path = [scheduler.critical_path for scheduler in schedulers]
+    return TopologyGenerateOutput(
+        sequences=sequences.to(device),
+        segment_ids=segment_ids.to(device),
+        position_ids=position_ids.to(device),
+        parents=parents,
+        branch_info=info,
+        warnings=[scheduler.trunk.builder.warnings for scheduler in schedulers],
+        num_forward_passes=loop.num_forward_passes,
+        generated_tokens=generated_tokens,
+        critical_path=critical_path,
+        parallelism=sum(generated_tokens) / max(sum(critical_path), 1),
+    )
+
+
+def _branch_info(scheduler: SequenceScheduler, renumbered: dict[int, int]) -> list[BranchInfo]:
+    """Each branch of a sequence; `renumbered` maps the scheduler's segments to those of the output."""
+    found = []
+    for branch in all_branches(scheduler.trunk):
+        slots = [item for item in branch.contents if isinstance(item, int)]
+        found.append(
+            BranchInfo(
+                path=branch.path,
+                state="skipped" if branch.state is BranchState.SKIPPED else "done",
+                finish_reason=branch.finish_reason,
+                num_tokens=len(slots),
+                num_sampled_tokens=branch.num_sampled_tokens,
+                segments=sorted({renumbered[scheduler.segments[slot]] for slot in slots}),
+                logprobs=list(branch.logprobs),
+            )
+        )
+    return found
+
+
+__all__ = ["BranchInfo", "TopologyGenerateOutput"]
