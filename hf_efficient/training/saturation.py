@@ -131,7 +131,7 @@ class SaturationCallback(TrainerCallback):
 
 def site_label(site: BhytNorm) -> str:
     """``layer_3/input``, ``layer_3/post`` or ``final``."""
-    return site.site if site.layer_idx is None else f"layer_{site.layer_idx}/{site.site}"
+    return site.position if site.layer_idx is None else f"layer_{site.layer_idx}/{site.position}"
 
 
 @torch.no_grad()

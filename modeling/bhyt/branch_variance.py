@@ -1,4 +1,4 @@
-"""What the attention is expected to add to the variance of the stream, from the weights of v_proj and o_proj."""
+"""What attention is expected to add to the variance of the residual stream, from the weights of v_proj and o_proj."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def branch_variance(
 ) -> Tensor:
     """``c = ||W_O repeat(W_V)||_F^2 / (T d)`` and ``||W_O repeat(b_V)||^2 / d``, float32 [2].
 
-    The expected mean square of ``W_O attention(W_V x)`` is c times the variance of x, where the attention is uniform
-    over T independent positions; a bias of v_proj goes through it undiminished.
+    If attention is uniform over T independent positions, the expected mean square of ``W_O attention(W_V x)`` is c
+    times the variance of x. A bias of v_proj is the same at all positions, so the mean does not reduce it.
 
     Args:
-        value_weight: [Hkv * head_dim, d].
-        output_weight: [d, Hq * head_dim]; each head of the values serves Hq / Hkv of these, one after the other.
-        value_bias: [Hkv * head_dim], or None.
+        value_weight: W_V [num_key_value_heads * head_dim, d].
+        output_weight: W_O [d, num_attention_heads * head_dim]; consecutive heads share a key-value head.
+        value_bias: b_V [num_key_value_heads * head_dim], or None.
         head_dim: width of a head.
-        seq_len: T.
+        seq_len: T, the length of the training sequences.
 
     Source: arXiv:2601.09719, Assumption 3.3; the bias is ours.
     """
@@ -33,9 +33,9 @@ def branch_variance(
         values, outputs = value_weight.float(), output_weight.float()
         inner, width = values.shape
         heads = inner // head_dim
-        # A sum over heads that see the same values: adding up their slices of W_O first saves repeating W_V.
+        # Heads of one group use the same values, so adding their slices of W_O first saves repeating W_V.
         folded = outputs.view(outputs.shape[0], heads, -1, head_dim).sum(2).reshape(-1, inner)
-        if 2 * inner < width:  # ||A B||^2 = <A'A, BB'>, with two small products for the large one
+        if 2 * inner < width:  # ||A B||^2 = <A'A, BB'>: two small products instead of a large one
             square = (folded.T @ folded * (values @ values.T)).sum().clamp(min=0)
         else:
             square = (folded @ values).square().sum()

@@ -1,4 +1,4 @@
-"""Configuration of BHyT: a bounded hyperbolic tangent in place of the layers' two normalisations."""
+"""Configuration of BHyT: a bounded hyperbolic tangent in place of the two norms of a layer."""
 
 import math
 from typing import Any
@@ -18,19 +18,20 @@ class BhytConfig(DecoderConfig):
     | field | meaning |
     |---|---|
     | `bhyt_layers` | layers whose two norms are BHyT, sorted and unique; by default all. The others keep RMSNorm |
-    | `bhyt_second_site` | mean square of a layer's second site: `exact`; `approx`, the first site's plus what the |
-    | | attention is expected to add (the paper's choice); `affine`, a line fitted to the first site's |
-    | `bhyt_exact_layers` | layers whose second site is exact, whatever `bhyt_second_site` says |
-    | `bhyt_lambda_input` | initial lambda of the first sites: one number, or one for each of the model's layers |
-    | `bhyt_lambda_post` | the same of the second sites |
-    | `bhyt_lambda_final` | initial lambda of a BHyT final norm |
-    | `bhyt_learnable_lambda` | lambdas are trained |
+    | `bhyt_second_site` | mean square in `post_attention_layernorm`: `exact`; `approx`, that of `input_layernorm` |
+    | | plus what attention is expected to add (the paper's choice); `affine`, a line fitted to that of |
+    | | `input_layernorm` |
+    | `bhyt_exact_layers` | layers with an exact `post_attention_layernorm`, whatever `bhyt_second_site` says |
+    | `bhyt_lambda_input` | initial lambda of `input_layernorm`: one number, or one for each layer of the model |
+    | `bhyt_lambda_post` | the same for `post_attention_layernorm` |
+    | `bhyt_lambda_final` | the same for a BHyT final norm, one number |
+    | `bhyt_learnable_lambda` | train the lambdas |
     | `bhyt_kappa` | coverage constant of Chebyshev's inequality |
     | `bhyt_eps` | added to every mean square; by default `rms_norm_eps` |
     | `bhyt_final` | the final norm: `rms`, or `bhyt` (exact) |
     | `bhyt_seq_len` | length of the training sequences, T of the paper; `approx` needs it |
-    | `bhyt_learnable_estimate` | slope and intercept of the `approx` estimate are trained, from (1, 1) |
-    | `bhyt_output_scale` | every site has a constant factor for each channel, as converted checkpoints need |
+    | `bhyt_learnable_estimate` | train slope and intercept of the `approx` estimate, from (1, 1) |
+    | `bhyt_output_scale` | every norm has a constant factor for each channel, as converted checkpoints need |
     """
 
     model_type = "hfe_bhyt"
@@ -64,12 +65,12 @@ class BhytConfig(DecoderConfig):
         return [*super().active_patches, *(["bhyt"] if active else [])]
 
     def bhyt_estimate(self, layer_idx: int) -> str:
-        """Where the second site of this BHyT layer has its mean square from: `exact`, `approx` or `affine`."""
+        """How this layer's post-attention norm gets its mean square: `exact`, `approx` or `affine`."""
         return "exact" if layer_idx in self.bhyt_exact_layers else self.bhyt_second_site
 
-    def bhyt_lambda(self, site: str, layer_idx: int | None = None) -> float:
-        """Lambda at first of a site: `input` or `post` of a layer, or `final`."""
-        given = getattr(self, f"bhyt_lambda_{site}")
+    def bhyt_lambda(self, position: str, layer_idx: int | None = None) -> float:
+        """Initial lambda of a norm: `input` or `post` of a layer, or `final`."""
+        given = getattr(self, f"bhyt_lambda_{position}")
         return float(given[layer_idx] if isinstance(given, list) else given)
 
     def fields_of_absent_patches(self) -> set[str]:
@@ -99,7 +100,7 @@ class BhytConfig(DecoderConfig):
             if isinstance(given, list) and len(given) != count:
                 raise ValueError(f"{name} has {len(given)} numbers; the model has {count} layers")
             for value in given if isinstance(given, list) else [given]:
-                if not (value > 0 and math.isfinite(value)):  # not a number is not positive either
+                if not (value > 0 and math.isfinite(value)):  # also true for NaN
                     raise ValueError(f"{name}={given} must be positive and finite")
         if self.bhyt_seq_len is not None and self.bhyt_seq_len < 1:
             raise ValueError(f"bhyt_seq_len={self.bhyt_seq_len} must be at least 1")

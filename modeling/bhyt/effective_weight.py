@@ -1,6 +1,6 @@
-"""The matrix that a linear module applies: with adapters, gathered where it is sharded, dequantised.
+"""The matrix that a linear module applies: adapters included, gathered if it is sharded, dequantized.
 
-Adapters are known by their attributes (PEFT's), so that nothing has to be installed for it.
+PEFT's adapters are recognised by their attributes, so that PEFT need not be installed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 
 def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight [out, in] and bias [out] that calling `module` in evaluation mode comes to.
+    """Weight [out, in] and bias [out] such that ``x @ weight.T + bias`` is what `module` computes in evaluation mode.
 
-    A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of an unknown
-    kind is called, on the unit vectors in the dtype and on the device of `like`; a serving engine's is not.
+    A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of another
+    type than `nn.Linear` or PEFT's LoRA is evaluated on the unit vectors, in the dtype and on the device of `like`,
+    unless it belongs to a serving engine.
 
     Returns:
-        None where they cannot be read: they have no data here, or this process has a shard of unknown layout.
+        None if they cannot be read: they are on the meta device, or this process has a shard of unknown layout.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return None
@@ -28,8 +29,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
         if weight.is_floating_point():
             return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
     adapters = _low_rank_adapters(module)
-    if adapters is None:  # its parts would not take a plain tensor where they are sharded
-        # A serving engine's projection has no such attribute, and may hold a part of the weight.
+    if adapters is None:  # sharded parts cannot be called with a plain tensor
+        # A serving engine's projection has no `in_features`, and may hold only a part of the weight.
         unreadable = not hasattr(module, "in_features") or any(map(is_sharded, module.parameters()))
         return None if unreadable else _by_calling(module, like)
     base = effective_weight(module.base_layer, like)
@@ -50,9 +51,9 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
 
 
 def fingerprint(module: Any) -> Hashable:
-    """Changes whenever `effective_weight` may; quick. None where weights are sharded, which only a refresh reads.
+    """A value that changes when `effective_weight` may change, much cheaper than it; None if weights are sharded.
 
-    What is written through `Tensor.data` without a trace, as some optimisers do, is not seen.
+    It is made of addresses and version counters, so it misses writes through `Tensor.data`, as some optimizers do them.
     """
     found: list[Any] = []
     if type(module) is not nn.Linear:
@@ -63,13 +64,13 @@ def fingerprint(module: Any) -> Hashable:
     for tensor in _parameters(module):
         if type(tensor) is not nn.Parameter and is_sharded(tensor):
             return None
-        # Made in inference mode, a tensor has no version.
+        # A tensor made in inference mode has no version counter.
         found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
     return tuple(found)
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """As `nn.Module.parameters`, in a fraction of its time."""
+    """As `nn.Module.parameters`, but faster: no names and no search for duplicates."""
     for parameter in module._parameters.values():
         if parameter is not None:
             yield parameter
@@ -79,33 +80,36 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, of which this process holds a part."""
+    """True for a DTensor, of which this process has only a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Any) -> Any:
-    """`tensor`, gathered from all processes where it is sharded."""
+    """`tensor`, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if tensor is not None and is_sharded(tensor) else tensor
 
 
 def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
-    """Low-rank adapters to add to a PEFT module's base weight (1) or take off it (-1); None where it has others."""
+    """LoRA adapters to add to (1) or subtract from (-1) a PEFT module's base weight; None if it has other adapters.
+
+    An adapter is subtracted if it is merged into the base weight but switched off.
+    """
     factors = getattr(module, "lora_A", None)
     if not isinstance(factors, nn.ModuleDict) or not isinstance(getattr(module, "base_layer", None), nn.Module):
         return None
     merged = set(module.merged_adapters)
     wanted = set() if module.disable_adapters else merged or set(module.active_adapters) & set(factors)
     changes = [(name, 1) for name in sorted(wanted - merged)] + [(name, -1) for name in sorted(merged - wanted)]
-    variants = getattr(module, "lora_variant", ())  # DoRA and others, which do more than add
+    variants = getattr(module, "lora_variant", ())  # DoRA and others, which do not only add
     plain = all(isinstance(factors[name], nn.Linear) and name not in variants for name, _ in changes)
     return changes if plain else None
 
 
 def _by_calling(module: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an affine module, from its values at zero and at the unit vectors."""
+    """Weight [out, in] and bias [out] of an affine module, from its values at zero and at the unit vectors."""
     parts = [(part, part.training) for part in module.modules()]  # type: ignore[attr-defined]
     for part, _ in parts:
-        part.training = False  # no dropout; `eval` would have consequences of its own
+        part.training = False  # no dropout; `eval()` could run overridden methods
     try:
         points = torch.eye(module.in_features, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
         bias = module(torch.zeros_like(points[:1]))[0].float()

@@ -1,4 +1,4 @@
-"""BHyT: in chosen layers both norms are a bounded hyperbolic tangent, ``gamma * tanh(lambda / kappa * x / rms(x))``.
+"""BHyT: both norms of a layer are bounded hyperbolic tangents, ``gamma * tanh(lambda / kappa * x / rms(x))``.
 
 arXiv:2601.09719.
 """
@@ -35,7 +35,7 @@ from hf_efficient.modeling.decoder.task_heads import (
 class BhytPreTrainedModel(DecoderPreTrainedModel):
     config: BhytConfig
     config_class = BhytConfig  # transformers reads annotations unevaluated, so it is named here too
-    # It is computed from the weights.
+    # The branch variance is computed from the weights.
     _keys_to_ignore_on_load_missing = [r"norm\.branch$"]
 
     @torch.no_grad()
@@ -46,13 +46,13 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
             super()._init_weights(module)
 
     def post_init(self) -> None:
-        sites = [module for module in self.modules() if isinstance(module, BhytNorm)]
-        self._keep_in_fp32_modules_strict = {leaf for site in sites for leaf in site.float32_tensors()}
+        norms = [module for module in self.modules() if isinstance(module, BhytNorm)]
+        self._keep_in_fp32_modules_strict = {leaf for norm in norms for leaf in norm.float32_tensors()}
         super().post_init()
 
     def init_weights(self) -> None:
         super().init_weights()
-        self.base_model._follow_weights(strict=False)
+        self.base_model._refresh_if_changed(strict=False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -74,8 +74,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         foreign = self._foreign_constants(missing_keys, unexpected_keys)
         if foreign:
             raise HFEError(
-                f"checkpoint and configuration disagree whether there are {len(foreign)} constants of BHyT sites, "
-                f"{foreign[0]} first",
+                f"checkpoint and configuration disagree on {len(foreign)} constants of BHyT norms, {foreign[0]} first",
                 "leave bhyt_output_scale, bhyt_second_site and bhyt_learnable_estimate as the checkpoint's config.json "
                 "has them",
             )
@@ -84,16 +83,16 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
                 _check_values(name, module)
 
     def _foreign_constants(self, missing_keys: set[str], unexpected_keys: set[str]) -> list[str]:
-        """Constants that one of checkpoint and model has and the other would have to have, to compute the same."""
+        """Constants that the model has and the checkpoint lacks, or the reverse, and that change the result."""
         prefix = f"{self.base_model_prefix}."
         absent, surplus = ({key.removeprefix(prefix) for key in keys} for keys in (missing_keys, unexpected_keys))
         foreign = []
-        for name, site in self.named_modules():
-            if isinstance(site, BhytNorm):
-                found = surplus if site.out_scale is None else absent
+        for name, norm in self.named_modules():
+            if isinstance(norm, BhytNorm):
+                found = surplus if norm.out_scale is None else absent
                 foreign += [key for key in [f"{name.removeprefix(prefix)}.out_scale"] if key in found]
-                # An estimate to be trained may begin at its initial values, and exact sites need none.
-                found = {"affine": absent, "approx": surplus, "exact": set()}[site.estimate]
+                # A trainable `approx` estimate may start from its initial values; an exact norm has no such constants.
+                found = {"affine": absent, "approx": surplus, "exact": set()}[norm.estimate]
                 foreign += [key for key in [f"{name.removeprefix(prefix)}.affine"] if key in found]
         return foreign
 
@@ -104,7 +103,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As in transformers; the branch variances that are saved are those of the weights that are saved."""
+        """As in transformers; the saved branch variances are computed from the saved weights."""
         if state_dict is None:
             self.refresh_branch_variance()
         else:
@@ -113,18 +112,18 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def refresh_branch_variance(self) -> list[int]:
-        """Compute what the approximate sites expect of the attention from its weights as they are, adapters included.
+        """Recompute the branch variances of the `approx` norms from the present weights, adapters included.
 
-        This happens by itself where a model is made, loaded, saved or switched to evaluation, and before a call in
-        evaluation mode when weights or adapters changed (a compiled call, or one with sharded weights, does not look).
-        In training `BranchVarianceCallback` or `keep_branch_variance` calls it now and then. With sharded weights all
-        processes must call it, and what calls it.
+        This is done automatically when a model is created, loaded, saved or switched to evaluation, and before a call
+        in evaluation mode if weights or adapters changed (not in a compiled call, nor with sharded weights). In
+        training, `BranchVarianceCallback` or `keep_branch_variance` calls it at intervals. With sharded weights all
+        processes must call this method and everything that calls it.
 
         Returns:
-            The layers whose weights cannot be read here, so that they keep what is stored.
+            The layers whose weights cannot be read in this process; they keep the stored values.
 
         Raises:
-            HFEError: such a layer has nothing stored.
+            HFEError: such a layer has no stored value.
         """
         return self.base_model._refresh(strict=True)
 
@@ -132,11 +131,11 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 class BhytModel(BhytPreTrainedModel, DecoderModel):
     """Decoder whose layers `config.bhyt_layers` have BHyT in place of their norms."""
 
-    # Of the weights that the branch variances were last computed from.
-    _seen: Hashable = None
+    # Fingerprint of the weights that the branch variances were last computed from.
+    _refreshed_fingerprint: Hashable = None
 
     def __init__(self, config: BhytConfig) -> None:
-        # Not a rule of the configuration, which transformers also makes from defaults alone.
+        # Not checked by the configuration, because transformers also creates one from its defaults alone.
         estimated = [i for i in config.bhyt_layers if config.bhyt_estimate(i) == "approx"]
         if estimated and config.bhyt_seq_len is None:
             raise HFEError(
@@ -145,9 +144,9 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
             )
         super().__init__(config)
 
-    def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
+    def build_norm(self, position: str, layer_idx: int | None = None) -> nn.Module:
         bounded = self.config.bhyt_final == "bhyt" if layer_idx is None else layer_idx in self.config.bhyt_layers
-        return BhytNorm(self.config, site, layer_idx) if bounded else super().build_norm(site, layer_idx)
+        return BhytNorm(self.config, position, layer_idx) if bounded else super().build_norm(position, layer_idx)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -164,36 +163,36 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         kwargs: dict[str, Any],
     ) -> Any:
         if not self.training and not torch.compiler.is_compiling():
-            self._follow_weights(strict=True)
+            self._refresh_if_changed(strict=True)
         return super().prepare_token_inputs(token_ids, attention_mask, position_ids, past_key_values, kwargs)
 
     def _approximate_layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and parts of each layer that is here and whose second site is approximate."""
+        """Index and submodules of each layer of this pipeline stage whose post-attention norm is `approx`."""
         for index, layer in self.layers_here().items():
             parts = layer._modules
             if norm_attribute(parts["post_attention_layernorm"], "estimate") == "approx":
                 yield index, parts
 
     def _fingerprint(self) -> Hashable:
-        """Changes with the weights that branch variances depend on; None without such, and where they are sharded."""
+        """A value that changes with the weights that branch variances depend on; None without such, or if sharded."""
         found = []
         for _, parts in self._approximate_layers():
             attention = parts["self_attn"]._modules
             found += [fingerprint(attention["v_proj"]), fingerprint(attention["o_proj"])]
         return None if None in found else tuple(found) or None
 
-    def _follow_weights(self, strict: bool) -> None:
-        """Refresh where the weights changed since the last time, as far as a quick look tells."""
-        if self._fingerprint() not in (None, self._seen):
+    def _refresh_if_changed(self, strict: bool) -> None:
+        """Refresh if `_fingerprint` differs from that of the last refresh; `strict` as for `_refresh`."""
+        if self._fingerprint() not in (None, self._refreshed_fingerprint):
             self._refresh(strict)
 
     @torch.no_grad()
     def _refresh(self, strict: bool) -> list[int]:
-        """See `refresh_branch_variance`; unless `strict`, a layer may have nothing stored."""
+        """As `refresh_branch_variance`; without `strict`, a layer without a stored value is no error."""
         unread = []
         for index, parts in self._approximate_layers():
-            sites = [m for m in parts["post_attention_layernorm"].modules() if isinstance(m, BhytNorm)]
-            stored = [site.branch for site in sites if site.branch is not None]
+            norms = [m for m in parts["post_attention_layernorm"].modules() if isinstance(m, BhytNorm)]
+            stored = [norm.branch for norm in norms if norm.branch is not None]
             if any(branch.is_meta for branch in stored):
                 continue
             projections = parts["self_attn"].v_proj, parts["self_attn"].o_proj
@@ -210,11 +209,11 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
             (value_weight, value_bias), (output_weight, _) = read
             found = self._branch_variance(value_weight, output_weight, value_bias)
             for branch in stored:
-                # Not written in vain, for a backward pass may be waiting that was promised what it saw.
+                # Skip unchanged writes: they would invalidate a pending backward.
                 if not torch.equal(branch, found.to(branch.device)):
                     with torch.inference_mode(branch.is_inference()):
                         branch.copy_(found)
-        self._seen = self._fingerprint()
+        self._refreshed_fingerprint = self._fingerprint()
         return unread
 
     def _branch_variance(self, value_weight: Tensor, output_weight: Tensor, value_bias: Tensor | None) -> Tensor:
@@ -222,7 +221,12 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         return branch_variance(value_weight, output_weight, value_bias, head_dim=head_dim, seq_len=seq_len)
 
     def _with_branch_variance(self, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """`state_dict` with the branch variances of its own weights, where it has them whole."""
+        """`state_dict` with branch variances computed from its own weights, for the layers whose weights it has whole.
+
+        Args:
+            state_dict: tensors by name; v_proj.weight is [num_key_value_heads * head_dim, hidden_size].
+            prefix: of the base model's names in it.
+        """
         config, found = self.config, {}
         kv_width, width = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
         shapes = (kv_width, config.hidden_size), (config.hidden_size, width)
@@ -240,7 +244,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
 
 
 def _check_values(name: str, norm: BhytNorm) -> None:
-    """Raise `HFEError` where a loaded site holds what is no number; tell of one that passes nothing on."""
+    """Raise `HFEError` if a loaded norm has NaN or infinite parameters; warn if its lambda, so its output, is zero."""
     for leaf in ("lam", "affine", "out_scale"):
         tensor = whole(getattr(norm, leaf))
         if tensor is not None and not tensor.isfinite().all():
@@ -249,7 +253,7 @@ def _check_values(name: str, norm: BhytNorm) -> None:
                 "take a checkpoint from before training failed",
             )
     if not whole(norm.lam).any():
-        get_logger().warning("%s.lam is 0, so this site passes nothing on", name)
+        get_logger().warning("%s.lam is 0, so the output of this norm is zero", name)
 
 
 class BhytForCausalLM(BhytPreTrainedModel, DecoderForCausalLM, GenerationMixin):

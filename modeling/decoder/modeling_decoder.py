@@ -197,10 +197,10 @@ class DecoderModel(DecoderPreTrainedModel):
     # Factories
 
     def build_layer(self, layer_idx: int) -> nn.Module:
-        norms = (self.build_norm(site, layer_idx) for site in ("input", "post"))
+        norms = (self.build_norm(position, layer_idx) for position in ("input", "post"))
         return DecoderLayer(self.build_mixer(layer_idx), self.build_mlp(layer_idx), *norms)
 
-    def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
+    def build_norm(self, position: str, layer_idx: int | None = None) -> nn.Module:
         """The norm before a layer's mixer (`input`), before its feed-forward (`post`), or after the last (`final`)."""
         return DecoderRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 

@@ -162,7 +162,7 @@ class TestComposition:
                 module.efficient = False
         torch.testing.assert_close(model(input_ids=some_ids()).logits, expected, rtol=1e-5, atol=1e-5)
         model.model.layers[0].post_attention_layernorm.efficient = True
-        with pytest.raises(HFEError, match="layer 0 was not told.*efficient"):
+        with pytest.raises(HFEError, match="norm of layer 0 .* was called without the mean square.*efficient"):
             model(input_ids=some_ids())
 
     def test_half_precision_keeps_what_is_stored_in_float32(self, bhyt_model: Callable, tmp_path: Path) -> None:
