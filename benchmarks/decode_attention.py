@@ -4,7 +4,7 @@
     python -m benchmarks.decode_attention --sweep [--cases TEXT]
 
 One query for each of 32 heads, 8 key-value heads, bfloat16; and branches that share a cache, a query each, their
-columns as generation leaves them, one of each branch in turn. With `--sweep` other tiles and numbers of parts than
+slots as generation leaves them, one of each branch in turn. With `--sweep` other tiles and numbers of splits than
 those of the table are timed, and nothing is written.
 """
 
@@ -31,9 +31,9 @@ HEADS, KV_HEADS = 32, 8
 WIDTHS = (64, 128)
 BATCHES = (1, 8, 32)
 LENGTHS = (2048, 8192, 32768)
-# Rows, branches of each, columns that all see, columns of each branch.
+# Batch rows, branches of each, slots that all see, slots of each branch.
 BRANCHES = ((1, 8, 4096, 512), (1, 32, 4096, 128), (16, 4, 1024, 256), (16, 16, 1024, 64))
-# Columns, stages and warps.
+# block_n, stages and warps.
 TILES = (
     (32, 4, 2),
     (32, 6, 4),
@@ -53,7 +53,7 @@ PROGRAMS = (1, 2, 3, 4, 6)
 
 
 def draw(batch: int, length: int, capacity: int, width: int, device: torch.device, seed: int) -> Arguments:
-    """Arguments of one call, at the last column of `length` in a cache of `capacity`."""
+    """Arguments of one call, at the last of `length` filled slots in a cache of `capacity`."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ def draw(batch: int, length: int, capacity: int, width: int, device: torch.devic
 def draw_branches(
     batch: int, branches: int, shared: int, own: int, width: int, device: torch.device, seed: int
 ) -> Arguments:
-    """Arguments of one call, at the last column of each of `branches` that share a prefix."""
+    """Arguments of one call, at the last slot of each of `branches` that share a prefix."""
     length = shared + branches * own
     arguments = draw(batch, length, length, width, device, seed)
     generator = torch.Generator(device).manual_seed(seed)
@@ -107,7 +107,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def masked() -> Callable[..., torch.Tensor]:
-    """PyTorch's attention under a boolean mask, which a stock model makes once for all its layers: it is not timed."""
+    """PyTorch's attention under a boolean mask, made once for all layers, as in a stock model, and not timed."""
     masks: dict[int, torch.Tensor] = {}
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **seen: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _seconds(rotation: list[Arguments], config: LaunchConfig, splits: int, devic
         return None
     usual = RECORD.api(**rotation[0]).transpose(1, 2)
     if relative_error(found, usual) > 2 * RECORD.tolerances[found.dtype].forward:
-        raise SystemExit(f"{config}, {splits} parts: the result is wrong")
+        raise SystemExit(f"{config}, {splits} splits: the result is wrong")
     timing = time_calls([functools.partial(call, arguments) for arguments in rotation], device, graph=True)
     return 1e-3 * timing.median
 
@@ -155,36 +155,36 @@ def _sweep_case(case: Case, device: torch.device) -> None:
     processors = multiprocessor_count(device)
     floor = RECORD.forward_cost(rotation[0]).bytes
 
-    def parts(config: LaunchConfig) -> int:
-        return split_count(programs, k.shape[2], config.block_columns, processors)
+    def splits_of(config: LaunchConfig) -> int:
+        return split_count(programs, k.shape[2], config.block_n, processors)
 
     tried: dict[tuple[Any, ...], float] = {}
 
     def time(config: LaunchConfig, splits: int) -> None:
-        key = (config.block_columns, config.num_stages, config.num_warps, splits)
+        key = (config.block_n, config.num_stages, config.num_warps, splits)
         seconds = tried.get(key) or _seconds(rotation, config, splits, device)
         if seconds is not None:
             tried[key] = seconds
 
-    time(usual, parts(usual))
-    for columns, stages, warps in TILES:
-        if 2 * (stages - 1) * columns * width * q.element_size() <= TILE_BYTES:
-            config = replace(usual, block_columns=columns, num_stages=stages, num_warps=warps)
-            time(config, parts(config))
-    columns, stages, warps, _ = min(tried, key=tried.__getitem__)
-    best = replace(usual, block_columns=columns, num_stages=stages, num_warps=warps)
+    time(usual, splits_of(usual))
+    for block_n, stages, warps in TILES:
+        if 2 * (stages - 1) * block_n * width * q.element_size() <= TILE_BYTES:
+            config = replace(usual, block_n=block_n, num_stages=stages, num_warps=warps)
+            time(config, splits_of(config))
+    block_n, stages, warps, _ = min(tried, key=tried.__getitem__)
+    best = replace(usual, block_n=block_n, num_stages=stages, num_warps=warps)
     for number in PROGRAMS:
-        blocks = -(-case.shape["length"] // columns)
+        blocks = -(-case.shape["length"] // block_n)
         time(best, max(1, min(number * processors // programs, blocks)))
-    table = (usual.block_columns, usual.num_stages, usual.num_warps, parts(usual))
-    print(f"{case.label}: columns, stages, warps, parts")
+    table = (usual.block_n, usual.num_stages, usual.num_warps, splits_of(usual))
+    print(f"{case.label}: block_n, stages, warps, splits")
     for key, seconds in sorted(tried.items(), key=lambda item: item[1])[:6] + [(table, tried[table])]:
         note = "  <- the table's" if key == table else ""
         print(f"    {key!s:<20}{1e6 * seconds:>9.2f} us {floor / seconds / 1e9:>6.0f} GB/s{note}", flush=True)
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Time every tile on a short and a long cache, for one row and for 32, then numbers of parts for the best tile."""
+    """Time every tile on a short and a long cache, for one row and for 32, then numbers of splits for the best tile."""
     device = torch.device(arguments.device)
     corners = [
         case

@@ -19,7 +19,7 @@ from hf_efficient.kernels.validate import (
 )
 
 OP = "decode_attention"
-MAX_WIDTH = 256
+MAX_HEAD_DIM = 256
 
 
 def decode_attention(
@@ -35,34 +35,34 @@ def decode_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of a few queries to a cache: ``softmax(scale * q kᵀ over the columns it sees) v`` for each query.
+    """Attention of a few queries to a cache: ``softmax(scale * q kᵀ over the slots it sees) v`` for each query.
 
-    Query (b, i) sees column j if all of these hold:
+    Query (b, i) sees cache slot j if all of these hold:
 
-    - ``j < kv_len[b]``: the columns from there on are empty; they are never read, and may hold anything;
-    - ``j <= q_pos[b, i]``: its own column is the last; a negative `q_pos` marks a padded query, which sees nothing;
+    - ``j < kv_len[b]``: the slots from there on are empty; they are never read, and may hold anything;
+    - ``j <= q_pos[b, i]``: its own slot is the last; a negative `q_pos` marks a padded query, which sees nothing;
     - ``j > q_pos[b, i] - window``, where a window is given;
-    - ``kv_segment_ids[b, j] >= 0``, where segments are given: other columns are holes, as left padding is, and may hold
+    - ``kv_segment_ids[b, j] >= 0``, where segments are given: other slots are holes, such as left padding, and may hold
       anything;
     - bit ``kv_segment_ids[b, j]`` of ``segment_visibility[b, i]`` is set, where it is given: bit s is bit s % 64 of
       word s // 64, and segments that the words do not reach are not seen.
 
     A query that sees nothing gets zeros. Softmax and sums are in float32 (float64 where q has it), and the result is
-    rounded to the dtype of `q`; the Triton kernel also rounds the weights to the dtype of `v` before it multiplies. Two
+    rounded to the dtype of `q`; the Triton kernel also rounds the softmax to the dtype of `v` before it multiplies. Two
     runs agree bit for bit. For inference only: it has no backward pass. Made for few queries, up to about 64 for each
-    batch row; more are computed rightly, but prefill has faster ways.
+    batch row; for more, prefill kernels are faster.
 
-    Nothing waits for the device, and the launch depends on shapes alone, so a CUDA graph that was captured with a
-    static cache stays right as `kv_len` and `q_pos` change in place.
+    There is no device synchronisation, and the launch depends on shapes alone, so a CUDA graph that was captured with
+    a static cache stays right as `kv_len` and `q_pos` change in place.
 
     Args:
         q: [B, Hq, Q, D], float16, bfloat16 or float32 (float64 for the reference); D contiguous, other strides free.
         k, v: [B, Hkv, C, D], the dtype of `q`; D contiguous, other strides free. Hq is a multiple of Hkv; D <= 256.
             C is the capacity of a static cache or the length of a dynamic one.
-        kv_len: filled columns: int32 or int64, [B], [1] or [], or a number at most C. Values above C count as C.
-        q_pos: [B, Q] or [1, Q], int32 or int64: the column of each query.
-        window: columns that a query sees, its own included; at least 1.
-        kv_segment_ids: [B, L] or [1, L], int32 or int64: segment of each column; columns from L on are holes.
+        kv_len: filled slots: int32 or int64, [B], [1] or [], or a number at most C. Values above C count as C.
+        q_pos: [B, Q] or [1, Q], int32 or int64: the cache slot of each query.
+        window: slots that a query sees, its own included (sliding window); at least 1.
+        kv_segment_ids: [B, L] or [1, L], int32 or int64: segment of each slot; slots from L on are holes.
         segment_visibility: [B, Q, W] or [1, Q, W], int64: bitmap of the segments that each query sees. Needs
             `kv_segment_ids`.
         scale: factor of the scores; ``D ** -0.5`` by default.
@@ -77,7 +77,7 @@ def decode_attention(
         HFEError: wrong shape, dtype, device or layout, or a gradient would be needed.
         BackendError: the named backend cannot run here, or not in float64.
 
-    Source: split-K decoding follows Flash-Decoding (Dao et al., 2023); ancestor bitmaps are those of Multiverse and
+    Source: splitting the cache follows Flash-Decoding (Dao et al., 2023); the segments are those of Multiverse and
     MedVerse generation; the kernel is our own (`README.md` beside this file).
 
     Example:
@@ -87,9 +87,9 @@ def decode_attention(
         tensor([[2., 3., 4., 5.]])
     """
     _check(q, k, v, kv_len, q_pos, window, kv_segment_ids, segment_visibility)
-    width = q.shape[3]
+    head_dim = q.shape[3]
     if scale is None:
-        scale = width**-0.5
+        scale = head_dim**-0.5
     if select_backend(OP, backend, q.device) == "reference":
         return reference_decode_attention(
             q, k, v, kv_len, q_pos, window, kv_segment_ids, segment_visibility, scale=scale
@@ -114,7 +114,7 @@ def _check(
     kv_segment_ids: Tensor | None,
     segment_visibility: Tensor | None,
 ) -> None:
-    """Refuse what the operation cannot take. Called for every layer of every token, so the usual case is quick."""
+    """Raise HFEError for arguments that the operation does not take. Runs for every layer of every token."""
     tensors = {"q": q, "k": k, "v": v, "q_pos": q_pos}
     if not isinstance(kv_len, int):
         tensors["kv_len"] = kv_len
@@ -126,16 +126,16 @@ def _check(
     check_dtype(OP, "q", q, FLOATS)
     check_rank(OP, "q", q, 4, 4, "[B, Hq, Q, D]")
     check_rank(OP, "k", k, 4, 4, "[B, Hkv, C, D]")
-    batch, heads, queries, width = q.shape
-    kv_heads, columns = k.shape[1:3]
-    check_shape(OP, "k", k, (batch, kv_heads, columns, width), "[B, Hkv, C, D] with the B and D of `q`")
-    check_shape(OP, "v", v, (batch, kv_heads, columns, width), "that of `k`")
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, capacity = k.shape[1:3]
+    check_shape(OP, "k", k, (batch, kv_heads, capacity, head_dim), "[B, Hkv, C, D] with the B and D of `q`")
+    check_shape(OP, "v", v, (batch, kv_heads, capacity, head_dim), "that of `k`")
     if kv_heads == 0 or heads % kv_heads:
         raise HFEError(
             f"{OP}: `q` has {heads} heads and `k` has {kv_heads}", "the number in `q` must be a multiple of that in `k`"
         )
-    if not 0 < width <= MAX_WIDTH:
-        raise HFEError(f"{OP}: the heads are {width} wide", f"1 to {MAX_WIDTH} are supported; use torch's attention")
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise HFEError(f"{OP}: head_dim is {head_dim}", f"1 to {MAX_HEAD_DIM} are supported; use torch's attention")
     for name, value in (("k", k), ("v", v)):
         check_dtype(OP, name, value, (q.dtype,))
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -148,8 +148,8 @@ def _check(
             raise HFEError(
                 f"{OP}: `kv_len` has shape {tuple(kv_len.shape)}", f"its shape must be [B] (here {batch}), [1] or []"
             )
-    elif not 0 <= kv_len <= columns:
-        raise HFEError(f"{OP}: `kv_len` is {kv_len} and the cache has {columns} columns", "pass at most those")
+    elif not 0 <= kv_len <= capacity:
+        raise HFEError(f"{OP}: `kv_len` is {kv_len} and the cache has {capacity} slots", f"pass at most {capacity}")
     if window is not None and window < 1:
         raise HFEError(f"{OP}: `window` is {window}", "pass 1 or more, or None for no window")
     if kv_segment_ids is not None:
@@ -158,7 +158,7 @@ def _check(
     if segment_visibility is not None:
         if kv_segment_ids is None:
             raise HFEError(
-                f"{OP}: `segment_visibility` is given without `kv_segment_ids`", "pass the segment of each column too"
+                f"{OP}: `segment_visibility` is given without `kv_segment_ids`", "pass the segment of each slot too"
             )
         check_dtype(OP, "segment_visibility", segment_visibility, (torch.int64,))
         check_rank(OP, "segment_visibility", segment_visibility, 3, 3, "[B, Q, W] or [1, Q, W]")
@@ -178,7 +178,7 @@ def _check(
 
 
 def _check_rows(op: str, name: str, tensor: Tensor, batch: int, rest: tuple[int, ...] | None, layout: str) -> None:
-    """`tensor` has one row, or one for each batch row; `rest` are its other dimensions, None where they are free."""
+    """`tensor` has one row, or one for each batch row; `rest` are its other dimensions, None for any one dimension."""
     check_rank(op, name, tensor, *((2, 2) if rest is None else (1 + len(rest), 1 + len(rest))), layout)
     if tensor.shape[0] not in (1, batch) or (rest is not None and tensor.shape[1:] != rest):
         raise HFEError(f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its shape must be {layout}")

@@ -10,28 +10,28 @@ from dataclasses import dataclass
 
 import torch
 
-# Programs that a launch aims at for each multiprocessor: all run at once, so that no small wave comes last.
+# Programs per multiprocessor that a launch aims at: all are resident together, so that no small wave comes last.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# More parts than this cost more to merge than they save.
+# More splits than this cost more to combine than they save.
 MAX_SPLITS = 128
-# Multiprocessors assumed where there are none to count: in Triton's interpreter.
+# Multiprocessors assumed on the CPU, in Triton's interpreter.
 NOMINAL_MULTIPROCESSORS = 132
-# float32 values of a merging program's tile, split by head width.
-MERGE_TILE = 4096
+# float32 values of a combining program's tile, [splits, head_dim].
+COMBINE_TILE = 4096
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of one program, in query rows and cache columns, the depth of its pipeline and its warps."""
+    """Tile of one program: BLOCK_M query rows by BLOCK_N cache slots, its pipeline stages and its warps."""
 
-    block_rows: int
-    block_columns: int
+    block_m: int
+    block_n: int
     num_stages: int
     num_warps: int
 
 
-# (padded head width, bytes of an element) -> columns, stages, warps. The K and V tiles of all stages lie in shared
-# memory, of which devices of capability 8.6 allow a program 99 KB: a test holds every configuration to that.
+# (padded head_dim, bytes of an element) -> block_n, stages, warps. The K and V tiles of all stages lie in shared
+# memory, of which devices of capability 8.6 allow a program 99 KB: a test checks every configuration.
 _TILES = {
     (64, 2): (64, 4, 4),
     (128, 2): (64, 3, 4),
@@ -42,28 +42,28 @@ _TILES = {
 }
 
 
-def padded_width(width: int) -> int:
-    """The power of two that a head of `width` is padded to; tensor cores take 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that `head_dim` is padded to; tensor cores take 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def launch_config(rows: int, width: int, element_size: int) -> LaunchConfig:
-    """For `rows` query rows (queries times heads of a group) that share a key-value head of `width`."""
-    padded = padded_width(width)
-    # float32 has no tensor cores, and a wide head leaves no registers for more rows.
+def launch_config(rows: int, head_dim: int, element_size: int) -> LaunchConfig:
+    """For `rows` query rows (queries times heads of a group) that share a key-value head of `head_dim`."""
+    padded = padded_head_dim(head_dim)
+    # float32 has no tensor cores, and a large head_dim leaves no registers for more rows.
     most = 16 if element_size == 4 else 32 if padded > 128 else 64
-    block_rows = min(most, max(16, 1 << (rows - 1).bit_length()))
-    return LaunchConfig(block_rows, *_TILES[max(64, padded), element_size])
+    block_m = min(most, max(16, 1 << (rows - 1).bit_length()))
+    return LaunchConfig(block_m, *_TILES[max(64, padded), element_size])
 
 
-def split_count(programs: int, span: int, block_columns: int, multiprocessors: int) -> int:
-    """Parts that each of `programs` is cut into, so that all together fill the device.
+def split_count(programs: int, span: int, block_n: int, multiprocessors: int) -> int:
+    """Splits of the cache for each of `programs`, so that all together fill the device.
 
-    From shapes alone, so that a captured launch stays right: `span` is the most columns that a query can see. The
-    kernel cuts the columns that there are.
+    From shapes alone, so that a captured launch stays right: `span` is the largest number of slots that a query can
+    see. The kernel divides the slots that are filled.
     """
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs
-    return max(1, min(wanted, -(-span // block_columns), MAX_SPLITS))
+    return max(1, min(wanted, -(-span // block_n), MAX_SPLITS))
 
 
 @functools.cache

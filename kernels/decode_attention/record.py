@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost, KernelRecord, Sample, Tolerance
 from hf_efficient.kernels.decode_attention.api import decode_attention
-from hf_efficient.kernels.decode_attention.configs import MERGE_TILE, launch_config, padded_width
+from hf_efficient.kernels.decode_attention.configs import COMBINE_TILE, launch_config, padded_head_dim
 from hf_efficient.kernels.decode_attention.op import decode_attention_forward
 from hf_efficient.kernels.decode_attention.reference import decode_attention as reference_decode_attention
 from hf_efficient.kernels.decode_attention.reference import visible_slots
@@ -26,25 +26,25 @@ class _Shape:
     heads: int = 2
     kv_heads: int = 1
     queries: int = 1
-    columns: int = 67
-    width: int = 16
+    slots: int = 67
+    head_dim: int = 16
 
 
 def _draw(device: torch.device, dtype: torch.dtype, shape: _Shape) -> Arguments:
-    """A full cache of which each query sees all but the columns of later queries."""
+    """A full cache of which each query sees all but the slots of later queries."""
     # Drawn on the CPU, so that every device sees the same numbers.
     generator = torch.Generator().manual_seed(1)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    cache = (shape.batch, shape.kv_heads, shape.columns, shape.width)
-    last = torch.arange(shape.columns - shape.queries, shape.columns, device=device)
+    cache = (shape.batch, shape.kv_heads, shape.slots, shape.head_dim)
+    last = torch.arange(shape.slots - shape.queries, shape.slots, device=device)
     return {
-        "q": 2 * normal(shape.batch, shape.heads, shape.queries, shape.width),
+        "q": 2 * normal(shape.batch, shape.heads, shape.queries, shape.head_dim),
         "k": normal(*cache),
         "v": normal(*cache),
-        "kv_len": torch.full((shape.batch,), shape.columns, dtype=torch.int32, device=device),
+        "kv_len": torch.full((shape.batch,), shape.slots, dtype=torch.int32, device=device),
         "q_pos": last.expand(shape.batch, -1),
     }
 
@@ -58,9 +58,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     def integers(*values: object, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    def segments(rows: int, columns: int, most: int) -> Tensor:
+    def segments(rows: int, slots: int, most: int) -> Tensor:
         generator = torch.Generator().manual_seed(3)
-        return torch.randint(-1, most, (rows, columns), generator=generator, dtype=torch.int32).to(device)
+        return torch.randint(-1, most, (rows, slots), generator=generator, dtype=torch.int32).to(device)
 
     def bitmaps(*shape: int) -> Tensor:
         bounds = torch.iinfo(torch.int64)
@@ -68,42 +68,40 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         return torch.randint(bounds.min, bounds.max, shape, generator=generator).to(device)
 
     def poisoned(arguments: Arguments, lengths: Tensor) -> Arguments:
-        """Nothing that may not be read is finite. (Infinite, not NaN, so that it can be compared with itself.)"""
+        """What must not be read is infinite. (Not NaN, so that it compares equal to itself.)"""
         k, v = arguments["k"].clone(), arguments["v"].clone()
         for row, length in enumerate(lengths.expand(k.shape[0]).tolist()):
             k[row, :, length:] = v[row, :, length:] = float("inf")
         return {**arguments, "k": k, "v": v, "kv_len": lengths}
 
-    single = _Shape(columns=131, width=64, heads=8, kv_heads=2)
+    single = _Shape(slots=131, head_dim=64, heads=8, kv_heads=2)
     padded = integers(*([-1] * start + [0] * (67 - start) for start in (11, 0)))
-    forest = _Shape(queries=5, columns=97)
+    forest = _Shape(queries=5, slots=97)
     cases = {
         "prime sizes": draw(_Shape(2, 14, 2, 2, 71, 24)),
         "dynamic cache, one length for all": draw(single, kv_len=131),
         "left padding": draw(kv_segment_ids=padded),
         "static cache, lengths of their own": poisoned(
-            draw(_Shape(batch=3, columns=90), q_pos=integers([64], [0], [-1])), integers(65, 1, 0)
+            draw(_Shape(batch=3, slots=90), q_pos=integers([64], [0], [-1])), integers(65, 1, 0)
         ),
         "a length without dimensions": poisoned(draw(q_pos=integers([40])), integers(41)[0]),
         "a group of three, many splits": draw(_Shape(1, 3, 1, 1, 290, 32)),
         "a group of four, two queries": draw(_Shape(heads=4, queries=2), q_pos=integers([60, 50], dtype=torch.int64)),
-        "no group, width 80": draw(_Shape(heads=3, kv_heads=3, width=80)),
-        "an odd width": draw(_Shape(width=7)),
-        "a wide head": draw(_Shape(batch=1, width=256, columns=40)),
+        "no group, head_dim 80": draw(_Shape(heads=3, kv_heads=3, head_dim=80)),
+        "an odd head_dim": draw(_Shape(head_dim=7)),
+        "a wide head": draw(_Shape(batch=1, head_dim=256, slots=40)),
         "64 queries, several tiles": draw(_Shape(1, 3, 1, 64, 70)),
         "window": draw(window=9),
-        "window of one column": draw(window=1),
+        "window of one slot": draw(window=1),
         "window, queries far apart": draw(_Shape(queries=3), window=20, q_pos=integers([66, 30, -1], [5, 0, 21])),
         "holes": draw(_Shape(queries=2), kv_segment_ids=segments(2, 67, 2)),
         "a row of holes": draw(kv_segment_ids=integers([-1] * 67, [0] * 67)),
-        "segments of fewer columns": draw(kv_segment_ids=segments(1, 40, 3), window=50),
-        "segments of more columns": draw(kv_segment_ids=segments(2, 80, 3)),
-        "ancestors in one word": draw(forest, kv_segment_ids=segments(2, 97, 64), segment_visibility=bitmaps(2, 5, 1)),
-        "ancestors in two words": draw(
-            forest, kv_segment_ids=segments(2, 97, 128), segment_visibility=bitmaps(2, 5, 2)
-        ),
-        "ancestors at the edges of a word": draw(
-            _Shape(queries=4, columns=64),
+        "segments of fewer slots": draw(kv_segment_ids=segments(1, 40, 3), window=50),
+        "segments of more slots": draw(kv_segment_ids=segments(2, 80, 3)),
+        "segments in one word": draw(forest, kv_segment_ids=segments(2, 97, 64), segment_visibility=bitmaps(2, 5, 1)),
+        "segments in two words": draw(forest, kv_segment_ids=segments(2, 97, 128), segment_visibility=bitmaps(2, 5, 2)),
+        "segments at the edges of a word": draw(
+            _Shape(queries=4, slots=64),
             kv_segment_ids=integers([0, 1, 62, 63, 64, 65, 127, -1] * 8),
             segment_visibility=integers([[1, 0], [-(2**63), 0], [0, -(2**63) + 1], [2**62, 2]], dtype=torch.int64),
             q_pos=integers([63] * 4),
@@ -114,14 +112,14 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             segment_visibility=integers([[ALL_BITS]] * 5, dtype=torch.int64),
             window=64,
         ),
-        "a query that sees no ancestor": draw(
+        "a query that sees no segment": draw(
             forest,
             kv_segment_ids=segments(2, 97, 3),
             segment_visibility=integers([[0], [1], [2], [4], [0]], dtype=torch.int64),
         ),
         "a scale of its own": draw(scale=0.01),
-        "one column": draw(_Shape(columns=1)),
-        "no column": draw(_Shape(columns=0, queries=0), q_pos=integers([3], [0]), q=draw()["q"]),
+        "one slot": draw(_Shape(slots=1)),
+        "no slot": draw(_Shape(slots=0, queries=0), q_pos=integers([3], [0]), q=draw()["q"]),
         "no query": draw(_Shape(queries=0)),
         "no batch row": draw(_Shape(batch=0)),
     }
@@ -129,7 +127,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         name: value.transpose(1, 2).contiguous().transpose(1, 2) if name in "qkv" else value
         for name, value in draw(single).items()
     }
-    packed = draw(_Shape(batch=4, width=32, columns=68))
+    packed = draw(_Shape(batch=4, head_dim=32, slots=68))
     cases["every other element in memory"] = {
         "q": packed["q"][::2, :, :, 16:],
         "k": packed["k"][::2, :, 1::2, :16],
@@ -170,26 +168,28 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("queries without heads", "`q`", "(2, 1, 16)", "[B, Hq, Q, D]", q=q[:, 0]),
         bad("keys without heads", "`k`", "(2, 67, 16)", "[B, Hkv, C, D]", k=k[:, 0]),
         bad("a cache of fewer rows", "`k`", "(1, 2, 67, 16)", "(2, 2, 67, 16)", k=k[:1]),
-        bad("values of other columns", "`v`", "(2, 2, 66, 16)", "that of `k`", v=v[:, :, 1:]),
+        bad("values of other slots", "`v`", "(2, 2, 66, 16)", "that of `k`", v=v[:, :, 1:]),
         bad("heads that make no groups", "3 heads", "2", "multiple", q=q[:, :3]),
-        bad("heads too wide", "272 wide", "256", q=torch.zeros(2, 4, 1, 272, device=device), k=wide, v=wide),
-        bad("keys with columns in between", "`k`", "stride", "contiguous()", k=torch.cat([k, k], -1)[..., ::2]),
+        bad(
+            "a head_dim too large", "head_dim is 272", "256", q=torch.zeros(2, 4, 1, 272, device=device), k=wide, v=wide
+        ),
+        bad("keys of a strided head_dim", "`k`", "stride", "contiguous()", k=torch.cat([k, k], -1)[..., ::2]),
         bad("positions as floats", "`q_pos`", "float32", "int32, int64", q_pos=q_pos.float()),
         bad("a position too many", "`q_pos`", "(2, 2)", "[B, Q]", q_pos=q_pos.expand(2, 2)),
         bad("positions without rows", "`q_pos`", "(2,)", "[B, Q]", q_pos=q_pos[:, 0]),
         bad("lengths as floats", "`kv_len`", "float32", kv_len=good["kv_len"].float()),
         bad("a length too many", "`kv_len`", "(3,)", "[B] (here 2)", kv_len=seg[0, :3]),
-        bad("more columns than there are", "`kv_len`", "68", "67 columns", kv_len=68),
+        bad("more slots than there are", "`kv_len`", "68", "67 slots", kv_len=68),
         bad("an empty window", "`window` is 0", "None", window=0),
         bad("segments of other rows", "`kv_segment_ids`", "(3, 67)", "[B, L]", kv_segment_ids=seg[:1].expand(3, 67)),
         bad(
-            "ancestors without segments",
+            "visibility without segments",
             "`segment_visibility`",
             "`kv_segment_ids`",
             segment_visibility=segment_visibility,
         ),
         bad(
-            "ancestors in half words",
+            "visibility in half words",
             "`segment_visibility`",
             "int32",
             "int64",
@@ -197,7 +197,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
             segment_visibility=segment_visibility.int(),
         ),
         bad(
-            "ancestors of more queries",
+            "visibility of more queries",
             "`segment_visibility`",
             "(2, 3, 1)",
             "[B, Q, W]",
@@ -213,13 +213,13 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
     """The operator, with arguments as the public function hands them over."""
     lengths = arguments["kv_len"]
-    columns = arguments["k"].shape[2] if isinstance(lengths, Tensor) else lengths
+    max_kv_len = arguments["k"].shape[2] if isinstance(lengths, Tensor) else lengths
     handed = (
         *(arguments[name] for name in ("q", "k", "v")),
         lengths if isinstance(lengths, Tensor) else None,
         arguments["q_pos"],
         *(arguments.get(name) for name in ("kv_segment_ids", "segment_visibility")),
-        columns,
+        max_kv_len,
         arguments.get("window"),
         arguments.get("scale", arguments["q"].shape[3] ** -0.5),
     )
@@ -227,11 +227,11 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Every tile of the table with everything switched on, and plain kernels."""
-    from hf_efficient.kernels.decode_attention.triton_kernels import attend_kernel, merge_kernel
+    """Every tile of the table with every optional argument, and plain kernels."""
+    from hf_efficient.kernels.decode_attention.triton_kernels import combine_kernel, split_kv_kernel
 
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
-    names = attend_kernel.arg_names
+    names = split_kv_kernel.arg_names
     rows = ("out", "partial", "q", "k", "v")
     optional = {
         "kv_len": "*i64",
@@ -242,25 +242,25 @@ def compilations(capability: int) -> Iterator[Compilation]:
     }
     cases = (
         # Tiles of 16 rows and the largest; those of 32 need less than these.
-        *(("bf16", width, 4, queries, True) for width in (64, 256) for queries in (1, 64)),
+        *(("bf16", head_dim, 4, queries, True) for head_dim in (64, 256) for queries in (1, 64)),
         ("bf16", 128, 4, 64, True),
         ("fp16", 80, 7, 1, True),
-        *(("fp32", width, 4, 1, True) for width in (64, 128, 256)),
+        *(("fp32", head_dim, 4, 1, True) for head_dim in (64, 128, 256)),
         ("bf16", 64, 4, 1, False),
     )
-    # All devices have the tiles of 8.6, whose programs have least shared memory; elsewhere two stand for all.
-    for element, width, group, queries, everything in cases if capability in (86, 90) else (cases[1], cases[-1]):
-        config = launch_config(queries * group, width, sizes[element])
+    # All devices share the tiles of 8.6, which has the least shared memory a program; two cases do for the others.
+    for element, head_dim, group, queries, everything in cases if capability in (86, 90) else (cases[1], cases[-1]):
+        config = launch_config(queries * group, head_dim, sizes[element])
         rest = {"kv_len": "*i64"} if not everything else optional
         constants = {
             "GROUP": group,
-            "WIDTH": width,
-            "BLOCK_ROWS": config.block_rows,
-            "BLOCK_COLUMNS": config.block_columns,
-            "BLOCK_WIDTH": padded_width(width),
+            "HEAD_DIM": head_dim,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": padded_head_dim(head_dim),
             "WORDS": 2 if everything else 0,
             "WORDS_PADDED": 2 if everything else 1,
-            "DIRECT": not everything,
+            "SINGLE_SPLIT": not everything,
             "OVERLAP": everything and capability >= 90,
         }
         absent = {name: None for name in optional if name not in rest}
@@ -268,27 +268,27 @@ def compilations(capability: int) -> Iterator[Compilation]:
             **{name: "i32" for name in names if name not in constants and name not in optional},
             **dict.fromkeys(("out", "q", "k", "v"), f"*{element}"),
             "q_pos": "*i64",
-            "score_scale": "fp32",
+            "qk_scale": "fp32",
             **rest,
         }
         yield Compilation(
-            label=f"attend {element} width {width}, {config.block_rows} rows, {'all' if everything else 'nothing'} on",
-            kernel=attend_kernel,
+            label=f"split {element} head_dim {head_dim}, {config.block_m} rows, {'all' if everything else 'none'} on",
+            kernel=split_kv_kernel,
             types={name: types[name] for name in names if name in types},
             constants={**constants, **absent},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             aligned=tuple(name for name in types if name.startswith(("q_s", "k_s", "v_s")) or name in rows),
         )
-    for element, width in (("bf16", 64), ("fp32", 256)):
+    for element, head_dim in (("bf16", 64), ("fp32", 256)):
         yield Compilation(
-            label=f"merge {element} width {width}",
-            kernel=merge_kernel,
+            label=f"combine {element} head_dim {head_dim}",
+            kernel=combine_kernel,
             types={"out": f"*{element}", "partial": "*fp32", "splits": "i32"},
             constants={
-                "WIDTH": width,
-                "BLOCK_SPLITS": MERGE_TILE // padded_width(width),
-                "BLOCK_WIDTH": padded_width(width),
+                "HEAD_DIM": head_dim,
+                "BLOCK_SPLITS": COMBINE_TILE // padded_head_dim(head_dim),
+                "BLOCK_D": padded_head_dim(head_dim),
                 "OVERLAP": capability >= 90,
             },
             num_warps=4,
@@ -297,7 +297,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 
 
 def _seen(arguments: Arguments) -> Tensor:
-    """bool [B, Q, C]: which column each query sees."""
+    """bool [B, Q, C]: which slots each query sees."""
     q, k = arguments["q"], arguments["k"]
     others = {name: arguments.get(name) for name in ("window", "kv_segment_ids", "segment_visibility")}
     seen = visible_slots(k.shape[2], arguments["kv_len"], arguments["q_pos"], **others)
@@ -305,13 +305,13 @@ def _seen(arguments: Arguments) -> Tensor:
 
 
 def forward_cost(arguments: Arguments) -> Cost:
-    """K and V of every column that some query sees, once for all heads of a group; queries and output."""
+    """K and V of every slot that some query sees, once for all heads of a group; queries and output."""
     q, k = arguments["q"], arguments["k"]
     seen = _seen(arguments)
-    columns, pairs = int(seen.any(1).sum()), int(seen.sum())
-    heads, width = q.shape[1], q.shape[3]
-    moved = (2 * columns * k.shape[1] * width + 2 * q.numel()) * q.element_size()
-    return Cost(bytes=moved, flops=4 * pairs * heads * width)
+    slots, pairs = int(seen.any(1).sum()), int(seen.sum())
+    heads, head_dim = q.shape[1], q.shape[3]
+    moved = (2 * slots * k.shape[1] * head_dim + 2 * q.numel()) * q.element_size()
+    return Cost(bytes=moved, flops=4 * pairs * heads * head_dim)
 
 
 def sdpa(
@@ -336,7 +336,7 @@ RECORD = KernelRecord(
     reference=reference_decode_attention,
     samples=samples,
     bad_inputs=bad_inputs,
-    # Half precision: the weights are rounded, and the result, 2^-9 and 2^-12 at most each.
+    # Half precision: the softmax is rounded, and the result, 2^-9 and 2^-12 at most each.
     tolerances={
         torch.float32: Tolerance(3e-6, 0.0),
         torch.float16: Tolerance(5e-4, 0.0),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_efficient.kernels.decode_attention.configs import padded_width
+from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 
 HOPPER = (9, 0)
 
@@ -62,7 +62,7 @@ _OTHERS = {
 
 def launch_config(kernel: str, width: int, element_size: int, capability: tuple[int, int]) -> LaunchConfig:
     """For one of the kernels `forward`, `query_gradient` and `key_gradient`, and heads of `width`."""
-    key = kernel, max(64, padded_width(width)), element_size
+    key = kernel, max(64, padded_head_dim(width)), element_size
     return _HOPPER.get(key, _OTHERS[key]) if capability == HOPPER else _OTHERS[key]
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost, KernelRecord, Sample, Tolerance
-from hf_efficient.kernels.decode_attention.configs import padded_width
+from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.topology_attention.api import topology_attention
 from hf_efficient.kernels.topology_attention.configs import launch_config
 from hf_efficient.kernels.topology_attention.op import topology_attention_backward, topology_attention_forward
@@ -194,7 +194,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
     for name, (kernel, by_queries) in kernels.items():
         for element, width, words in cases:
             config = launch_config(name, width, 4 if element == "fp32" else 2, divmod(capability, 10))
-            padded = padded_width(width)
+            padded = padded_head_dim(width)
             described = config.descriptors and (element, width, words) != odd
             constants = {
                 "GROUP": 4,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_efficient.kernels.decode_attention.configs import padded_width
+from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
 
@@ -244,7 +244,7 @@ def shared_launch(
         "GROUP": tiled[0].shape[1] // tiled[1].shape[1],
         "WIDTH": width,
         "WORDS": segment_visibility.shape[2],
-        "BLOCK_WIDTH": padded_width(width),
+        "BLOCK_WIDTH": padded_head_dim(width),
         "BLOCK_QUERIES": config.block_queries,
         "BLOCK_KEYS": config.block_keys,
         "BLOCK": BLOCK,

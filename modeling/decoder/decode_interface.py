@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from hf_efficient.errors import HFEError
-from hf_efficient.kernels.decode_attention.api import MAX_WIDTH, decode_attention
+from hf_efficient.kernels.decode_attention.api import MAX_HEAD_DIM, decode_attention
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.namespace import NS
 
@@ -146,7 +146,7 @@ def decode_mask(
         # A caller that wants a mask in any case says no here; but so does every static cache, for single tokens.
         or not (allow_is_causal_skip or q_length == 1)
         or torch.compiler.is_compiling()
-        or head_dim > MAX_WIDTH
+        or head_dim > MAX_HEAD_DIM
         or select_backend("decode_attention", None, torch.device(device)) != "triton"
     ):
         return transformers_mask(allow_is_causal_skip=allow_is_causal_skip)
@@ -219,7 +219,7 @@ def decode_attention_forward(
         return _attend_prompt(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     # Some models have values narrower than keys, and heads wider than their configuration says.
-    if dropout or has_gradient or key.shape != value.shape or key.shape[3] > MAX_WIDTH:
+    if dropout or has_gradient or key.shape != value.shape or key.shape[3] > MAX_HEAD_DIM:
         visible = _unpack(attention_mask, queries, key.shape[2], sliding_window)
         return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling)
 

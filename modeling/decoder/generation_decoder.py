@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_efficient.environment import check_data, triton_interpreted
 from hf_efficient.errors import HFEError
-from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
+from hf_efficient.kernels.decode_attention.api import MAX_HEAD_DIM
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument, cache_of_arguments, rename_cache
@@ -98,7 +98,7 @@ class CapturedGeneration:
             "the configuration disables compilation": bool(generation_config.disable_compile),
             f"the attention implementation is {config._attn_implementation}": config._attn_implementation
             not in self.captured_attention,
-            "heads are wider than the kernel takes": config.head_dim > MAX_WIDTH,
+            "heads are wider than the kernel takes": config.head_dim > MAX_HEAD_DIM,
             "the rotary frequencies depend on the length": length_dependent_rope(config.rope_parameters) is not None,
             "HFE_CHECK asks for checks that wait for the device": check_data(),
             # As prefix and prompt tuning do.

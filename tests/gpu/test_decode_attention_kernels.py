@@ -1,4 +1,4 @@
-"""What is particular to the kernels of decode_attention: what they may not read, splitting, growing caches."""
+"""The kernels of decode_attention: what they must not read, splitting, growing caches."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ NAN = float("nan")
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v for the sizes batch, heads, kv_heads, queries, columns, width."""
-    batch, heads, kv_heads, queries, columns, width = sizes
+    """q, k, v for the sizes batch, heads, kv_heads, queries, slots, head_dim."""
+    batch, heads, kv_heads, queries, slots, head_dim = sizes
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
 
-    cache = (batch, kv_heads, columns, width)
-    return normal(batch, heads, queries, width), normal(*cache), normal(*cache)
+    cache = (batch, kv_heads, slots, head_dim)
+    return normal(batch, heads, queries, head_dim), normal(*cache), normal(*cache)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, q_pos: Tensor, splits: int) -> Tensor:
-    """[B, Q, Hq, D] in as many parts as given."""
+    """[B, Q, Hq, D], computed in `splits` splits."""
     from hf_efficient.kernels.decode_attention.triton_kernels import launch
 
     return launch(q, k, v, kv_len, q_pos, None, None, k.shape[2], None, q.shape[3] ** -0.5, splits=splits)
 
 
-def test_decode_attention_reads_nothing_that_is_not_there(device: torch.device, poisoned: None) -> None:
-    """Columns past the length, before the window and after the last query hold NaN, and so does what lies around."""
+def test_decode_attention_reads_only_visible_slots(device: torch.device, poisoned: None) -> None:
+    """Slots past the length, before the window and after the last query hold NaN, and so does the memory around."""
     q, k, v = _draw(device, torch.float32, 2, 4, 2, 2, 80, 24)
     kv_len = torch.tensor([70, 9], device=device)
     q_pos = torch.tensor([[65, 60], [30, -1]], device=device)
@@ -43,7 +43,7 @@ def test_decode_attention_reads_nothing_that_is_not_there(device: torch.device, 
         view[0, :, 41:66] = clean[0, :, 41:66]
         view[1, :, :9] = clean[1, :, :9]
         view[1, :, 9:] = NAN
-    # The second row's first query stands past the end of its cache: it sees what its window leaves, which is nothing.
+    # The second row's first query lies past the end of its cache, and its window covers no filled slot.
     views[0][1, :, :9] = views[1][1, :, :9] = NAN
     out = decode_attention(q, *views, kv_len, q_pos, 20, backend="triton")
     assert out[1].eq(0).all()
@@ -51,7 +51,7 @@ def test_decode_attention_reads_nothing_that_is_not_there(device: torch.device, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_decode_attention_lets_no_hole_through(dtype: torch.dtype, device: torch.device) -> None:
+def test_nan_in_holes_does_not_reach_the_output_of_decode_attention(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = _draw(device, dtype, 1, 4, 2, 1, 150, 16)
     kv_segment_ids = torch.zeros(1, 150, dtype=torch.int32, device=device)
     kv_segment_ids[:, :70] = kv_segment_ids[:, 100:103] = -1
@@ -62,8 +62,8 @@ def test_decode_attention_lets_no_hole_through(dtype: torch.dtype, device: torch
     assert torch.equal(decode_attention(q, k, v, 150, q_pos, kv_segment_ids=kv_segment_ids, backend="triton"), clean)
 
 
-def test_decode_attention_is_the_same_in_any_number_of_parts(device: torch.device, poisoned: None) -> None:
-    """Also in more parts than there are blocks, of which some have nothing to do."""
+def test_decode_attention_is_the_same_in_any_number_of_splits(device: torch.device, poisoned: None) -> None:
+    """Also in more splits than there are blocks, of which some are empty."""
     q, k, v = _draw(device, torch.float32, 2, 2, 1, 2, 200, 16)
     kv_len = torch.tensor([193, 3], device=device)
     q_pos = torch.tensor([[192, 100], [2, -1]], device=device)
@@ -73,7 +73,7 @@ def test_decode_attention_is_the_same_in_any_number_of_parts(device: torch.devic
 
 
 def test_decode_attention_does_not_depend_on_the_capacity(device: torch.device) -> None:
-    """Bit for bit, in one number of parts: they are cut from the columns that there are."""
+    """Bit for bit, for one number of splits: they divide the filled slots, not the capacity."""
     q, k, v = _draw(device, torch.float32, 1, 2, 1, 1, 100, 16)
     larger = [torch.cat([x, torch.full_like(x, NAN)], dim=2) for x in (k, v)]
     kv_len = torch.tensor([100], device=device)
@@ -82,7 +82,7 @@ def test_decode_attention_does_not_depend_on_the_capacity(device: torch.device) 
 
 
 def test_decode_attention_keeps_large_scores_apart(device: torch.device) -> None:
-    """Scores of ±1000 in different parts: no exponential overflows, none of the small ones counts."""
+    """Scores of ±1000 in different splits: no exponential overflows, and the small ones vanish."""
     q = torch.full((1, 1, 1, 16), 10.0, device=device)
     k = torch.full((1, 1, 200, 16), -25.0, device=device)
     k[:, :, 77] = 25.0
@@ -94,12 +94,12 @@ def test_decode_attention_keeps_large_scores_apart(device: torch.device) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("width", "group", "queries"), [(64, 4, 1), (128, 7, 1), (80, 3, 5), (256, 8, 16), (64, 4, 64)]
+    ("head_dim", "group", "queries"), [(64, 4, 1), (128, 7, 1), (80, 3, 5), (256, 8, 16), (64, 4, 64)]
 )
 def test_decode_attention_at_the_sizes_of_models(
-    dtype: torch.dtype, width: int, group: int, queries: int, device: torch.device
+    dtype: torch.dtype, head_dim: int, group: int, queries: int, device: torch.device
 ) -> None:
-    q, k, v = _draw(device, dtype, 3, 2 * group, 2, queries, 2500, width)
+    q, k, v = _draw(device, dtype, 3, 2 * group, 2, queries, 2500, head_dim)
     kv_len = torch.tensor([2500, 1, 1313], device=device)
     q_pos = kv_len[:, None] - torch.arange(queries, device=device)[None, :] - 1
     expected = decode_attention(q.double(), k.double(), v.double(), kv_len, q_pos, backend="reference")
@@ -129,8 +129,8 @@ def test_decode_attention_follows_a_growing_cache_through_a_captured_graph(devic
 
 
 @pytest.mark.gpu
-def test_decode_attention_on_two_streams_at_once(device: torch.device) -> None:
-    """Nothing is shared between calls: what runs beside a call does not change it."""
+def test_decode_attention_on_two_streams_concurrently(device: torch.device) -> None:
+    """Calls share no state, so concurrent ones do not change each other."""
     calls = []
     for length in (4000, 8192):
         q, k, v = _draw(device, torch.bfloat16, 1, 8, 2, 1, length, 64)
@@ -150,24 +150,24 @@ def test_decode_attention_on_two_streams_at_once(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["heads first", "columns first"])
+@pytest.mark.parametrize("layout", ["heads first", "slots first"])
 def test_decode_attention_addresses_more_than_2_to_the_31_elements(layout: str, device: torch.device) -> None:
-    """The last columns of a cache of 2^31 + 2^17 elements, under a window that leaves few to compare."""
-    columns, kv_heads, width, window = 2**21 + 2**7, 8, 128, 300
-    shape = (1, kv_heads, columns, width) if layout == "heads first" else (1, columns, kv_heads, width)
+    """The last slots of a cache of 2^31 + 2^17 elements, under a window that leaves few to compare."""
+    slots, kv_heads, head_dim, window = 2**21 + 2**7, 8, 128, 300
+    shape = (1, kv_heads, slots, head_dim) if layout == "heads first" else (1, slots, kv_heads, head_dim)
     k, v = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
-    if layout == "columns first":
+    if layout == "slots first":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     assert k.numel() > 2**31
-    q = torch.randn(1, 16, 1, width, dtype=torch.bfloat16, device=device)
-    out = decode_attention(q, k, v, columns, torch.tensor([[columns - 1]], device=device), window)
+    q = torch.randn(1, 16, 1, head_dim, dtype=torch.bfloat16, device=device)
+    out = decode_attention(q, k, v, slots, torch.tensor([[slots - 1]], device=device), window)
     last = [x[:, :, -window:].double() for x in (k, v)]
     q_pos = torch.tensor([[window - 1]], device=device)
     assert relative_error(out, decode_attention(q.double(), *last, window, q_pos, backend="reference")) < 4e-3
 
 
 @pytest.mark.gpu
-def test_decode_attention_compiles_nothing_anew_as_a_cache_grows(
+def test_decode_attention_does_not_recompile_as_a_cache_grows(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton import knobs
@@ -186,8 +186,8 @@ def test_decode_attention_compiles_nothing_anew_as_a_cache_grows(
         q_pos = torch.tensor([[length - 1]], device=device)
         decode_attention(q, *grown, length, q_pos, kv_segment_ids=kv_segment_ids[:, :length].contiguous())
 
-    attend(10)  # one part
-    attend(200)  # several parts
+    attend(10)  # one split
+    attend(200)  # several splits
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
     for length in (11, 64, 65, 129, 333, 512, 1024, 1025, 1100):
         attend(length)

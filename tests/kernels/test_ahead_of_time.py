@@ -97,7 +97,7 @@ def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
 
     checked = 0
     for compilation in RECORD.compilations(90):
-        if compilation.label.startswith("attend bf16 width 64") and "nothing on" in compilation.label:
+        if compilation.label.startswith("split bf16 head_dim 64") and "none on" in compilation.label:
             ptx = compile_ahead(compilation, 90).asm["ptx"]
             copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x\w+|\d+), ", ptx)
             assert copies and {int(size, 0) for size in copies} == {16}, compilation.label

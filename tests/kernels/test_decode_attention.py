@@ -9,22 +9,22 @@ import torch
 from torch.nn import functional as F
 
 from hf_efficient.kernels.decode_attention.api import decode_attention
-from hf_efficient.kernels.decode_attention.configs import launch_config, padded_width, split_count
+from hf_efficient.kernels.decode_attention.configs import launch_config, padded_head_dim, split_count
 from hf_efficient.kernels.decode_attention.record import RECORD
 
 DOUBLE = torch.float64
 
 
-def _draw(batch: int, heads: int, kv_heads: int, queries: int, columns: int, width: int) -> tuple[torch.Tensor, ...]:
-    cache = (batch, kv_heads, columns, width)
-    q = torch.randn(batch, heads, queries, width, dtype=DOUBLE)
+def _draw(batch: int, heads: int, kv_heads: int, queries: int, slots: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    cache = (batch, kv_heads, slots, head_dim)
+    q = torch.randn(batch, heads, queries, head_dim, dtype=DOUBLE)
     return q, torch.randn(cache, dtype=DOUBLE), torch.randn(cache, dtype=DOUBLE)
 
 
-def test_it_is_the_formula_column_by_column() -> None:
-    """All rules of visibility at once, each written as the sentence that states it."""
-    batch, heads, kv_heads, queries, columns, width, window = 2, 4, 2, 3, 9, 5, 6
-    q, k, v = _draw(batch, heads, kv_heads, queries, columns, width)
+def test_it_is_the_formula_slot_by_slot() -> None:
+    """All visibility rules together, each written as the documentation states it."""
+    batch, heads, kv_heads, queries, slots, head_dim, window = 2, 4, 2, 3, 9, 5, 6
+    q, k, v = _draw(batch, heads, kv_heads, queries, slots, head_dim)
     kv_len = torch.tensor([8, 5])
     q_pos = torch.tensor([[7, 3, -1], [4, 8, 0]])
     kv_segment_ids = torch.tensor([[0, 0, 1, 63, 64, 2, 2, 64, 0], [5, -1, 70, 5, 0, 1, 1, 1, 1]], dtype=torch.int32)
@@ -40,7 +40,7 @@ def test_it_is_the_formula_column_by_column() -> None:
             here = q_pos[b, i].item()
             visible = [
                 j
-                for j in range(columns)
+                for j in range(slots)
                 if j < kv_len[b]
                 and here - window < j <= here
                 and kv_segment_ids[b, j] >= 0
@@ -48,8 +48,8 @@ def test_it_is_the_formula_column_by_column() -> None:
             ]
             for h in range(heads):
                 g = h // (heads // kv_heads)
-                weights = [math.exp(sum((q[b, h, i] * k[b, g, j]).tolist()) / math.sqrt(width)) for j in visible]
-                for d in range(width):
+                weights = [math.exp(sum((q[b, h, i] * k[b, g, j]).tolist()) / math.sqrt(head_dim)) for j in visible]
+                for d in range(head_dim):
                     total = sum(w * v[b, g, j, d].item() for w, j in zip(weights, visible, strict=True))
                     assert out[b, h, i, d].item() == pytest.approx(total / sum(weights) if visible else 0.0, rel=1e-12)
 
@@ -77,8 +77,8 @@ def test_left_padding_is_a_shorter_cache() -> None:
     torch.testing.assert_close(padded, shorter, rtol=1e-12, atol=1e-14)
 
 
-def test_branches_in_one_cache_are_the_sequences_they_stand_for() -> None:
-    """A trunk, two branches whose columns alternate, and a join: each query as if its own past were all there is."""
+def test_branches_in_one_cache_equal_separate_sequences() -> None:
+    """A trunk, two branches whose slots alternate, and a join: each query as if its own past were the whole cache."""
     q, k, v = _draw(1, 4, 2, 3, 12, 8)
     kv_segment_ids = torch.tensor([[0, 0, 0, 1, 2, 1, 2, 1, -1, 2, 3, 3]], dtype=torch.int32)
     q_pos = torch.tensor([[7, 9, 11]])
@@ -93,7 +93,7 @@ def test_branches_in_one_cache_are_the_sequences_they_stand_for() -> None:
         torch.testing.assert_close(together[:, :, i : i + 1], alone, rtol=1e-12, atol=1e-14)
 
 
-def test_what_nobody_sees_may_hold_anything() -> None:
+def test_slots_that_no_query_sees_may_hold_anything() -> None:
     q, k, v = _draw(2, 4, 2, 2, 10, 8)
     arguments = {
         "kv_len": torch.tensor([7, 5]),
@@ -101,8 +101,8 @@ def test_what_nobody_sees_may_hold_anything() -> None:
         "kv_segment_ids": torch.tensor([[-1, 0, 0, -1, 0, 0, 0, 0, 0, 0], [0] * 10], dtype=torch.int32),
     }
     clean = decode_attention(q, k, v, **arguments)
-    for row, columns in enumerate(([0, 3, 7, 8, 9], [5, 6, 7, 8, 9])):
-        k[row, :, columns] = v[row, :, columns] = float("nan")
+    for row, slots in enumerate(([0, 3, 7, 8, 9], [5, 6, 7, 8, 9])):
+        k[row, :, slots] = v[row, :, slots] = float("nan")
     assert torch.equal(decode_attention(q, k, v, **arguments), clean)
     assert clean[1, :, 1].eq(0).all(), "a query that sees nothing gets zeros"
 
@@ -126,32 +126,32 @@ def test_the_result_lies_as_an_output_projection_reads_it() -> None:
 def test_the_byte_model_counts_the_live_columns_once_for_all_heads_and_queries() -> None:
     arguments = RECORD.samples(torch.device("cpu"), torch.float16)[0].arguments
     q, k = arguments["q"], arguments["k"]
-    batch, heads, queries, width = q.shape
+    batch, heads, queries, head_dim = q.shape
     live = {
         **arguments,
         "kv_len": torch.tensor([40, 7]),
         "q_pos": torch.tensor([[39, 38], [6, 6]]),
         "window": 10,
     }
-    columns = 11 + 7
+    slots = 11 + 7
     cost = RECORD.forward_cost(live)
-    assert cost.bytes == 2 * (2 * columns * k.shape[1] * width + 2 * batch * heads * queries * width)
-    assert cost.flops == 4 * heads * width * (10 + 10 + 7 + 7)
+    assert cost.bytes == 2 * (2 * slots * k.shape[1] * head_dim + 2 * batch * heads * queries * head_dim)
+    assert cost.flops == 4 * heads * head_dim * (10 + 10 + 7 + 7)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
-def test_every_width_and_number_of_rows_has_a_tile(element_size: int) -> None:
-    for width in range(1, 257):
+def test_every_head_dim_and_number_of_rows_has_a_tile(element_size: int) -> None:
+    for head_dim in range(1, 257):
         for rows in (1, 16, 17, 64, 65, 512):
-            config = launch_config(rows, width, element_size)
-            assert config.block_rows in (16, 32, 64)
-            assert config.block_columns >= 16, "the least depth of a product on tensor cores"
-            assert padded_width(width) >= width
+            config = launch_config(rows, head_dim, element_size)
+            assert config.block_m in (16, 32, 64)
+            assert config.block_n >= 16, "the least depth of a product on tensor cores"
+            assert padded_head_dim(head_dim) >= head_dim
 
 
 def test_the_device_is_filled_and_not_overfilled() -> None:
     filled = [split_count(batch * 8, 32768, 64, 132) * batch * 8 for batch in (1, 2, 4, 8, 16, 32, 64)]
     assert all(200 <= programs <= 264 for programs in filled[:-1])
     assert filled[-1] == 512, "a batch that fills it alone is not split"
-    assert split_count(1, 130, 64, 132) == 3, "no more parts than blocks"
+    assert split_count(1, 130, 64, 132) == 3, "no more splits than blocks"
     assert split_count(8, 0, 64, 132) == 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError
-from hf_efficient.kernels.decode_attention.api import MAX_WIDTH
+from hf_efficient.kernels.decode_attention.api import MAX_HEAD_DIM
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
@@ -432,7 +432,7 @@ def capture_obstacle(model: Any) -> str:
         or select_backend("decode_attention", None, model.device) != "triton",
         "the model is not of this package": not getattr(model, "supports_topology", False),
         "another attention implementation is set": model.config._attn_implementation != TOPOLOGY_ATTENTION,
-        "heads are wider than the kernel takes": (getattr(model.config, "head_dim", None) or 0) > MAX_WIDTH,
+        "heads are wider than the kernel takes": (getattr(model.config, "head_dim", None) or 0) > MAX_HEAD_DIM,
         "HFE_CHECK asks for checks that wait for the device": check_data(),
         "gradients or autocast are on": torch.is_grad_enabled()
         or torch.is_autocast_enabled(execution_device(model).type),
