@@ -28,7 +28,7 @@ from hf_efficient.conversion.bhyt.fits import (
     mean_square,
     replaced,
 )
-from hf_efficient.conversion.measuring.calibration import Calibration, prepared
+from hf_efficient.conversion.measuring.calibration import Calibration, required_calibration
 from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
@@ -149,7 +149,7 @@ class Bhyt:
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
-            self._misses = _line_misses(prepared(calibration))
+            self._misses = _line_misses(required_calibration(calibration))
             exact = [i for i, miss in self._misses.items() if i in _ALWAYS_EXACT or miss > _LARGEST_MISS]
         if not self.needs_calibration:
             u = self._lambda(config) / self.kappa * math.sqrt(config.hidden_size)
@@ -199,7 +199,7 @@ class Bhyt:
         # As the checkpoint stores it: the gains must go with that.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
-            yield from self._fitted(config, prepared(calibration), lam)
+            yield from self._fitted(config, required_calibration(calibration), lam)
         else:
             for prefix, _ in _sites(config):
                 yield f"{prefix}.out_scale", self._plain_gain(config, lam)

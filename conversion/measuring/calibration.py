@@ -121,8 +121,8 @@ def prepare_calibration(
     )
 
 
-def prepared(calibration: Calibration | None) -> Calibration:
-    """`calibration`, of a patch that measures the source on text and therefore was given one."""
+def required_calibration(calibration: Calibration | None) -> Calibration:
+    """`calibration`; `UsageError` if a patch that measures the source on text was called without one."""
     if calibration is None:
         raise UsageError("the patch measures the source model on text, and no calibration was prepared")
     return calibration

@@ -47,7 +47,7 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
         # transformers sets every key as an attribute, so such a key would change how the others are read.
         part = inspect.getattr_static(config_class, name, None)
         if name not in known and name != "model_type" and part is not None and not isinstance(part, property):
-            raise HFEError(f"config.json has the key {name!r}, which is no field of a configuration", _REMEDY)
+            raise HFEError(f"config.json has the key {name!r}, which is not a field of a configuration", _REMEDY)
         if name in _COUNTS and value is not None and not is_whole(value, int(name not in _MAY_BE_ZERO), _COUNTS[name]):
             raise _wrong(name, value, f"a whole number from 1 to {_COUNTS[name]}")
         if name in _NUMBERS and value is not None and not _is_number(value, _NUMBERS[name]):
@@ -59,7 +59,10 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
         if name in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
             raise _wrong(name, value, "a dtype such as float32 or bfloat16")
     if kept.get("per_layer_config"):
-        raise HFEError("config.json has a per_layer_config; a conversion takes models of equal layers", _REMEDY)
+        raise HFEError(
+            "config.json has a per_layer_config; all layers must have one configuration",
+            _REMEDY,
+        )
     return kept
 
 

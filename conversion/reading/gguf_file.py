@@ -182,7 +182,7 @@ class _Header:
     def damaged(self, what: str) -> HFEError:
         """The error for a header that has `what` at the current position."""
         return HFEError(
-            f"{self._path.name} breaks off or is damaged at byte {self.position} of its header: it has {what}",
+            f"{self._path.name} is truncated or damaged at byte {self.position} of its header: it has {what}",
             "download or copy it again",
         )
 

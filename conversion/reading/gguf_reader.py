@@ -137,11 +137,11 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
         if isinstance(fields[field], list):
             raise HFEError(
                 f"{file.path.name} has a {architecture}.{key} for each layer; a conversion takes one for all",
-                "choose a model whose layers are alike",
+                "choose a model whose layers are all the same",
             )
         if isinstance(fields[field], bool) or not isinstance(fields[field], int | float):
             raise HFEError(
-                f"{file.path.name} has {architecture}.{key} {str(fields[field])[:80]!r}, which is no number",
+                f"{file.path.name} has {architecture}.{key} {str(fields[field])[:80]!r}, which is not a number",
                 "write the file again",
             )
     fields["head_dim"] = value("attention.key_length") or value("rope.dimension_count")
@@ -228,7 +228,7 @@ def _check_head_dim(file: GGUFFile, architecture: str, fields: dict[str, Any]) -
         if width not in (None, expected):
             raise HFEError(
                 f"{file.path.name} has {architecture}.{key} {width} where heads are {expected} wide; a conversion "
-                "takes heads of one width that turn as a whole",
+                "takes one head_dim for all heads, rotated as a whole",
                 "choose a model of another architecture",
             )
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.measuring.calibration import Calibration, prepared
+from hf_efficient.conversion.measuring.calibration import Calibration, required_calibration
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import Bucket, occurrences
 from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
@@ -169,7 +169,7 @@ class Stem:
                 get_logger().warning("STEM in layer 0: its rows are needed at once, so they cannot be fetched ahead")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        layers = self._choose(prepared(calibration)) if self.measures_choice else self.layers
+        layers = self._choose(required_calibration(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
@@ -192,7 +192,7 @@ class Stem:
         return changes
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        calibration = prepared(calibration)
+        calibration = required_calibration(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
         fit, held_out = run.batches

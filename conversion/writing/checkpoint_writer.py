@@ -1,4 +1,4 @@
-"""The weights of a conversion: from the source's files to the result's shards, one tensor at a time."""
+"""Writing the weights of a conversion, one tensor at a time, from the source's files to the result's shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_efficient.conversion.writing.workspace import Workspace
 
 
 class CheckpointWriter:
-    """Takes the tensors of a plan in its order and puts them into shards; finished shards of an earlier run stay."""
+    """Writes the tensors of a plan, in its order, into shards; shards that an earlier run finished are kept."""
 
     def __init__(self, plan: ConversionPlan, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -28,13 +28,13 @@ class CheckpointWriter:
         self._finished = {shard.name for shard in plan.shards if workspace.finished_shard(shard.name)}
         self._open: ShardWriter | None = None
 
-    def wants(self, name: str) -> bool:
-        """False when the tensor lies in a finished shard."""
+    def needs(self, name: str) -> bool:
+        """False if the tensor is in a finished shard."""
         return self._shard_of[name].name not in self._finished
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Write the next tensor; one that is not wanted is ignored."""
-        if not self.wants(name):
+        """Write the next tensor, unless it is in a finished shard. `known_finite`: see `ShardWriter.add`."""
+        if not self.needs(name):
             return
         shard = self._shard_of[name]
         if self._open is None:
@@ -46,7 +46,7 @@ class CheckpointWriter:
             self._open = None
 
     def close(self) -> None:
-        """Let go of the shard that is being written; without this, all of it is there already."""
+        """Close the shard that is being written, if there is one, without finishing it."""
         if self._open is not None:
             self._open.abandon()
 
@@ -64,6 +64,10 @@ def write_weights(
 
     `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace under
     `patch:NAME`. Where `vocabulary` adds tokens, every tensor with a row for each token gets their rows.
+
+    Raises:
+        HFEError: a tensor cannot be read or holds NaN or infinity, or the tensors of a patch differ from its plan.
+        DiskFullError: the disk is full.
     """
     writer = CheckpointWriter(plan, workspace)
     by_token = vocabulary.token_tensors(plan.config) if vocabulary else set()
@@ -73,7 +77,7 @@ def write_weights(
         with progress.stage("computing"):
             for patch in patches:
                 key = f"patch:{patch.name}"
-                if workspace.result(key) is not None and not any(map(writer.wants, plan.computed[patch.name])):
+                if workspace.result(key) is not None and not any(map(writer.needs, plan.computed[patch.name])):
                     continue
                 text = calibration() if patch.needs_calibration else None
                 for name, tensor in patch.tensors(plan.config, text):
@@ -96,7 +100,7 @@ def _copy(
     sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:
-        if writer.wants(name):
+        if writer.needs(name):
             if vocabulary is not None and name in by_token:
                 tensor = vocabulary.read(source.reader, name)
             else:

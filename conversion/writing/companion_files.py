@@ -1,4 +1,4 @@
-"""The files beside the weights that make a checkpoint usable: tokenizer, generation settings, licence."""
+"""The files of a checkpoint beside its weights: tokenizer, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ TOKENIZER_FILES = (
     *("chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-# The name of a text: a source's LICENSE.py is code.
+# File names of texts only: a LICENSE.py of the source is code.
 _LICENCE = re.compile(
     r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
 )
 
 
 def is_licence(name: str) -> bool:
-    """Whether a file, by its path in the folder, is the text of a licence or notice."""
+    """Whether `name`, a path relative to the checkpoint, is that of the text of a licence or notice."""
     return _LICENCE.fullmatch(name) is not None
 
 
 def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
-    """Put tokenizer, generation settings and licence of the source into `folder`; returns warnings for the report.
+    """Write tokenizer, generation settings and licence of the source to `folder`; returns warnings for the report.
 
-    Files of a checkpoint folder are copied byte for byte, except that no reference to code is taken over, and that a
-    tokenizer with added tokens is saved anew. The tokenizer in `folder` gives the ids that the source's gives.
+    Files of a checkpoint folder are copied byte for byte, except that references to code are removed, and that a
+    tokenizer with added tokens is saved again. The tokenizer in `folder` gives the same ids as the source's.
 
     Raises:
         HFEError: a file cannot be copied, or the tokenizer would give other ids from the result than from the source.
@@ -68,7 +68,7 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
 
 
 def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> list[str]:
-    """Those of generation_config.json or, where there is none, those that config.json holds, as transformers does."""
+    """Write the settings of generation_config.json or, without one, those of config.json, as transformers does."""
     path = folder / GENERATION_CONFIG_NAME
     if source.gguf_file is None and (source.files / GENERATION_CONFIG_NAME).is_file():
         _copy(source.files, folder, (GENERATION_CONFIG_NAME,))
@@ -84,11 +84,11 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
             raise HFEError(
                 f"the generation settings in config.json are not valid ({cause})", "correct or remove them"
             ) from error
-        # Settings marked so are replaced by those of the model's configuration, which holds none.
+        # transformers replaces settings with this mark by those of the model's configuration, which has none.
         settings.pop("_from_model_config", None)
         write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     if vocabulary and vocabulary.suppressed:
-        settings.pop("_from_model_config", None)  # from here on they say more than the model's configuration
+        settings.pop("_from_model_config", None)  # they now differ from the model's configuration
         settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or []), *vocabulary.suppressed})
         write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return warnings
@@ -98,7 +98,7 @@ def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
     if tokenizer is None:
         try:
             tokenizer = source.tokenizer()
-        # Not even the source's own can be loaded, so there is nothing to compare with.
+        # The source's own tokenizer cannot be loaded, so there is nothing to compare with.
         except HFEError as error:
             return [f"the source's tokenizer was copied, but not checked: {error.problem}"]
     return keep_tokenizer(source.name, tokenizer, folder)
@@ -119,9 +119,9 @@ def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
 
 
 def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """Leave a settings file as it is, unless it has entries that are not of `kind`; then write it without them.
+    """Remove the entries of a settings file that are not of `kind`; without any, the file stays unchanged.
 
-    Returns the settings and a warning that names what was left out.
+    Returns the settings and, if entries were removed, a warning that names them.
     """
     settings, dropped = without_unknown(read_json(path), kind)
     name = settings.get("tokenizer_class")
@@ -138,7 +138,7 @@ def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """True where a folder holds any file of a tokenizer."""
+    """Whether a folder has any file of a tokenizer."""
     return any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
@@ -150,12 +150,12 @@ def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 
 def _copy_file(origin: Path, name: str, folder: Path) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
-    # Links are followed, within the bounds that hold for weights.
+    # A link that leads outside the checkpoint is refused, as for weights.
     shutil.copyfile(file_inside(origin, name, origin.name), folder / name)
 
 
 def _copy_licences(origin: Path, folder: Path) -> list[str]:
-    """Copy the texts among the files that are named like licences, and those in a folder of licences."""
+    """Copy licence texts, also from a folder of licences; returns a warning that names other files of such names."""
     left_out = []
     for path in sorted(found for pattern in _LICENCES for found in origin.glob(pattern)):
         for each in sorted(path.iterdir()) if path.is_dir() else [path]:

@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut whole: written under a temporary name, synchronised, then renamed."""
+"""Files that are complete or absent after a crash: written under a temporary name, fsynced, then renamed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FULL = {
 
 
 class DiskFullError(HFEError):
-    """The disk, a quota or a limit on file size stopped a write. What was finished before is kept."""
+    """A full disk, a quota or a limit on file size stopped a write. What was finished before is kept."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FinishedFile:
 
     @classmethod
     def of(cls, path: Path) -> FinishedFile:
-        """What the file holds now."""
+        """Size and SHA-256 of a file's present content."""
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
@@ -43,11 +43,11 @@ class FinishedFile:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one clear line."""
+    """Turn the OSError of a full disk, a quota or a limit on file size into `DiskFullError`; others pass through."""
     try:
         yield
     except (OSError, HFEError) as error:
-        # What writes the code into a folder names the file that could not be written, and its cause the reason.
+        # Writing the code raises HFEError with the file's name; its cause is the OSError.
         refused = error.__cause__ if isinstance(error, HFEError) else error
         if isinstance(error, DiskFullError) or not isinstance(refused, OSError) or refused.errno not in _FULL:
             raise
@@ -59,7 +59,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` in one step: a reader finds the old text or the new one, never a part."""
+    """Write `text` to `path` atomically: a reader finds the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
         with temporary.open("w", encoding="utf-8") as file:
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
+    """fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

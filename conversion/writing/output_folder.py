@@ -1,4 +1,4 @@
-"""The folder that a conversion is to make: what can be replaced by a rename, and what cannot."""
+"""The output folder of a conversion, and whether it can be replaced by a rename."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NAME_MAX = 255
 
 
 def resolve_output(output: str | Path) -> Path:
-    """The absolute path of OUTPUT; of a link, the folder that it leads to.
+    """The absolute path of OUTPUT; of a symbolic link, the folder that it points to.
 
-    The result appears by one rename beside OUTPUT, which cannot replace every kind of folder.
+    The finished folder is renamed to OUTPUT, which cannot replace every kind of folder.
 
     Raises:
         UsageError: OUTPUT is a mount point, the current folder or one that holds it, a link that leads back to itself,

@@ -1,4 +1,4 @@
-"""Safetensors shards written as a stream: the plan knows every size, so a tensor goes straight to the disk."""
+"""Writing safetensors shards as a stream: the plan has every size, so each tensor is written as soon as it is read."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
 
 
 class ShardWriter:
-    """Writes one shard, tensor by tensor, under a temporary name; `close` gives it its own.
+    """Writes one shard, tensor by tensor, under a temporary name; `close` renames it.
 
-    The data may come in any dtype: it is converted a piece at a time, so that no second copy of a tensor exists.
+    Tensors may have any dtype: they are converted piece by piece, so that there is no second copy of a tensor.
     """
 
     def __init__(self, folder: Path, shard: Shard, written: Callable[[int], None] | None = None) -> None:
@@ -108,7 +108,15 @@ class ShardWriter:
             self._write(shard.header())
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Append the next tensor of the shard. NaN or infinity is an error, looked for unless known to be absent."""
+        """Append the next tensor of the shard.
+
+        Args:
+            known_finite: NaN and infinity were ruled out before, so they are looked for only if the dtype changes.
+
+        Raises:
+            HFEError: the tensor is not the next one of the plan, has NaN or infinity, or exceeds the dtype's range.
+            DiskFullError: the disk is full.
+        """
         planned = self.shard.tensors[self._next]
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise HFEError(
@@ -126,7 +134,7 @@ class ShardWriter:
                 self._write(piece.view(torch.uint8).numpy().data)
 
     def close(self) -> FinishedFile:
-        """Put the finished file on the disk under its own name."""
+        """fsync the finished file and rename it to its final name; returns its size and hash."""
         if self._next != len(self.shard.tensors):
             raise HFEError(
                 f"{self.shard.name} lacks tensor {self.shard.tensors[self._next].name}",
@@ -140,7 +148,7 @@ class ShardWriter:
         return FinishedFile(self._size, self._digest.hexdigest())
 
     def abandon(self) -> None:
-        """Close without finishing; the temporary file is overwritten when the conversion resumes."""
+        """Close the file without finishing it; a resumed conversion overwrites it."""
         self._file.close()
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -155,7 +163,7 @@ class ShardWriter:
 
 
 def _check_range(name: str, piece: Tensor, dtype: torch.dtype) -> None:
-    """Computed values must be finite, and a narrower dtype must be able to hold them."""
+    """Raise `HFEError` for NaN or infinity, also where a narrower dtype cannot represent a value."""
     if piece.numel() and not all(torch.isfinite(extreme) for extreme in piece.aminmax()):
         raise HFEError(
             f"tensor {name} holds NaN, or values beyond the range of {_NAMES[dtype]}",

@@ -1,7 +1,7 @@
-"""Whether a tokenizer does from a converted folder what it does from its source.
+"""Checks that a tokenizer behaves the same when it is loaded from a converted folder as from its source.
 
-AutoTokenizer finds a tokenizer's class by the model type as well as by the name in tokenizer_config.json, and a
-conversion changes the model type.
+AutoTokenizer chooses the class by the model type as well as by the name in tokenizer_config.json, and a conversion
+changes the model type.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ _CHAT = [{"role": "user", "content": "Hi there, 2 + 2?"}, {"role": "assistant", 
 
 
 def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
-    """Make AutoTokenizer load from `folder` what `tokenizer` is; returns warnings for the report.
+    """Make `AutoTokenizer.from_pretrained(folder)` behave like `tokenizer`; returns warnings for the report.
 
-    Where another class would be loaded than from the source, tokenizer_config.json gets to name the class.
+    Where AutoTokenizer would choose another class than for the source, the class is named in tokenizer_config.json;
+    where that is not enough, the tokenizer is saved again.
 
     Args:
         name: of the source.
-        tokenizer: as it was loaded from the source.
-        folder: with the tokenizer's files; config.json is not needed.
+        tokenizer: as loaded from the source.
+        folder: of the result, with the tokenizer's files; config.json may be missing.
 
     Raises:
-        HFEError: no class that can be named gives the same ids.
+        HFEError: the tokenizer still gives other ids.
     """
     expected = _behaviour(tokenizer)
 
     def same() -> bool:
         try:
-            # Every model type of ours has no tokenizer class of its own, so any of the configurations will do.
+            # None of our model types has a tokenizer class of its own, so any of our configurations gives the same.
             loaded = AutoTokenizer.from_pretrained(folder, config=EfficientDecoderConfig(), trust_remote_code=False)
         # transformers raises many kinds of errors for a tokenizer that it cannot load.
         except Exception:
@@ -79,7 +80,7 @@ def _name_class(tokenizer: Any, folder: Path) -> None:
 
 
 def _behaviour(tokenizer: Any) -> list[Any]:
-    """What a tokenizer does with texts of many kinds, its special tokens, and a conversation."""
+    """Vocabulary, special tokens and chat template of a tokenizer, and its results for texts of many kinds."""
     special = sorted(str(token) for token in tokenizer.get_added_vocab())
     texts = [*_TEXTS, *special, " x ".join(special), *(f"a{token}b" for token in special[:50])]
     found: list[Any] = [
@@ -101,7 +102,7 @@ def _behaviour(tokenizer: Any) -> list[Any]:
 
 
 def _or_error(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result, or the kind of error: a tokenizer that fails on a text must fail on it from the result too."""
+    """The result of a call, or the name of its error, which the tokenizer in the result must raise too."""
     try:
         return call(*arguments, **options)
     except Exception as error:

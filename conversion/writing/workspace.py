@@ -1,14 +1,14 @@
-"""Where a conversion works before its result appears: a folder beside OUTPUT, with a lock and a state file.
+"""The working folder of a conversion, beside OUTPUT, with a lock and a state file.
 
     OUTPUT.hfe-partial/
-        lock          held while a process works here
+        lock          locked while a process works here
         state.json    what is finished, and under which options
-        checkpoint/   becomes OUTPUT by a rename, when all is in it
-        replaced/     the old OUTPUT, for the moment between two renames (--overwrite)
+        checkpoint/   renamed to OUTPUT when it is complete
+        replaced/     the old OUTPUT, between two renames (--overwrite)
 
-A kill at any moment leaves OUTPUT as it was, or the new one complete; what is finished stays here for `--resume`.
-Only its owner may write there: in a folder that others may write to, somebody could have prepared it, with links to
-files that are not theirs. Such a folder is refused, whatever the flags, and left as it is.
+If the process is killed, OUTPUT is unchanged or the complete new one; what is finished stays here for `--resume`.
+The working folder must be writable by its owner only: otherwise another user could have placed links to other files
+in it. Any other folder is refused, whatever the flags, and left unchanged.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FORMAT = 1
 # Room for tokenizer, code, report and the state file.
 _SPARE_BYTES = 64_000_000
 _LOCK, _STATE, _CHECKPOINT, _REPLACED = "lock", "state.json", "checkpoint", "replaced"
-_SEAL = "sha256"
+_CHECKSUM = "sha256"
 _MAX_STATE_BYTES = 1 << 28
 _FOREIGN_REMEDY = "look at it and remove it by hand, or name another OUTPUT"
 
@@ -67,7 +67,7 @@ def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -
     parent = next(folder for folder in output.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"OUTPUT {output} cannot be made in {parent}", "name a folder in a place you may write to")
-    # An old OUTPUT between two renames lies in the partial folder, so that one is looked at first.
+    # After a crash between two renames the old OUTPUT is in the working folder, so that is checked first.
     if partial.exists() and not (resume or overwrite):
         raise UsageError(
             f"an unfinished conversion lies in {partial.name} beside OUTPUT",
@@ -87,17 +87,17 @@ def partial_folder(output: Path) -> Path:
 class Workspace:
     """The working folder of one conversion, locked while this object is open as a context.
 
-    Leaving it by an error in the data discards the folder, since the same error would come again. An interruption keeps
-    it for `--resume`; so do a full disk after something was finished, and any error where earlier work was resumed.
+    An error in the data (`HFEError`) removes the folder, since the same error would occur again. An interruption keeps
+    it for `--resume`; so do a full disk after something was finished, and any error of a resumed conversion.
 
     Args:
         output: the folder to make.
-        options: everything that decides the result. A conversion is resumed only under the same options.
+        options: everything that determines the result. A conversion is resumed only with the same options.
         resume, overwrite: as on the command line. With both, an unfinished conversion is continued.
 
     Attributes:
         checkpoint: folder that becomes `output`.
-        resumed: True when finished work of an earlier run was found.
+        resumed: whether the state of an earlier run was loaded.
     """
 
     def __init__(self, output: Path, options: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -146,11 +146,11 @@ class Workspace:
 
     @property
     def published(self) -> bool:
-        """True when an earlier run was killed after OUTPUT was in place, before it could tidy up."""
+        """Whether an earlier run was killed after OUTPUT was in place and before the working folder was removed."""
         return bool(self._state["complete"]) and not self.checkpoint.exists() and self.output.exists()
 
     def check_space(self, needed: int) -> None:
-        """Raise `DiskFullError` when the disk cannot take `needed` bytes, what is finished already counted in."""
+        """Raise `DiskFullError` if the disk cannot hold a result of `needed` bytes, less the finished shards."""
         finished = sum(file["size"] for file in self._state["shards"].values())
         free = shutil.disk_usage(self.folder).free
         if needed - finished + _SPARE_BYTES > free:
@@ -161,7 +161,7 @@ class Workspace:
             )
 
     def finished_shard(self, name: str) -> bool:
-        """True when an earlier run finished this weight file and it is still as it was then."""
+        """Whether an earlier run finished this weight file and it is unchanged since."""
         recorded = self._state["shards"].get(name)
         path = self.checkpoint / name
         if recorded is None or path.is_symlink() or not path.is_file():
@@ -169,21 +169,21 @@ class Workspace:
         return FinishedFile.of(path) == FinishedFile(**recorded)
 
     def record_shard(self, name: str, file: FinishedFile) -> None:
-        """Remember that a weight file is finished."""
+        """Record a finished weight file."""
         self._state["shards"][name] = {"size": file.size, "sha256": file.sha256}
         self._save_state()
 
     def result(self, key: str) -> Any:
-        """A result that an earlier run or step recorded; None when there is none."""
+        """The result recorded under `key` by an earlier run or step, or None."""
         return self._state["results"].get(key)
 
     def record_result(self, key: str, value: Any) -> None:
-        """Remember a result that would be long to compute again; it must be plain JSON."""
+        """Record a plain JSON result that takes long to compute, so that a resumed run need not repeat it."""
         self._state["results"][key] = value
         self._save_state()
 
     def publish(self) -> None:
-        """Make the finished checkpoint OUTPUT. What was there before is gone only when the new one is in place."""
+        """Rename the finished checkpoint to OUTPUT. An old OUTPUT is removed only when the new one is in place."""
         self._state["complete"] = True
         self._save_state()
         with disk_errors(self.folder):
@@ -196,9 +196,9 @@ class Workspace:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the working folder; an old OUTPUT that lies in it goes back first."""
+        """Remove the working folder; an old OUTPUT in it is moved back first."""
         self._restore_replaced()
-        # The lock goes last, so that nobody starts in a folder that is being removed.
+        # The lock is removed last, so that no other process starts in a folder that is being removed.
         shutil.rmtree(self.checkpoint, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -212,7 +212,7 @@ class Workspace:
             with suppress(FileExistsError):
                 self.folder.mkdir(mode=0o700)
             path = self.folder / _LOCK
-            # The holder before us may remove the folder at any point until the lock is ours: then we begin again.
+            # The previous holder may remove the folder until the lock is taken here; then try again.
             with suppress(FileNotFoundError), ExitStack() as stack, _own_folder(self.folder) as folder:
                 lock = stack.enter_context(_open_lock(folder, os.O_RDWR | os.O_CREAT))
                 _lock_or_fail(lock, self.output)
@@ -230,9 +230,9 @@ class Workspace:
         try:
             state = read_json(self.folder / _STATE, limit=_MAX_STATE_BYTES)
         except HFEError:
-            return  # killed before anything was finished
-        # What was changed since is not believed: everything is done again.
-        if state.pop(_SEAL, None) != _seal(state) or not _is_state(state):
+            return  # nothing was finished
+        # A state file that was changed is ignored: everything is computed again.
+        if state.pop(_CHECKSUM, None) != _checksum(state) or not _is_state(state):
             return
         differing = _differences(state.get("options", {}), self._options)
         if state.get("format") != _FORMAT or differing:
@@ -244,7 +244,7 @@ class Workspace:
         self.resumed = True
 
     def _clear_checkpoint(self) -> None:
-        """Keep the finished weight files only; everything else is written again."""
+        """Remove everything but finished weight files; it is written again."""
         self.checkpoint.mkdir(exist_ok=True)
         for path in self.checkpoint.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -253,20 +253,20 @@ class Workspace:
                 path.unlink()
 
     def _save_state(self) -> None:
-        write_text(self.folder / _STATE, json.dumps({**self._state, _SEAL: _seal(self._state)}, indent=1))
+        write_text(self.folder / _STATE, json.dumps({**self._state, _CHECKSUM: _checksum(self._state)}, indent=1))
 
 
-def _seal(state: dict[str, Any]) -> str:
-    """SHA-256 of a state, by which it is known to be as it was written."""
+def _checksum(state: dict[str, Any]) -> str:
+    """SHA-256 of a state, which shows whether the file was changed."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def _own_folder(path: Path) -> Iterator[int]:
-    """Descriptor of a working folder that belongs to the user and that no other user can write to.
+    """Context: file descriptor of a working folder that belongs to the user and that no other user can write to.
 
     Raises:
-        HFEError: it is a link, belongs to or may be written by somebody else, or holds what no conversion puts there.
+        HFEError: it is a link, belongs to or may be written by another user, or has entries that no conversion creates.
         FileNotFoundError: there is none.
     """
     try:
@@ -288,14 +288,14 @@ def _own_folder(path: Path) -> Iterator[int]:
 
 
 def _check_entries(path: Path, folder: int) -> None:
-    """Raise `HFEError` for a link, a second name of a file, a device or a file of somebody else in a working folder."""
+    """Raise `HFEError` for a symbolic or hard link, a device or a file of another user in a working folder."""
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
     folders = (_CHECKPOINT, _REPLACED)
     for name, status in found.items():
         if not (stat.S_ISDIR(status.st_mode) if name in folders else _is_own_file(status)):
             raise _foreign(path, f"holds {name!r}, which is {_kind(status)}")
-    # What lies in the old OUTPUT is the user's, links included: it is moved or removed as a whole.
+    # The old OUTPUT may have any content, links included: it is moved or removed as a whole.
     if _CHECKPOINT not in found:
         return
     for _, names, files, inner in os.fwalk(_CHECKPOINT, dir_fd=folder, follow_symlinks=False):
@@ -306,7 +306,7 @@ def _check_entries(path: Path, folder: int) -> None:
 
 
 def _is_own_file(status: os.stat_result) -> bool:
-    # What is written to a file of two names appears under both.
+    # Writing to a file with a second hard link would change another file.
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
 
 
@@ -319,7 +319,7 @@ def _kind(status: os.stat_result) -> str:
 
 
 def _foreign(path: Path, problem: str) -> HFEError:
-    return HFEError(f"{path.name} beside OUTPUT {problem}: no conversion of yours left it so", _FOREIGN_REMEDY)
+    return HFEError(f"{path.name} beside OUTPUT {problem}: it was not made by a conversion of yours", _FOREIGN_REMEDY)
 
 
 def _open_lock(folder: int, flags: int) -> TextIO:
@@ -327,7 +327,7 @@ def _open_lock(folder: int, flags: int) -> TextIO:
 
 
 def _is_state(state: dict[str, Any]) -> bool:
-    """Whether a state file has the form that `_save_state` gives it."""
+    """Whether a state has the structure that `_save_state` writes."""
     shards: Any = state.get("shards")
     return (
         all(isinstance(state.get(key), dict) for key in ("options", "shards", "results"))
@@ -345,7 +345,7 @@ def _is_state(state: dict[str, Any]) -> bool:
 
 
 def _lock_or_fail(lock: TextIO, output: Path) -> None:
-    """Take the lock of an open lock file; it lasts until the file is closed or the process ends."""
+    """Lock an open lock file until it is closed or the process ends; `HFEError` if another process has the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -145,7 +145,7 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in [0, 3, 10, 23, 30, 200, 500, 2000, len(whole) // 2, len(whole) - 33]:
         path.write_bytes(whole[:length])
-        with pytest.raises(HFEError, match=r"breaks off|truncated|not a GGUF file"):
+        with pytest.raises(HFEError, match=r"truncated|not a GGUF file"):
             GGUFReader(path)
 
 
