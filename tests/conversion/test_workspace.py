@@ -313,7 +313,7 @@ def test_a_state_of_another_form_is_not_believed(tmp_path: Path, change: dict[st
     interrupted(tmp_path / "out")
     path = partial_folder(tmp_path / "out") / "state.json"
     state = {**json.loads(path.read_text()), **change}
-    state.pop(workspace_module._SEAL)
-    path.write_text(json.dumps({**state, workspace_module._SEAL: workspace_module._checksum(state)}))
+    state.pop(workspace_module._CHECKSUM)
+    path.write_text(json.dumps({**state, workspace_module._CHECKSUM: workspace_module._checksum(state)}))
     with open_workspace(tmp_path / "out", resume=True) as workspace:
         assert not workspace.resumed
