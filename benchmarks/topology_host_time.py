@@ -61,13 +61,14 @@ def microseconds(rows: int, branches: int, steps: int, rounds: int) -> list[floa
     for row in schedulers:
         row.schedule()
         row.num_computed_tokens = len(row.tokens)
-    step = TopologyStep(rows, 1 << (branches - 1).bit_length(), 1, False, torch.device("cpu"))
+    chosen = torch.zeros(rows * branches, dtype=torch.int64)
+    step = TopologyStep(rows, 1 << (branches - 1).bit_length(), 1, False, chosen, None)
     answer = torch.zeros(1, rows, step.queries, dtype=torch.int64)
     found = []
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(steps):
-            step.read(answer)
+            step.fetch_async(answer)()
             for row in schedulers:
                 row.accept([TEXT] * len(row.active_branches))
                 row.schedule()

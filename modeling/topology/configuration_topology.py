@@ -1,4 +1,4 @@
-"""Configuration of topology attention: the control tokens of Multiverse or MedVerse, and what their branches see."""
+"""Configuration of topology attention: grammar, control tokens, and what the steps of a plan see."""
 
 from typing import Any, TypedDict
 
@@ -32,20 +32,20 @@ class TopologySettings(TypedDict, total=False):
 
 @strict
 class TopologyConfig(DecoderConfig):
-    """`DecoderConfig` plus the field `topology`, a dictionary; what it leaves out has the default.
+    """`DecoderConfig` plus the field `topology`, a dictionary whose missing keys take their defaults.
 
     | key | meaning |
     |---|---|
     | `grammar` | `multiverse` or `medverse` |
     | `mode` | what a step of MedVerse sees: `dag`, its ancestors; `layers`, all earlier layers; `flat`, no other step |
-    | `token_ids` | control token -> id; empty: nothing can be read or generated in parallel |
-    | `trained` | the model writes its control tokens itself, so that `generate` follows them |
-    | `separator` | text between two tags, which generation writes |
-    | `version` | version of these keys |
+    | `token_ids` | control token -> id; empty: no topology can be read, and nothing generated in parallel |
+    | `trained` | the model was trained to write control tokens, so `generate` decodes in parallel by default |
+    | `separator` | text between two control tokens, which generation forces |
+    | `version` | version of this format |
     """
 
     model_type = "hfe_topology_base"
-    # Those that `topology` may name; the only one is the default. Not annotated, or it would be a field.
+    # Allowed grammars; a single one is the default. Not annotated, because annotated attributes are fields.
     topology_grammars = GRAMMARS
 
     # JSON types of fields whose annotation says only `dict`; verification checks config.json against them.
@@ -71,7 +71,7 @@ class TopologyConfig(DecoderConfig):
         return absent if self.topology is not None else absent | {"topology"}
 
     def validate_topology(self) -> None:
-        """Rules of the field `topology`; raises `ValueError` with the value and the rule."""
+        """Raise `ValueError`, with the value and the rule, where the field `topology` is invalid."""
         if self.topology is None:
             return
         unknown = sorted(set(self.topology) - set(_DEFAULTS))
@@ -93,7 +93,7 @@ class TopologyConfig(DecoderConfig):
         if "sliding_attention" in self.layer_types:
             raise ValueError(
                 f"layer_types names sliding_attention (sliding_window={self.sliding_window}), and a window counts "
-                "columns, not positions of a topology; use full_attention in every layer"
+                "tokens of the row, not positions of a topology; use full_attention in every layer"
             )
         rope_type = length_dependent_rope(self.rope_parameters)
         if rope_type is not None:

@@ -1,4 +1,4 @@
-"""The decoder under a topology: branches of one text that do not see each other, each at positions of its own."""
+"""The decoder with topology attention: parallel branches of a text do not see each other, and share positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_efficient.modeling.topology.attention.topology_mask import (
     TopologyMask,
     TopologyQueries,
     additive_mask,
-    check_is_topology,
+    check_topology_type,
     dense_mask,
     flex_mask,
 )
@@ -31,19 +31,21 @@ from hf_efficient.modeling.topology.generation.generation_topology import Parall
 
 
 class TopologyPreTrainedModel(DecoderPreTrainedModel):
+    """Base class: configuration class and default attention implementation."""
+
     config: TopologyConfig
-    config_class = TopologyConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = TopologyConfig  # with postponed annotations transformers cannot infer it from the line above
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, with our own attention where nobody asks for another."""
-        unasked = requested_attention is None and self.config.topology is not None
-        if unasked or requested_attention == "hfe_topology":  # an exported copy has it under a name of its own
+        """As in transformers; the default is ``hfe_topology`` where the configuration has a topology."""
+        is_default = requested_attention is None and self.config.topology is not None
+        if is_default or requested_attention == "hfe_topology":  # exported code registers it under another name
             requested_attention = TOPOLOGY_ATTENTION
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class TopologyModel(TopologyPreTrainedModel, DecoderModel):
-    """`DecoderModel` whose tokens see what a topology says."""
+    """`DecoderModel` with topology attention."""
 
     def forward(
         self,
@@ -59,7 +61,28 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As `DecoderModel`; `segment_ids` and `segment_visibility`, or `topology`, as for `TopologyForCausalLM`."""
+        """Hidden states of `DecoderModel`, under a topology where one is given.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: padding mask [B, S], 0 at padding; not with `TopologyQueries`, nor in another form.
+            position_ids: int64 [B, S], positions of the topology; required with one.
+            past_key_values, cache: the cache, under either of its two names.
+            inputs_embeds: [B, S, H], in place of `input_ids`.
+            use_cache: return a cache.
+            segment_ids: int32 [B, S], segment of each token, -1 at padding.
+            segment_visibility: int64 [B, N, W], bitmap of the segments that each segment sees.
+            topology: the same two as a `TopologyMask`; or, for tokens that follow a cache, `TopologyQueries`.
+
+        Returns:
+            `last_hidden_state` [B, S, H] and the cache.
+
+        Raises:
+            TopologyError: the topology is given twice or in part, without `position_ids`, beside another attention
+                mask, or for another number of tokens.
+            HFEError: the attention implementation does not support a topology, or gives no attention weights and
+                `output_attentions` is set.
+        """
         cache = one_cache(past_key_values, cache, kwargs)
         given = _as_topology(segment_ids, segment_visibility, topology)
         if given is not None:
@@ -67,14 +90,14 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             given = self._check_topology(given, tokens, attention_mask, position_ids)
             if kwargs.get("output_attentions") and self.config._attn_implementation == TOPOLOGY_ATTENTION:
                 raise HFEError(
-                    "the attention of a topology gives no weights, and output_attentions asks for them",
+                    "the attention implementation hfe_topology gives no weights, and output_attentions is set",
                     "load the model with attn_implementation='eager'",
                 )
-            columns = None
+            num_slots = None
             if isinstance(given, TopologyQueries) and cache is not None:
-                columns = cache.get_mask_sizes(given.columns.shape[1], 0)[0]
-            # A mapping is taken as it is: nobody may read the jumps in the positions as packed sequences.
-            mask, kwargs["topology"] = self._mask(given, columns)
+                num_slots = cache.get_mask_sizes(given.cache_position.shape[1], 0)[0]
+            # DecoderModel uses a mapping of masks as it is; without one it reads jumps in positions as packing.
+            mask, kwargs["topology"] = self._mask(given, num_slots)
             attention_mask = dict.fromkeys(self.config.layer_types, mask)
         return super().forward(
             input_ids=input_ids,
@@ -93,21 +116,27 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         attention_mask: Any,
         position_ids: Tensor | None,
     ) -> TopologyMask | TopologyQueries:
-        """Refuse a topology that does not belong to the call; the topology, less what a padding mask hides."""
+        """The topology without the tokens that a padding mask hides; raises where it does not fit the call.
+
+        Args:
+            tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, H].
+        """
         if position_ids is None:
             raise TopologyError("a topology was given without position_ids", "pass those of the same Topology")
         shape = tuple(tokens.shape[:2]) if tokens is not None else None
-        of = topology.segment_ids if isinstance(topology, TopologyMask) else topology.columns
-        if shape is not None and (of.ndim != 2 or of.shape[1] != shape[1] or of.shape[0] not in (1, shape[0])):
+        per_token = topology.segment_ids if isinstance(topology, TopologyMask) else topology.cache_position
+        if shape is not None and (
+            per_token.ndim != 2 or per_token.shape[1] != shape[1] or per_token.shape[0] not in (1, shape[0])
+        ):
             raise TopologyError(
-                f"the topology is of shape {list(of.shape)} and the tokens are of shape {list(shape)}",
-                "make it of the same tokens, with the same padding",
+                f"the topology has shape {list(per_token.shape)} and the tokens have shape {list(shape)}",
+                "make it from the same tokens, with the same padding",
             )
         if attention_mask is not None:
             is_padding = getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape == shape
             if not isinstance(topology, TopologyMask) or not is_padding:
                 raise TopologyError(
-                    "an attention mask was given beside a topology, which says itself who sees whom",
+                    "an attention mask was given with a topology, which already determines what each token sees",
                     "leave attention_mask out, or pass the padding mask [B, S]",
                 )
             hidden = attention_mask.to(topology.segment_ids.device) == 0
@@ -119,7 +148,10 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         return topology
 
     def _check_values(self, topology: TopologyMask | TopologyQueries, position_ids: Tensor) -> None:
-        """On the CPU always, elsewhere with HFE_CHECK=1: every segment has a bitmap, and positions are the model's."""
+        """Check that every segment has a bitmap; warn of positions beyond `max_position_embeddings`.
+
+        Reading tensors waits for the device, so this runs on the CPU, and elsewhere only with HFE_CHECK=1.
+        """
         if torch.compiler.is_compiling() or position_ids.is_meta or position_ids.numel() == 0:
             return
         if position_ids.device.type != "cpu" and not check_data():
@@ -129,9 +161,9 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             and int(topology.segment_ids.max()) >= topology.segment_visibility.shape[1]
         ):
             raise TopologyError(
-                f"segment_ids names segment {int(topology.segment_ids.max())}, and segment_visibility has "
-                f"{topology.segment_visibility.shape[1]}",
-                "give both as Topology.stack makes them",
+                f"segment_ids contains segment {int(topology.segment_ids.max())}, and segment_visibility has "
+                f"{topology.segment_visibility.shape[1]} segments",
+                "pass both as Topology.stack returns them",
             )
         longest = int(position_ids.max())
         if longest >= self.config.max_position_embeddings:
@@ -139,17 +171,21 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
                 "position %d is beyond max_position_embeddings=%d", longest, self.config.max_position_embeddings
             )
 
-    def _mask(self, topology: TopologyMask | TopologyQueries, columns: int | None) -> tuple[Any, Any]:
-        """What the attention implementation takes as its mask, and as its topology; once for all layers."""
+    def _mask(self, topology: TopologyMask | TopologyQueries, num_slots: int | None) -> tuple[Any, Any]:
+        """The attention implementation's arguments `attention_mask` and `topology`, computed once for all layers.
+
+        Args:
+            num_slots: length of the keys that the cache gives; None without a cache.
+        """
         implementation = self.config._attn_implementation
         if implementation == TOPOLOGY_ATTENTION:
             return None, topology.with_blocks() if isinstance(topology, TopologyMask) else topology
         if implementation in ("sdpa", DECODE_ATTENTION):
-            return dense_mask(topology, columns), None
+            return dense_mask(topology, num_slots), None
         if implementation == "flex_attention" and isinstance(topology, TopologyMask):
             return flex_mask(topology), None
         if implementation in ("eager", "flex_attention"):
-            return additive_mask(topology, self.dtype, columns), None
+            return additive_mask(topology, self.dtype, num_slots), None
         raise HFEError(
             f"attn_implementation={implementation!r} cannot compute attention under a topology",
             "use 'hfe_topology', 'sdpa', 'eager' or 'flex_attention'",
@@ -159,21 +195,26 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
 def _as_topology(
     segment_ids: Tensor | None, segment_visibility: Tensor | None, topology: TopologyMask | TopologyQueries | None
 ) -> TopologyMask | TopologyQueries | None:
-    """The one topology that a call gives, in either of two ways."""
+    """The topology of a call, given as two tensors or as one object; None without one.
+
+    Raises:
+        TopologyError: one of the two tensors is missing, or the object is given too.
+        UsageError: `topology` has another type.
+    """
     if (segment_ids is None) != (segment_visibility is None) or (segment_ids is not None and topology is not None):
         raise TopologyError(
-            "a call gives its topology as segment_ids and segment_visibility, both of them, or as topology",
-            "pass what the collator or Topology.stack gives, or a TopologyMask",
+            "a topology is given either as both segment_ids and segment_visibility, or as topology",
+            "pass what the collator or Topology.stack returns, or a TopologyMask",
         )
     if segment_ids is None or segment_visibility is None:
         if topology is not None:
-            check_is_topology(topology)
+            check_topology_type(topology)
         return topology
     return TopologyMask(segment_ids, segment_visibility)
 
 
 class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderForCausalLM, GenerationMixin):
-    """`TopologyModel` and a language-model head."""
+    """`TopologyModel` with a language-modeling head; `generate` can decode branches in parallel."""
 
     model_class = TopologyModel
     captured_attention = frozenset({DECODE_ATTENTION, TOPOLOGY_ATTENTION})
@@ -194,13 +235,19 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits and loss as of `DecoderForCausalLM`; without a topology the text is an ordinary one.
+        """Logits and loss of `DecoderForCausalLM`; without a topology attention is causal.
 
         Args:
-            position_ids: int64 [B, S], those of the topology; needed with one.
-            segment_ids: int32 [B, S], segment of each token, -1 at padding.
-            segment_visibility: int64 [B, N, W], bitmap of the segments that each segment sees.
-            topology: the same as a `TopologyMask`; or, for tokens that follow a cache, `TopologyQueries`.
+            input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, use_cache, segment_ids,
+                segment_visibility, topology: as for `TopologyModel.forward`.
+            labels: int64 [B, S], -100 where there is no loss; the first tokens of segments must have none.
+            logits_to_keep: compute logits of the last tokens only; 0 for all.
+
+        Returns:
+            `logits` [B, S, V], or [B, logits_to_keep, V]; `loss` where labels are given; and the cache.
+
+        Raises:
+            TopologyError, HFEError: as for `TopologyModel.forward`.
         """
         return super().forward(
             input_ids=input_ids,

@@ -5,9 +5,9 @@ Registered with transformers, so any stock model with full attention and rotary 
     model.set_attn_implementation("hfe_topology")
     model(input_ids, position_ids=position_ids, topology=topology_mask)
 
-Without ``topology=`` it is the implementation ``hfe_decode``, masks and padding included. With it the attention mask
-that the model made is not read, for the topology says where padding is. (A stock model takes the jumps in
-``position_ids`` for packed sequences and makes a mask of every pair in vain; an ``attention_mask`` of ones stops it.)
+Without ``topology=`` it is the implementation ``hfe_decode``, including masks and padding. With it the model's own
+attention mask is ignored, because the topology marks padding. A stock model reads jumps in ``position_ids`` as packed
+sequences and builds a dense mask, which is then unused; an ``attention_mask`` of ones avoids that.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hf_efficient.kernels.decode_attention.api import decode_attention
 from hf_efficient.kernels.namespace import NS
 from hf_efficient.kernels.topology_attention.api import topology_attention
 from hf_efficient.modeling.decoder.decode_interface import MAX_QUERIES, decode_attention_forward, decode_mask
-from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, TopologyQueries, check_is_topology
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, TopologyQueries, check_topology_type
 
-# An exported copy registers under a name of its own, so that two versions never replace each other.
+# Exported code registers under another name, so that it and the installed package never replace each other.
 TOPOLOGY_ATTENTION = "hfe_topology" if NS == "hf_efficient" else f"{NS}_topology"
-# What a model may ask of its attention that a topology does not go with.
-_UNKNOWN = ("softcap", "s_aux", "sliding_window")
+# Arguments of attention functions that are not supported under a topology.
+_UNSUPPORTED = ("softcap", "s_aux", "sliding_window")
 
 
 def topology_attention_forward(
@@ -43,21 +43,32 @@ def topology_attention_forward(
     topology: TopologyMask | TopologyQueries | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the implementation ``hfe_topology``: query [B, Hq, Q, D] -> [B, Q, Hq, D], no weights.
+    """The attention function ``hfe_topology``.
 
     Args:
-        topology: `TopologyMask`, for keys and values [B, Hkv, S, D] of the same tokens; `TopologyQueries`, for the
-            columns of a cache [B, Hkv, C, D], the queries' own included; None, for plain causal attention.
+        module: the attention module.
+        query: [B, Hq, Q, D].
+        key, value: [B, Hkv, S, D] of the same tokens for a `TopologyMask`; [B, Hkv, C, D], the slots of a cache
+            including those of the queries, for `TopologyQueries`.
+        attention_mask: used only without a topology.
+        dropout: must be 0 with a topology.
+        scaling: factor of the scores; ``D ** -0.5`` by default.
+        topology: `TopologyMask` or `TopologyQueries`; None for plain causal attention.
+        **kwargs: arguments that transformers passes to every attention function.
+
+    Returns:
+        Output [B, Q, Hq, D], and None in place of the attention weights.
 
     Raises:
-        HFEError: the topology is of other tokens, or the model wants dropout, a window or a cap on scores with it.
+        UsageError: `topology` has another type.
+        HFEError: the topology has another number of tokens, or dropout, a window, sinks or a soft cap is used with it.
     """
     if topology is None:
         return decode_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    check_is_topology(topology)
-    for name in _UNKNOWN:
+    check_topology_type(topology)
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise HFEError(
                 f"{type(module).__name__} computes attention with {name}={kwargs[name]}, and a topology was given",
@@ -70,13 +81,13 @@ def topology_attention_forward(
         )
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        # As PyTorch's attention does: rotary embeddings leave queries and keys in float32, values are half.
+        # As PyTorch's attention does: under autocast rotary embeddings give float32 queries and keys, but half values.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if isinstance(topology, TopologyMask):
         tokens = topology.segment_ids.shape[1]
         if not tokens == query.shape[2] == key.shape[2]:
             raise HFEError(
-                f"the topology is of {tokens} tokens, with {query.shape[2]} queries and {key.shape[2]} keys",
+                f"the topology has {tokens} tokens, with {query.shape[2]} queries and {key.shape[2]} keys",
                 "give whole texts with a TopologyMask, and tokens that follow a cache with TopologyQueries",
             )
         output = topology_attention(
@@ -90,7 +101,7 @@ def topology_attention_forward(
             key,
             value,
             topology.kv_len,
-            topology.columns[:, start : start + MAX_QUERIES],
+            topology.cache_position[:, start : start + MAX_QUERIES],
             kv_segment_ids=topology.kv_segment_ids,
             segment_visibility=topology.segment_visibility[:, start : start + MAX_QUERIES],
             scale=scaling,

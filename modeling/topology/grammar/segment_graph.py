@@ -1,4 +1,4 @@
-"""Segments of a text that is read in parallel: what each follows, what it sees, and where its positions begin."""
+"""The graph of a text's segments: parents, positions, and the ancestors of each segment as a bitmap."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ MAX_SEGMENTS = 4096
 
 
 class SegmentGraph:
-    """Segments, each following some that came before it; segment 0 is the root.
+    """A directed acyclic graph of segments, numbered so that parents come before children; segment 0 is the root.
 
-    ``start(s) = 1 + max(end(p) for p in parents(s))``, 0 without parents, and positions count up from there.
+    Positions in segment s are consecutive and start at ``start(s) = 1 + max(end(p) for p in parents(s))``, or at 0
+    without parents.
 
     Attributes:
         parents: segments that each segment follows.
         start: position of each segment's first token.
         end: position of each segment's last token; ``start - 1`` while it has none.
-        closure: each segment's ancestors and itself, as the bits of a Python integer.
-        labels: each segment's name for people: `root`, `1`, `2.1`, `join`.
+        closure: bitmap of each segment's ancestors and itself, as a Python integer.
+        labels: readable name of each segment: `root`, `1`, `2.1`, `join`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,11 @@ class SegmentGraph:
         return len(self.parents)
 
     def new(self, parents: Iterable[int], label: str = "") -> int:
-        """A new segment that follows `parents`; returns its number."""
+        """Add a segment that follows `parents`; its number.
+
+        Raises:
+            TopologyError: a parent does not exist, or there are `MAX_SEGMENTS` segments.
+        """
         parents, segment = list(dict.fromkeys(parents)), len(self.parents)
         closure = with_ancestors(parents, self.closure)
         if segment >= MAX_SEGMENTS:
@@ -50,14 +55,22 @@ class SegmentGraph:
         return segment
 
     def append(self, segment: int, count: int = 1) -> int:
-        """Add `count` tokens to a segment; returns the position of the first."""
+        """Append `count` tokens to a segment; the position of the first."""
         first = self.end[segment] + 1
         self.end[segment] += count
         return first
 
 
 def with_ancestors(parents: Iterable[int], closure: Sequence[int]) -> int:
-    """The bits of the next segment: its own and those of its parents, where `closure` has those of all before it."""
+    """Bitmap of the next segment's ancestors and itself.
+
+    Args:
+        parents: its parents.
+        closure: the bitmaps of all segments before it.
+
+    Raises:
+        TopologyError: a parent is not one of the segments before it.
+    """
     segment = len(closure)
     bits = 1 << segment
     for parent in parents:
@@ -71,24 +84,24 @@ def with_ancestors(parents: Iterable[int], closure: Sequence[int]) -> int:
 
 
 def bitmap_bytes(closures: Iterable[int], words: int) -> bytes:
-    """`words` little-endian integers of 64 bits for each of `closures`."""
+    """Bitmaps as bytes: `words` little-endian 64-bit integers for each of `closures`."""
     return b"".join([bits.to_bytes(8 * words, "little") for bits in closures])
 
 
 class Placement(NamedTuple):
-    """Where a token went."""
+    """Segment and position of a token."""
 
     segment: int
     position: int
 
 
 class Placements(NamedTuple):
-    """Where each of several tokens went.
+    """Segments and positions of n tokens.
 
     Attributes:
         segment_ids: int32 [n].
         position_ids: int64 [n].
-        forced: bool [n], true for tokens that generation writes without asking the model: headers and separators.
+        forced: bool [n], true for forced tokens: headers and separators, which generation writes in place of the model.
     """
 
     segment_ids: np.ndarray

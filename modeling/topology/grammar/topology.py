@@ -1,4 +1,4 @@
-"""The topology of one row of tokens: segments, what each sees, and positions. Host side, in numpy."""
+"""The topology of one row of tokens, as numpy arrays: the segment and position of each token, and the segment graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_efficient.modeling.topology.grammar.segment_graph import SegmentGraph, b
 
 
 class TopologyBatch(NamedTuple):
-    """Rows of tokens as a model takes them.
+    """Topologies of a batch, as the arguments of a model's forward.
 
     Attributes:
         segment_ids: int32 [B, S], -1 at padding.
@@ -31,7 +31,7 @@ class TopologyBatch(NamedTuple):
     segment_visibility: Tensor
 
     def to_mask(self) -> TopologyMask:
-        """What a model or an attention implementation takes as `topology`."""
+        """The argument `topology` of a model or an attention function."""
         return TopologyMask(self.segment_ids, self.segment_visibility)
 
 
@@ -44,10 +44,10 @@ class Topology:
     Attributes:
         segment_ids: int32 [S], -1 at holes.
         position_ids: int64 [S].
-        parents: segments that each segment follows; all have smaller numbers.
+        parents: segments that each segment follows; they have smaller numbers.
         labels: name of each segment.
-        forced: bool [S], true for tokens that generation writes without asking the model.
-        warnings: what was malformed in the text, where it was read leniently.
+        forced: bool [S], true for tokens that generation writes in place of the model.
+        warnings: what was malformed in the text, when it was read with `strict=False`.
     """
 
     segment_ids: np.ndarray
@@ -76,9 +76,10 @@ class Topology:
         allow_truncated: bool = False,
         row: int | None = None,
     ) -> Topology:
-        """Read the topology from the control tokens of a text; arguments as for `TopologyBuilder`.
+        """The topology that the control tokens of a text describe; other arguments as for `TopologyBuilder`.
 
         Args:
+            ids: token ids [S].
             allow_truncated: blocks may be open at the end.
 
         Raises:
@@ -92,7 +93,7 @@ class Topology:
 
     @classmethod
     def from_spec(cls, segments: Sequence[tuple[int, Sequence[int]]]) -> Topology:
-        """Segments given as (number of tokens, segments that it follows), one after the other."""
+        """The topology of consecutive segments, each given as (number of tokens, parents)."""
         graph = SegmentGraph()
         for count, parents in segments:
             if count < 0:
@@ -113,27 +114,28 @@ class Topology:
 
     @property
     def first_tokens(self) -> np.ndarray:
-        """Index of the first token of each segment but segment 0, ascending.
+        """Index of the first token of each segment except segment 0, ascending.
 
-        What stands before it in the row is not what comes before it in the topology, so it cannot be learnt from there.
+        The token before it in the row is not the one before it in the topology, so the next-token loss, which predicts
+        a token from the one before it in the row, must leave it out.
         """
         segments, first = np.unique(self.segment_ids, return_index=True)
         return np.sort(first[segments > 0])
 
     @property
     def critical_path(self) -> int:
-        """Number of tokens on the longest chain of segments: the steps that decoding takes at least."""
+        """Number of tokens on the longest chain of segments: the least number of decoding steps."""
         return int(self.position_ids[self.segment_ids >= 0].max(initial=-1)) + 1
 
     def closure(self) -> list[int]:
-        """Ancestors of each segment and itself, as bits of an integer."""
+        """Bitmap of each segment's ancestors and itself, as an integer."""
         closure: list[int] = []
         for parents in self.parents:
             closure.append(with_ancestors(parents, closure))
         return closure
 
     def reachable(self, segment: int, other: int) -> bool:
-        """True when `segment` sees `other`."""
+        """True when segment `segment` sees segment `other`."""
         return bool(self.closure()[segment] >> other & 1)
 
     def bitmaps(self) -> Tensor:
@@ -143,7 +145,7 @@ class Topology:
         return torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, words))
 
     def dense_mask(self) -> Tensor:
-        """Bool [S, S]: row i tells which tokens token i sees."""
+        """Bool [S, S], true where token i (row) sees token j (column)."""
         words = self.bitmaps().numpy()
         numbers = np.arange(self.n_segments)
         sees = (words[:, numbers // 64] >> (numbers % 64) & 1).astype(bool)
@@ -154,12 +156,12 @@ class Topology:
         return torch.from_numpy(mask)
 
     def to_mask(self) -> TopologyMask:
-        """What a model or an attention implementation takes as `topology`, for this row alone."""
+        """The argument `topology` of a model or an attention function, for a batch of this row alone."""
         return Topology.stack([self]).to_mask()
 
     @staticmethod
     def pack(topologies: Sequence[Topology]) -> Topology:
-        """Several rows as one, which do not see each other: each keeps its root."""
+        """Several topologies as one row; their tokens do not see each other, and positions restart at each."""
         offsets = np.cumsum([0, *(each.n_segments for each in topologies)]).tolist()
         shifted = [
             np.where(each.segment_ids >= 0, each.segment_ids + offset, -1)
@@ -180,7 +182,11 @@ class Topology:
 
     @staticmethod
     def stack(topologies: Sequence[Topology], pad_to: int | None = None, side: str = "right") -> TopologyBatch:
-        """Rows of a batch, padded on one side to the longest, or to `pad_to` tokens."""
+        """Topologies as a batch, padded to the longest or to `pad_to` tokens, on the side `left` or `right`.
+
+        Raises:
+            UsageError: `pad_to` is too small, or `side` is unknown.
+        """
         longest = max((len(each) for each in topologies), default=0)
         width = longest if pad_to is None else pad_to
         if width < longest or side not in ("left", "right"):

@@ -203,19 +203,25 @@ def test_a_padding_mask_beside_a_topology_makes_holes(tiny_model: Callable, bran
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segment_visibility": None}, "segment_ids and segment_visibility, both of them"),
-        ({"topology": TopologyMask(torch.zeros(1, 23, dtype=torch.int32), torch.ones(1, 1, 1).long())}, "both of them"),
+        ({"segment_visibility": None}, "both segment_ids and segment_visibility"),
+        (
+            {"topology": TopologyMask(torch.zeros(1, 23, dtype=torch.int32), torch.ones(1, 1, 1).long())},
+            "both segment_ids",
+        ),
         ({"position_ids": None}, "without position_ids"),
         ({"segment_ids": torch.zeros(1, 22, dtype=torch.int32)}, r"shape \[1, 22\].*shape \[1, 23\]"),
         ({"segment_ids": torch.zeros(2, 23, dtype=torch.int32)}, r"shape \[2, 23\].*shape \[1, 23\]"),
         ({"segment_ids": torch.zeros(1, 23)}, "segment_ids.*int32"),
         ({"segment_ids": torch.zeros(1, 23, dtype=torch.long)}, "segment_ids.*int32"),
-        ({"segment_ids": torch.full((1, 23), 7, dtype=torch.int32)}, "names segment 7, and segment_visibility has 7"),
+        (
+            {"segment_ids": torch.full((1, 23), 7, dtype=torch.int32)},
+            "contains segment 7, and segment_visibility has 7",
+        ),
         ({"segment_visibility": torch.zeros(1, 7, 1)}, "segment_visibility.*int64"),
         ({"segment_visibility": torch.zeros(1, 7, dtype=torch.long)}, r"\[B, N, W\]"),
         ({"segment_visibility": torch.zeros(2, 7, 1, dtype=torch.long)}, "segment_visibility"),
-        ({"attention_mask": torch.ones(1, 1, 23, 23, dtype=torch.bool)}, "attention mask.*beside a topology"),
-        ({"attention_mask": torch.ones(1, 22, dtype=torch.long)}, "attention mask.*beside a topology"),
+        ({"attention_mask": torch.ones(1, 1, 23, 23, dtype=torch.bool)}, "attention mask.*with a topology"),
+        ({"attention_mask": torch.ones(1, 22, dtype=torch.long)}, "attention mask.*with a topology"),
         ({"output_attentions": True}, "output_attentions.*eager"),
     ],
 )
@@ -250,7 +256,7 @@ def test_other_attentions_and_dropout_are_refused(tiny_model: Callable, branchin
 def test_a_whole_text_does_not_follow_a_cache(tiny_model: Callable, branching: tuple[Topology, Tensor]) -> None:
     model, (_, ids) = tiny_model("hfe_multiverse"), branching
     cache = model(ids[:, :4]).past_key_values
-    with pytest.raises(HFEError, match="of 23 tokens, with 23 queries and 27 keys"):
+    with pytest.raises(HFEError, match="has 23 tokens, with 23 queries and 27 keys"):
         model(**inputs(branching, past_key_values=cache, use_cache=True))
     with pytest.raises(HFEError, match="inference"):
         columns = torch.arange(4, 8, dtype=torch.int32)[None]

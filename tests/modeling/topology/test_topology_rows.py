@@ -10,7 +10,7 @@ import torch
 
 from hf_efficient.errors import TopologyError, UsageError
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
-from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, dense_mask, flex_mask, seen_pairs
+from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, dense_mask, flex_mask, visibility
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 DIAMOND = [(3, []), (2, [0]), (4, [0]), (1, [1, 2])]
@@ -112,7 +112,7 @@ def test_a_dense_mask_leaves_no_row_empty() -> None:
     """A softmax over nothing is not a number, and what padding holds would spread over the layers."""
     batch = Topology.stack([Topology.from_spec(DIAMOND), Topology.from_spec([(2, [])])], side="left")
     mask = batch.to_mask()
-    dense, seen = dense_mask(mask)[:, 0], seen_pairs(mask)
+    dense, seen = dense_mask(mask)[:, 0], visibility(mask)
     assert dense.any(-1).all()
     assert torch.equal(dense[batch.segment_ids >= 0], seen[batch.segment_ids >= 0])
 
@@ -130,7 +130,7 @@ def test_the_mask_of_flex_attention_is_the_same(length: int) -> None:
     rows = [Topology.from_spec(spec), Topology.from_spec([(int(generator.integers(1, length + 1)), [])])]
     batch = Topology.stack(rows)
     mask = TopologyMask(batch.segment_ids, batch.segment_visibility)
-    blocks, seen = flex_mask(mask), seen_pairs(mask)
+    blocks, seen = flex_mask(mask), visibility(mask)
     width = batch.segment_ids.shape[1]
     index = torch.arange(width)
     rows_index = torch.arange(2)[:, None, None]
