@@ -1,4 +1,4 @@
-"""Configuration of STEM: feed-forwards whose up-projection is a table row of the token."""
+"""Configuration of STEM: in chosen layers, the up-projection of the feed-forward is a table row of the token."""
 
 from typing import Any
 
@@ -37,11 +37,11 @@ class StemConfig(DecoderConfig):
     | `stem_embedding_dim` | width of a table row; must equal `intermediate_size` |
     | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + width of a row))` |
     | `stem_keep_up_proj` | keep the stock up-projection beside the table: `mlp.efficient = False` runs the stock path |
-    | `stem_sparse_grad` | gradients of the tables are sparse tensors of the rows that a batch holds |
-    | `stem_offload` | `none`; `cpu`: the tables stay in host memory, wherever the model goes; `disk`: in its files |
-    | `stem_cache_rows` | rows of each offloaded table to keep on the device, those of the most frequent tokens |
-    | `stem_prefetch_layers` | offloaded tables whose rows may be on their way at once; 0: all |
-    | `stem_inputs_embeds` | `inputs_embeds` without ids: `error`, or `match` to find them among the embedding's rows |
+    | `stem_sparse_grad` | the tables get sparse gradients, of the rows of a batch's tokens |
+    | `stem_offload` | `none`; `cpu`: the tables stay in host memory; `disk`: in the checkpoint's files |
+    | `stem_cache_rows` | rows of each offloaded table to cache on the device, those of the most frequent tokens |
+    | `stem_prefetch_layers` | offloaded tables whose rows may be in transfer at the same time; 0: all |
+    | `stem_inputs_embeds` | for `inputs_embeds` without ids: `error`, or `match` to find the ids in the embedding |
     """
 
     model_type = "hfe_stem"
@@ -67,8 +67,9 @@ class StemConfig(DecoderConfig):
         plan = super().tensor_parallel_plan()
         if not self.stem_layers:
             return plan
-        # transformers splits an embedding by rows and gives every rank the whole row that it looked up, so the gate is
-        # gathered to meet it. Dense layers share these patterns. Serving engines know the older names of these styles.
+        # transformers splits an embedding by rows and returns whole rows on every rank, so the gate must be whole too:
+        # its output is gathered. Dense layers match the same patterns. Serving engines support only the older names of
+        # these styles.
         plan["layers.*.mlp.gate_proj"] = plan["layers.*.mlp.up_proj"] = "colwise_rep"
         plan["layers.*.mlp.down_proj"] = "rowwise_rep"
         plan["layers.*.mlp.stem_embed"] = "embedding_rowwise"
@@ -91,13 +92,13 @@ class StemConfig(DecoderConfig):
             raise ValueError("stem_layers is empty; name at least one layer, or use the unpatched decoder")
         outside = [i for i in layers if not 0 <= i < count]
         if outside:
-            raise ValueError(f"stem_layers holds {outside}; the model has layers 0..{count - 1}")
+            raise ValueError(f"stem_layers contains {outside}; the model has layers 0..{count - 1}")
         if layers != sorted(set(layers)):
             raise ValueError(f"stem_layers={layers} must be sorted and free of duplicates")
         if self.stem_embedding_dim != self.intermediate_size:
             raise ValueError(
                 f"stem_embedding_dim={self.stem_embedding_dim} must equal intermediate_size={self.intermediate_size}: "
-                "a table row takes the place of the up-projection's output"
+                "a table row replaces the up-projection's output"
             )
         if self.stem_init_std is not None and self.stem_init_std <= 0:
             raise ValueError(f"stem_init_std={self.stem_init_std} must be positive, or None for Xavier")

@@ -1,4 +1,4 @@
-"""Token ids of given embeddings: each is looked up among the rows of the embedding, exactly."""
+"""Token ids of given embeddings, found by exact comparison with the rows of the embedding."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from hf_efficient.errors import HFEError
 from hf_efficient.logging import warn_once
 
-# Elements of the embedding that are hashed at a time: bounds the memory, 8 bytes each.
-_BLOCK = 1 << 22
+# Elements of the embedding that are hashed at a time; bounds the memory to 8 bytes for each.
+_BLOCK_ELEMENTS = 1 << 22
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _hash_rows(rows: Tensor, factors: Tensor) -> Tensor:
-    """A 64-bit hash of each row of [N, d]: its bits, times odd factors, summed modulo 2^64."""
-    bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.dtype.itemsize])  # + 0.0 makes equal numbers of both zeros
+    """A 64-bit hash [N] of each row of [N, d]: the bits of its elements times odd `factors` [d], summed modulo 2^64."""
+    bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.dtype.itemsize])  # + 0.0 turns -0.0 into 0.0
     return (bits.long() * factors).sum(-1)
 
 
@@ -24,8 +24,13 @@ def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: 
     """Ids [B, S] of the embedding rows that equal `inputs_embeds` [B, S, d] in every element.
 
     Rows are found by hash and then compared, so that no [B, S, vocab_size, d] comparison is made. The embedding is
-    called as a module, which lets adapters and offloading act. Where rows are alike the lowest id is taken, with a
-    warning.
+    called as a module, so that adapters and offloading hooks run. If several rows are equal, the lowest id is returned,
+    with a warning.
+
+    Args:
+        inputs_embeds: [B, S, d].
+        embed_tokens: the embedding, ids -> rows.
+        vocab_size: number of its rows.
 
     Raises:
         HFEError: an embedding that equals no row.
@@ -39,7 +44,7 @@ def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: 
         found = embed_tokens(ids).to(device)
         return found.to(torch.promote_types(found.dtype, given.dtype))
 
-    blocks = torch.arange(vocab_size, device=device).split(max(1, _BLOCK // width))
+    blocks = torch.arange(vocab_size, device=device).split(max(1, _BLOCK_ELEMENTS // width))
     hashes, order = torch.cat([_hash_rows(rows(block), factors) for block in blocks]).sort(stable=True)
     given = given.to(rows(order[:1]).dtype)
     wanted = _hash_rows(given, factors)
@@ -49,9 +54,9 @@ def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: 
     different = (rows(ids) != given).any(-1)
     if different.any():
         first = int(different.nonzero()[0])
-        place = list(divmod(first, inputs_embeds.shape[1]))
+        index = list(divmod(first, inputs_embeds.shape[1]))
         raise HFEError(
-            f"inputs_embeds at position {place} equals no row of the embedding, so its token id is unknown",
+            f"inputs_embeds at position {index} equals no row of the embedding, so its token id is unknown",
             "pass stem_input_ids beside inputs_embeds",
         )
     following = (position + 1).clamp(max=vocab_size - 1)

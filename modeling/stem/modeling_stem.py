@@ -1,4 +1,4 @@
-"""STEM: in chosen layers the feed-forward's up-projection is a row of a table, indexed by the token.
+"""STEM: in chosen layers the feed-forward's up-projection is replaced by a row of a table, indexed by the token.
 
 ``h + W_down (silu(W_gate x) * U[token])``, arXiv:2601.10639, section 3.
 """
@@ -42,7 +42,7 @@ from hf_efficient.modeling.stem.token_rows import TokenRows
 # Attention implementations of serving engines, which build models of their own from the configuration.
 _ENGINES = ("vllm", "sglang")
 _TABLE_KEY = r"\.stem_embed\.weight$"
-# Not attributes of the models, which are copied and pickled; a stream is neither.
+# Not attributes of the models, because models are copied and pickled, and a CUDA stream can be neither.
 _FETCHERS: WeakKeyDictionary[nn.Module, TableFetcher] = WeakKeyDictionary()
 
 
@@ -106,7 +106,7 @@ class StemMLP(nn.Module):
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
         if self.up_proj is None:
             raise HFEError(
-                "efficient=False needs the stock up-projection, which this checkpoint does not carry",
+                "efficient=False needs the stock up-projection, which this checkpoint does not have",
                 "convert with --stem-keep-up-proj, or use the source model as the teacher",
             )
         return self.up_proj(hidden_states)
@@ -134,15 +134,19 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
                 f"config.json has stem_offload={placement!r}, and {attention} loads and places the tables itself",
                 "set it to 'none', as vLLM does with --hf-overrides '{\"stem_offload\": \"none\"}'",
             )
-        if placement == "disk":  # the tables are no parameters until they are mapped
+        if placement == "disk":  # the tables have no weight until they are mapped
             self._keys_to_ignore_on_load_unexpected = [_TABLE_KEY]
         super().post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; tables that are not to live on the device never go there."""
-        source = pretrained_model_name_or_path  # named as in transformers, since callers may name it
-        placement = cls._placement_asked_for(source, kwargs)
+        """As in transformers; with `stem_offload`, the tables are never moved to the device.
+
+        Raises:
+            HFEError: `stem_offload` together with tensor parallelism, several devices, or weights not in safetensors.
+        """
+        source = pretrained_model_name_or_path  # the parameter's name is that of transformers, for keyword calls
+        placement = cls._requested_placement(source, kwargs)
         if placement == "none":
             return super().from_pretrained(source, *args, **kwargs)
         if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
@@ -152,10 +156,10 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             )
         if placement == "disk" and (source is None or kwargs.get("use_safetensors") is False):
             raise HFEError(
-                "stem_offload='disk' maps the tables from a checkpoint's safetensors files, and none are to be loaded",
+                "stem_offload='disk' maps the tables from a checkpoint's safetensors files, and none are loaded here",
                 "name a checkpoint with safetensors, or load it with stem_offload='cpu'",
             )
-        # A device map would put hooks on the tables, which copy them whole.
+        # With a device map, accelerate's hooks would copy whole tables to the device.
         device = single_device(kwargs.pop("device_map", None))
         loaded = super().from_pretrained(source, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -166,7 +170,8 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         return loaded
 
     @classmethod
-    def _placement_asked_for(cls, source: Any, arguments: dict[str, Any]) -> str:
+    def _requested_placement(cls, source: Any, arguments: dict[str, Any]) -> str:
+        """`stem_offload` of the arguments of `from_pretrained`, else of the configuration."""
         config = arguments.get("config")
         if "stem_offload" in arguments:
             return arguments["stem_offload"]
@@ -175,10 +180,10 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         return (config.get if isinstance(config, dict) else partial(getattr, config))("stem_offload", "none")
 
     def _map_tables(self, source: Any, arguments: dict[str, Any]) -> None:
-        """Show each table its place in the files that the rest of the model was loaded from."""
+        """Map each table from the files that the rest of the model was loaded from."""
         tables = {f"{name}.weight": m for name, m in self.base_model.named_modules() if isinstance(m, StemTable)}
         hub, loaded = hub_arguments(arguments), self.config.name_or_path
-        if str(source) != str(loaded):  # an adapter was named, whose revision is its own
+        if str(source) != str(loaded):  # `source` is an adapter; its revision is not that of the base model
             hub.pop("revision", None)
         fields = {"transformers_weights": getattr(self.config, "transformers_weights", None)}
         for name, place in find_tensors(loaded, tables, fields, arguments.get("variant"), **hub).items():
@@ -194,20 +199,24 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             )
 
     def refresh_rows(self, ids: Tensor) -> None:
-        """Tell that rows `ids` [n] of the tables were changed in place, so that no copy of them is used any longer."""
+        """Discard cached copies of the rows `ids` [n]; call it after the tables were changed in place there."""
         fetcher = _FETCHERS.get(self.base_model)
         if fetcher is not None:
             fetcher.drop(ids)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Sparse gradients are summed over the processes by `RowSparseAdamW`; torch's own way takes no NCCL."""
+        """Tables with sparse gradients, which `RowSparseAdamW` averages: DDP cannot reduce sparse tensors with NCCL."""
         names = [f"{name}.weight" for name, m in self.named_modules() if isinstance(m, StemTable) and m.sparse]
-        # PEFT's models hand this attribute through, and hold this model under a name of their own.
+        # A PEFT model forwards this attribute, and its parameters have a prefix.
         return [*names, *(f"base_model.model.{name}" for name in names)]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a model whose tables are mapped from a checkpoint cannot replace that checkpoint."""
+        """As in transformers.
+
+        Raises:
+            HFEError: the tables are mapped from files in `save_directory`, which saving would overwrite.
+        """
         mapped = {m.file.parent for m in self.modules() if isinstance(m, StemTable) and m.file is not None}
         if Path(save_directory).resolve() in mapped:
             raise HFEError(
@@ -217,13 +226,14 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; resizes the tables too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self._resize_tables(embeddings.num_embeddings)
         return embeddings
 
     @torch.no_grad()
     def _resize_tables(self, rows: int) -> None:
-        """Give every table `rows` rows; a new row is the mean of the old ones."""
+        """Resize every table to `rows` rows; a new row is the mean of the old ones."""
         for module in self.modules():
             if isinstance(module, StemTable) and module.num_embeddings != rows:
                 old = module.resident_weight
@@ -235,8 +245,8 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
 class StemModel(StemPreTrainedModel, DecoderModel):
     """Decoder with STEM feed-forwards in `config.stem_layers`.
 
-    `forward` takes one more argument, `stem_input_ids` [B, S]: the ids to look up in place of `input_ids`, or beside
-    `inputs_embeds`.
+    `forward` takes the additional argument `stem_input_ids` [B, S]: the ids that index the tables, instead of
+    `input_ids` or together with `inputs_embeds`.
     """
 
     # The one hook for tools such as `hf_efficient.stem_override`: if set, it gives the token inputs of every call.
@@ -248,6 +258,12 @@ class StemModel(StemPreTrainedModel, DecoderModel):
     def resolve_token_ids(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
+        """Ids [B, S] that index the tables: `stem_input_ids`, else `input_ids`, else those found for `inputs_embeds`.
+
+        Raises:
+            HFEError: there are no ids, they have another shape than the input, or a table another size than the
+                embedding.
+        """
         stem_input_ids = kwargs.pop("stem_input_ids", None)
         ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
         if not self.config.stem_layers:
@@ -256,7 +272,7 @@ class StemModel(StemPreTrainedModel, DecoderModel):
             missed = sorted(set(self.config.stem_layers) & set(here))
             if missed:
                 raise HFEError(
-                    f"this pipeline stage was not given the token ids that its STEM layers {missed} look up",
+                    f"this pipeline stage did not receive the token ids that its STEM layers {missed} need",
                     "serve STEM without pipeline parallelism: tensor parallelism splits its tables too",
                 )
             return None
@@ -265,7 +281,7 @@ class StemModel(StemPreTrainedModel, DecoderModel):
             return match_token_ids(inputs_embeds, self.embed_tokens, self.vocabulary_rows())
         if ids is None:
             raise HFEError(
-                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} came without the ids that STEM layers look up",
+                f"inputs_embeds of shape {tuple(inputs_embeds.shape)} came without the ids that STEM layers need",
                 "pass input_ids, pass stem_input_ids beside inputs_embeds, or set config.stem_inputs_embeds to 'match'",
             )
         given = inputs_embeds if input_ids is None else input_ids
@@ -306,17 +322,22 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         )
 
     def begin_lookup(self, token_ids: Tensor | None) -> Tensor | TokenRows | None:
+        """The ids themselves, or their rows if tables are in host memory (prefetched) or get sparse gradients.
+
+        Raises:
+            HFEError: a table in host memory would get a dense gradient.
+        """
         token_ids = super().begin_lookup(token_ids)
-        # One with a hook, as accelerate's offloading makes it, has its rows only while it is called, and it will be.
+        # A table with a hook, such as accelerate's offloading, has its weight only while the module is called.
         tables = [table for table in self._tables() if is_bare(table, (StemTable,))]
         if token_ids is None or not tables:
             return token_ids
         trained = [t for t in tables if torch.is_grad_enabled() and t.resident_weight.requires_grad]
-        # Without `stem_offload` another library, such as accelerate, moves the table to the device.
+        # Without `stem_offload`, a table on another device is moved by another library, such as accelerate.
         on_host = tables[0].placement != "none" and tables[0].resident_weight.device != token_ids.device
         if on_host and not all(table.sparse for table in trained):
             raise HFEError(
-                "tables that stay on the host cannot have dense gradients",
+                "tables in host memory cannot have dense gradients",
                 "load the model with stem_sparse_grad=True to train them, or set requires_grad to False for them",
             )
         if on_host:
@@ -333,22 +354,23 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         return fetcher
 
     def pin_tables(self) -> None:
-        """Pin tables that are to stay on the host, which else happens when they are looked up for the first time."""
+        """Pin the tables with `stem_offload="cpu"` now instead of in the first call that needs their rows."""
         tables = [table for table in self._tables() if table.placement == "cpu"]
         if tables and self.device.type == "cuda" and tables[0].resident_weight.device != self.device:
             self._fetcher(tables, self.device)
 
     def row_fetches(self) -> dict[str, Any]:
-        """Of tables on the host: whether the device reads them by itself, and what prompts asked of the row cache."""
+        """`TableFetcher.report` of tables in host memory; empty before their rows were fetched."""
         fetcher = _FETCHERS.get(self)
         return {} if fetcher is None else fetcher.report()
 
     def _tables(self) -> list[StemTable]:
-        """The tables in the order of the layers, those under an adapter left out."""
+        """The tables in the order of the layers, without those that an adapter wraps."""
         tables = (getattr(layer.mlp, "stem_embed", None) for layer in self.layers_here().values())
         return [table for table in tables if isinstance(table, StemTable)]
 
     def _check_tables(self) -> None:
+        """Raise `HFEError` if a table has another number of rows than the embedding."""
         rows = self.vocabulary_rows()
         for table in self._tables():
             if table.num_embeddings != rows:
@@ -365,7 +387,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     prompt_arguments = frozenset({"stem_input_ids", "stem_prompt_rows"})
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        self.model.pin_tables()  # only steps that read pinned tables are captured, those of the first call too
+        self.model.pin_tables()  # a decoding step is captured only if its tables are pinned
         return super()._sample(*args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -378,7 +400,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if stem_input_ids is None:
             return inputs
-        # The ids that came with the prompt belong to it; what is generated is looked up by its own ids.
+        # `stem_input_ids` are the ids of the prompt; generated tokens use their own ids.
         if inputs.get("inputs_embeds") is not None:
             inputs["stem_input_ids"] = stem_input_ids[:, -inputs["inputs_embeds"].shape[1] :]
         elif inputs_embeds is None:

@@ -1,4 +1,4 @@
-"""Which table rows are worth keeping on the device: those of the tokens that came most often of late."""
+"""A device cache of table rows: those of the tokens that were recently most frequent."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# A token seen this many tokens ago counts half as much as one seen now.
+# An occurrence this many tokens ago counts half as much as one now.
 HALF_LIFE = 65_536
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What a cache takes in after a call.
+    """The changes of a cache by one call.
 
     Attributes:
-        ids: tokens that come in [n].
-        places: where each of them is among the call's distinct tokens [n].
-        slots: which slot each gets [n].
-        evicted: tokens that leave [m].
+        ids: tokens that are added [n].
+        indices: index of each among the call's distinct tokens [n].
+        slots: cache slot of each [n].
+        evicted: tokens that are removed [m].
     """
 
     ids: Tensor
-    places: Tensor
+    indices: Tensor
     slots: Tensor
     evicted: Tensor
 
@@ -33,33 +33,33 @@ class Admission:
 
 
 class FrequencyPolicy:
-    """Least frequently used, with ageing: holds the tokens with the highest counts, which fade with `HALF_LIFE`.
+    """LFU with ageing: caches the tokens with the highest counts, which decay with `HALF_LIFE`.
 
-    Works on the host, on int64 ids. It decides what is held, never what a row contains.
+    Works on the host, on int64 ids, and decides only which tokens are cached.
 
     Args:
-        vocab_size: ids are below it.
-        capacity: slots.
+        vocab_size: number of token ids.
+        capacity: number of slots.
     """
 
     def __init__(self, vocab_size: int, capacity: int) -> None:
-        self.held = torch.full((capacity,), -1)  # id in each slot; -1: free
+        self.held = torch.full((capacity,), -1)  # token id in each slot, -1 in a free one
         self._slot_of = torch.full((vocab_size,), -1)
         self._counts = torch.zeros(vocab_size, dtype=torch.float64)
 
     def hits(self, ids: Tensor) -> Tensor:
-        """Which of these ids are held [u], bool."""
+        """Whether each of `ids` [u] is cached, bool [u]."""
         return self._slot_of[ids] >= 0
 
     def admit(self, ids: Tensor, counts: Tensor) -> Admission:
-        """Count distinct `ids` [u], each seen `counts` times, and let in those that now belong to the most frequent.
+        """Count distinct, sorted `ids` [u] `counts` [u] times each, and choose which to add as now most frequent.
 
-        The slots of newcomers are free until `commit`.
+        The slots of added tokens count as free until `commit`.
         """
         self._counts *= 0.5 ** (int(counts.sum()) / HALF_LIFE)
         self._counts[ids] += counts
         known = torch.cat((self.held[self.held >= 0], ids[~self.hits(ids)]))
-        # Stable, and by id before: of tokens that are equally frequent the lower ids stay.
+        # Sorted by id first and then stably by count, so that of equally frequent tokens the lower ids stay.
         known = known.sort().values
         order = self._counts[known].sort(descending=True, stable=True).indices
         kept = known[order[: len(self.held)]]
@@ -67,53 +67,56 @@ class FrequencyPolicy:
         evicted = self.held[~stays & (self.held >= 0)]
         self._slot_of[evicted] = -1
         self.held[~stays] = -1
-        newcomers = kept[~self.hits(kept)].sort().values
-        slots = (self.held < 0).nonzero().flatten()[: len(newcomers)]
-        return Admission(newcomers, torch.searchsorted(ids, newcomers), slots, evicted)
+        added = kept[~self.hits(kept)].sort().values
+        slots = (self.held < 0).nonzero().flatten()[: len(added)]
+        return Admission(added, torch.searchsorted(ids, added), slots, evicted)
 
     def commit(self, admission: Admission) -> None:
-        """The newcomers' rows are in their slots."""
+        """Record that the rows of the added tokens are in their slots."""
         self.held[admission.slots] = admission.ids
         self._slot_of[admission.ids] = admission.slots
 
     def drop(self, ids: Tensor) -> None:
-        """Forget rows whose content has changed."""
+        """Remove `ids`, whose rows have changed."""
         slots = self._slot_of[ids]
         self.held[slots[slots >= 0]] = -1
         self._slot_of[ids] = -1
 
 
 class RowCache:
-    """Rows of several tables on the device, the same tokens of each.
+    """Cached rows of several tables on a device, of the same tokens in each.
+
+    Its methods work on the current CUDA stream.
 
     Args:
-        tables: weights [V, F] of each table.
-        capacity: rows to hold of each.
-        device: where.
+        tables: weight of each table [V, F].
+        capacity: number of rows to cache of each.
+        device: of the cache.
 
     Attributes:
-        rows: the rows of each table [capacity, F].
-        slot_of: slot of each token [V], int32; -1 where it is not held.
+        policy: decides which tokens are cached.
+        rows: the cached rows of each table [capacity, F].
+        slot_of: slot of each token [V], int32; -1 if it is not cached.
     """
 
     def __init__(self, tables: list[Tensor], capacity: int, device: torch.device) -> None:
         vocab_size = len(tables[0])
         capacity = min(capacity, vocab_size)
         self.policy = FrequencyPolicy(vocab_size, capacity)
-        with torch.inference_mode(False):  # these outlive the caller's inference mode
+        with torch.inference_mode(False):  # used after the caller's inference mode ends
             self.rows = [torch.empty(capacity, t.shape[1], dtype=t.dtype, device=device) for t in tables]
             self.slot_of = torch.full((vocab_size,), -1, dtype=torch.int32, device=device)
 
     def forget(self, ids: Tensor) -> None:
-        """On the current stream: nobody finds these tokens [n], of the device, here any more."""
+        """Mark the tokens `ids` [n], a device tensor, as not cached."""
         self.slot_of[ids] = -1
 
     def fill(self, table: int, rows: Tensor, admission: Admission) -> None:
-        """On the current stream: put the newcomers among the call's `rows` [u, F] into the slots of one table."""
-        self.rows[table].index_copy_(0, admission.slots, rows.index_select(0, admission.places))
+        """Copy the added tokens' rows, of the call's `rows` [u, F], into the slots of table number `table`."""
+        self.rows[table].index_copy_(0, admission.slots, rows.index_select(0, admission.indices))
 
     def publish(self, admission: Admission) -> None:
-        """On the current stream, after every table was filled: from now on the newcomers are found."""
+        """Mark the added tokens as cached; call it after every table was filled."""
         self.slot_of[admission.ids] = admission.slots.to(torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""The table of a STEM layer, and where it lives: with the model, in host memory, or in the checkpoint's own file."""
+"""The table of a STEM layer, stored with the model, in host memory, or in the checkpoint's file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from hf_efficient.errors import HFEError
 
 
 class StemTable(nn.Embedding):
-    """Table [vocab_size, intermediate_size] of one STEM layer; row t stands in for the up-projection at token t.
-
-    Where `sparse` is True, as for any embedding, its gradient is a sparse tensor of the rows that were looked up.
+    """Table [vocab_size, intermediate_size] of one STEM layer; row t replaces the up-projection's output at token t.
 
     Args:
-        rows, width: size of the table.
-        sparse: give sparse gradients.
-        placement: ``none``: where the model is; ``cpu``: in host memory, wherever the model goes; ``disk``: nowhere,
-            until `map_from` shows it the file that holds it.
+        rows, width: vocab_size and intermediate_size.
+        sparse: as for `nn.Embedding`, the gradient is a sparse tensor of the rows that were looked up.
+        placement: ``none``: on the model's device; ``cpu``: in host memory, also after ``model.to(device)``; ``disk``:
+            without a weight until `map_from` maps it from a file.
     """
 
     def __init__(self, rows: int, width: int, sparse: bool = False, placement: str = "none") -> None:
         self.placement = placement
-        self.file: Path | None = None  # that the rows are mapped from
+        self.file: Path | None = None  # the file that the weight is mapped from
         if placement == "disk":
             with torch.device("meta"):
                 super().__init__(rows, width, sparse=sparse)
@@ -36,7 +34,7 @@ class StemTable(nn.Embedding):
             super().__init__(rows, width, sparse=sparse)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts the table with the model; one that stays on the host is cast, and one in a file is not."""
+        """As in PyTorch for ``none``; a ``cpu`` table is only cast, a ``disk`` table neither moved nor cast."""
         if self.placement == "none" or self.weight is None:
             return super()._apply(fn, recurse)
         if self.placement == "disk":
@@ -47,35 +45,44 @@ class StemTable(nn.Embedding):
         if self.weight.is_meta:
             return super()._apply(lambda t: torch.empty_like(t, dtype=wanted.dtype, device="cpu"), recurse)
         if wanted.dtype != self.weight.dtype or self.weight.device.type != "cpu":
-            # Never by changing a parameter's memory: it may be pinned, for as long as the parameter lives.
+            # A new parameter, because the memory of the old one may be pinned until that parameter is freed.
             rows = self.weight.detach().to("cpu", wanted.dtype)
             self.weight = nn.Parameter(rows, requires_grad=self.weight.requires_grad)
         return self
 
-    def forward(self, input: Tensor) -> Tensor:  # the base class's name
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows [..., intermediate_size] of the ids `input` [...], on the device of `input`."""
         if self.weight is not None and self.weight.device == input.device:
             return super().forward(input)
-        # The way that is right for every caller, such as an adapter around the table; the model itself fetches ahead.
+        # For callers such as an adapter around the table; the model itself prefetches rows with a `TableFetcher`.
         return super().forward(input.to(self.resident_weight.device)).to(input.device)
 
     @property
     def resident_weight(self) -> Tensor:
-        """The weight; an error where it is still to be mapped from a file."""
+        """The weight [vocab_size, intermediate_size].
+
+        Raises:
+            HFEError: it has not been mapped from a file yet.
+        """
         if self.weight is None:
             raise HFEError(
-                "a STEM table has no rows: stem_offload='disk' leaves them in the checkpoint's files",
+                "a STEM table has no weight: stem_offload='disk' leaves it in the checkpoint's files",
                 "load the checkpoint with from_pretrained(..., stem_offload='disk')",
             )
         return self.weight
 
     def map_from(self, file: Path, name: str) -> None:
-        """Take the rows from tensor `name` of a safetensors file, mapped into memory: pages are read when touched."""
+        """Map the weight from tensor `name` of a safetensors file; its pages are read from disk on first use.
+
+        Raises:
+            HFEError: the tensor has another shape than the table.
+        """
         with safe_open(file, "pt") as tensors:
             rows = tensors.get_tensor(name)
         expected = (self.num_embeddings, self.embedding_dim)
         if tuple(rows.shape) != expected:
             raise HFEError(
-                f"{name} in {file.name} has shape {tuple(rows.shape)}, the configuration asks for {expected}",
+                f"{name} in {file.name} has shape {tuple(rows.shape)}, the configuration requires {expected}",
                 "load the configuration that belongs to the checkpoint",
             )
         self.weight, self.file = nn.Parameter(rows, requires_grad=False), file.resolve()
@@ -85,10 +92,10 @@ class StemTable(nn.Embedding):
 
 
 def single_device(device_map: Any) -> torch.device | None:
-    """The one device of a `device_map`, None where none was given.
+    """The only device of a `device_map`; None without a map.
 
     Raises:
-        HFEError: it spreads the model over several devices.
+        HFEError: the map spreads the model over several devices, or names no device.
     """
     if device_map is None:
         return None

@@ -1,4 +1,4 @@
-"""Finds the tables of a checkpoint in its safetensors files, to be mapped instead of loaded."""
+"""Finds the tables of a checkpoint in its safetensors files, so that they can be mapped instead of loaded."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from transformers.utils.hub import cached_file
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.weight_files import resolve_weight_files, shard_names, weight_file_names
 
-# Arguments of `from_pretrained` that say which files of a repository are meant.
+# Arguments of `from_pretrained` that choose the files of a repository.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that choose files."""
+    """The items of `arguments`, of `from_pretrained`, that choose files."""
     return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
 
 
 def find_tensors(
     source: Any, names: Iterable[str], config: Mapping[str, Any], variant: str | None = None, **hub: Any
 ) -> dict[str, tuple[Path, str]]:
-    """The safetensors file in which each tensor of a checkpoint lies, and its name there.
-
-    The files are those that `from_pretrained` loads.
+    """For each tensor, the safetensors file that `from_pretrained` loads it from, and its name in that file.
 
     Args:
         source: local folder or Hub id.
-        names: the tensors, as the base model calls them; a checkpoint may have them below ``model.``.
+        names: names of the tensors in the base model; the checkpoint may prefix them with ``model.``.
         config: fields of the configuration.
         variant: as for `from_pretrained`.
-        hub: what `hub_arguments` keeps.
+        hub: from `hub_arguments`.
 
     Raises:
         HFEError: the checkpoint has no safetensors, or lacks a tensor.
@@ -42,7 +40,7 @@ def find_tensors(
     found: dict[str, tuple[Path, str]] = {}
     for file in _weight_files(source, config, variant, hub):
         with safe_open(file, "pt") as tensors:
-            # Of a tensor that several files hold the last one counts, as in transformers.
+            # If several files have a tensor, the last one counts, as in transformers.
             found |= {name.removeprefix("model."): (file, name) for name in tensors.keys()}  # noqa: SIM118
     missing = [name for name in names if name not in found]
     if missing:
@@ -63,6 +61,6 @@ def _weight_files(source: Any, config: Mapping[str, Any], variant: str | None, h
             shards = shard_names(Path(entry)) if name.endswith(".json") else [name]
             return [Path(cached_file(source, shard, **hub)) for shard in shards]
     raise HFEError(
-        f"{source} has neither of {', '.join(names)}",
+        f"{source} has none of {', '.join(names)}",
         "only safetensors can be mapped from disk; save the model with save_pretrained",
     )

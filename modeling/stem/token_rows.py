@@ -1,4 +1,4 @@
-"""The table rows of one call of the model: each distinct token once, whichever memory the tables are in."""
+"""The table rows of one forward call: of each distinct token once, wherever the tables are stored."""
 
 from __future__ import annotations
 
@@ -13,38 +13,41 @@ from hf_efficient.errors import HFEError
 from hf_efficient.logging import warn_once
 
 
-def _check_taken(table: Tensor) -> None:
-    """Say so, in the backward pass, where no optimiser has asked for the sparse gradient of a table that now comes.
+def _check_optimizer(table: Tensor) -> None:
+    """Warn in the backward pass if no optimizer has registered for the sparse gradient of `table`.
 
-    What goes wrong later says nothing of tables: `clip_grad_norm_` and AdamW fail over sparse tensors, an optimiser
-    that was given a table which a cast or a resize has replaced since trains nothing, and data-parallel replicas drift
-    apart, since `DistributedDataParallel` leaves the tables to the optimiser.
+    Without this the later errors do not mention tables: `clip_grad_norm_` and AdamW fail on sparse tensors; an
+    optimizer whose table was replaced by a cast or a resize trains nothing; data-parallel replicas diverge, since
+    `DistributedDataParallel` leaves the tables to the optimizer.
+
+    Raises:
+        HFEError: several processes train, so that replicas would diverge.
     """
     if torch.compiler.is_compiling() or table._post_accumulate_grad_hooks or table._backward_hooks:
         return
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if processes > 1:
         raise HFEError(
-            f"nobody averages the sparse gradients of the STEM tables over the {processes} processes",
-            "train the tables with hf_efficient.RowSparseAdamW, which does, or load without stem_sparse_grad",
+            f"the sparse gradients of the STEM tables are not averaged over the {processes} processes",
+            "train the tables with hf_efficient.RowSparseAdamW, which averages them, or load without stem_sparse_grad",
         )
     warn_once(
-        "the STEM tables have sparse gradients, and no optimiser takes them: AdamW and clip_grad_norm_ cannot; give "
+        "the STEM tables have sparse gradients, and no optimizer takes them: AdamW and clip_grad_norm_ cannot; give "
         "the tables to hf_efficient.RowSparseAdamW, once the model has its final dtype and vocabulary, or load it "
         "without stem_sparse_grad"
     )
 
 
 class _RowsOfTable(torch.autograd.Function):
-    """`rows` [u, F], which are ``table[ids]`` for distinct and sorted ids [u]; the table's gradient is sparse.
+    """Returns `rows` [u, F], which are ``table[ids]`` for sorted, distinct ids [u]; gives the table a sparse gradient.
 
-    Only the rows that were looked up have a gradient, in the dtype and on the device of the table.
+    The gradient has the dtype and device of the table, and values for the rows `ids` only.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.table = table  # not saved as the others are: the optimiser may change it before a second backward pass
+        ctx.table = table  # not by save_for_backward: the optimizer may change it before a second backward pass
         return rows
 
     @staticmethod
@@ -52,7 +55,7 @@ class _RowsOfTable(torch.autograd.Function):
     def backward(ctx: Any, drows: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
         table = ctx.table
-        _check_taken(table)
+        _check_optimizer(table)
         ids, values = ids[None].to(table.device), drows.to(table.device)
         # Sorted and distinct by construction, so nothing needs checking.
         gradient = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False, is_coalesced=True)
@@ -60,19 +63,20 @@ class _RowsOfTable(torch.autograd.Function):
 
 
 class TokenRows:
-    """Rows of the STEM tables that one call looks up: layers get this in place of the token ids.
+    """The rows of the STEM tables that one forward call needs; layers get this instead of the token ids.
 
     Attributes:
         ids: token ids of the call [B, S].
-        distinct: ids whose rows are fetched [u]; sorted, where they are distinct.
-        slots: place of each token's row among them [B, S], so that ``rows(table)[slots]`` is ``table[ids]``.
+        merged: whether `distinct` has each id once.
+        distinct: ids whose rows are fetched [u]; sorted if `merged`.
+        slots: index into `distinct` of each position's id [B, S]: ``rows(table)[slots]`` is ``table[ids]``.
     """
 
     def __init__(self, ids: Tensor, merge: bool = True) -> None:
         """
         Args:
             ids: token ids [B, S].
-            merge: look each distinct token up once, which waits for the device; otherwise every position has a row.
+            merge: fetch each distinct token once, which synchronises with the device; otherwise one row per position.
         """
         self.ids = ids
         self.merged = merge
@@ -83,16 +87,16 @@ class TokenRows:
             self.slots = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
 
     def rows(self, table: nn.Embedding) -> Tensor:
-        """Rows of `table` [u, F], on the device of the ids. Where they are differentiated, its gradient is sparse."""
+        """Rows of `table` [u, F], on the device of the ids; in training, `table` gets a sparse gradient."""
         rows = self.fetch(table)
         if torch.is_grad_enabled() and table.weight.requires_grad:
             return _RowsOfTable.apply(rows, table.weight, self.distinct)
         return rows
 
     def look_up(self, table: nn.Module) -> Tensor:
-        """Rows [B, S, F] by calling the table's module, around which anything may stand."""
+        """Rows [B, S, F] by calling the table's module, so that adapters and hooks around it run."""
         return table(self.ids)
 
     def fetch(self, table: nn.Embedding) -> Tensor:
-        """The rows as plain data [u, F]."""
+        """The rows [u, F], without a gradient."""
         return table.weight.detach().index_select(0, self.distinct)

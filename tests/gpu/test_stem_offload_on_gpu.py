@@ -15,7 +15,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.hub.export import export
 from hf_efficient.modeling.stem import modeling_stem
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
-from hf_efficient.modeling.stem.table_offload import ArrivingRows, TableFetcher
+from hf_efficient.modeling.stem.table_offload import PrefetchedRows, TableFetcher
 
 pytestmark = pytest.mark.gpu
 
@@ -151,14 +151,14 @@ def test_a_slow_model_changes_nothing(folder, placement, monkeypatch) -> None:
     """Each layer uses its rows 3 ms late: buffers that were filled again too early would show."""
     resident = _load(folder, torch.float32)
     offloaded = _load(folder, torch.float32, stem_offload=placement, stem_prefetch_layers=1)
-    fetch = ArrivingRows.fetch
+    fetch = PrefetchedRows.fetch
 
-    def late(self: ArrivingRows, table: Any) -> torch.Tensor:
+    def late(self: PrefetchedRows, table: Any) -> torch.Tensor:
         rows = fetch(self, table)
         torch.cuda._sleep(5_000_000)
         return rows
 
-    monkeypatch.setattr(ArrivingRows, "fetch", late)
+    monkeypatch.setattr(PrefetchedRows, "fetch", late)
     with torch.no_grad():
         for seed in range(3):
             ids = _ids(2, 300, seed=seed)

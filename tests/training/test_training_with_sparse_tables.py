@@ -224,7 +224,7 @@ def test_several_processes_without_the_optimiser_are_an_error(monkeypatch: pytes
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     model = tiny_stem()
-    with pytest.raises(HFEError, match="nobody averages the sparse gradients of the STEM tables over the 2 processes"):
+    with pytest.raises(HFEError, match="the sparse gradients of the STEM tables are not averaged over the 2 processes"):
         _backward(model)
     optimizer = _optimizer(model)
     _backward(model)

@@ -173,7 +173,7 @@ def test_matching_finds_the_ids_of_embeddings(stem: PreTrainedModel, token_ids: 
 def test_matching_works_in_blocks_and_takes_the_lowest_of_equal_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_efficient.modeling.stem import embedding_match
 
-    monkeypatch.setattr(embedding_match, "_BLOCK", 40)
+    monkeypatch.setattr(embedding_match, "_BLOCK_ELEMENTS", 40)
     table = nn.Embedding(50, 4)
     with torch.no_grad():
         table.weight[[7, 30]] = table.weight[20].clone()
