@@ -24,8 +24,8 @@ class ArchitectureSpec:
     Attributes:
         patch: name of the patch on the command line; None for an architecture without one of its own.
         modeling: the modeling file, which also holds the configuration class.
-        prefix: what its class names begin with: `Stem` for `StemConfig`, `StemModel`, `StemForCausalLM`.
-        tasks: heads that it defines, e.g. `CausalLM` for `AutoModelForCausalLM` and `StemForCausalLM`.
+        prefix: what its class names begin with: `X` for `XConfig`, `XModel`, `XForCausalLM`.
+        tasks: heads that it defines, the main one last, e.g. `CausalLM` for `AutoModelForCausalLM`.
         family: ``module:name`` of the `ModelFamily` whose stock models it is made from.
         source_types: stock model types that it takes; None for all of the family.
         combines: takes a model of the family without a patch, and with several.
@@ -67,6 +67,11 @@ class ArchitectureSpec:
         names |= {f"AutoModelFor{task}": f"{self.prefix}For{task}" for task in self.tasks}
         module = import_module(self.modeling)
         return {auto: getattr(module, name) for auto, name in names.items()}
+
+    @property
+    def main_auto_class(self) -> str:
+        """Name of the Auto class of the main head."""
+        return list(self.auto_classes)[-1]
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:

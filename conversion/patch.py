@@ -2,23 +2,29 @@
 
 A patch is a dataclass of options. The command line generates its flags from the fields (`--<patch>-<field>`), so each
 field carries its help text in `metadata["help"]`.
+
+To add a patch, write the model's folder in `modeling/`, the dataclass in `conversion/<architecture>/patch.py` with the
+members of `Patch` below, and an entry in `hf_efficient/registry.py` whose `patch_options` names the dataclass. The
+configuration fields that `choose` returns are those of the registered configuration class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
-
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.calibration import Calibration
     from hf_efficient.conversion.reading.source import Source
     from hf_efficient.conversion.vocabulary import VocabularyChange
+
+# A patch knows the configuration of the family that it takes.
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def bibtex(key: str, title: str, authors: str, arxiv: str) -> str:
     return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
 
 
-class Patch(Protocol):
+class Patch(Protocol[ConfigT]):
     """A change of architecture, with the options that a user chose for it.
 
     The converter calls `check`, then `choose` (which may run the source model on calibration text), then `changes`,
@@ -78,16 +84,16 @@ class Patch(Protocol):
     def measures_choice(self) -> bool:
         """True when `choose` runs the source model, which takes longer than computing the tensors."""
 
-    def check(self, config: DecoderConfig) -> None:
+    def check(self, config: ConfigT) -> None:
         """Raise `UsageError` for an option that this model cannot take, before any weight is read."""
 
-    def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        """Configuration fields of the patched model, e.g. `{"stem_layers": [1, 4]}`."""
+    def choose(self, config: ConfigT, calibration: Calibration | None) -> dict[str, Any]:
+        """Configuration fields of the patched model, e.g. the layers that it replaces."""
 
-    def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+    def changes(self, config: ConfigT, dtype: torch.dtype) -> TensorChanges:
         """Tensors added and dropped, for the patched configuration and the checkpoint's dtype. Reads no weight."""
 
-    def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, config: ConfigT, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
         """Every added tensor in the order of `changes`, one at a time: each is written before the next is asked for.
 
         One with a row for each token has all rows of the result's vocabulary; those of tokens that another patch adds
@@ -105,15 +111,15 @@ class Patch(Protocol):
 
 
 @runtime_checkable
-class MeasuringPatch(Patch, Protocol):
+class MeasuringPatch(Patch[ConfigT], Protocol[ConfigT]):
     """A patch whose `measures_choice` may be True; then a plan that is to measure nothing calls `expected_choice`."""
 
-    def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+    def expected_choice(self, config: ConfigT) -> ExpectedChoice:
         """What is known of the result of `choose`."""
 
 
 @runtime_checkable
-class VocabularyPatch(Patch, Protocol):
+class VocabularyPatch(Patch[ConfigT], Protocol[ConfigT]):
     """A patch that adds tokens; a conversion may have one. The converter calls `vocabulary` after `check`."""
 
     def vocabulary(self, source: Source) -> VocabularyChange:

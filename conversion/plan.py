@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.families.decoder import check_tensors, expected_tensors, float32_tensors, skeleton
+from hf_efficient.conversion.architecture import ArchitectureSpec
+from hf_efficient.conversion.families.family import model_tensors, skeleton
+from hf_efficient.conversion.families.tensors import check_tensors
 from hf_efficient.conversion.patch import NewTensor, Patch
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 # Fields that describe a file or a class, not a model.
 _NOT_OF_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
@@ -38,7 +40,7 @@ class ModelSize:
     flops_per_token: int
 
     @classmethod
-    def of(cls, config: DecoderConfig, tensors: Sequence[StoredTensor]) -> ModelSize:
+    def of(cls, config: PreTrainedConfig, tensors: Sequence[StoredTensor]) -> ModelSize:
         linear = (m.weight.numel() for m in skeleton(config).modules() if isinstance(m, nn.Linear))
         return cls(sum(t.elements for t in tensors), sum(t.bytes for t in tensors), 2 * sum(linear))
 
@@ -57,7 +59,7 @@ class ConversionPlan:
         before, after: size of source and result.
     """
 
-    config: DecoderConfig
+    config: PreTrainedConfig
     shards: list[Shard]
     copied: list[str]
     computed: dict[str, dict[str, NewTensor]]
@@ -87,16 +89,17 @@ def check_source(source: Source) -> dict[str, str]:
     reader, config = source.reader, source.config
     names = reader.names()
     left_out = check_tensors(config, {n: reader.shape(n) for n in names}, {n: reader.dtype(n) for n in names})
-    if "lm_head.weight" in left_out:
-        _check_tied_head(reader)
+    for name, owner in model_tensors(config).tied.items() if left_out else ():
+        if name in left_out:
+            _check_tied(reader, name, owner)
     return left_out
 
 
 def plan_conversion(
     source: Source,
-    patches: Sequence[Patch],
+    patches: Sequence[Patch[Any]],
     choices: dict[str, Any],
-    config_class: type[DecoderConfig],
+    target: ArchitectureSpec,
     *,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
@@ -106,7 +109,7 @@ def plan_conversion(
 
     Args:
         choices: configuration fields that the patches chose.
-        config_class: class of the result's configuration.
+        target: architecture of the result.
         dtype: of every tensor but those that stay float32; None keeps each tensor's own, and gives new ones the dtype
             of most source elements.
         left_out: what `check_source` returned.
@@ -117,17 +120,18 @@ def plan_conversion(
     reader = source.reader
     main_dtype = dtype or _main_dtype(reader, left_out)
     fields = {name: value for name, value in source.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    config = config_class(**{**fields, **choices}, dtype=main_dtype)
+    config = target.config_class(**{**fields, **choices}, dtype=main_dtype)
+    config.architectures = [target.auto_classes[source.family.auto_class(source.stock_config)].__name__]
     changes = {patch.name: patch.changes(config, main_dtype) for patch in patches}
     computed = {name: change.added for name, change in changes.items()}
     added = [tensor for tensors in computed.values() for tensor in tensors]
     dropped = [name for change in changes.values() for name in change.dropped]
 
-    expected = expected_tensors(config)
+    tensors = model_tensors(config)
+    expected = tensors.shapes
     copied = [name for name in expected if name not in added]
     _check_accounts(reader, expected, copied, added, dropped, left_out)
-    exact = float32_tensors(config)
-    dtypes = {name: torch.float32 if name in exact else dtype or reader.dtype(name) for name in copied}
+    dtypes = {name: torch.float32 if name in tensors.float32 else dtype or reader.dtype(name) for name in copied}
     # Wider elements first: see `split_into_shards`.
     copied.sort(key=lambda name: -dtypes[name].itemsize)
     stored = [StoredTensor(name, expected[name], dtypes[name]) for name in copied]
@@ -175,16 +179,13 @@ def _check_accounts(
             raise HFEError(f"tensor {tensors[0]} is {problem}", "this is an error in the patch; please report it")
 
 
-def _check_tied_head(reader: TensorReader) -> None:
-    """A tied head that is stored beside the embedding must equal it, or the configuration contradicts the weights."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    rows, width = reader.shape(embedding)
-    step = max(1, CHUNK_ELEMENTS // width)
-    for start in range(0, rows, step):
-        if not torch.equal(
-            reader.read_rows(head, start, start + step), reader.read_rows(embedding, start, start + step)
-        ):
+def _check_tied(reader: TensorReader, name: str, owner: str) -> None:
+    """A tied tensor that is stored beside its owner must equal it, or the configuration contradicts the weights."""
+    shape = reader.shape(owner)
+    step = max(1, CHUNK_ELEMENTS // torch.Size(shape[1:]).numel())
+    for start in range(0, shape[0], step):
+        if not torch.equal(reader.read_rows(name, start, start + step), reader.read_rows(owner, start, start + step)):
             raise HFEError(
-                f"config.json ties the head to the embedding, but {head} differs from {embedding}",
+                f"config.json ties the head to the embedding, but {name} differs from {owner}",
                 "set tie_word_embeddings to false in config.json, or remove the head from the checkpoint",
             )

@@ -147,7 +147,8 @@ class ConversionReport:
             rows.append(("calibrated on", f"{text}, {count:,} tokens"))
         if self.evaluation:
             measured = self.evaluation
-            rows.append(("measured on", f"{measured['text']}, {measured['tokens']:,} tokens"))
+            kind = measured.get("objective", "tokens").removeprefix("next ")
+            rows.append(("measured on", f"{measured['text']}, {measured['tokens']:,} {kind}"))
             rows += [(label, _estimate(measured[key])) for key, label in _MEASURED.items() if measured.get(key)]
             rows += _by_count(measured.get("by_count") or {})
         return rows

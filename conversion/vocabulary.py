@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AddedToken
 
-from hf_efficient.conversion.families.decoder import decoder_config, expected_tensors
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import expected_tensors
 from hf_efficient.conversion.measuring.evaluation import LogitSource
 from hf_efficient.conversion.reading.source import Source, TensorReader
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_efficient import __version__
-from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import target_architecture
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
-from hf_efficient.conversion.measuring.evaluation import PASS_DTYPE, LogitSource, checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.measuring.evaluation import PASS_DTYPE, Evaluator, LogitSource
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
 from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
@@ -39,8 +40,6 @@ from hf_efficient.hub.push import push
 from hf_efficient.hub.repository import check_access
 from hf_efficient.json_file import read_json
 from hf_efficient.logging import IN_REPORT, get_logger
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec
 
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
@@ -80,11 +79,11 @@ def convert(
     Until then the work lies in `OUTPUT.hfe-partial` beside it, from which `resume=True` continues.
 
     Args:
-        source: Hub id, local folder, or local `.gguf` file; the folder may also be a training step of the STEM authors'
-            code, which is based on Meta Lingua, or a checkpoint of the BHyT authors' code.
+        source: Hub id, local folder, or local `.gguf` file; the folder may also be one that the authors of an
+            architecture wrote with their own training code.
         output: folder to make.
-        patches: what to change, e.g. `[Stem(layers=[1, 4])]`. One patch on a stock model gives that patch's own
-            architecture; none or several give the decoder that takes any combination.
+        patches: what to change; instances of the patch dataclasses. One patch on a stock model gives that patch's own
+            architecture; none or several give the family's architecture that takes any combination.
         dtype: `auto` keeps every tensor's own (GGUF: float32), or float32, bfloat16, float16.
         revision, token: of a Hub repository.
         device: where calibration and measurement run.
@@ -179,6 +178,12 @@ class _Conversion:
         self.options = options
         self.patches = options.patches
         self.progress = progress
+        # Which architecture the result has; a patch that does not take the model is an error here.
+        self.architecture = target_architecture(
+            source.stock_config,
+            [patch.name for patch in self.patches],
+            trained_patches=[] if source.patched else getattr(source.config, "active_patches", []),
+        )
         self.left_out = check_source(source)
         for patch in self.patches:
             patch.check(source.config)
@@ -225,6 +230,7 @@ class _Conversion:
         self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
         undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
         measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
+        measures = measures and self.source.family.evaluator(self.source.config) is not None
         with self.progress.stage("reading text"):
             # Also for what comes last: a missing tokenizer should be found now, not after the weights are written.
             if measures or (measure and any(patch.needs_calibration for patch in undecided)):
@@ -245,7 +251,7 @@ class _Conversion:
             self.source,
             self.patches,
             {name: value for choice in self.choices.values() for name, value in choice["fields"].items()},
-            self.architecture.config_class,
+            self.architecture,
             dtype=self.options.torch_dtype,
             max_shard_bytes=self.options.max_shard_bytes,
             left_out=self.left_out,
@@ -271,7 +277,6 @@ class _Conversion:
         with self.progress.stage("measuring"):
             evaluation = self.measure(plan, folder) if self.options.evaluate else None
         with self.progress.stage("finishing"):
-            plan.config.architectures = [self.architecture.auto_classes["AutoModelForCausalLM"].__name__]
             write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
             report = self.report(plan)
@@ -282,28 +287,24 @@ class _Conversion:
             write_card(folder)
             workspace.publish()
 
-    @property
-    def architecture(self) -> ArchitectureSpec:
-        """A single patch on a stock model has an architecture of its own; the decoder takes every other combination.
-
-        A model that others trained with a patch is one on a stock model too.
-        """
-        patches = [*self.source.config.active_patches, *(patch.name for patch in self.patches)]
-        single = patches[0] if len(patches) == 1 and not self.source.patched else None
-        return next(architecture for architecture in ARCHITECTURES if architecture.patch == single)
-
-    def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any]:
-        """Loss of the written weights against the source on held-out text."""
+    def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any] | None:
+        """Loss of the written weights against the source on held-out text; None for a model that has none."""
         known = self._recall("evaluation")
         if known is not None:
             return known
+        family = self.source.family
+        evaluator = family.evaluator(self.source.config)
+        if evaluator is None:
+            self.warn(f"the result was not compared with the source: {family.not_evaluated}")
+            return None
         text = self.calibration
         calibrated = any(patch.needs_calibration for patch in self.patches)
-        measured = evaluate_logits(
+        measured = evaluator.evaluate(
             text.held_out,
             text.held_out_name,
-            self._logits(decoder_config(plan.config), open_folder_reader(folder), 1),
-            self._logits(self.source.config, self.source.reader, 0),
+            self._logits(evaluator, family.own_config(plan.config), open_folder_reader(folder), 1),
+            self._logits(evaluator, self.source.config, self.source.reader, 0),
+            tokenizer=self.source.tokenizer(),
             counts=text.token_counts() if calibrated else None,
         )
         return self._remember("evaluation", {**measured.to_dict(), "dtype": PASS_DTYPE})
@@ -344,13 +345,13 @@ class _Conversion:
         get_logger().warning(message, extra={IN_REPORT: True})
         self.warnings.append(message)
 
-    def _logits(self, config: DecoderConfig, reader: TensorReader, turn: int) -> LogitSource:
+    def _logits(self, evaluator: Evaluator, config: PreTrainedConfig, reader: TensorReader, turn: int) -> LogitSource:
         """Logits of one of the two models that are compared; `turn` is its place in the stage's progress."""
 
         def advance(done: int, total: int) -> None:
             self.progress.advance(turn * total + done, 2 * total)
 
-        logits = checkpoint_logits(config, reader, device=self.options.device, progress=advance)
+        logits = evaluator.checkpoint_logits(config, reader, device=self.options.device, progress=advance)
         # The source gives no probability to tokens that it does not have.
         return self.vocabulary.shared_logits(logits) if self.vocabulary and self.vocabulary.rows else logits
 

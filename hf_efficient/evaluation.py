@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.measuring.evaluation import (
-    EvaluationReport,
-    LogitSource,
-    checkpoint_logits,
-    evaluate_logits,
-    model_logits,
-)
+from hf_efficient.conversion.architecture import active_architectures
+from hf_efficient.conversion.families.family import ModelFamily, families, family_of
+from hf_efficient.conversion.measuring.evaluation import EvaluationReport, Evaluator, LogitSource
 from hf_efficient.conversion.measuring.text import load_text, pack
 from hf_efficient.conversion.options import check_device
 from hf_efficient.conversion.progress import Progress
@@ -76,17 +74,48 @@ def evaluate(
     _, held_out = load_text(None if text is None else str(text))
     ids = pack(tokenizer, held_out, tokens, size)
 
+    family, evaluator = _family_and_evaluator(sources)
+    if evaluator is None:
+        raise HFEError(f"the model cannot be measured on text: {family.not_evaluated}", "evaluate one that has")
     with Progress({"measuring": 1}, show=progress) as bar, bar.stage("measuring"):
-        logits = [_logits(source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
+        logits = [_logits(evaluator, source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
         if any(source.config.vocab_size != size for source in sources):
             logits = [_narrowed(each, size) for each in logits]
-        return evaluate_logits(ids, held_out.name, *logits)
+        return evaluator.evaluate(ids, held_out.name, *logits, tokenizer=tokenizer)
+
+
+def _family_and_evaluator(sources: list[Any]) -> tuple[ModelFamily, Evaluator | None]:
+    """The family that the sources belong to, and what measures it.
+
+    A model in memory of a type that no conversion takes is measured as the registry's first family, causal decoders.
+
+    Raises:
+        HFEError: the sources are of two families.
+    """
+    found = [family_of(source.config.model_type) or families()[0] for source in sources]
+    if any(family is not found[0] for family in found):
+        raise HFEError(
+            f"the model is one of the {found[0].name}, the reference one of the {found[-1].name}",
+            "compare a converted checkpoint with its own source",
+        )
+    evaluators = [found[0].evaluator(_config(source)) for source in sources]
+    return found[0], None if None in evaluators else evaluators[0]
+
+
+def _config(source: Source | nn.Module) -> PreTrainedConfig:
+    """The configuration of a source, which names its class; that of a model in memory may not."""
+    if isinstance(source, Source):
+        return source.config
+    config: Any = copy.copy(source.config)
+    config.architectures = [type(source).__name__]
+    return config
 
 
 def _shared_vocabulary(configs: list[Any]) -> int:
-    """How many tokens the models have in common: all, except for what a conversion to a topology has added."""
+    """How many tokens the models have in common: all, except for the tokens that a patch has added."""
     narrow, wide = min(configs, key=lambda c: c.vocab_size), max(configs, key=lambda c: c.vocab_size)
-    if narrow.vocab_size != wide.vocab_size and not getattr(wide, "topology", None):
+    added = any(spec.adds_tokens for spec in active_architectures(wide))
+    if narrow.vocab_size != wide.vocab_size and not added:
         first, second = (config.vocab_size for config in configs)
         raise HFEError(
             f"the model's vocabulary has {first} tokens, the reference's {second}",
@@ -101,11 +130,11 @@ def _narrowed(logits: LogitSource, size: int) -> LogitSource:
 
 
 def _logits(
-    source: Source | nn.Module, device: str | torch.device, bar: Progress, turn: int, turns: int
+    evaluator: Evaluator, source: Source | nn.Module, device: str | torch.device, bar: Progress, turn: int, turns: int
 ) -> LogitSource:
     if not isinstance(source, Source):
-        return model_logits(source)
-    return checkpoint_logits(
+        return evaluator.model_logits(source)
+    return evaluator.checkpoint_logits(
         source.config,
         source.reader,
         device=device,

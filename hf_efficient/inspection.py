@@ -6,19 +6,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_efficient.conversion.families.decoder import check_tensors
-from hf_efficient.conversion.reading.source import open_source
-from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
-from hf_efficient.registry import ARCHITECTURES
-
-# Groups of parameters in the order of a table, each with the parts of a tensor's name that put it there.
-_GROUPS = {
-    "embeddings and head": ("embed_tokens", "lm_head"),
-    "STEM tables": ("stem_embed",),
-    "attention": ("self_attn",),
-    "feed-forward": (".mlp.",),
-    "norms": ("norm",),
-}
+from hf_efficient.conversion.architecture import (
+    ArchitectureSpec,
+    active_architectures,
+    architecture_of,
+    architectures_beside,
+)
+from hf_efficient.conversion.families.tensors import check_tensors
+from hf_efficient.conversion.reading.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,9 @@ class Inspection:
 
     Attributes:
         model_type: transformers' name of the architecture.
+        model: the model's shape by label, such as `shape`, `attention` and `vocabulary`.
         patches: our patches it carries; empty for a stock model.
+        patch_fields: configuration fields of these patches by label.
         can_convert_to: patches that a conversion could still add.
         parameters: number of parameters by group.
         bytes: bytes of the weights in the files' own dtype (GGUF: dequantised).
@@ -37,14 +34,9 @@ class Inspection:
 
     source: str
     model_type: str
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    heads: str
-    tied_embeddings: bool
-    stem_layers: list[int]
+    model: dict[str, str]
     patches: list[str]
+    patch_fields: dict[str, Any]
     can_convert_to: list[str]
     parameters: dict[str, int]
     bytes: int
@@ -59,10 +51,8 @@ class Inspection:
         total = sum(self.parameters.values())
         rows = [
             ("architecture", self.model_type + (f", patched with {', '.join(self.patches)}" if self.patches else "")),
-            ("shape", f"{self.layers} layers, hidden {self.hidden_size}, feed-forward {self.intermediate_size}"),
-            ("attention", self.heads),
-            ("vocabulary", f"{self.vocab_size:,}, embeddings {'tied' if self.tied_embeddings else 'untied'}"),
-            *([("STEM layers", ", ".join(map(str, self.stem_layers)))] if self.stem_layers else []),
+            *self.model.items(),
+            *((label, _text(value)) for label, value in self.patch_fields.items()),
             ("parameters", f"{total:,} ({self.bytes / 1e9:.2f} GB, {', '.join(self.dtypes)})"),
             *((f"  {group}", f"{count:,} ({count / total:.1%})") for group, count in self.parameters.items()),
             ("can convert to", ", ".join(self.can_convert_to) or "nothing further"),
@@ -88,31 +78,29 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
     left_out = check_tensors(
         config, {name: reader.shape(name) for name in names}, {name: reader.dtype(name) for name in names}
     )
-    parameters: dict[str, int] = dict.fromkeys(_GROUPS, 0)
+    active = active_architectures(config)
+    groups = _groups(opened, active)
+    parameters: dict[str, int] = dict.fromkeys(groups, 0)
     dtypes: dict[str, int] = {}
     size = 0
     for name in names:
         if name in left_out:
             continue
-        group = next(group for group, marks in _GROUPS.items() if any(mark in name for mark in marks))
+        group = next(group for group, parts in groups.items() if any(part in name for part in parts))
         count, dtype = math.prod(reader.shape(name)), reader.dtype(name)
         parameters[group] += count
         size += count * dtype.itemsize
         label = str(dtype).removeprefix("torch.")
         dtypes[label] = dtypes.get(label, 0) + 1
-    patches = config.active_patches
     return Inspection(
         source=str(source),
         model_type=opened.stock_config.model_type,
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        heads=f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value heads of {config.head_dim}",
-        tied_embeddings=config.tie_word_embeddings,
-        stem_layers=list(config.stem_layers or []),
-        patches=patches,
-        can_convert_to=_further_patches(patches),
+        model=opened.family.description(config),
+        patches=[spec.patch for spec in active if spec.patch],
+        patch_fields={
+            label: getattr(config, field) for spec in active for field, label in spec.inspected_fields.items()
+        },
+        can_convert_to=_further_patches(config.model_type, active),
         parameters={group: count for group, count in parameters.items() if count},
         bytes=size,
         dtypes=dtypes,
@@ -120,7 +108,23 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
     )
 
 
-def _further_patches(patches: list[str]) -> list[str]:
-    """What a conversion could add; of the patches that bring control tokens a checkpoint takes one."""
-    taken = {*patches, *(CONTROL_TOKENS if CONTROL_TOKENS.keys() & set(patches) else ())}
-    return [each.patch for each in ARCHITECTURES if each.patch and each.patch not in taken]
+def _groups(source: Source, active: list[ArchitectureSpec]) -> dict[str, tuple[str, ...]]:
+    """Label of each group of tensors -> parts of their names, those of the patches' own tensors first."""
+    own = {label: parts for spec in active for label, parts in spec.tensor_groups.items()}
+    return {**own, **source.family.tensor_groups}
+
+
+def _further_patches(model_type: str, active: list[ArchitectureSpec]) -> list[str]:
+    """What a conversion could add; of the patches that add tokens a checkpoint takes one."""
+    spec = architecture_of(model_type)
+    adds_tokens = any(each.adds_tokens for each in active)
+    beside = [] if spec is None else architectures_beside(spec)
+    return [
+        each.patch
+        for each in beside
+        if each.patch and each.patch_options and each not in active and not (each.adds_tokens and adds_tokens)
+    ]
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

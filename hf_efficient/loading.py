@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from hf_efficient.conversion.families.family import family_of
 from hf_efficient.conversion.options import check_device
 from hf_efficient.conversion.reading.hub_files import checked_token, is_repo_id
 from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
@@ -51,8 +52,19 @@ def load_for_generation(
     with tokenizer_errors(f"{checkpoint} has no tokenizer that can be loaded", "use the files of a whole checkpoint"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
     with _model_errors(checkpoint):
+        _check_generates(checkpoint, AutoConfig.from_pretrained(checkpoint, **hub).model_type)
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **hub).to(device).eval()
     return tokenizer, model
+
+
+def _check_generates(checkpoint: str, model_type: str) -> None:
+    """Raise `HFEError` for a model of a family that does not write text."""
+    family = family_of(model_type)
+    if family is not None and not family.generates:
+        raise HFEError(
+            f"{checkpoint} is one of the {family.name} ({model_type}), which do not generate text",
+            "its model card, README.md, shows how to use it",
+        )
 
 
 @contextmanager

@@ -62,6 +62,15 @@ ARCHITECTURES: tuple[ArchitectureSpec, ...] = (
         prefix="MedVerse",
         patch_options="hf_efficient.conversion.topology.patch:MedVerse",
     ),
+    ArchitectureSpec(
+        patch=None,
+        modeling="hf_efficient.modeling.monarch_bert.modeling_monarch_bert",
+        prefix="MonarchBert",
+        tasks=("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"),
+        family="hf_efficient.conversion.families.encoder:ENCODERS",
+        source_types=("bert",),
+        combines=True,
+    ),
 )
 
 

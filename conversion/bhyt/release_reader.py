@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_efficient.conversion.families.decoder import decoder_config, source_config
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import source_config
 from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
 from hf_efficient.conversion.reading.config_fields import check_fields
 from hf_efficient.conversion.reading.release import Release

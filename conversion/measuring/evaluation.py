@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of
@@ -82,6 +83,7 @@ class EvaluationReport:
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
         top1_agreement: share of positions where both predict the same token first.
+        objective: what is predicted: `next tokens`, or `masked tokens` by a model that reads in both directions.
         by_count: the means again for each of `BUCKETS`, by how often the calibration text holds the token that is read
             at the position, and the bucket's `share_of_tokens`, by which its means add up to those of the whole.
     """
@@ -97,6 +99,7 @@ class EvaluationReport:
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
     by_count: dict[Bucket, dict[Figure, float]] | None = None
+    objective: Literal["next tokens", "masked tokens"] = "next tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -104,7 +107,7 @@ class EvaluationReport:
 
     def table(self) -> str:
         """The figures as text for a terminal."""
-        size = f"{self.tokens} tokens in {self.sequences} sequences of {self.sequence_length}"
+        size = f"{self.tokens} {self.objective} in {self.sequences} sequences of {self.sequence_length}"
         lines = [
             f"text            {self.text}: {size}",
             f"nll             {self.nll} nats/token, perplexity {self.perplexity:.2f}",
@@ -162,16 +165,15 @@ def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def nll_by_position(pieces: Iterator[Tensor], ids: Tensor) -> Tensor:
     """Cross-entropy [B, S - 1] of each next token of ids [B, S] under the logits that a `LogitSource` gave for them."""
-    nll = [next_token_nll(piece, target) for piece, target in zip(pieces, _targets(ids), strict=True)]
+    nll = [next_token_nll(piece, target) for piece, target in zip(pieces, _pieces(ids.roll(-1, dims=1)), strict=True)]
     return torch.cat(nll).view_as(ids)[:, :-1]
 
 
-def _targets(ids: Tensor) -> Iterator[Tensor]:
-    """Next tokens in the pieces of a `LogitSource`; the last of a sequence has none, and its place holds the first."""
-    return (piece for sequence in ids.roll(-1, dims=1) for piece in sequence.split(LOGIT_POSITIONS))
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Values [B, S] of the positions in the pieces of a `LogitSource`."""
+    return (piece for sequence in values for piece in sequence.split(LOGIT_POSITIONS))
 
 
-@torch.no_grad()
 def evaluate_logits(
     ids: Tensor,
     text: str,
@@ -187,10 +189,37 @@ def evaluate_logits(
     Raises:
         HFEError: the two models have vocabularies of different sizes.
     """
-    sequences, length = ids.shape
+    predicted = torch.ones_like(ids, dtype=torch.bool)
+    predicted[:, -1] = False  # the last token of a sequence has no next one
+    return compare_predictions(ids, ids.roll(-1, dims=1), predicted, text, model, reference, counts=counts)
+
+
+@torch.no_grad()
+def compare_predictions(
+    ids: Tensor,
+    targets: Tensor,
+    predicted: Tensor,
+    text: str,
+    model: LogitSource,
+    reference: LogitSource | None = None,
+    *,
+    counts: Tensor | None = None,
+    objective: Literal["next tokens", "masked tokens"] = "next tokens",
+) -> EvaluationReport:
+    """Measure what `model` and `reference`, given token ids [B, S], predict at some positions.
+
+    Args:
+        targets: [B, S] the right token of each position.
+        predicted: [B, S] bool, the positions that count; at least one in each sequence.
+        counts: [vocab_size], as for `evaluate_logits`.
+        objective: see `EvaluationReport`.
+
+    Raises:
+        HFEError: the two models have vocabularies of different sizes.
+    """
     measured: dict[Figure, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
     reference_pieces = iter(reference(ids)) if reference else None
-    for target, piece in zip(_targets(ids), model(ids), strict=True):
+    for target, piece in zip(_pieces(targets), model(ids), strict=True):
         measured["nll"].append(next_token_nll(piece, target).cpu())
         if reference_pieces is None:
             continue
@@ -205,25 +234,29 @@ def evaluate_logits(
         measured["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
         measured["top1_agreement"].append((other.argmax(-1) == piece.argmax(-1)).float().cpu())
 
-    figures = {
-        name: torch.cat(values).view(sequences, length)[:, :-1].double() for name, values in measured.items() if values
-    }
+    predicted = predicted.cpu()
+    figures = {name: torch.cat(values).view_as(predicted).double() for name, values in measured.items() if values}
     if reference:
         figures["delta_nll"] = figures["nll"] - figures["reference_nll"]
-    estimates = {name: Estimate.of(values.mean(1)) for name, values in figures.items()}
+    number = predicted.sum(1)
+    estimates = {
+        name: Estimate.of(torch.where(predicted, values, 0).sum(1) / number) for name, values in figures.items()
+    }
+    inside = {name: values[predicted] for name, values in figures.items()}
     return EvaluationReport(
         text=text,
-        tokens=sequences * (length - 1),
-        sequences=sequences,
-        sequence_length=length,
+        tokens=int(number.sum()),
+        sequences=ids.shape[0],
+        sequence_length=ids.shape[1],
         perplexity=math.exp(min(estimates["nll"].mean, 700.0)),
-        by_count=None if counts is None else _by_bucket(bucket_of(counts.cpu()[ids[:, :-1]]), figures),
+        objective=objective,
+        by_count=None if counts is None else _by_bucket(bucket_of(counts.cpu()[ids.cpu()[predicted]]), inside),
         **estimates,
     )
 
 
 def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, dict[Figure, float]]:
-    """Share of the positions and means of the figures [B, S] in each bucket that holds a position."""
+    """Share of the positions and means of the figures [n] in each bucket that holds a position."""
     found = {name: bucket == i for i, name in enumerate(BUCKETS)}
     return {
         name: {
@@ -233,3 +266,61 @@ def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, di
         for name, inside in found.items()
         if inside.any()
     }
+
+
+class Evaluator(Protocol):
+    """How a family's models are measured on text."""
+
+    def checkpoint_logits(
+        self,
+        config: PreTrainedConfig,
+        reader: TensorReader,
+        *,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LogitSource:
+        """Logits of a checkpoint, computed in fp32; `progress` gets (steps done, steps in all)."""
+
+    def model_logits(self, model: nn.Module) -> LogitSource:
+        """Logits of a model in memory."""
+
+    def evaluate(
+        self,
+        ids: Tensor,
+        text: str,
+        model: LogitSource,
+        reference: LogitSource | None = None,
+        *,
+        tokenizer: Any,
+        counts: Tensor | None = None,
+    ) -> EvaluationReport:
+        """Measure `model` on token ids [B, S] as `evaluate_logits` does, with what the family predicts."""
+
+
+class CausalEvaluator:
+    """Each next token, predicted from those before it; a checkpoint is run layer by layer."""
+
+    def checkpoint_logits(
+        self,
+        config: PreTrainedConfig,
+        reader: TensorReader,
+        *,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LogitSource:
+        return checkpoint_logits(config, reader, device=device, progress=progress)
+
+    def model_logits(self, model: nn.Module) -> LogitSource:
+        return model_logits(model)
+
+    def evaluate(
+        self,
+        ids: Tensor,
+        text: str,
+        model: LogitSource,
+        reference: LogitSource | None = None,
+        *,
+        tokenizer: Any,
+        counts: Tensor | None = None,
+    ) -> EvaluationReport:
+        return evaluate_logits(ids, text, model, reference, counts=counts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_efficient.conversion.architecture import token_tables
 from hf_efficient.conversion.reading.source import TensorReader
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
@@ -16,7 +17,6 @@ from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 from hf_efficient.modeling.decoder.rms_norm import add_and_norm
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderModel
-from hf_efficient.modeling.stem.modeling_stem import StemTable
 
 EMBEDDING = "model.embed_tokens.weight"
 MICRO_BATCH_TOKENS = 2048
@@ -168,7 +168,7 @@ class LayerwisePass:
         for name in module.state_dict():
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
-            if isinstance(owner, StemTable):
+            if any(part in name for part in token_tables()):
                 tensor = read_token_rows(self.reader, prefix + name, self.vocabulary)
             else:
                 tensor = self.reader.read(prefix + name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -76,22 +77,7 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
     declared = {field.name for field in dataclasses.fields(config)}
     if not others:
         return []
-    known = declared | vars(GenerationConfig()).keys() | _NO_EFFECT
-    unknown = [
-        name
-        for name, value in fields.items()
-        if name not in known and not name.startswith(_NO_EFFECT_PREFIXES) and value not in _EMPTY
-    ]
-    for name in unknown:
-        if _COMPUTES.search(name.lower()):
-            raise HFEError(
-                f"config.json sets {name}={str(fields[name])[:80]}, a field that the stock {model_type} does not have "
-                "and whose name says that it changes what the model computes",
-                "use the model type that the checkpoint was trained as, or remove the field if it has no effect",
-            )
-    warnings = []
-    if unknown:
-        warnings.append(f"config.json sets {', '.join(unknown)}, which the stock {model_type} does not read either")
+    warnings = unread_fields(fields, config)
     stock = type(config).__name__.removesuffix("Config")
     listed = config.architectures or []
     others_named = [name for name in listed if name not in {stock + task for task in _TASKS}]
@@ -106,6 +92,38 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
             "as transformers reads it without trust_remote_code"
         )
     return warnings
+
+
+def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Sequence[str] = ()) -> list[str]:
+    """A warning about the fields of config.json that the stock model does not have; none without such fields.
+
+    Args:
+        fields: of config.json.
+        config: the configuration that transformers makes of them.
+        read: fields that the caller has checked.
+
+    Raises:
+        HFEError: the name of such a field says that it changes what the model computes.
+    """
+    model_type = str(config.model_type)
+    known = (
+        {field.name for field in dataclasses.fields(config)} | vars(GenerationConfig()).keys() | _NO_EFFECT | {*read}
+    )
+    unknown = [
+        name
+        for name, value in fields.items()
+        if name not in known and not name.startswith(_NO_EFFECT_PREFIXES) and value not in _EMPTY
+    ]
+    for name in unknown:
+        if _COMPUTES.search(name.lower()):
+            raise HFEError(
+                f"config.json sets {name}={str(fields[name])[:80]}, a field that the stock {model_type} does not have "
+                "and whose name says that it changes what the model computes",
+                "use the model type that the checkpoint was trained as, or remove the field if it has no effect",
+            )
+    if not unknown:
+        return []
+    return [f"config.json sets {', '.join(unknown)}, which the stock {model_type} does not read either"]
 
 
 def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.families.decoder import source_config
+from hf_efficient.conversion.families.family import source_config
 from hf_efficient.conversion.reading.gguf_file import GGUFFile
 from hf_efficient.conversion.reading.rotary_order import to_rotate_half_order
 from hf_efficient.errors import HFEError

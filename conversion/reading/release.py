@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedConfig
 
-from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
-
 if TYPE_CHECKING:
     from hf_efficient.conversion.reading.source import TensorReader
 
@@ -19,9 +17,9 @@ class Release:
     """A checkpoint folder, opened: its headers are read, its weights are not.
 
     Attributes:
-        reader: the tensors by the names of our decoder.
+        reader: the tensors by the names of our model.
         stock_config: transformers' configuration of the model.
-        config: the same model as a configuration of our decoder.
+        config: the same model as a configuration of ours: see `ModelFamily.own_config`.
         weight_files: the files that hold the weights.
         fields: what config.json holds; empty for a layout without one.
         warnings: what the user should know about how it was read.
@@ -29,7 +27,7 @@ class Release:
 
     reader: TensorReader
     stock_config: PreTrainedConfig
-    config: EfficientDecoderConfig
+    config: PreTrainedConfig
     weight_files: list[Path]
     fields: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -47,5 +45,5 @@ class ReleaseReader(Protocol):
         """The checkpoint in `folder`, which error messages call `name`.
 
         Raises:
-            HFEError: the checkpoint is damaged, incomplete, or has a feature that our decoder does not have.
+            HFEError: the checkpoint is damaged, incomplete, or has a feature that our model does not have.
         """

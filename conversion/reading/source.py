@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from hf_efficient.conversion.bhyt.release_reader import BhytReleaseReader
-from hf_efficient.conversion.families.decoder import decoder_config, source_config
-from hf_efficient.conversion.reading.checkpoint_files import read_config, weight_files
-from hf_efficient.conversion.reading.config_fields import check_fields
+from hf_efficient.conversion.architecture import architecture_of, architectures, load
+from hf_efficient.conversion.families.family import ModelFamily, family_of_config, source_config
+from hf_efficient.conversion.reading.checkpoint_files import read_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.reading.hub_files import (
     card_metadata,
@@ -26,16 +25,10 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
-from hf_efficient.conversion.reading.release import Release, ReleaseReader
+from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
-from hf_efficient.conversion.stem.lingua_reader import LinguaReader
 from hf_efficient.errors import HFEError, error_text
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
-
-# Readers of folders in another layout than that of transformers, asked in this order.
-_RELEASE_READERS: tuple[type[ReleaseReader], ...] = (LinguaReader, BhytReleaseReader)
 
 
 class TensorReader(Protocol):
@@ -58,14 +51,14 @@ class TensorReader(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source: Hub id, local folder, GGUF file, or a folder that Lingua's training code wrote.
+    """A resolved source: Hub id, local folder, GGUF file, or a folder that an architecture's own training code wrote.
 
     Attributes:
         location: what the user gave.
         files: local folder that holds configuration and tokenizer; for a GGUF file its folder.
         reader: the weights.
         stock_config: transformers' configuration of the source.
-        config: the same model as a configuration of our decoder.
+        config: the same model as a configuration of ours: see `ModelFamily.own_config`.
         fields: what config.json holds; empty for a source without one.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
@@ -79,7 +72,7 @@ class Source:
     files: Path
     reader: TensorReader
     stock_config: PreTrainedConfig
-    config: EfficientDecoderConfig
+    config: PreTrainedConfig
     fields: dict[str, Any] = field(default_factory=dict)
     weight_files: list[Path] = field(default_factory=list)
     gguf_file: str | None = None
@@ -100,7 +93,12 @@ class Source:
     @property
     def patched(self) -> bool:
         """True for a checkpoint of one of our own architectures."""
-        return isinstance(self.stock_config, DecoderConfig)
+        return architecture_of(self.stock_config.model_type) is not None
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family that the model belongs to."""
+        return family_of_config(self.stock_config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,7 +186,8 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
 def _open_folder(location: str, folder: Path) -> Source:
     repo, revision = repo_of_snapshot(folder)
     name = repo or folder.resolve().name
-    release = next((reader for reader in _RELEASE_READERS if reader.recognises(folder)), None)
+    readers = [load(path) for spec in architectures() for path in spec.release_readers]
+    release = next((reader for reader in readers if reader.recognises(folder)), None)
     opened = _open_stock(folder, name) if release is None else release.open(folder, name)
     card = card_metadata(folder)
     return Source(
@@ -200,7 +199,7 @@ def _open_folder(location: str, folder: Path) -> Source:
         fields=opened.fields,
         weight_files=opened.weight_files,
         # A patched checkpoint goes back to the stock model that it was made from.
-        base_model=card.get("base_model") if isinstance(opened.stock_config, DecoderConfig) else repo,
+        base_model=repo if architecture_of(opened.stock_config.model_type) is None else card.get("base_model"),
         license=card.get("license"),
         revision=revision,
         warnings=opened.warnings + _dtype_warning(opened.stock_config, opened.reader),
@@ -211,10 +210,11 @@ def _open_stock(folder: Path, name: str) -> Release:
     """A folder in the layout of transformers, of a stock model or of one of our own."""
     fields = read_config(folder, name)
     stock_config = source_config(fields)
-    files = weight_files(folder, fields, name)
+    family = family_of_config(stock_config)
+    files = family.weight_files(folder, fields, name)
     reader = SafetensorsReader(files)
-    warnings = check_fields(fields, stock_config)
-    config = decoder_config(stock_config)
+    warnings = family.check_fields(fields, stock_config)
+    config = family.own_config(stock_config)
     return Release(with_stock_names(reader, config), stock_config, config, files, fields, warnings)
 
 
@@ -238,7 +238,7 @@ def _open_gguf(location: str, path: Path) -> Source:
         files=path.parent,
         reader=reader,
         stock_config=reader.config,
-        config=decoder_config(reader.config),
+        config=family_of_config(reader.config).own_config(reader.config),
         weight_files=[path],
         gguf_file=path.name,
         special_tokens=gguf_special_tokens(reader.file),

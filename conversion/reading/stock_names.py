@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors do not have the names of a causal language model, but are found by transformers."""
+"""Checkpoints whose tensors do not have the names that the model gives them, but are found by transformers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from hf_efficient.conversion.families.decoder import expected_tensors
-from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.conversion.families.family import family_of_config, model_tensors
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.reading.source import TensorReader
-
-_PREFIX, _HEAD, _EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
 
 
 class RenamedReader:
@@ -45,17 +43,14 @@ class RenamedReader:
         return self._reader.read_rows(self._stored.get(name, name), start, stop)
 
 
-def with_stock_names(reader: TensorReader, config: DecoderConfig) -> TensorReader:
-    """The reader under the names of a causal language model.
+def with_stock_names(reader: TensorReader, config: PreTrainedConfig) -> TensorReader:
+    """The reader under the names that the model of `config`, one of ours, gives its tensors.
 
-    A base model's checkpoint has no `model.` before its names; of a tied pair the head alone may be stored.
+    The family knows the other names of its files; of two tied tensors the file may hold the one that the model derives.
     """
-    names, expected = set(reader.names()), expected_tensors(config)
-    stored = {
-        _PREFIX + name: name
-        for name in names
-        if name not in expected and _PREFIX + name in expected and _PREFIX + name not in names
-    }
-    if config.tie_word_embeddings and _HEAD in names and _EMBEDDING not in names and _EMBEDDING not in stored:
-        stored[_EMBEDDING] = _HEAD
+    names, tensors = set(reader.names()), model_tensors(config)
+    stored = family_of_config(config).stored_names(names, set(tensors.shapes))
+    for name, owner in tensors.tied.items():
+        if name in names and owner not in names and owner not in stored:
+            stored[owner] = name
     return RenamedReader(reader, stored) if stored else reader

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from hf_efficient.conversion.families.decoder import decoder_config, source_config
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import source_config
 from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.rotary_order import to_rotate_half_order
 from hf_efficient.conversion.reading.safetensors_reader import DTYPES

@@ -63,7 +63,8 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
             warnings += _keep_tokenizer(source, tokenizer, folder)
         if source.gguf_file is None:
             warnings += _copy_licences(source.files, folder)
-        warnings += _write_generation_settings(source, folder, vocabulary)
+        if source.family.generates:
+            warnings += _write_generation_settings(source, folder, vocabulary)
     return warnings
 
 

@@ -15,7 +15,10 @@ from hf_efficient.logging import log_no_reported_warning
 @with_patch_options
 def command(
     source: Annotated[
-        str, typer.Argument(help="Hub id, local folder (Lingua's training steps too), or a local .gguf file.")
+        str,
+        typer.Argument(
+            help="Hub id, local folder (of an architecture's own training code too), or a local .gguf file."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
     patch: Annotated[
@@ -64,6 +67,7 @@ def command(
 
     Example: hf-efficient convert HuggingFaceTB/SmolLM2-135M-Instruct smollm-stem --patch stem --stem-layers 1,4,7
     """
+    from hf_efficient.conversion.families.family import family_of
     from hf_efficient.convert_checkpoint import convert
 
     if not patch:
@@ -96,4 +100,6 @@ def command(
     )
     show_report(report, json)
     if not json and not dry_run:
-        typer.echo(f'\n{output} is complete. Next: hf-efficient generate {output} "Hello"')
+        family = family_of(report.model_type)
+        following = f'generate {output} "Hello"' if family is not None and family.generates else f"inspect {output}"
+        typer.echo(f"\n{output} is complete. Next: hf-efficient {following}")

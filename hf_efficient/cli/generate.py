@@ -10,7 +10,6 @@ import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, print_json
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.modeling.topology.grammar.control_tokens import is_trained
 
 
 def command(
@@ -37,6 +36,7 @@ def command(
     import torch
     from transformers import TextStreamer
 
+    from hf_efficient.conversion.architecture import active_architectures, load
     from hf_efficient.conversion.reading.tokenizer_errors import tokenizer_errors
     from hf_efficient.loading import load_for_generation
 
@@ -69,8 +69,11 @@ def command(
             f"the tokenizer gives id {int(ids.max())}, the model's vocabulary is 0..{count - 1}",
             "use the tokenizer that belongs to this checkpoint",
         )
-    # Control tokens are special tokens, and the shape of the text is theirs.
-    tags = is_trained(model.config)
+    active = active_architectures(model.config)
+    hooks = [load(spec.writes_special_tokens) for spec in active if spec.writes_special_tokens]
+    # Special tokens that the model was trained to write are part of its text.
+    special = any(hook(model.config) for hook in hooks)
+    figures = [name for spec in active for name in spec.generation_figures if special]
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = model.generate(
@@ -80,18 +83,19 @@ def command(
         temperature=temperature if sample else None,
         top_p=None,
         top_k=None,
-        streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not tags),
+        streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not special),
         return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - start
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     rate = len(new) / seconds
     if json:
-        text = tokenizer.decode(new, skip_special_tokens=not tags)
+        text = tokenizer.decode(new, skip_special_tokens=not special)
         result = {"text": text, "new_tokens": len(new), "seconds": seconds, "tokens_per_second": rate}
-        print_json(result | ({"parallelism": output.parallelism, "warnings": output.warnings[0]} if tags else {}))
+        warnings = {"warnings": output.warnings[0]} if special else {}
+        print_json(result | {name: getattr(output, name) for name in figures} | warnings)
     else:
-        parallelism = f", parallelism {output.parallelism:.2f}" if tags else ""
-        typer.echo(f"[{len(new)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s{parallelism}]", err=True)
-        for warning in output.warnings[0] if tags else ():
+        shown = "".join(f", {name} {getattr(output, name):.2f}" for name in figures)
+        typer.echo(f"[{len(new)} tokens in {seconds:.1f} s, {rate:.1f} tokens/s{shown}]", err=True)
+        for warning in output.warnings[0] if special else ():
             typer.echo(f"warning: {warning}", err=True)

@@ -12,8 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_efficient import __version__
+from hf_efficient.conversion.families.family import family_of
 from hf_efficient.conversion.report import REPORT_NAME
-from hf_efficient.hub.card_snippets import citations, note, usage
+from hf_efficient.hub.card_snippets import auto_class_of, citations, note, usage
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.json_file import read_json
 from hf_efficient.modeling.base.saved_code import replace_file
@@ -22,8 +23,6 @@ from hf_efficient.registry import architecture_of
 CARD = "README.md"
 # Our cards end with this line and the hash of all before it: a card that somebody edited is theirs, and stays.
 _SEAL = "<!-- written by hf-efficient, sha256 {} -->\n"
-_PIPELINE_TAGS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
-_PIPELINE_TAGS["ForImageClassification"] = "image-classification"
 _MEASURED = {
     "reference_nll": "cross-entropy of the source, nats per token",
     "nll": "cross-entropy of this model, nats per token",
@@ -100,28 +99,33 @@ def _model_name(config: dict[str, Any], source: dict[str, Any], base: str | None
 def _metadata(config: dict[str, Any], report: dict[str, Any], base: str | None, patches: list[str], title: str) -> str:
     source = _mapping(report.get("source"))
     model_type = str(config.get("model_type"))
-    class_name = str((config.get("architectures") or [""])[0])
-    tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
+    tag = _pipeline_tag(config)
     entries: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
         "license": _word_or_none(source.get("license")),
         "library_name": "transformers",
         "pipeline_tag": tag,
-        **({"model_name": title, "eval_results": results} if (results := _eval_results(report)) else {}),
+        **({"model_name": title, "eval_results": results} if (results := _eval_results(report, tag)) else {}),
         "tags": ["custom_code", "hf_efficient", model_type, *[name for name in patches if name != model_type]],
     }
     return f"---\n{ModelCardData(**entries).to_yaml()}\n---"
 
 
-def _eval_results(report: dict[str, Any]) -> list[EvalResult] | None:
+def _pipeline_tag(config: dict[str, Any]) -> str | None:
+    """The Hub's name of the task that the model's class has."""
+    family = family_of(config.get("model_type"))
+    return family.pipeline_tags.get(auto_class_of(config)) if family is not None else None
+
+
+def _eval_results(report: dict[str, Any], tag: str | None) -> list[EvalResult] | None:
     """The measured losses for the model index; None where nothing was measured."""
     measured = _mapping(report.get("evaluation"))
     text = _plain(measured.get("text"))
     means = {key: _mapping(measured.get(key)).get("mean") for key in _LOSSES}
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=tag or "other",
             dataset_type="text",
             dataset_name=text if isinstance(text, str) and text else "held-out text",
             metric_type=metric,
@@ -162,7 +166,8 @@ def _measurements(report: dict[str, Any]) -> str:
         return "## What was measured\n\nNothing: the conversion was not evaluated against its source."
     text, tokens = _plain(measured.get("text")), measured.get("tokens")
     on = f"Held-out text: {text}" if text else "Held-out text"
-    on += f", {tokens:,} tokens" if isinstance(tokens, int) else ""
+    kind = "masked tokens" if measured.get("objective") == "masked tokens" else "tokens"
+    on += f", {tokens:,} {kind}" if isinstance(tokens, int) else ""
     on += f" in {measured['sequences']} sequences" if isinstance(measured.get("sequences"), int) else ""
     dtype = _word_or_none(measured.get("dtype"))
     on += f". Computed in {dtype} from the weights as they are stored" if dtype else ""

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from hf_efficient import __version__
+from hf_efficient.conversion.families.family import family_of
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import read_json
@@ -19,7 +20,7 @@ REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFOR
 
 def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     """How to load the model, generate, chat where the tokenizer has a chat template, and fine-tune it with LoRA."""
-    auto_class = _auto_class(config)
+    auto_class = auto_class_of(config)
     tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
     imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
     lines = [
@@ -31,11 +32,10 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)")
     parts = [_LOADING.format(requirements=REQUIREMENTS), _python("\n".join(lines))]
-    if auto_class == "AutoModelForCausalLM" and tokenizer:
-        parts += ["Text:", _python(_TEXT)]
-        if _has_chat_template(folder):
-            parts += ["Chat:", _python(_CHAT)]
-        parts += ["Fine-tuning with LoRA, and a merged checkpoint that loads in the same way:", _python(_LORA)]
+    family = family_of(config.get("model_type"))
+    if family is not None and tokenizer:
+        for sentence, code in family.snippets(auto_class, chat=_has_chat_template(folder)).items():
+            parts += [sentence, _python(code)]
     oldest, newest = TESTED_TRANSFORMERS
     tested = _VERSIONS.format(version=__version__, oldest=oldest, newest=newest, repo_id=repo_id)
     return "\n\n".join([*parts, tested])
@@ -59,27 +59,13 @@ _LOADING = """## How to use it
 The code comes with the checkpoint, so nothing but {requirements} is needed.
 Triton kernels run where Triton and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code
 on your machine: pin the commit that you looked at."""
-_TEXT = """inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
-output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40)
-print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-_CHAT = """messages = [{"role": "user", "content": "What is the capital of France?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-inputs = inputs.to(model.device)
-output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=40)
-print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"""
-_LORA = """from peft import LoraConfig, get_peft_model
-
-model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
-# ... train it, with transformers' Trainer or any other loop, then:
-model.merge_and_unload().save_pretrained("merged")
-tokenizer.save_pretrained("merged")"""
 _VERSIONS = """The code is that of hf-efficient {version}, tested with transformers {oldest} to {newest}. For a newer
 transformers, `pip install -U hf-efficient` and `hf-efficient export FOLDER` write the code of a newer release into a
 downloaded copy. `hf-efficient verify {repo_id}` says whether the code is, byte for byte, that of the release, and
 `import hf_efficient` loads the checkpoint without `trust_remote_code`."""
 
 
-def _auto_class(config: dict[str, Any]) -> str:
+def auto_class_of(config: dict[str, Any]) -> str:
     """The Auto class of the class that the checkpoint was saved from."""
     auto_map = config.get("auto_map")
     saved = [str(name) for name in config.get("architectures") or []]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from hf_efficient.conversion.families.decoder import check_tensors, decoder_config, source_config
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import source_config
+from hf_efficient.conversion.families.tensors import check_tensors
 from hf_efficient.errors import HFEError
 
 STOCK = {

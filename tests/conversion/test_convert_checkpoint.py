@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_efficient import convert_checkpoint
 from hf_efficient.conversion.bhyt.patch import Bhyt
+from hf_efficient.conversion.measuring import evaluation
 from hf_efficient.conversion.report import ConversionReport, _ranges
 from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.convert_checkpoint import convert
@@ -363,8 +364,8 @@ def test_nothing_measured_is_measured_again(
         patched.setattr(convert_checkpoint, "export_code", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], **options)
-    for name in ("prepare_calibration", "evaluate_logits"):
-        monkeypatch.setattr(convert_checkpoint, name, lambda *_, **__: pytest.fail("measured again"))
+    for module, name in ((convert_checkpoint, "prepare_calibration"), (evaluation, "evaluate_logits")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured again"))
     resumed = convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], resume=True, **options)
     monkeypatch.undo()
     quiet = convert(talking_stock, tmp_path / "quiet", [Stem(max_layers=1)], **options)

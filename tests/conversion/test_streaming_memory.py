@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hf_efficient.conversion.families.decoder import decoder_config, expected_tensors
+from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import expected_tensors
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from hf_efficient.hub.export import CodeExport, export, render_code
-from hf_efficient.registry import ARCHITECTURES, architecture_of
+from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec, architecture_of
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(94))]
 SMALL = {
@@ -40,12 +40,18 @@ PATCHED = {"hfe_decoder": {"stem_layers": [1], "bhyt_final": "bhyt"}, "hfe_bhyt"
 MODEL_TYPES = [architecture.model_type for architecture in ARCHITECTURES]
 
 
-def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **fields: Any) -> Path:
+def _small(architecture: ArchitectureSpec) -> dict[str, Any]:
+    """Fields of `SMALL` that the configuration class has."""
+    names = {field.name for field in fields(architecture.config_class)}
+    return {name: value for name, value in SMALL.items() if name in names}
+
+
+def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: Any) -> Path:
     """A tiny random model with code and tokenizer, as a conversion leaves it."""
     architecture = next(a for a in ARCHITECTURES if a.model_type == model_type)
     torch.manual_seed(seed)
-    config = architecture.config_class(**{**SMALL, **PATCHED.get(model_type, {}), **fields})
-    model = architecture.auto_classes["AutoModelForCausalLM"](config)
+    config = architecture.config_class(**{**_small(architecture), **PATCHED.get(model_type, {}), **changed})
+    model = architecture.auto_classes[architecture.main_auto_class](config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # initial weights are so small that every output looks alike

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from hf_efficient.conversion.families.decoder import decoder_config
+from hf_efficient.conversion.families.family import family_of
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.topology.grammar.control_tokens import MEDVERSE, MULTIVERSE
 from hf_efficient.registry import ARCHITECTURES, architecture_of
@@ -53,6 +57,60 @@ STOCK_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of the parts of a family's models that tests look at.
+
+    Attributes:
+        base: attribute that holds the model without its head.
+        embedding, linear, norm: modules: the token embedding, a linear layer of the attention, the last norm.
+        removable: a tensor of the second layer's feed-forward, 1,536 elements.
+        head: module that gives the logits of the last hidden state.
+        tied: tensor that is not stored when the embeddings are tied.
+        lora: target modules of an adapter.
+        whole, offloaded: modules that stay on the CPU, and that a test puts on disk.
+    """
+
+    base: str
+    embedding: str
+    linear: str
+    norm: str
+    removable: str
+    head: str
+    tied: str
+    lora: tuple[str, ...]
+    whole: tuple[str, ...]
+    offloaded: tuple[str, ...]
+
+
+PARTS: dict[str, Parts] = {
+    "causal decoders": Parts(
+        base="model",
+        embedding="model.embed_tokens",
+        linear="model.layers.0.self_attn.q_proj",
+        norm="model.norm",
+        removable="model.layers.1.mlp.gate_proj.weight",
+        head="lm_head",
+        tied="lm_head.weight",
+        lora=("q_proj", "v_proj", "gate_proj", "down_proj"),
+        whole=("model.layers.0", "model.embed_tokens", "model.norm", "model.rotary_emb"),
+        offloaded=("model.layers.1", "model.layers.2", "lm_head"),
+    ),
+    "bidirectional encoders": Parts(
+        base="bert",
+        embedding="bert.embeddings.word_embeddings",
+        linear="bert.encoder.layer.0.attention.self.query",
+        norm="bert.encoder.layer.2.output.LayerNorm",
+        removable="bert.encoder.layer.1.intermediate.dense.weight",
+        head="cls",
+        tied="cls.predictions.decoder.weight",
+        lora=("query", "value", "intermediate.dense"),
+        whole=("bert.embeddings", "bert.encoder.layer.0", "cls"),
+        offloaded=("bert.encoder.layer.1", "bert.encoder.layer.2"),
+    ),
+}
+
 # One line for each architecture: what its tiny model needs beyond SHAPE.
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     "hfe_decoder": {"qk_norm": True, "head_dim": 12},
@@ -66,6 +124,8 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     },
     "hfe_multiverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MULTIVERSE)}}},
     "hfe_medverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MEDVERSE)}, "mode": "layers"}},
+    # Dropout would make training steps differ.
+    "hfe_monarch_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 
 
@@ -75,7 +135,8 @@ def _randomise(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise if "norm" in name else noise)
+            scale = name.endswith("weight") and "norm" in name.lower()
+            parameter.copy_(1 + noise if scale or "norm" in name else noise)
     return model.eval()
 
 
@@ -92,11 +153,20 @@ def _stock_and_ours(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrai
 def _tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     architecture = architecture_of(model_type)
     assert architecture is not None
-    return architecture.config_class(**(SHAPE | ARCHITECTURE_FIELDS[model_type] | fields))
+    known = {field.name for field in dataclasses.fields(architecture.config_class)}
+    shape = {name: value for name, value in SHAPE.items() if name in known}
+    return architecture.config_class(**(shape | ARCHITECTURE_FIELDS[model_type] | fields))
 
 
 def _tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
-    return _randomise(AutoModelForCausalLM.from_config(_tiny_config(model_type, **fields)))
+    return _randomise(_auto_class(model_type).from_config(_tiny_config(model_type, **fields)))
+
+
+def _auto_class(model_type: str) -> Any:
+    """The Auto class of an architecture's main head."""
+    architecture = architecture_of(model_type)
+    assert architecture is not None
+    return getattr(transformers, architecture.main_auto_class)
 
 
 def _token_ids(batch: int, length: int, vocab_size: int = SHAPE["vocab_size"]) -> Tensor:
@@ -113,6 +183,26 @@ def family(request: pytest.FixtureRequest) -> str:
 def model_type(request: pytest.FixtureRequest) -> str:
     """Every registered causal language model in turn."""
     return request.param
+
+
+@pytest.fixture(params=[a.model_type for a in ARCHITECTURES])
+def any_model_type(request: pytest.FixtureRequest) -> str:
+    """Every registered architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def parts(any_model_type: str) -> Parts:
+    """Names of the parts of the architecture's models."""
+    family = family_of(any_model_type)
+    assert family is not None
+    return PARTS[family.name]
+
+
+@pytest.fixture
+def auto_class(any_model_type: str) -> Any:
+    """The Auto class of the architecture's main head."""
+    return _auto_class(any_model_type)
 
 
 @pytest.fixture(scope="session")

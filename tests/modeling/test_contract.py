@@ -1,7 +1,8 @@
-"""What every registered causal language model must do, as a user of transformers expects it: files, dtypes, training.
+"""What every registered model must do, as a user of transformers expects it: files, dtypes, training.
 
-A new architecture is covered once `ARCHITECTURE_FIELDS` in `conftest.py` has a line for it. `test_generation.py` holds
-the same for generation.
+A new architecture is covered once `ARCHITECTURE_FIELDS` in `conftest.py` has a line for it, a new family once `PARTS`
+has. Tests of causal language models only take `model_type`, all others `any_model_type`. `test_generation.py` holds the
+same for generation.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_efficient.registry import architecture_of
 
 
 def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
@@ -25,7 +29,7 @@ def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
 
 def reload(model: PreTrainedModel, folder: Path, **options: Any) -> PreTrainedModel:
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return type(model).from_pretrained(folder, **options).eval()
 
 
 def loss_and_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -35,34 +39,36 @@ def loss_and_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dic
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_auto_classes_build_the_registered_classes(model_type: str, tiny_config: Callable, tmp_path: Path) -> None:
-    config = tiny_config(model_type)
+def test_auto_classes_build_the_registered_classes(any_model_type: str, tiny_config: Callable, tmp_path: Path) -> None:
+    config = tiny_config(any_model_type)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is type(config)
     fields = loaded.to_diff_dict()
     fields.pop("auto_map", None)  # saving adds it, with the code that it names
     assert fields == config.to_diff_dict()
-    causal_lm = AutoModelForCausalLM.from_config(loaded)
-    assert type(AutoModel.from_config(loaded)) is type(causal_lm.model)
+    spec = architecture_of(any_model_type)
+    assert spec is not None
+    for name, cls in spec.auto_classes.items():
+        assert name == "AutoConfig" or type(getattr(transformers, name).from_config(loaded)) is cls
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one-file", "sharded"])
 def test_saved_model_loads_bit_equal(
-    model_type: str, shard_size: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, shard_size: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9)
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(logits(model, ids), logits(again.eval(), ids))
 
 
 def test_loading_through_the_meta_device_leaves_no_tensor_unset(
-    model_type: str, tiny_model: Callable, tmp_path: Path
+    any_model_type: str, tiny_model: Callable, tmp_path: Path
 ) -> None:
-    model = tiny_model(model_type)
+    model = tiny_model(any_model_type)
     again = reload(model, tmp_path)
     loaded = dict(again.named_parameters()) | dict(again.named_buffers())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -70,15 +76,15 @@ def test_loading_through_the_meta_device_leaves_no_tensor_unset(
 
 
 def test_a_missing_tensor_is_initialised_and_nothing_else(
-    model_type: str, tiny_model: Callable, tmp_path: Path
+    any_model_type: str, parts: Any, tiny_model: Callable, tmp_path: Path
 ) -> None:
-    missing = "model.layers.1.mlp.gate_proj.weight"
-    model = tiny_model(model_type)
+    missing = parts.removable
+    model = tiny_model(any_model_type)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[missing]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {missing}
     for name, tensor in again.state_dict().items():
         if name != missing:
@@ -87,28 +93,32 @@ def test_a_missing_tensor_is_initialised_and_nothing_else(
     assert again.state_dict()[missing].std().item() == pytest.approx(again.config.initializer_range, rel=0.06)
 
 
-def test_fresh_weights_have_the_configured_deviation(model_type: str, tiny_config: Callable) -> None:
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, initializer_range=0.05))
-    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.05, rel=0.06)
-    assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
-    assert torch.equal(model.model.norm.weight, torch.ones(32))
+def test_fresh_weights_have_the_configured_deviation(
+    any_model_type: str, parts: Any, auto_class: Any, tiny_config: Callable
+) -> None:
+    model = auto_class.from_config(tiny_config(any_model_type, initializer_range=0.05))
+    assert model.get_submodule(parts.embedding).weight.std().item() == pytest.approx(0.05, rel=0.06)
+    assert model.get_submodule(parts.linear).weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert torch.equal(model.get_submodule(parts.norm).weight, torch.ones(32))
 
 
-def test_tied_head_survives_saving_and_resizing(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
-    model = tiny_model(model_type, tie_word_embeddings=True)
+def test_tied_head_survives_saving_and_resizing(
+    any_model_type: str, parts: Any, tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model(any_model_type, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert parts.tied not in load_file(tmp_path / "model.safetensors")
+    again = type(model).from_pretrained(tmp_path)
+    assert again.get_parameter(parts.tied) is again.get_submodule(parts.embedding).weight
     again.resize_token_embeddings(110)
-    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.get_parameter(parts.tied) is again.get_submodule(parts.embedding).weight
 
 
 @pytest.mark.parametrize("rows", [110, 60])
 def test_resizing_the_vocabulary_keeps_the_old_logits(
-    model_type: str, rows: int, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, rows: int, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9, 60)
+    model, ids = tiny_model(any_model_type), token_ids(2, 9, 60)
     kept = min(rows, 97)
     before = logits(model, ids)[..., :kept]
     model.resize_token_embeddings(rows)
@@ -121,12 +131,12 @@ def test_resizing_the_vocabulary_keeps_the_old_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_load_runs_near_float32(
-    model_type: str, dtype: torch.dtype, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, dtype: torch.dtype, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9)
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
     half = reload(model, tmp_path, dtype=dtype)
     assert {p.dtype for p in half.parameters()} == {dtype}
-    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {b.dtype for name, b in half.named_buffers() if name.endswith("inv_freq")} <= {torch.float32}
     expected, found = logits(model, ids), logits(half, ids)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() <= (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
@@ -134,15 +144,15 @@ def test_half_precision_load_runs_near_float32(
 
 @pytest.mark.parametrize("how", ["method", "configuration"])
 def test_gradient_checkpointing_changes_no_gradient(
-    model_type: str, how: str, tiny_model: Callable, token_ids: Callable
+    any_model_type: str, how: str, tiny_model: Callable, token_ids: Callable
 ) -> None:
-    model, ids = tiny_model(model_type).train(), token_ids(2, 9)
+    model, ids = tiny_model(any_model_type).train(), token_ids(2, 9)
     loss, gradients = loss_and_gradients(model, ids)
     if how == "method":
         model.gradient_checkpointing_enable()
         checkpointed = model
     else:
-        checkpointed = tiny_model(model_type, gradient_checkpointing=True).train()
+        checkpointed = tiny_model(any_model_type, gradient_checkpointing=True).train()
     assert checkpointed.is_gradient_checkpointing
     again_loss, again = loss_and_gradients(checkpointed, ids)
     assert torch.equal(loss, again_loss)
@@ -151,9 +161,9 @@ def test_gradient_checkpointing_changes_no_gradient(
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_training_step_equals_eager(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+def test_compiled_training_step_equals_eager(any_model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
     """One graph without a break, forward and backward; the code generator itself is PyTorch's to test."""
-    model, ids = tiny_model(model_type).train(), token_ids(2, 9)
+    model, ids = tiny_model(any_model_type).train(), token_ids(2, 9)
     loss, gradients = loss_and_gradients(model, ids)
     model.zero_grad()
     torch._dynamo.reset()  # what other tests have compiled counts against the limit of this one
@@ -167,19 +177,16 @@ def test_compiled_training_step_equals_eager(model_type: str, tiny_model: Callab
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.12"), reason="torch 2.11 cannot export stock models for any length either"
 )
-def test_exported_program_equals_eager(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9)
+def test_exported_program_equals_eager(any_model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
     length = torch.export.Dim("length", min=2, max=32)
     with torch.no_grad():
-        program = torch.export.export(
-            model,
-            (),
-            {"input_ids": ids, "use_cache": False},
-            dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
-        )
+        options: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
+        shapes = {"input_ids": {1: length}, **dict.fromkeys(options)}
+        program = torch.export.export(model, (), {"input_ids": ids, **options}, dynamic_shapes=shapes)
         longer = token_ids(2, 13)
-        found = program.module()(input_ids=longer, use_cache=False).logits
-    torch.testing.assert_close(found, logits(model, longer, use_cache=False), rtol=1e-5, atol=1e-5)
+        found = program.module()(input_ids=longer, **options).logits
+    torch.testing.assert_close(found, logits(model, longer, **options), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -197,9 +204,9 @@ def test_packed_sequences_do_not_see_each_other(
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_left_padding_changes_no_logit(
-    model_type: str, attention: str, tiny_model: Callable, token_ids: Callable
+    any_model_type: str, attention: str, tiny_model: Callable, token_ids: Callable
 ) -> None:
-    model, ids = tiny_model(model_type), token_ids(1, 7)
+    model, ids = tiny_model(any_model_type), token_ids(1, 7)
     model.set_attn_implementation(attention)
     padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1)
     mask = (padded != 0).long()
@@ -208,22 +215,22 @@ def test_left_padding_changes_no_logit(
 
 
 def test_hidden_states_and_attentions_have_their_shapes(
-    model_type: str, tiny_model: Callable, token_ids: Callable
+    any_model_type: str, parts: Any, tiny_model: Callable, token_ids: Callable
 ) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9)
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
     model.set_attn_implementation("eager")
     output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(h.shape) for h in output.hidden_states] == [(2, 9, 32)] * 4
     assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 9, 9)] * 3
-    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+    torch.testing.assert_close(model.get_submodule(parts.head)(output.hidden_states[-1]), output.logits)
 
 
-def test_tuple_output_equals_the_dictionary(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
-    model, ids = tiny_model(model_type), token_ids(2, 9)
+def test_tuple_output_equals_the_dictionary(any_model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
     output = model(input_ids=ids, labels=ids)
-    loss, found, cache = model(input_ids=ids, labels=ids, return_dict=False)
+    loss, found, *cache = model(input_ids=ids, labels=ids, return_dict=False)
     assert torch.equal(loss, output.loss) and torch.equal(found, output.logits)
-    assert cache.get_seq_length() == 9
+    assert [each.get_seq_length() for each in cache] == [9] * model.can_generate()
 
 
 def test_logits_to_keep_selects_positions(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
@@ -234,35 +241,35 @@ def test_logits_to_keep_selects_positions(model_type: str, tiny_model: Callable,
 
 
 def test_layers_on_disk_give_the_same_logits(
-    model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, parts: Any, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
-    model, ids = tiny_model(model_type), token_ids(2, 9)
-    device_map = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-    device_map |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    model, ids = tiny_model(any_model_type), token_ids(2, 9)
+    device_map = dict.fromkeys(parts.whole, "cpu") | dict.fromkeys(parts.offloaded, "disk")
     offloaded = reload(model, tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
-    assert next(offloaded.model.layers[1].parameters()).is_meta
+    assert next(offloaded.get_submodule(parts.offloaded[0]).parameters()).is_meta
     assert torch.equal(logits(offloaded, ids), logits(model, ids))
 
 
 def test_lora_adapter_acts_and_survives_saving(
-    model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, parts: Any, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
     ids = token_ids(2, 9)
-    plain = logits(tiny_model(model_type), ids)
-    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
-    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    adapted = peft.get_peft_model(tiny_model(model_type), settings).eval()
+    plain = logits(tiny_model(any_model_type), ids)
+    model = tiny_model(any_model_type)
+    task = "CAUSAL_LM" if model.can_generate() else None
+    settings = peft.LoraConfig(r=4, target_modules=list(parts.lora), task_type=task, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
     changed = logits(adapted, ids)
     assert (changed - plain).abs().max() > 1e-3
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in adapted.named_parameters())
 
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(tiny_model(model_type), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(tiny_model(any_model_type), tmp_path).eval()
     assert torch.equal(logits(again, ids), changed)
-    attached = tiny_model(model_type)
+    attached = tiny_model(any_model_type)
     attached.load_adapter(str(tmp_path))
     torch.testing.assert_close(logits(attached.eval(), ids), changed)
     torch.testing.assert_close(logits(again.merge_and_unload(), ids), changed, rtol=1e-4, atol=1e-4)
@@ -285,10 +292,13 @@ def test_weights_of_another_attention_are_refused(model_type: str, tiny_model: C
         AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=False)
 
 
-def test_the_source_may_be_named_as_in_transformers(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
-    model = tiny_model(model_type)
+def test_the_source_may_be_named_as_in_transformers(
+    any_model_type: str, parts: Any, tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tiny_model(any_model_type)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(pretrained_model_name_or_path=tmp_path)
-    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    for name in (parts.embedding, parts.norm):
+        assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
     fresh = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
-    assert torch.equal(fresh.model.norm.weight, model.model.norm.weight)
+    assert torch.equal(fresh.get_submodule(parts.norm).weight, model.get_submodule(parts.norm).weight)

@@ -202,7 +202,7 @@ def test_the_consolidated_folder_may_be_named_or_hold_everything(place: str, tmp
     named = step / "consolidated"
     if place == "flat":
         shutil.move(step / "stem_shards", named / "stem_shards")
-    assert inspect(str(named)).stem_layers == [1, 3]
+    assert inspect(str(named)).patch_fields == {"STEM layers": [1, 3]}
     convert(named, tmp_path / "out", **QUIET)
     assert same_logits(reference, tmp_path / "out", ids)
 

@@ -1,0 +1,171 @@
+"""Bidirectional encoders: BERT, as registered classes of ours over the stock ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from hf_efficient.conversion.architecture import ArchitectureSpec, architecture_of, architectures, load, runtime_fields
+from hf_efficient.conversion.families.family import FINE_TUNING, LORA, ModelFamily
+from hf_efficient.conversion.reading.config_fields import unread_fields
+from hf_efficient.errors import HFEError, error_text
+
+if TYPE_CHECKING:
+    from hf_efficient.conversion.measuring.evaluation import Evaluator
+
+# Fields that describe a file or a class, not a model.
+_NOT_OF_THE_MODEL = ("model_type", "auto_map", "transformers_version", "_name_or_path")
+_PREFIX = "bert."
+# Names of the first releases for the weight and bias of a layer norm.
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_HARMLESS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# Parts that pretraining leaves in a checkpoint, and that the class with another head does not have.
+_OTHER_HEADS = ("cls.", "bert.pooler.", "pooler.")
+
+
+class EncoderFamily(ModelFamily):
+    """Encoders whose every position sees every other."""
+
+    name = "bidirectional encoders"
+    config_classes = {"bert": BertConfig}
+    tensor_groups = {
+        "attention": (".attention.",),
+        "feed-forward": (".intermediate.", ".output."),
+        "embeddings and head": ("",),
+    }
+    pipeline_tags = {
+        "AutoModel": "feature-extraction",
+        "AutoModelForMaskedLM": "fill-mask",
+        "AutoModelForSequenceClassification": "text-classification",
+        "AutoModelForTokenClassification": "token-classification",
+        "AutoModelForQuestionAnswering": "question-answering",
+    }
+    not_evaluated = "the model has no head that predicts tokens"
+
+    def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
+        for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
+            if fields.get(name):
+                raise HFEError(
+                    f"config.json sets {name}={fields[name]!r}; an encoder attends to all positions of its own text",
+                    "use a checkpoint that was trained as an encoder",
+                )
+        positions = fields.get("position_embedding_type", "absolute")
+        if positions != "absolute":
+            raise HFEError(
+                f"config.json sets position_embedding_type={str(positions)[:80]!r}; transformers reads only absolute",
+                "use a checkpoint with absolute positions",
+            )
+        return unread_fields(fields, stock, read=("position_embedding_type",))
+
+    def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
+        spec = _spec(stock)
+        fields = {name: value for name, value in stock.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+        if architecture_of(stock.model_type) is None:
+            fields["source_model_type"] = stock.model_type
+        for name in runtime_fields():
+            fields.pop(name, None)
+        fields["architectures"] = [spec.auto_classes[self.auto_class(stock)].__name__]
+        try:
+            config = spec.config_class(**fields)
+        # huggingface_hub raises errors of its own for a field of a wrong type or value.
+        except Exception as error:
+            cause = error_text(error, most=None)
+            raise HFEError(
+                f"config.json does not describe an encoder of ours: {cause}", "correct config.json"
+            ) from error
+        if config.hidden_act not in ACT2FN:
+            raise HFEError(
+                f"config.json names the activation hidden_act={config.hidden_act!r}, which transformers does not know",
+                f"use one of {', '.join(sorted(ACT2FN)[:6])}, …, or a checkpoint of another family",
+            )
+        return config
+
+    def auto_class(self, stock: PreTrainedConfig) -> str:
+        """That of the class in `architectures`; of a model with the heads of pretraining, the masked language model."""
+        named = (stock.architectures or [None])[0]
+        spec = _spec(stock)
+        prefix = type(stock).__name__.removesuffix("Config")
+        task = str(named).removeprefix(prefix).removeprefix("For").replace("PreTraining", "MaskedLM")
+        auto = "AutoModel" if task == "Model" else f"AutoModelFor{task}"
+        if named is None or auto not in spec.auto_classes:
+            heads = [each.removeprefix("AutoModel") or "Model" for each in spec.auto_classes if each != "AutoConfig"]
+            known = ", ".join(prefix + head for head in heads)
+            raise HFEError(
+                f"config.json names the class {named} in architectures; a conversion takes {known}",
+                "correct architectures in config.json, or choose a checkpoint of one of these classes",
+            )
+        return auto
+
+    def skeleton(self, config: PreTrainedConfig) -> nn.Module:
+        with torch.device("meta"):
+            return model_class(config)(config)
+
+    def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
+        stored = {}
+        for name in expected - names:
+            # A checkpoint of the base model has no prefix before its names, one of a model with a head has.
+            for other in (name, name.removeprefix(_PREFIX), _PREFIX + name):
+                ending = ".".join(other.split(".")[-2:])
+                old = other.removesuffix(ending) + _OLD_NAMES.get(ending, ending)
+                found = next((each for each in (other, old) if each in names and each not in expected), None)
+                if found is not None:
+                    stored[name] = found
+        return stored
+
+    def reason_to_leave_out(self, name: str) -> str:
+        if name.endswith(_HARMLESS):
+            return "a buffer that the model computes itself"
+        return "part of a head that the model's class does not have" if name.startswith(_OTHER_HEADS) else ""
+
+    def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
+        if self.auto_class(config) != "AutoModelForMaskedLM":
+            return None
+        return load("hf_efficient.conversion.measuring.masked:MaskedEvaluator")()
+
+    def description(self, config: PreTrainedConfig) -> dict[str, str]:
+        heads, tied = config.num_attention_heads, "tied" if config.tie_word_embeddings else "untied"
+        return {
+            "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward "
+            f"{config.intermediate_size}",
+            "attention": f"{heads} heads of {config.hidden_size // heads}, bidirectional",
+            "vocabulary": f"{config.vocab_size:,}, embeddings {tied}",
+            "class": config.architectures[0],
+        }
+
+    def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
+        found = {"AutoModelForMaskedLM": ("Masked tokens:", _FILL_MASK), "AutoModel": ("Embeddings:", _EMBEDDINGS)}
+        label, code = found.get(auto_class, ("Class of a text:", _CLASSIFY))
+        return {label: code, FINE_TUNING: LORA.format("")}
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a configuration of ours names in `architectures`."""
+    spec = _spec(config)
+    by_name: dict[str, Any] = {cls.__name__: cls for cls in spec.auto_classes.values()}
+    return by_name[config.architectures[0]]
+
+
+def _spec(config: PreTrainedConfig) -> ArchitectureSpec:
+    """The architecture that a stock model or one of ours belongs to."""
+    ours = architecture_of(config.model_type)
+    if ours is not None:
+        return ours
+    return next(spec for spec in architectures() if config.model_type in (spec.source_types or ()) and spec.combines)
+
+
+ENCODERS = EncoderFamily()
+
+_FILL_MASK = """inputs = tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")
+inputs = inputs.to(model.device)
+logits = model(**inputs).logits[inputs.input_ids == tokenizer.mask_token_id]
+print(tokenizer.decode(logits.argmax(-1)))"""
+_EMBEDDINGS = """inputs = tokenizer(["A first text.", "A second one."], padding=True, return_tensors="pt")
+inputs = inputs.to(model.device)
+mask = inputs.attention_mask[..., None]
+print((model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1))"""
+_CLASSIFY = """inputs = tokenizer("A text.", return_tensors="pt").to(model.device)
+print(model(**inputs))"""

@@ -1,0 +1,253 @@
+"""What the package asks of a family of stock models, and which family a model belongs to.
+
+A family answers for one kind of stock model: causal decoders are one, bidirectional encoders another. Everything else
+(plan, report, inspect, evaluate, card, command line) asks it and does not look at the kind itself.
+
+To add a family, write one file beside this one with a subclass of `ModelFamily`, an instance of it, and the classes in
+`modeling/` that the stock models become. Then name the instance in `family=` of their entries in
+`hf_efficient/registry.py`. A family that tests should cover has tiny models in `tests/modeling/conftest.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_efficient.conversion.architecture import (
+    ArchitectureSpec,
+    architecture_of,
+    architectures,
+    architectures_beside,
+    load,
+)
+from hf_efficient.conversion.reading.checkpoint_files import weight_files
+from hf_efficient.conversion.reading.config_file import checked_fields
+from hf_efficient.errors import HFEError, UsageError, error_text
+
+if TYPE_CHECKING:
+    from hf_efficient.conversion.measuring.evaluation import Evaluator
+
+# Snippet of a model card, for every kind of model: arguments of LoraConfig are to be filled in.
+FINE_TUNING = "Fine-tuning with LoRA, and a merged checkpoint that loads in the same way:"
+LORA = """from peft import LoraConfig, get_peft_model
+
+model = get_peft_model(model, LoraConfig({}))
+# ... train it, with transformers' Trainer or any other loop, then:
+model.merge_and_unload().save_pretrained("merged")
+tokenizer.save_pretrained("merged")"""
+
+
+class ModelFamily(Protocol):
+    """One kind of stock model. Subclasses set the attributes and write the methods without a body.
+
+    Attributes:
+        name: of the models, in the plural, for messages.
+        config_classes: stock model type -> transformers' configuration class.
+        tensor_groups: label in `inspect` -> parts of the names of its tensors; the first that matches counts.
+        pipeline_tags: name of an Auto class -> the Hub's name of its task.
+        generates: the models write text, so that they have generation settings and `hf-efficient generate` takes them.
+        not_evaluated: why a model without an `evaluator` is not measured, for the report.
+    """
+
+    name: ClassVar[str]
+    config_classes: ClassVar[Mapping[str, type[PreTrainedConfig]]]
+    tensor_groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    pipeline_tags: ClassVar[Mapping[str, str]]
+    generates: ClassVar[bool] = False
+    not_evaluated: ClassVar[str] = ""
+
+    def takes(self, fields: Mapping[str, Any]) -> bool:
+        """True for the fields of a configuration file that describe a stock model of this family."""
+        return isinstance(fields.get("model_type"), str) and fields["model_type"] in self.config_classes
+
+    def check_source(self, fields: Mapping[str, Any]) -> None:
+        """Raise `HFEError` for a model that no conversion of this family takes, before a configuration is made."""
+
+    def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
+        """Warnings about fields of the file that change nothing and are passed over.
+
+        Raises:
+            HFEError: a field changes what the model computes, and the family does not follow it.
+        """
+
+    def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
+        """The same model as a configuration of ours, of the architecture that combines patches.
+
+        It gives the same output from the same tensors. `stock` may already be a configuration of ours.
+
+        Raises:
+            HFEError: the configuration does not describe a model that can be built.
+        """
+
+    def auto_class(self, stock: PreTrainedConfig) -> str:
+        """Name of the Auto class of the model with its head, e.g. `AutoModelForCausalLM`."""
+
+    def skeleton(self, config: PreTrainedConfig) -> nn.Module:
+        """The model of a configuration that `own_config` made or that a patch changed, on the meta device."""
+
+    def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
+        """Name of a tensor in the model -> its name in the file, where the two differ."""
+
+    def reason_to_leave_out(self, name: str) -> str:
+        """Why a tensor that the model does not have may be left out; empty where it may not."""
+
+    def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
+        """What measures a model on text; None for one that cannot be measured."""
+
+    def weight_files(self, folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
+        """The safetensors files of a folder of this family; `name` is what messages call it."""
+        return weight_files(folder, fields, name)
+
+    def description(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Lines of `inspect` about the model's shape, by label."""
+
+    def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
+        """Code for the model card that runs a loaded `model` and `tokenizer`, by the sentence before it."""
+
+
+def families() -> list[ModelFamily]:
+    """Every family of the registered architectures, in the order of the registry."""
+    return [load(path) for path in dict.fromkeys(spec.family for spec in architectures())]
+
+
+def family_of(model_type: Any) -> ModelFamily | None:
+    """The family of a stock model type or of one of ours; None for any other."""
+    spec = architecture_of(model_type) if isinstance(model_type, str) else None
+    if spec is not None:
+        return load(spec.family)
+    return next((family for family in families() if family.takes({"model_type": model_type})), None)
+
+
+def family_of_config(config: PreTrainedConfig) -> ModelFamily:
+    """The family of a configuration; a `HFEError` for a model type that no family has."""
+    family = family_of(config.model_type)
+    if family is None:
+        raise _unsupported(config.model_type)
+    return family
+
+
+def source_config(fields: dict[str, Any], origin: str = "config.json") -> PreTrainedConfig:
+    """The configuration that `config.json` describes: of a supported stock model, or one of ours.
+
+    Code that the checkpoint may carry is never run: only the fields decide. `origin` is the file that they come from,
+    where it is another one.
+
+    Raises:
+        HFEError: unsupported family, quantised weights, or a field of a wrong type or value.
+    """
+    try:
+        return _source_config(fields)
+    except HFEError as error:
+        raise HFEError(*(part.replace("config.json", origin) for part in (error.problem, error.remedy))) from error
+
+
+def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    model_type = fields.get("model_type")
+    quantisation = fields.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise HFEError(
+            f"the checkpoint is quantised (quant_method {method}); a conversion needs plain weights",
+            "use the unquantised checkpoint, or a GGUF file, which is dequantised",
+        )
+    for family in families():
+        family.check_source(fields)
+    spec = architecture_of(model_type) if isinstance(model_type, str) else None
+    family = next((each for each in families() if each.takes(fields)), None)
+    if spec is None and family is None:
+        raise _unsupported(model_type)
+    config_class = spec.config_class if spec is not None else family.config_classes[model_type]
+    checked = checked_fields(fields, config_class)
+    try:
+        config = config_class.from_dict(checked)
+        # As every stock model does: it takes in what the configuration was given after its rotary parameters.
+        if hasattr(config, "rope_parameters"):
+            config.standardize_rope_params()
+        return config
+    # transformers and huggingface_hub raise errors of their own for a field of a wrong type.
+    except Exception as error:
+        cause = error_text(error, most=None)
+        raise HFEError(f"config.json is not a valid {config_class.__name__}: {cause}", "correct config.json") from error
+
+
+def _unsupported(model_type: Any) -> HFEError:
+    known = [name for family in families() for name in family.config_classes]
+    return HFEError(
+        f"model_type {model_type!r} is not a supported family; a conversion takes {', '.join(known)} and our own hfe_ "
+        "models",
+        "choose a checkpoint of one of these families",
+    )
+
+
+def target_architecture(
+    stock: PreTrainedConfig, patches: Sequence[str], *, trained_patches: Sequence[str] = ()
+) -> ArchitectureSpec:
+    """The architecture that a model becomes.
+
+    A single patch on a stock model has an architecture of its own; every other combination goes to the one of the
+    family that combines patches.
+
+    Args:
+        stock: configuration of the source.
+        patches: names of those that the conversion applies.
+        trained_patches: names of those that a stock model of other training code has already.
+
+    Raises:
+        UsageError: a patch does not take this model.
+    """
+    ours = architecture_of(stock.model_type)
+    beside = architectures_beside(ours) if ours is not None else _architectures_for(stock.model_type)
+    for name in patches:
+        if all(spec.patch != name for spec in beside):
+            known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch) or "none"
+            raise UsageError(
+                f"patch {name} does not take a {stock.model_type} model", f"such a model takes the patches: {known}"
+            )
+    active = [*trained_patches, *patches]
+    single = active[0] if len(active) == 1 and ours is None else None
+    own = [spec for spec in beside if single is not None and spec.patch == single]
+    return (own or [spec for spec in beside if spec.combines])[0]
+
+
+def _architectures_for(model_type: str) -> list[ArchitectureSpec]:
+    """The architectures that take a stock model type."""
+    return [spec for spec in architectures() if model_type in (spec.source_types or load(spec.family).config_classes)]
+
+
+def skeleton(config: PreTrainedConfig) -> nn.Module:
+    """The model of a configuration, on the meta device: names, shapes and module types, no weight."""
+    return family_of_config(config).skeleton(config)
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """The tensors of a model, by name.
+
+    Attributes:
+        shapes: of those that a checkpoint stores, in the order of the model.
+        tied: name of each that a checkpoint does not store -> the one that it is tied to.
+        float32: those that are stored in float32, whatever the dtype of the others.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    float32: set[str]
+
+
+def model_tensors(config: PreTrainedConfig) -> ModelTensors:
+    """The tensors of the model of a configuration of ours."""
+    model: Any = skeleton(config)
+    tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    leaves = model._keep_in_fp32_modules_strict or ()
+    return ModelTensors(shapes, tied, {name for name in shapes if name.rpartition(".")[2] in leaves})
+
+
+def expected_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, in the order of the model, without those that are tied to others."""
+    return model_tensors(config).shapes

@@ -1,0 +1,71 @@
+"""The tensors of a source compared with its configuration."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_efficient.conversion.families.family import family_of_config, model_tensors
+from hf_efficient.conversion.reading.safetensors_reader import DTYPES
+from hf_efficient.errors import HFEError
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensors(
+    config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
+) -> dict[str, str]:
+    """Compare a source's tensors with its configuration. Returns the tensors to leave out, each with the reason.
+
+    Args:
+        config: of ours: see `ModelFamily.own_config`.
+        shapes, dtypes: of the source's tensors, by their names in the model.
+
+    Raises:
+        HFEError: a tensor is missing, is not known to the model, or has another shape or an integer dtype.
+    """
+    # Before a model of that many layers is built.
+    if config.num_hidden_layers > len(shapes):
+        raise HFEError(
+            f"the checkpoint holds {len(shapes)} tensors, and config.json calls for {config.num_hidden_layers} layers",
+            "use the whole checkpoint, with the config.json that belongs to it",
+        )
+    family, tensors = family_of_config(config), model_tensors(config)
+    expected, tied = tensors.shapes, tensors.tied
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise HFEError(
+            f"the checkpoint lacks {_list(missing)}, which config.json calls for",
+            "use the whole checkpoint, with the config.json that belongs to it",
+        )
+    left_out = {
+        name: f"tied to {tied[name]}" if name in tied else family.reason_to_leave_out(name)
+        for name in shapes
+        if name not in expected
+    }
+    unknown = [name for name, reason in left_out.items() if not reason]
+    if unknown:
+        raise HFEError(
+            f"the checkpoint holds {_list(unknown)}, which the model that config.json describes does not have",
+            "use the config.json that belongs to the checkpoint; a task head or an adapter must be removed first",
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise HFEError(
+                f"tensor {name} has shape {list(shapes[name])}; config.json calls for {list(shape)}",
+                "use the config.json that belongs to the checkpoint",
+            )
+        if dtypes[name] not in _FLOATS:
+            kind = next(label for label, dtype in DTYPES.items() if dtype == dtypes[name])
+            raise HFEError(
+                f"tensor {name} has dtype {kind}; weights must be F32, F16, BF16 or F64",
+                "use the unquantised checkpoint",
+            )
+    return left_out
+
+
+def _list(names: list[str], limit: int = 3) -> str:
+    """`tensor a, b, c and 7 more`."""
+    shown = ", ".join(names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{'tensor' if len(names) == 1 else 'the tensors'} {shown}{more}"

@@ -1,0 +1,96 @@
+"""Measured loss of a masked language model: the tokens of a text that are hidden from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from hf_efficient.conversion.families.encoder import model_class
+from hf_efficient.conversion.families.family import model_tensors
+from hf_efficient.conversion.measuring.evaluation import EvaluationReport, LogitSource, compare_predictions
+from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS
+from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.errors import HFEError
+
+# As in BERT's own training; every hidden token is replaced by the mask, none by itself or a random one.
+MASKED_SHARE = 0.15
+
+
+class MaskedEvaluator:
+    """Tokens at fixed random positions (seed 0), predicted from all others. The model is in memory as a whole."""
+
+    def checkpoint_logits(
+        self,
+        config: PreTrainedConfig,
+        reader: TensorReader,
+        *,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LogitSource:
+        def logits(ids: Tensor) -> Iterator[Tensor]:
+            yield from self._logits(_loaded(config, reader).to(device), ids, progress)
+
+        return logits
+
+    def model_logits(self, model: nn.Module) -> LogitSource:
+        def logits(ids: Tensor) -> Iterator[Tensor]:
+            training = model.training
+            try:
+                yield from self._logits(model.eval(), ids, None)
+            finally:
+                model.train(training)
+
+        return logits
+
+    def evaluate(
+        self,
+        ids: Tensor,
+        text: str,
+        model: LogitSource,
+        reference: LogitSource | None = None,
+        *,
+        tokenizer: Any,
+        counts: Tensor | None = None,
+    ) -> EvaluationReport:
+        mask = getattr(tokenizer, "mask_token_id", None)
+        if mask is None:
+            raise HFEError(
+                "the tokenizer has no mask token, and a masked language model is measured on masked tokens",
+                "use the tokenizer that belongs to the checkpoint",
+            )
+        chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < MASKED_SHARE
+        chosen[:, ids.shape[1] // 2] = True  # at least one in each sequence
+        return compare_predictions(
+            ids.masked_fill(chosen, mask),
+            *(ids, chosen, text, model, reference),
+            counts=counts,
+            objective="masked tokens",
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def _logits(model: Any, ids: Tensor, progress: Callable[[int, int], None] | None) -> Iterator[Tensor]:
+        """Pieces of the logits; a text longer than the model's positions is read in windows."""
+        device, window = next(model.parameters()).device, model.config.max_position_embeddings
+        for index, sequence in enumerate(ids):
+            windows = [model(input_ids=part[None].to(device)).logits[0] for part in sequence.split(window)]
+            yield from torch.cat(windows).split(LOGIT_POSITIONS)
+            if progress:
+                progress(index + 1, len(ids))
+
+
+def _loaded(config: PreTrainedConfig, reader: TensorReader) -> Any:
+    """The model of a checkpoint in fp32, in evaluation mode."""
+    with no_init_weights():
+        model: Any = model_class(config)(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name in model_tensors(config).shapes:
+            parameters[name].copy_(reader.read(name))
+    model.tie_weights()
+    return model.float().eval()

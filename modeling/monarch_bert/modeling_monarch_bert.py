@@ -1,0 +1,59 @@
+"""BERT as a registered encoder: the stock classes with the configuration of ours.
+
+The attention is transformers' own: `eager`, `sdpa`, `flex_attention` or flash attention.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
+from hf_efficient.modeling.base.tested_releases import check_transformers
+
+check_transformers()
+
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+
+from hf_efficient.modeling.base.registered_model import RegisteredModel
+from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import MonarchBertConfig
+
+
+class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
+    config: MonarchBertConfig
+    config_class = MonarchBertConfig  # transformers reads annotations unevaluated, so it is named here too
+
+
+class MonarchBertModel(MonarchBertPreTrainedModel, BertModel):
+    """`BertModel`: hidden states [B, S, hidden_size] of token ids [B, S], and the pooled first position."""
+
+
+class MonarchBertForMaskedLM(MonarchBertPreTrainedModel, BertForMaskedLM):
+    """`BertForMaskedLM`: logits [B, S, vocab_size] of every position, and the loss at labels other than -100."""
+
+
+class MonarchBertForSequenceClassification(MonarchBertPreTrainedModel, BertForSequenceClassification):
+    """`BertForSequenceClassification`: logits [B, num_labels] of a text."""
+
+
+class MonarchBertForTokenClassification(MonarchBertPreTrainedModel, BertForTokenClassification):
+    """`BertForTokenClassification`: logits [B, S, num_labels] of its tokens."""
+
+
+class MonarchBertForQuestionAnswering(MonarchBertPreTrainedModel, BertForQuestionAnswering):
+    """`BertForQuestionAnswering`: scores [B, S] of where an answer begins, and of where it ends."""
+
+
+__all__ = [
+    "MonarchBertConfig",
+    "MonarchBertForMaskedLM",
+    "MonarchBertForQuestionAnswering",
+    "MonarchBertForSequenceClassification",
+    "MonarchBertForTokenClassification",
+    "MonarchBertModel",
+    "MonarchBertPreTrainedModel",
+]
