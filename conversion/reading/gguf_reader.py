@@ -96,10 +96,10 @@ class GGUFReader:
 
 def stock_name(name: str) -> str:
     """The stock name of a GGUF tensor; an unknown name is returned unchanged, and refused when tensors are checked."""
-    stem, dot, suffix = name.rpartition(".")
-    if stem in _TOP_LEVEL:
-        return _TOP_LEVEL[stem] + dot + suffix
-    in_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    module, dot, suffix = name.rpartition(".")
+    if module in _TOP_LEVEL:
+        return _TOP_LEVEL[module] + dot + suffix
+    in_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
     if in_layer and in_layer[2] in _IN_LAYER:
         return f"model.layers.{in_layer[1]}.{_IN_LAYER[in_layer[2]]}{dot}{suffix}"
     return name

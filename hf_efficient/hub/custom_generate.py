@@ -25,7 +25,7 @@ def generate(inputs: Any = None, generation_config: Any = None, *args: Any, mode
 
     A stock model needs `tokenizer=`, whose control tokens its embedding has rows for.
     """
-    if getattr(model, "supports_topology", False):
+    if getattr(model, "generates_in_parallel", False):
         return type(model).generate(model, inputs, generation_config, *args, **kwargs)
     if not kwargs.pop("parallel", True):
         return type(model).generate(model, inputs, generation_config, *args, **kwargs)

@@ -93,7 +93,7 @@ def flatten(entry_module: str, version: str) -> FlatCode:
 
 
 def flat_name(module: str) -> str:
-    """File name, without suffix, of a module: `modeling_stem`, `hfe_kernels_stem_gate_api`."""
+    """File name, without suffix, of a module: `modeling_x`, `hfe_kernels_operation_api`."""
     path = module.removeprefix(f"{PACKAGE}.").split(".")
     return path[-1] if path[-1].startswith(_NAMED_BY_TRANSFORMERS) else "_".join(["hfe", *path])
 

@@ -77,8 +77,8 @@ def decode_attention(
         HFEError: wrong shape, dtype, device or layout, or a gradient would be needed.
         BackendError: the named backend cannot run here, or not in float64.
 
-    Source: splitting the cache follows Flash-Decoding (Dao et al., 2023); the segments are those of Multiverse and
-    MedVerse generation; the kernel is our own (`README.md` beside this file).
+    Source: splitting the cache follows Flash-Decoding (Dao et al., 2023); the segments are those of generation in
+    parallel branches; the kernel is our own (`README.md` beside this file).
 
     Example:
         >>> import torch

@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hf_efficient.environment import check_data
-from hf_efficient.errors import HFEError, TopologyError
+from hf_efficient.errors import HFEError
 from hf_efficient.kernels.topology_blocks.api import check_segments
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument, one_cache
@@ -27,6 +27,7 @@ from hf_efficient.modeling.topology.attention.topology_mask import (
     flex_mask,
 )
 from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.generation.generation_topology import ParallelGeneration
 
 

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import hf_efficient
 from hf_efficient.data.structured_text import to_medverse, to_multiverse
 from hf_efficient.data.topology_collator import IGNORED, TopologyDataCollator, mark_topology_trained
-from hf_efficient.errors import HFEError, TopologyError, UsageError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, control_token_ids
 from hf_efficient.modeling.topology.grammar.topology import Topology
 

@@ -19,9 +19,10 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENTS
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.generation.generate_output import BranchInfo, TopologyGenerateOutput, collect_output
 from hf_efficient.modeling.topology.generation.limits import Limits, is_integer
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop

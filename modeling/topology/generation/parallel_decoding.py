@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers.generation import MaxTimeCriteria
 
-from hf_efficient.errors import HFEError, TopologyError
+from hf_efficient.errors import HFEError
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.generation.branches import Branch
 from hf_efficient.modeling.topology.generation.limits import Limits
 from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.control_tokens import (
     CONTROL_TOKENS,
     PATH_LABEL,

@@ -17,7 +17,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
+from hf_efficient.modeling.topology.errors import TopologyError
 
 MULTIVERSE = (
     *("<Think>", "</Think>", "<Parallel>", "</Parallel>", "<Goal>", "</Goal>", "<Outline>", "</Outline>"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.control_tokens import Decode
 from hf_efficient.modeling.topology.grammar.plan import Plan, StepOrder
 from hf_efficient.modeling.topology.grammar.segment_graph import MAX_SEGMENTS, SegmentGraph

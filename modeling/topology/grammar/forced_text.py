@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 
 Encode = Callable[[str], Sequence[int]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.cursor import Cursor, Frame, Steps
 from hf_efficient.modeling.topology.grammar.plan import Plan, StepOrder
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.modeling.topology.errors import TopologyError
 
 MAX_SEGMENTS = 4096
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import (
     CONTROL_TOKENS,

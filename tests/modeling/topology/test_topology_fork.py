@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_efficient.errors import TopologyError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import (
     CONTROL_TOKENS,

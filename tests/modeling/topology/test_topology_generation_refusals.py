@@ -17,7 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_efficient.errors import HFEError, TopologyError, UsageError
+from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.generation import generation_topology
 from hf_efficient.modeling.topology.generation.branches import BranchPath
 from hf_efficient.modeling.topology.generation.generation_topology import parallel_generate

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_efficient.errors import HFEError, TopologyError, UsageError
+from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
 from hf_efficient.modeling.topology.attention.topology_interface import TOPOLOGY_ATTENTION
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, TopologyQueries, dense_mask
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 from hf_efficient.modeling.topology.grammar.topology import Topology
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_efficient.errors import TopologyError, UsageError
+from hf_efficient.errors import UsageError
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask, dense_mask, flex_mask, visibility
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 DIAMOND = [(3, []), (2, [0]), (4, [0]), (1, [1, 2])]

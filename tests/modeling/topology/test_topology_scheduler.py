@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_efficient.errors import HFEError, TopologyError
+from hf_efficient.errors import HFEError
+from hf_efficient.modeling.topology.errors import TopologyError
 from hf_efficient.modeling.topology.generation.branches import Branch, all_branches
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 
