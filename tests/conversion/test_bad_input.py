@@ -1,4 +1,4 @@
-"""Whatever is wrong with a source, a conversion says so in one line, with the remedy, and writes nothing."""
+"""A damaged or unsuitable source is refused in one line with a remedy, and nothing is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def stock(tmp_path: Path, stock_folder: Callable[..., Path]) -> Path:
-    """A sound tiny checkpoint, to be damaged."""
+    """An undamaged tiny checkpoint, which the tests damage."""
     return Path(shutil.copytree(stock_folder("llama"), tmp_path / "stock"))
 
 
@@ -151,7 +151,7 @@ def test_damage_in_the_middle_keeps_the_old_output(stock: Path, tmp_path: Path) 
         ("nobody/nothing", "there is no local folder nobody/nothing, the Hub cannot be reached"),
     ],
 )
-def test_source_that_is_not_there(location: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_source(location: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HFEError, match=words) as error:
         convert(location, tmp_path / "out", evaluate=False, progress=False)
@@ -159,7 +159,7 @@ def test_source_that_is_not_there(location: str, words: str, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(HFEError, match="weights.bin is a file but not a .gguf"):
         convert(tmp_path / "weights.bin", tmp_path / "out", evaluate=False, progress=False)

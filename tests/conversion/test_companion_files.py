@@ -1,4 +1,4 @@
-"""What a converted folder holds beside its weights does what the source's files do."""
+"""The files of a converted folder beside its weights behave like the source's."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_ids_are_those_of_the_source(
     out.mkdir()
     expected = AutoTokenizer.from_pretrained(stock)
     write_companions(open_source(str(stock)), out)
-    # Of the result, only the model type decides, and it is none that a tokenizer belongs to.
+    # Only the model type of the result differs, and it has no tokenizer class.
     (out / "config.json").write_text('{"model_type": "hfe_decoder"}')
     found = AutoTokenizer.from_pretrained(out)
     assert found(TEXT)["input_ids"] == expected(TEXT)["input_ids"]
     assert found.get_vocab() == expected.get_vocab() and found.chat_template == expected.chat_template
 
 
-def test_a_tokenizer_that_no_folder_can_hold_is_refused(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_from_the_result_is_refused(byte_level: Tokenizer, tmp_path: Path) -> None:
     class Own(PreTrainedTokenizerFast):
         def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
             encoded = super()._encode_plus(*args, **kwargs)
@@ -123,7 +123,7 @@ def test_generation_settings_of_config_json(stock_folder: Callable[..., Path], t
     assert found == expected and all(found[name] == value for name, value in told.items())
 
 
-def test_only_the_texts_of_licences_are_copied(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_only_licence_texts_are_copied(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
     stock = Path(shutil.copytree(stock_folder(), tmp_path / "stock"))
     for name in ("LICENSES/Apache-2.0.txt", "LICENSES/own.py", "LICENSE", "LICENSE.py", ".cache/huggingface/x"):
         (stock / name).parent.mkdir(parents=True, exist_ok=True)

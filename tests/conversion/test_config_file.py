@@ -1,4 +1,4 @@
-"""Fields of config.json that no model can be built from are refused by name, before anything is built."""
+"""Fields of config.json with which no model can be built are refused by name, before anything is built."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_is_refused(fields: dict[str, Any], words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_keys_of_old_checkpoints_are_no_reason_to_refuse() -> None:
+def test_keys_of_old_checkpoints_are_accepted() -> None:
     old = {"_name_or_path": "x", "pad_token_id": -1, "torch_dtype": "float16", "pretraining_tp": 1, "auto_map": {}}
     config = decoder_config(source_config({**STOCK, **old, "base_model_tp_plan": {"a": "b"}, "my_own_note": [1]}))
     assert (config.hidden_size, config.pad_token_id) == (32, -1)

@@ -1,4 +1,4 @@
-"""A disk that is full, whatever is being written: one line, and the same command with --resume finishes the work."""
+"""A full disk during any write gives a one-line error, and the same command with --resume finishes the conversion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _full() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_every_file_that_a_conversion_puts_in_place(
+def test_every_file_that_a_conversion_renames_into_place(
     stock_folder: Callable[..., Path],
     folder_hashes: Callable[[Path], dict[str, str]],
     tmp_path: Path,

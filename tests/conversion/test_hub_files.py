@@ -1,4 +1,4 @@
-"""From the Hub comes what transformers would load, and no other weights."""
+"""What transformers would load is downloaded from the Hub, and no other weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for the repository maker/small; what is fetched of it lies in a snapshot of the Hub's cache."""
+    """The folder of a fake repository maker/small; downloads copy from it into a snapshot of the Hub's cache."""
     remote = tmp_path / "remote"
     snapshot = tmp_path / "models--maker--small" / "snapshots" / "0123abc"
 

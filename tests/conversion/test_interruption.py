@@ -1,4 +1,4 @@
-"""An interrupted conversion is continued without doing finished work again, and ends in the same bytes."""
+"""An interrupted conversion is resumed without repeating finished work, and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_resuming_continues_after_the_finished_shards(
     monkeypatch.setattr(SafetensorsReader, "read", noted)
     second = type(tables)()
     report = convert(stock, tmp_path / "out", [second], resume=True, **QUIET)
-    # All copied tensors lie in finished shards but for those beside the first computed one.
+    # All copied tensors are in finished shards except those in the shard of the first computed one.
     assert len(read) < 5 and second.choices == 0
     assert first.made == ["model.layers.1.mlp.stem_embed.weight"] and len(second.made) == 2
     assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "whole")
@@ -117,7 +117,7 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, f
         "from hf_efficient.conversion.writing import checkpoint_writer as convert\n"
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        # To this thread, and with time to arrive: sent to the process, another thread may get it, and this one go on.
+        # Sent to this thread, with time to arrive: a signal to the process may be handled by another thread.
         "convert._index = lambda shards: (signal.raise_signal(signal.SIGINT), time.sleep(60))\n"
         "run(['convert', *sys.argv[1:], '--patch', 'none', '--no-evaluate', '--max-shard-size', '20KB', '--json'])\n"
     )
@@ -159,7 +159,7 @@ for line in sys.stdin:
 
 
 class ConversionServer:
-    """Conversions in processes of their own, which can be killed."""
+    """Runs conversions in child processes, which can be killed."""
 
     def __init__(self) -> None:
         tiny = str(Path(__file__).with_name("conftest.py"))
@@ -170,7 +170,7 @@ class ConversionServer:
     def convert(
         self, source: Path, output: Path, *, resume: bool = False, overwrite: bool = False, seconds: float | None = None
     ) -> int:
-        """Convert, and kill the process after `seconds`; returns its wait status, 0 for a good end."""
+        """Convert, and kill the process after `seconds`; returns its wait status, 0 for success."""
         assert self._process.stdin and self._process.stdout
         flags = ":".join("yes" if flag else "" for flag in (resume, overwrite))
         self._process.stdin.write(f"{source}:{output}:{flags}\n")
@@ -196,7 +196,7 @@ def server() -> Iterator[ConversionServer]:
 def test_sigkill_at_random_moments(
     server: ConversionServer, stock: Path, tmp_path: Path, folder_hashes: Hashes
 ) -> None:
-    """Whatever the moment, OUTPUT is the old one or the new one, whole; resuming ends in the bytes of a quiet run."""
+    """At any moment OUTPUT is the old or the complete new one; resuming gives the bytes of an uninterrupted run."""
     output, old = tmp_path / "out", {"mine": "precious"}
     assert server.convert(stock, tmp_path / "whole") == 0
     started = time.perf_counter()
@@ -207,7 +207,7 @@ def test_sigkill_at_random_moments(
     chance = random.Random(0)
     kills = 0
     for attempt in range(16):
-        # Every other time there is an old folder to replace.
+        # Every other time there is an old OUTPUT to replace.
         replaces = attempt % 2 == 1
         shutil.rmtree(output, ignore_errors=True)
         if replaces:
@@ -224,7 +224,7 @@ def test_sigkill_at_random_moments(
         else:
             assert partial.is_dir() or status == signal.SIGKILL
             assert not replaces or (partial / "replaced" / "mine").read_text() == old["mine"]
-        # Nothing that lies in the working folder passes for a checkpoint.
+        # Nothing in the working folder can be loaded as a checkpoint.
         assert not (partial / "config.json").exists()
         if status == signal.SIGKILL and partial.exists():
             assert server.convert(stock, output, resume=True, overwrite=replaces) == 0

@@ -1,4 +1,4 @@
-"""JSON files are read within bounds: what cannot be walked, written or meant is refused in one line."""
+"""JSON files are read within bounds; anything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_bytes_that_are_not_utf_8_are_refused() -> None:
         parse_json("config.json", b'{"a": "\xff"}')
 
 
-def test_what_checkpoints_hold_is_read() -> None:
+def test_valid_json_is_read() -> None:
     text = r'{"model_max_length": 1000000000000000019884624838656, "a": "\u00e9\ud83d\ude00", "b": [1e-5, {}, null]}'
     expected = {"model_max_length": 1000000000000000019884624838656, "a": "é😀", "b": [1e-5, {}, None]}
     assert parse_json("tokenizer_config.json", text.encode()) == expected
 
 
-def test_a_file_that_is_too_large_or_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_or_not_regular_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)
     os.mkfifo(tmp_path / "pipe.json")

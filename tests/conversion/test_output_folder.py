@@ -1,4 +1,4 @@
-"""OUTPUT works or is refused before the work, whatever kind of folder it is."""
+"""Every kind of OUTPUT works, or is refused before the conversion starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_efficient.convert_checkpoint import convert
 from hf_efficient.errors import UsageError
 
 
-def test_the_folder_behind_a_link_is_made(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_created(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "large" / "disk").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "large" / "disk")
     convert(stock_folder(), tmp_path / "link", evaluate=False, progress=False)
@@ -21,7 +21,7 @@ def test_the_folder_behind_a_link_is_made(stock_folder: Callable[..., Path], tmp
     assert (tmp_path / "large" / "disk" / "config.json").is_file() and os.listdir(tmp_path / "large") == ["disk"]
 
 
-def test_links_lead_to_folders_that_need_not_exist(tmp_path: Path) -> None:
+def test_the_target_of_a_link_need_not_exist(tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("three")
     assert resolve_output(tmp_path / "one") == (tmp_path / "three").resolve()
@@ -50,7 +50,7 @@ def test_the_current_folder_is_refused(output: str, tmp_path: Path, monkeypatch:
         ("", "OUTPUT is empty"),
     ],
 )
-def test_names_that_cannot_be_made(output: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_names_are_refused(output: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=words):
         convert("nowhere", output, progress=False)

@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds on the clock that the lines go by."""
+    """A fake clock in seconds, by which lines are spaced."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -74,7 +74,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\r" in screen.getvalue() and "copying" in screen.getvalue() and "100%" in screen.getvalue()
 
 
-def test_nothing_is_shown_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_shown_with_show_false(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (io.StringIO(), Terminal()):
         monkeypatch.setattr(sys, "stderr", stream)
         with Progress({"copying": 1}, show=False) as bar, bar.stage("copying") as advance:

@@ -1,4 +1,4 @@
-"""The GGUF reader gives, tensor by tensor, exactly what transformers' loader gives."""
+"""The GGUF reader gives the same bits as transformers' loader, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """A random model in the way that llama.cpp's converter writes it."""
+    """Write a random model as llama.cpp's converter does."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     for key, value in {**_METADATA, **(metadata or {})}.items():
@@ -94,7 +94,7 @@ def write_gguf(
 
 
 def assert_equals_transformers(path: Path) -> None:
-    """Every tensor bit for bit, and the configuration that decides how they are used."""
+    """Compare every tensor bit for bit, and the configuration."""
     source = open_source(str(path))
     stock = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     state = stock.state_dict()
@@ -121,7 +121,7 @@ def test_block_types_equal_transformers(tmp_path: Path, kind: str) -> None:
         ("llama", {"head_dim": 32}),
         ("qwen2", {}),
         ("qwen2", {"tied": True}),
-        ("qwen3", {"head_dim": 128}),  # the only one that transformers 5.17 does not misread
+        ("qwen3", {"head_dim": 128}),  # the only architecture that transformers 5.17 reads correctly
     ],
 )
 def test_architectures_equal_transformers(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path, options: dict[str, Any],
         {"rope.scaling.type": "none", "rope.scaling.factor": 8, "attention.value_length": 16},
     ],
 )
-def test_keys_that_change_nothing(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_keys_without_effect_are_accepted(tmp_path: Path, metadata: dict[str, Any]) -> None:
     assert_equals_transformers(write_gguf(tmp_path / "tiny.gguf", metadata=metadata))
 
 
@@ -197,7 +197,7 @@ def test_upper_case_and_files_of_a_split_model(tmp_path: Path) -> None:
         open_source("nowhere.GGUF")
 
 
-def test_unit_rotary_factors_change_nothing(tmp_path: Path) -> None:
+def test_rotary_factors_of_one_are_accepted(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": np.ones(8, np.float32)})
     assert "rope_freqs.weight" not in open_source(str(path)).reader.names()
 
@@ -208,7 +208,7 @@ def test_real_model_equals_transformers(smollm_gguf: Path) -> None:
 
 
 @pytest.mark.real_model
-def test_real_tokenizer_ends_where_the_chat_ends(smollm_gguf: Path, tmp_path: Path) -> None:
+def test_real_tokenizer_has_the_eos_token_of_the_chat_template(smollm_gguf: Path, tmp_path: Path) -> None:
     tokenizer = open_source(str(smollm_gguf)).tokenizer()
     tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     assert tokens == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")

@@ -49,7 +49,7 @@ def test_reads_rows_without_the_others(tmp_path: Path, tensors: dict[str, torch.
     assert torch.equal(reader.read_rows("matrix", 5, 99), tensors["matrix"][5:])
 
 
-def test_the_caller_owns_what_it_read(tmp_path: Path) -> None:
+def test_a_tensor_that_was_read_is_a_copy(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4)}, tmp_path / "model.safetensors")
     reader = SafetensorsReader([tmp_path / "model.safetensors"])
     reader.read("x").zero_()
@@ -116,7 +116,7 @@ def _write_header(path: Path, header: object, data: int = 64) -> None:
         ("F32", "not valid safetensors"),
     ],
 )
-def test_headers_that_lie(tmp_path: Path, entry: object, words: str) -> None:
+def test_inconsistent_headers_are_refused(tmp_path: Path, entry: object, words: str) -> None:
     path = tmp_path / "model.safetensors"
     _write_header(path, {"x": entry})
     with pytest.raises(HFEError, match=words):
@@ -131,7 +131,9 @@ def test_headers_that_lie(tmp_path: Path, entry: object, words: str) -> None:
         ((0, 16),) * 2 + ("begins at",),
     ],
 )
-def test_tensors_lie_end_to_end(tmp_path: Path, first: tuple[int, int], second: tuple[int, int], words: str) -> None:
+def test_gaps_and_overlaps_are_refused(
+    tmp_path: Path, first: tuple[int, int], second: tuple[int, int], words: str
+) -> None:
     entries = {n: {"dtype": "F32", "shape": [4], "data_offsets": [*at]} for n, at in (("a", first), ("b", second))}
     _write_header(tmp_path / "model.safetensors", entries)
     with pytest.raises(HFEError, match=words):
@@ -167,7 +169,7 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path, name: object) -> None
 
 
 @pytest.mark.parametrize("name", [7, None, [], "", "a\0b", "a\nb", "\ud800", "n" * 300])
-def test_an_index_names_files_by_texts_that_can_be_names(tmp_path: Path, name: object) -> None:
+def test_an_index_with_invalid_file_names_is_refused(tmp_path: Path, name: object) -> None:
     _index(tmp_path, name)
     with pytest.raises(HFEError, match="which is no file name|half of a character"):
         weight_files(tmp_path, {}, "name")

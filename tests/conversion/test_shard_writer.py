@@ -1,4 +1,4 @@
-"""Shards written as a stream are what the safetensors library reads, and a failed write leaves no shard."""
+"""The safetensors library reads shards written as a stream; a failed write leaves no shard."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_conversion_rounds_like_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_computed_tensor_must_be_finite(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinity_are_refused(tmp_path: Path, value: float) -> None:
     writer = ShardWriter(tmp_path, Shard("x.safetensors", [StoredTensor("t", (2,), torch.float32)]))
     with pytest.raises(HFEError, match="tensor t holds NaN, or values beyond the range of F32"):
         writer.add("t", torch.tensor([1.0, value]))
@@ -79,7 +79,7 @@ def test_shards_respect_the_limit() -> None:
     assert single.name == "model.safetensors"
 
 
-def test_wide_elements_never_begin_inside_narrow_ones() -> None:
+def test_every_tensor_is_aligned_to_its_element_size() -> None:
     tensors = [StoredTensor("narrow", (3,), torch.bfloat16), StoredTensor("wide", (2,), torch.float32)]
     assert len(split_into_shards(tensors, 10_000)) == 2
     assert len(split_into_shards(tensors[::-1], 10_000)) == 1
@@ -88,7 +88,7 @@ def test_wide_elements_never_begin_inside_narrow_ones() -> None:
 @pytest.mark.parametrize(
     ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EFBIG, "file size")]
 )
-def test_a_full_disk_is_one_clear_line(
+def test_a_full_disk_gives_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     writer = ShardWriter(tmp_path, Shard("x.safetensors", [StoredTensor("t", (2,), torch.float32)]))
@@ -102,6 +102,6 @@ def test_a_full_disk_is_one_clear_line(
     assert error.value.exit_code == 1 and "\n" not in str(error.value)
 
 
-def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
+def test_other_os_errors_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ShardWriter(tmp_path / "gone", Shard("x.safetensors"))

@@ -36,7 +36,7 @@ def fields(name: str = "config.json", **changes: Any) -> Edit:
 
 
 def rotary(**parameters: Any) -> Edit:
-    """Rotary parameters in the older form, as most checkpoints have them."""
+    """`rope_theta` and `rope_scaling`, the older form of `rope_parameters` that most checkpoints have."""
 
     def edit(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -70,7 +70,7 @@ def head_only(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stale_index(folder: Path, *, shards: bool) -> None:
-    """What saving a sharded model again as one file leaves."""
+    """Add an index of shards, as it remains when a sharded model is saved again as one file."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     new = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).unlink()
@@ -347,7 +347,7 @@ def test_what_would_compute_something_else_is_refused(
         ({"dtype": None, "torch_dtype": "float16"}, "transformers would load them in float16"),
     ],
 )
-def test_what_is_passed_over_is_said(
+def test_ignored_fields_give_a_warning(
     changes: dict[str, Any], words: str, stock_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = prepared("llama", fields(**changes), stock_folder, tmp_path)

@@ -1,4 +1,4 @@
-"""A checkpoint more than four times as large as the memory that the process may use is converted, tensor by tensor."""
+"""A checkpoint of more than four times the memory limit of the process is converted, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = LlamaConfig(
     dtype="bfloat16",
 )
 
-# The limits are set after the imports, which need most of it. A mapped file would count against the address space.
+# The limits are set after the imports, which need most of the memory. Mapped files would count towards the limit.
 _SCRIPT = f"""
 import re, resource, sys
 import torch
@@ -59,7 +59,7 @@ def big_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def write_sparse(folder: Path, shards: list[Shard]) -> int:
-    """A checkpoint whose tensors are zero but for their ends, and take no place on the disk. Returns its bytes."""
+    """Write a sparse checkpoint of tensors that are zero except for their ends. Returns its size in bytes."""
     folder.mkdir()
     CONFIG.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def test_memory_does_not_grow_with_the_checkpoint(max_shard_bytes: int, big_fold
     assert done.returncode == 0, done.stderr[-2000:]
     limited, written, peak_kib = done.stdout.split()
     assert limited == "limited" and int(written) == size
-    # The libraries' own pages count here as well.
+    # Includes the pages of libraries.
     assert int(peak_kib) * 1024 < size / 3
     before, after = open_folder_reader(stock), open_folder_reader(output)
     assert set(after.names()) == set(shapes)

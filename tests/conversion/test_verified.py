@@ -1,4 +1,4 @@
-"""Whatever a conversion, `save_pretrained` and a merge write passes verification, key by key."""
+"""Everything that a conversion, `save_pretrained` and a merge write passes verification, key by key."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_vocabulary_patch(stock: str, patch: type, stock_folder: Callable[...,
 
 @pytest.mark.parametrize("stock", ["qwen2-window", "llama-rope"])
 def test_a_model_that_was_changed_and_saved(stock: str, stock_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Resized, merged, in another dtype, in shards, with settings of its own; the tokenizer beside it."""
+    """Resized, merged, in another dtype, sharded, with its own generation settings and a tokenizer."""
     convert(stock_folder(stock), tmp_path / "out", [Bhyt()], evaluate=False, progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     model.resize_token_embeddings(101)

@@ -1,4 +1,4 @@
-"""The working folder: one process at a time, resumed only under the same options, published by a rename."""
+"""The working folder: one process at a time, resumed only with the same options, published by a rename."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_workspace(output: Path, *, resume: bool = False, overwrite: bool = Fals
 
 
 def interrupted(output: Path, **options: object) -> None:
-    """Leave a partial folder with one finished and one unfinished file."""
+    """Leave a working folder with one finished and one unfinished file."""
     with pytest.raises(KeyboardInterrupt), open_workspace(output, **options) as workspace:
         (workspace.checkpoint / "done").write_text("done")
         workspace.record_shard("done", FinishedFile.of(workspace.checkpoint / "done"))
@@ -70,7 +70,7 @@ def test_overwrite_starts_again(tmp_path: Path) -> None:
         assert not workspace.resumed and list(workspace.checkpoint.iterdir()) == []
 
 
-def test_an_error_in_the_data_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_in_the_data_removes_the_working_folder(tmp_path: Path) -> None:
     with pytest.raises(HFEError), open_workspace(tmp_path / "out"):
         raise HFEError("NaN")
     assert list(tmp_path.iterdir()) == []
@@ -84,13 +84,13 @@ def test_an_error_of_the_machine_can_be_resumed(tmp_path: Path, error: Exception
     assert partial_folder(tmp_path / "out").is_dir() and not (tmp_path / "out").exists()
 
 
-def test_a_kill_before_the_first_state_is_resumed_as_a_start(tmp_path: Path) -> None:
+def test_resuming_without_a_state_file_starts_from_the_beginning(tmp_path: Path) -> None:
     partial_folder(tmp_path / "out").mkdir()
     with open_workspace(tmp_path / "out", resume=True) as workspace:
         assert not workspace.resumed
 
 
-def test_too_little_space_is_known_before_the_start(tmp_path: Path) -> None:
+def test_too_little_space_is_an_error_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=r"needs .* TB of disk"), open_workspace(tmp_path / "out") as workspace:
         workspace.check_space(10**18)
     assert list(tmp_path.iterdir()) == []
@@ -157,7 +157,7 @@ def test_an_unfinished_conversion_names_both_ways_out(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: nothing after it runs, not even the clean-up of the workspace."""
+    """Simulates SIGKILL: nothing runs after it, not even the cleanup of the workspace."""
 
 
 @pytest.mark.parametrize("renames_before_the_kill", [0, 1, 2])
@@ -202,7 +202,7 @@ def test_a_kill_while_publishing_loses_nothing(
     assert not partial_folder(output).exists()
 
 
-def test_the_state_is_never_half_written(tmp_path: Path) -> None:
+def test_the_state_is_written_atomically(tmp_path: Path) -> None:
     interrupted(tmp_path / "out")
     state = partial_folder(tmp_path / "out") / "state.json"
     assert set(json.loads(state.read_text())["shards"]) == {"done"}
@@ -211,7 +211,7 @@ def test_the_state_is_never_half_written(tmp_path: Path) -> None:
         assert not workspace.resumed
 
 
-# A working folder that somebody else prepared
+# Working folders as another user could prepare them
 
 
 PLANTED: dict[str, Callable[[Path], object]] = {
@@ -246,7 +246,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True), (True, True)])
-def test_a_prepared_folder_is_refused_and_nothing_is_touched(
+def test_a_folder_prepared_by_another_user_is_refused_and_unchanged(
     tmp_path: Path, name: str, resume: bool, overwrite: bool
 ) -> None:
     (tmp_path / "home").mkdir()
@@ -272,8 +272,8 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
         check_output(tmp_path / "out", tmp_path / "stock", resume=True, overwrite=True)
 
 
-def test_links_in_the_old_output_are_its_own(tmp_path: Path) -> None:
-    """They are moved back with it, or removed with it, and never followed."""
+def test_links_in_the_old_output_are_not_followed(tmp_path: Path) -> None:
+    """They are moved back or removed with it."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").write_text("precious")
     interrupted(tmp_path / "out")
@@ -308,8 +308,8 @@ def test_the_folder_is_private_and_the_output_is_not(tmp_path: Path) -> None:
         {"complete": "yes"},
     ],
 )
-def test_a_state_of_another_form_is_not_believed(tmp_path: Path, change: dict[str, object]) -> None:
-    """Even where its seal fits: then everything is done again."""
+def test_a_state_of_another_structure_is_ignored(tmp_path: Path, change: dict[str, object]) -> None:
+    """Even if its checksum is right: everything is computed again."""
     interrupted(tmp_path / "out")
     path = partial_folder(tmp_path / "out") / "state.json"
     state = {**json.loads(path.read_text()), **change}

@@ -26,7 +26,7 @@ from transformers import (
 
 import hf_efficient
 
-# Heads of 32 channels are the narrowest that vLLM computes on a CPU. Wide weights keep greedy choices far from ties.
+# Heads of 32 channels are the narrowest that vLLM computes on a CPU. Large weights keep greedy decoding away from ties.
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
@@ -46,12 +46,12 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 def write_source(folder: Path, config: PreTrainedConfig) -> Path:
     """A random stock model with a chat template, and a tokenizer whose tokens are one or two letters each.
 
-    Bytes that are no text on their own would come out of a stream otherwise than out of a whole answer.
+    Tokens of bytes that are not complete characters would decode differently when streamed than as a whole.
     """
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     visible = [chr(code) for code in range(33, 127)]
-    # What a byte-level tokenizer writes for a space and for a new line.
+    # How a byte-level tokenizer represents a space and a line break.
     singles = ["<pad>", "<s>", "</s>", "\u0120", "\u010a", *visible]
     pairs = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
     vocabulary = {token: i for i, token in enumerate([*singles, *pairs][: SHAPE["vocab_size"]])}
@@ -64,7 +64,7 @@ def write_source(folder: Path, config: PreTrainedConfig) -> Path:
 
 
 def merged_adapter(source: Path, folder: Path) -> None:
-    """`source` with a random LoRA adapter folded into its weights, in a folder like the source's."""
+    """`source` with a random LoRA adapter merged into its weights, saved like the source."""
     model = AutoModelForCausalLM.from_pretrained(source)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def merged_adapter(source: Path, folder: Path) -> None:
 
 
 def approximate_bhyt(folder: Path, tokenizer: Path) -> None:
-    """BHyT as trained from scratch, whose second sites are estimated from the attention's weights."""
+    """BHyT as trained from scratch: post-attention norms estimate their statistic from the attention's weights."""
     from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM
 
     torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
     python tests/engines/serve_with_vllm.py FOLDER [NAME ...]
 
-Runs in an environment of its own, which has vLLM and does not have hf_efficient. Of every checkpoint, with one worker
-and with two tensor-parallel ones: prompts of many lengths at once, some longer than a step of chunked prefill, again
-with their prefixes cached, and seeded sampling. Then the OpenAI-compatible server, with and without streaming.
+Runs in a separate environment with vLLM and without hf_efficient. Every checkpoint is served with one worker and with
+two tensor-parallel ones: a batch of prompts of many lengths, some longer than a step of chunked prefill, the same with
+cached prefixes, and seeded sampling. Then the OpenAI-compatible server, with and without streaming.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEW_TOKENS = 16
 # A step of chunked prefill; vLLM caches prefixes in blocks of up to 128 tokens on a CPU.
 STEP_TOKENS = 64
 LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 65, 130, 200)
-# Of seeded sampling: all in one step, for vLLM 0.32 on a CPU cannot draw with a seed after a part of a prompt.
+# For seeded sampling: the prompt in one step, since vLLM 0.32 on a CPU cannot sample with a seed after chunked prefill.
 SEEDED = 7
 SERVED = ("stem", "composed")
 PORT = 8765
@@ -68,7 +68,7 @@ def differences(name: str, found: list[list[int]], expected: list[list[int]]) ->
 
 
 def check_engine(folder: Path, workers: int) -> list[str]:
-    """What one engine of `workers` processes computes otherwise than transformers."""
+    """Descriptions of all differences between an engine of `workers` processes and transformers."""
     import torch
     from vllm import LLM, SamplingParams
 
@@ -97,7 +97,7 @@ def check_engine(folder: Path, workers: int) -> list[str]:
 
 
 def request(path: str, body: dict[str, Any]) -> str:
-    """Text of an answer of the server, streamed or not."""
+    """The text of a response of the server, streamed or not."""
     call = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode())
     call.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(call, timeout=300) as answer:
@@ -120,7 +120,7 @@ def wait_until_ready(server: subprocess.Popen) -> None:
 
 
 def check_server(folder: Path) -> list[str]:
-    """What the OpenAI-compatible server answers otherwise than transformers."""
+    """Descriptions of all differences between responses of the OpenAI-compatible server and transformers."""
     from transformers import AutoTokenizer
 
     model, tokenizer = load_with_transformers(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -129,7 +129,7 @@ def check_server(folder: Path) -> list[str]:
     expected = tokenizer.decode(greedy(model, prompt), skip_special_tokens=True)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items() if value is not True]
     flags = [f"--{name.replace('_', '-')}" for name, value in ENGINE.items() if value is True]
-    # The command `vllm serve` of the CPU wheel asks for the version of a package `vllm`, which that wheel is not.
+    # `vllm serve` of the CPU wheel looks up the version of a package `vllm`, and that wheel has another name.
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     address = ["--host=127.0.0.1", f"--port={PORT}"]
     server = subprocess.Popen([*module, f"--model={folder}", *address, *options, *flags])
@@ -154,7 +154,7 @@ def run_check(check: str, folder: Path) -> None:
 
 
 def run_apart(check: str, folder: Path) -> int | None:
-    """One check in a process of its own, since an engine keeps what it took. Forked, it has imported vLLM already."""
+    """Run one check in a forked process, since an engine does not free its memory; the parent has imported vLLM."""
     process = multiprocessing.get_context("fork").Process(target=run_check, args=(check, folder))
     process.start()
     process.join()

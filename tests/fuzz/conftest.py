@@ -1,8 +1,8 @@
 """A fuzzing run: `python -m pytest tests/fuzz --fuzz-seconds 60 --fuzz-seed 1`.
 
-Valid files are changed, byte by byte and value by value, as a seed decides; each reader meets the changed files within
-bounds of time and memory. Only `HFEError` may come out, and nothing may be left. Whatever breaks a rule is shown in its
-smallest form, with the command that tries it again. An ordinary run of the tests tries a few inputs of each kind.
+Bytes and values of valid files are changed at random, by a seed, and each reader reads the changed files within limits
+of time and memory. It may raise only `HFEError`, and may leave no file. An input that breaks a rule is shrunk and shown
+with the command that repeats it. An ordinary run of the tests tries a few inputs of each kind.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hf_efficient.errors import HFEError
 # Inputs of each kind in an ordinary run of all tests.
 ORDINARY_INPUTS = 12
 SECONDS = 20.0
-# Six times the size of the files, and this for what libraries take when they are first used.
+# Memory allowed beyond six times the size of the files, for libraries that are used for the first time.
 MEMORY_FACTOR, MEMORY_CONSTANT = 6, 512 << 20
 _BATCH = 50
 
-# Values that stand in for any other: wrong types, ends of ranges, names that lead elsewhere, texts that none can show.
+# Values that replace others: wrong types, ends of ranges, names that lead elsewhere, unprintable texts.
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 1 << 31, 1 << 63, -(1 << 63), 1 << 70, 10**30),
     *(0.0, -0.0, 0.5, 1e-300, 1e300, [], [[]], [0], [-1], [1 << 40], ["a"], [None], [0.5, "x", None]),
@@ -39,18 +39,18 @@ ODD_VALUES: list[Any] = [
     *("none", "mrope", "linear", "silu", "snake", "F64", "I8", "float16", "nn", "bhyt", "bhytstar", "rms", "approx"),
     *({}, {"a": 1}, {"": {}}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
 ]
-# What JSON cannot say, or only in ways that readers differ in.
+# What is not JSON, or is read differently by different parsers.
 ODD_TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, r'"\ud800"', "[" * 500 + "]" * 500, '{"a":1,"a":2}']
 
 
 def odd_values() -> st.SearchStrategy[Any]:
-    """Copies of them, since what is inside may be changed too."""
+    """A copy of the odd values, since the changes may alter them in turn."""
     return st.sampled_from(ODD_VALUES).map(copy.deepcopy)
 
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
-    """`data` with a few bytes replaced, taken out, put in, repeated or cut off, mostly near the beginning."""
+    """`data` with a few bytes replaced, removed, inserted, repeated or cut off, mostly near the beginning."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         near = draw(st.booleans())
@@ -78,7 +78,7 @@ def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def changed_json(draw: st.DrawFn, value: dict[str, Any], extra_keys: tuple[str, ...] = ()) -> bytes:
-    """The JSON of `value` with a few entries of another value, another key or none; now and then no JSON at all."""
+    """The JSON of `value` with a few entries changed, renamed or removed; sometimes not JSON at all."""
     changed = copy.deepcopy(value)
     marks: dict[str, str] = {}
     for _ in range(draw(st.integers(1, 3))):
@@ -111,7 +111,7 @@ def changed_json(draw: st.DrawFn, value: dict[str, Any], extra_keys: tuple[str, 
 
 
 def changed_file(data: bytes, extra_keys: tuple[str, ...] = ()) -> st.SearchStrategy[bytes]:
-    """Changes of a file's bytes, and where it holds a JSON object of its values too."""
+    """Changes of a file's bytes and, if it holds a JSON object, of its values."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -126,7 +126,7 @@ _watching = False
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """Notes every path that Python opens for writing, makes, renames or removes."""
+    """Records every path that Python opens for writing, creates, renames or removes."""
     if not _watching:
         return
     if event == "open":
@@ -143,7 +143,7 @@ sys.addaudithook(_watch)
 
 @contextmanager
 def bounds(size: int) -> Iterator[None]:
-    """Within, the process may take no more than six times `size` bytes and the constant."""
+    """Context in which the process may use at most six times `size` bytes and a constant more memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + MEMORY_FACTOR * size + MEMORY_CONSTANT
@@ -155,7 +155,7 @@ def bounds(size: int) -> Iterator[None]:
 
 
 class Inputs:
-    """A folder in which each input has a place of its own, and the rules that hold for all of them."""
+    """A folder with a subfolder for each input, and the rules that every input must obey."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,13 +164,13 @@ class Inputs:
         self.failed = False
 
     def run(self, reads: Reads, folder: Path, size: int) -> None:
-        """Call `reads` on `folder`: only `HFEError` may come out, and nothing may be left."""
+        """Call `reads` on `folder`: it may raise only `HFEError`, and may leave no file."""
         global _watching
         before = _entries(self.folder)
         _written.clear()
         self.tried += 1
-        self.failed = True  # until the end of this function says otherwise
-        # Of the processor, since others may use the machine too.
+        self.failed = True  # replaced at the end of this function
+        # Processor time, since the machine may be busy.
         start = time.process_time()
         _watching = True
         try:
@@ -187,7 +187,7 @@ class Inputs:
         self.slowest = max(self.slowest, seconds)
         assert seconds < SECONDS, f"took {seconds:.1f} s"
         places = (str(self.folder), os.devnull)
-        # A file for the moment, such as in the folder for temporary files, is gone by now.
+        # Temporary files were removed by now.
         outside = [path for path in _written if os.path.lexists(path) and not os.path.abspath(path).startswith(places)]
         assert not outside, f"wrote outside of its folder: {outside[:3]}"
         assert _entries(self.folder) == before, f"left behind: {sorted(_entries(self.folder) ^ before)[:3]}"
@@ -204,7 +204,7 @@ Fuzz = Callable[..., None]
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Fuzz:
-    """`fuzz(kind, reads, valid, names, …)`: change one file of a folder after another and let `reads` meet it."""
+    """`fuzz(kind, reads, valid, names, …)`: change one file of a folder after another and call `reads` on it."""
     option = request.config.getoption
     first = option("--fuzz-seed", 0)
     kinds = sum("fuzz" in getattr(item, "fixturenames", ()) for item in request.session.items)
@@ -224,17 +224,17 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
 
         Args:
             kind: name in the count of inputs.
-            reads: called with the folder, which it must leave as it is.
-            valid: a folder that `reads` takes.
+            reads: called with the folder, which it must leave unchanged.
+            valid: a folder that `reads` accepts.
             names: the files to change.
-            extra_keys: keys that are put into JSON.
-            more: file -> contents of another kind than changes of what it holds.
-            shrink: look for the smallest form of a failure, which calls `reads` many times.
+            extra_keys: keys that are inserted into JSON.
+            more: file -> a strategy of other contents than changes of its own.
+            shrink: search for the smallest failing input, which calls `reads` many times.
         """
         inputs = Inputs(valid.parent)
-        # What is written under a relative name is then found among the leftovers.
+        # So that a file written under a relative name is found too.
         request.getfixturevalue("monkeypatch").chdir(valid.parent)
-        reads(valid)  # what is not changed must be taken
+        reads(valid)  # the unchanged files must be accepted
         originals = {name: (valid / name).read_bytes() for name in {*names, *(more or {})}}
         size = sum(path.stat().st_size for path in valid.rglob("*") if path.is_file())
         choices = [(name, changed_file(originals[name], extra_keys)) for name in names]
@@ -256,7 +256,7 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
             def one_round(data: st.DataObject) -> None:
                 name, contents = choices[data.draw(st.integers(0, len(choices) - 1), label="file")]
                 content = data.draw(contents, label=f"content of {name}")
-                # Only now, since every call must draw the same; a failure is shrunk to its end, whatever the time.
+                # Not before: every call must draw the same inputs, and shrinking a failure is not limited in time.
                 if stop is not None and time.monotonic() > stop and not inputs.failed:
                     return
                 path = valid / name

@@ -80,7 +80,7 @@ def plans(folder: Path) -> None:
 
 
 def converts(folder: Path) -> None:
-    """Convert for real, and take the result away."""
+    """Convert, and remove the result."""
     out = folder.parent / "out"
     try:
         convert(folder, out, **QUIET)
@@ -93,7 +93,7 @@ def test_safetensors(fuzz: Fuzz, stock: Path) -> None:
 
 
 def test_safetensors_header(fuzz: Fuzz, stock: Path) -> None:
-    """The JSON of the header is changed and laid before the data again."""
+    """Change the JSON of the header, and put it in front of the data again."""
     data = (stock / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -248,7 +248,7 @@ def _saved(value: Any, **kwargs: Any) -> bytes:
 
 @st.composite
 def _odd_backbone(draw: st.DrawFn) -> bytes:
-    """A pickle of a backbone in which something is not what a model has."""
+    """A pickle of a backbone with one thing that no model has."""
     state: dict[Any, Any] = dict(_backbone())
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(sorted(map(str, state)))) if state else "x"
@@ -314,7 +314,7 @@ def test_files_of_the_tokenizer(fuzz: Fuzz, stock: Path) -> None:
 
 
 def test_state_of_an_interrupted_conversion(fuzz: Fuzz, stock: Path) -> None:
-    """Whatever the state says, the conversion is resumed, begun again, or refused; a retry with overwrite works."""
+    """For any state file, the conversion is resumed, started again or refused; a retry with overwrite works."""
     kept = stock.parent.parent / "kept"
     out = stock.parent / "out"
 
