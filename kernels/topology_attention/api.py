@@ -22,7 +22,7 @@ from hf_efficient.kernels.validate import (
 )
 
 OP = "topology_attention"
-MAX_WIDTH = 256
+MAX_HEAD_DIM = 256
 
 
 def topology_attention(
@@ -40,20 +40,21 @@ def topology_attention(
 
     Query i sees key j if j <= i, neither is a hole, and the segment of j is that of i or an ancestor of it: bit
     ``segment_ids[b, j]`` of ``segment_visibility[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros.
-    Softmax and sums are in float32 (float64 where q has it); the Triton kernel rounds the weights to the dtype of `v`,
+    Softmax and sums are in float32 (float64 where q has it); the Triton kernel rounds the softmax to the dtype of `v`,
     and in the backward pass the gradients of the scores to that of `q`, before it multiplies.
 
-    Blocks of 128 keys of which a block of 128 queries sees nothing cost nothing; those that it sees wholly need no
+    Blocks of 128 keys that no query of a block of 128 queries sees are skipped; those that all of them see need no
     mask. Two runs agree bit for bit, gradients included: no atomics.
 
     Args:
         q: [B, Hq, S, D], float16, bfloat16 or float32 (float64 for the reference); D <= 256.
-        k, v: [B, Hkv, S, D], the dtype of `q`. Hq is a multiple of Hkv; query heads that share one are neighbours.
+        k, v: [B, Hkv, S, D], the dtype of `q`. Hq is a multiple of Hkv; query head h reads key-value head
+            h // (Hq / Hkv).
         segment_ids: [B, S] or [1, S], int32: segment of each token, negative for padding and other holes.
         segment_visibility: [B, N, W] or [1, N, W], int64: bitmap of the segments that each segment sees, itself
             among them; bit s is bit s % 64 of word s // 64.
-        blocks: what `topology_blocks` gives for `segment_ids` and `segment_visibility`; None computes it. One
-            result serves every layer of a model.
+        blocks: `topology_blocks(segment_ids, segment_visibility)`; None computes it. One result serves every layer
+            of a model.
         scale: factor of the scores, positive; ``D ** -0.5`` by default.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere. The reference needs memory for [B, Hq, S, S] scores.
@@ -104,23 +105,24 @@ def _check(
     blocks: BlockLists | None,
     scale: float | None,
 ) -> None:
+    """Raise HFEError for arguments that the operation does not take."""
     tensors = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "segment_visibility": segment_visibility}
     check_tensors(OP, tensors)
     check_dtype(OP, "q", q, FLOATS)
     check_rank(OP, "q", q, 4, 4, "[B, Hq, S, D]")
     check_rank(OP, "k", k, 4, 4, "[B, Hkv, S, D]")
-    batch, heads, length, width = q.shape
+    batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    check_shape(OP, "k", k, (batch, kv_heads, length, width), "[B, Hkv, S, D] with the B, S and D of `q`")
-    check_shape(OP, "v", v, (batch, kv_heads, length, width), "that of `k`")
+    check_shape(OP, "k", k, (batch, kv_heads, length, head_dim), "[B, Hkv, S, D] with the B, S and D of `q`")
+    check_shape(OP, "v", v, (batch, kv_heads, length, head_dim), "that of `k`")
     for name, value in (("k", k), ("v", v)):
         check_dtype(OP, name, value, (q.dtype,))
     if kv_heads == 0 or heads % kv_heads:
         raise HFEError(
             f"{OP}: `q` has {heads} heads and `k` has {kv_heads}", "the number in `q` must be a multiple of that in `k`"
         )
-    if not 0 < width <= MAX_WIDTH:
-        raise HFEError(f"{OP}: the heads are {width} wide", f"1 to {MAX_WIDTH} are supported; use torch's attention")
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise HFEError(f"{OP}: head_dim is {head_dim}", f"1 to {MAX_HEAD_DIM} are supported; use torch's attention")
     check_segments(OP, segment_ids, segment_visibility)
     if segment_ids.shape[0] not in (1, batch) or segment_ids.shape[1] != length:
         raise HFEError(

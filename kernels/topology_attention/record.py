@@ -23,15 +23,15 @@ from hf_efficient.kernels.validate import rows_contiguous
 
 
 def _draw(
-    device: torch.device, dtype: torch.dtype, topology: Arguments, heads: int = 2, kv_heads: int = 1, width: int = 16
+    device: torch.device, dtype: torch.dtype, topology: Arguments, heads: int = 2, kv_heads: int = 1, head_dim: int = 16
 ) -> Arguments:
     # Drawn on the CPU, so that every device sees the same numbers.
     generator = torch.Generator().manual_seed(1)
     batch, length = topology["segment_ids"].shape
 
     def normal(count: int) -> Tensor:
-        # The order in which a model's projections leave them.
-        return torch.randn((batch, length, count, width), generator=generator).to(device, dtype).transpose(1, 2)
+        # The layout of a model's projections.
+        return torch.randn((batch, length, count, head_dim), generator=generator).to(device, dtype).transpose(1, 2)
 
     return {"q": 2 * normal(heads), "k": normal(kv_heads), "v": normal(kv_heads), **topology}
 
@@ -67,11 +67,11 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     scattered = torch.randint(-1, 5, (2, 150), generator=random, dtype=torch.int32).to(device)
     members = torch.rand(5, 5, generator=random) < 0.5
     cases = {
-        "prime sizes": draw(fan(2, 19, 31, device), heads=4, kv_heads=2, width=24),
+        "prime sizes": draw(fan(2, 19, 31, device), heads=4, kv_heads=2, head_dim=24),
         "one segment": draw(fan(0, 75, 0, device)),
         "nested blocks and steps, padding on either side": draw(_nested(device)),
-        "whole blocks, seen and not": draw(blocks),
-        "whole blocks, the end of one missing": draw(
+        "full blocks, visible and not": draw(blocks),
+        "full blocks, the end of one missing": draw(
             {**blocks, "segment_ids": blocks["segment_ids"][:, :-5].contiguous()}
         ),
         "seventy paths, two words": draw(fan(70, 10, 2, device)),
@@ -80,10 +80,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             {"segment_ids": scattered, "segment_visibility": bitmaps(members)[None].to(device)}
         ),
         "a group of seven": draw(fan(2, 20, 15, device), heads=7),
-        "width 96": draw(width=96),
-        "an odd width": draw(width=7),
-        "width 128": draw(width=128),
-        "a wide head": draw(fan(1, 20, 30, device), width=256),
+        "head_dim 96": draw(head_dim=96),
+        "an odd head_dim": draw(head_dim=7),
+        "head_dim 128": draw(head_dim=128),
+        "head_dim 256": draw(fan(1, 20, 30, device), head_dim=256),
         "a scale of its own": draw() | {"scale": 0.02},
         "nine tokens": draw(fan(1, 3, 3, device)),
         "no token": draw({**blocks, "segment_ids": blocks["segment_ids"][:, :0]}),
@@ -94,16 +94,16 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     cases["one topology for all rows"] = {**shared, "segment_ids": shared["segment_ids"][:1]}
     given = fan(2, 37, 41, device)
     cases["block lists given"] = draw(given) | {"blocks": topology_blocks(**given, backend="reference")}
-    cases["heads first in memory"] = {n: x.contiguous() if n in "qkv" else x for n, x in draw(width=64).items()}
-    wider = draw(fan(2, 37, 41, device), width=48)
-    cases["rows apart in memory"] = {n: x[..., 8:40] if n in "qkv" else x for n, x in wider.items()}
-    cases["columns apart in memory"] = {n: x[..., ::2] if n in "qkv" else x for n, x in wider.items()}
+    cases["heads first in memory"] = {n: x.contiguous() if n in "qkv" else x for n, x in draw(head_dim=64).items()}
+    wider = draw(fan(2, 37, 41, device), head_dim=48)
+    cases["strided rows"] = {n: x[..., 8:40] if n in "qkv" else x for n, x in wider.items()}
+    cases["a strided head_dim"] = {n: x[..., ::2] if n in "qkv" else x for n, x in wider.items()}
     single = draw()
-    cases["one key head, repeated in memory"] = single | {n: single[n].expand(-1, 2, -1, -1) for n in "kv"}
+    cases["one key head, expanded"] = single | {n: single[n].expand(-1, 2, -1, -1) for n in "kv"}
     holes = draw(_nested(device))
     hole = (holes["segment_ids"] < 0)[:, None, :, None]
     # Infinite, not NaN, so that arguments can be compared with themselves.
-    cases["holes that hold no number"] = {
+    cases["holes that hold infinity"] = {
         n: x.masked_fill(hole, float("inf")) if n in "qkv" else x for n, x in holes.items()
     }
     return [Sample(label, arguments) for label, arguments in cases.items()]
@@ -130,7 +130,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("keys of fewer tokens", "`k`", "(2, 2, 29, 16)", "(2, 2, 30, 16)", k=k[:, :, 1:]),
         bad("values of other rows", "`v`", "(1, 2, 30, 16)", "that of `k`", v=v[:1]),
         bad("heads that make no groups", "3 heads", "2", "multiple", q=q[:, :3]),
-        bad("heads too wide", "272 wide", "256", q=wide.expand(2, 2, 30, 272), k=wide, v=wide),
+        bad("a head_dim too large", "head_dim is 272", "256", q=wide.expand(2, 2, 30, 272), k=wide, v=wide),
         bad("long segments", "`segment_ids`", "int64", "int32", segment_ids=segments.long()),
         bad("segments of fewer tokens", "`segment_ids`", "(2, 29)", "[B, S]", segment_ids=segments[:, 1:]),
         bad("segments of other rows", "`segment_ids`", "(3, 30)", segment_ids=segments[:1].expand(3, -1)),
@@ -172,40 +172,40 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Every kernel in every configuration that a device of this capability may pick, and as it takes odd tensors.
+    """Every kernel in every configuration that a device of this capability may pick, and for an odd tensor layout.
 
-    float32, with the largest tiles, is compiled where there is least shared memory. Where the tiles are those of 8.6
-    one width stands for all.
+    float32, with the largest tiles, is compiled where there is least shared memory. Where the tiles are those of 8.6,
+    one head_dim is enough.
     """
-    from hf_efficient.kernels.topology_attention.triton_gradients import key_gradient_kernel, query_gradient_kernel
+    from hf_efficient.kernels.topology_attention.triton_gradients import dkdv_kernel, dq_kernel
     from hf_efficient.kernels.topology_attention.triton_kernels import forward_kernel
 
     kernels = {
         "forward": (forward_kernel, ("q",)),
-        "query_gradient": (query_gradient_kernel, ("q", "dout")),
-        "key_gradient": (key_gradient_kernel, ("q", "dout")),
+        "dq": (dq_kernel, ("q", "dout")),
+        "dkdv": (dkdv_kernel, ("q", "dout")),
     }
-    fixed = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "score_scale": "fp32"}
+    fixed = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "qk_scale": "fp32"}
     fixed |= {"segment_ids": "*i32", "counts": "*i32", "lists": "*i32", "segment_visibility": "*i64", "present": "*i64"}
     tensors = ("out", "q", "k", "v", "dout", "dq", "dk", "dv")
     odd = ("fp16", 96, 2)
     plain = [("bf16", 64, 1), ("bf16", 256, 1)]
     cases = {86: [*plain, ("fp32", 256, 1)], 90: [*plain, odd]}.get(capability, [odd])
     for name, (kernel, by_queries) in kernels.items():
-        for element, width, words in cases:
-            config = launch_config(name, width, 4 if element == "fp32" else 2, divmod(capability, 10))
-            padded = padded_head_dim(width)
-            described = config.descriptors and (element, width, words) != odd
+        for element, head_dim, words in cases:
+            config = launch_config(name, head_dim, 4 if element == "fp32" else 2, divmod(capability, 10))
+            padded = padded_head_dim(head_dim)
+            use_tma = config.use_tma and (element, head_dim, words) != odd
             constants = {
                 "GROUP": 4,
-                "WIDTH": width,
+                "HEAD_DIM": head_dim,
                 "WORDS": words,
-                "BLOCK_WIDTH": padded,
-                "BLOCK_QUERIES": config.block_queries,
-                "BLOCK_KEYS": config.block_keys,
+                "BLOCK_D": padded,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
                 "BLOCK": BLOCK,
-                "STAGES": config.num_stages,
-                "DESCRIPTORS": described,
+                "NUM_STAGES": config.num_stages,
+                "USE_TMA": use_tma,
             }
             types = {}
             for argument in kernel.arg_names:
@@ -213,13 +213,13 @@ def compilations(capability: int) -> Iterator[Compilation]:
                     types[argument] = f"*{element}"
                 elif argument not in constants:
                     types[argument] = fixed.get(argument, "i32")
-                if described and argument in ("q", "k", "v", "dout"):
-                    rows = config.block_queries if argument in by_queries else config.block_keys
+                if use_tma and argument in ("q", "k", "v", "dout"):
+                    rows = config.block_m if argument in by_queries else config.block_n
                     types[argument] = f"tensordesc<{element}[1, 1, {rows}, {padded}]>"
-                if described and name == "key_gradient" and argument in ("lse", "delta"):
-                    types[argument] = f"tensordesc<fp32[1, {config.block_queries}]>"
+                if use_tma and name == "dkdv" and argument in ("lse", "delta"):
+                    types[argument] = f"tensordesc<fp32[1, {config.block_m}]>"
             yield Compilation(
-                label=f"{name} {element} width {width}, {'descriptors' if described else 'pointers'}",
+                label=f"{name} {element} head_dim {head_dim}, {'TMA' if use_tma else 'pointers'}",
                 kernel=kernel,
                 types=types,
                 constants=constants,
@@ -229,7 +229,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 
 
 def _sizes(arguments: Arguments) -> tuple[int, int, int, int]:
-    """Bytes of q, of k and of v together, visible pairs of all heads, and the head width."""
+    """Bytes of q, of k and of v together, visible pairs of all heads, and the head_dim."""
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
     pairs = int(visible_pairs(arguments["segment_ids"], arguments["segment_visibility"]).sum()) * q.shape[1]
     pairs *= q.shape[0] // arguments["segment_ids"].shape[0] if len(arguments["segment_ids"]) else 1
@@ -238,14 +238,14 @@ def _sizes(arguments: Arguments) -> tuple[int, int, int, int]:
 
 def forward_cost(arguments: Arguments) -> Cost:
     """q, k and v read, the output written; two products for each visible pair."""
-    q, kv, pairs, width = _sizes(arguments)
-    return Cost(bytes=2 * q + kv, flops=4 * pairs * width)
+    q, kv, pairs, head_dim = _sizes(arguments)
+    return Cost(bytes=2 * q + kv, flops=4 * pairs * head_dim)
 
 
 def backward_cost(arguments: Arguments) -> Cost:
     """q, k, v, the output and its gradient read, three gradients written; five products for each visible pair."""
-    q, kv, pairs, width = _sizes(arguments)
-    return Cost(bytes=4 * q + 2 * kv, flops=10 * pairs * width)
+    q, kv, pairs, head_dim = _sizes(arguments)
+    return Cost(bytes=4 * q + 2 * kv, flops=10 * pairs * head_dim)
 
 
 def sdpa(
@@ -268,7 +268,7 @@ RECORD = KernelRecord(
     reference=reference_topology_attention,
     samples=samples,
     bad_inputs=bad_inputs,
-    # Half precision: the weights are rounded, and the result, 2^-9 and 2^-12 at most each; so are the gradients of the
+    # Half precision: the softmax is rounded, and the result, 2^-9 and 2^-12 at most each; so are the gradients of the
     # scores.
     tolerances={
         torch.float32: Tolerance(2e-6, 4e-6),

@@ -13,9 +13,8 @@ from hf_efficient.kernels.topology_blocks.reference import seen_segments, segmen
 def visible_pairs(segment_ids: Tensor, segment_visibility: Tensor) -> Tensor:
     """Which keys each query sees: bool [B, S, S], queries first.
 
-    `segment_ids` is [B, S], `segment_visibility` [B, N, W].
-
-    A key is seen that is not later and whose segment is the query's own or an ancestor of it.
+    `segment_ids` is [B, S], `segment_visibility` [B, N, W]. A query sees the keys that are not later and whose segment
+    is set in the bitmap of its own segment.
     """
     words, length = segment_visibility.shape[2], segment_ids.shape[1]
     queries, keys = seen_segments(segment_ids, segment_visibility), segment_bits(segment_ids, words)
@@ -37,18 +36,18 @@ def topology_attention(
     scale: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, Hq, S, D] to the visible keys among k, v [B, Hkv, S, D]; see `api.py`."""
-    batch, heads, length, width = q.shape
+    batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     seen = visible_pairs(segment_ids, segment_visibility)[:, None, None]
-    # What holes hold must not matter, NaN included, which a weight of zero would not keep out.
+    # A hole may hold NaN, and 0 * NaN is NaN.
     hole = (segment_ids < 0)[:, None, :, None]
     q, k, v = (x.to(wide).masked_fill(hole, 0.0) for x in (q, k, v))
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
     with without_autocast(q.device.type):
-        scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (width**-0.5 if scale is None else scale)
-        # A query that sees nothing gets zeros, and so do its gradients: its softmax would not be a number.
+        scores = torch.einsum("bkgqd,bkcd->bkgqc", grouped, k) * (head_dim**-0.5 if scale is None else scale)
+        # The output and the gradients of a query that sees nothing are zero: its softmax would be NaN.
         nothing = ~seen.any(-1, keepdim=True)
-        weights = scores.masked_fill(~(seen | nothing), float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
-        attended = torch.einsum("bkgqc,bkcd->bqkgd", weights, v)
-    return attended.reshape(batch, length, heads, width).to(dtype).transpose(1, 2)
+        probs = scores.masked_fill(~(seen | nothing), float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
+        attended = torch.einsum("bkgqc,bkcd->bqkgd", probs, v)
+    return attended.reshape(batch, length, heads, head_dim).to(dtype).transpose(1, 2)

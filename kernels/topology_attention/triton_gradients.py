@@ -1,4 +1,8 @@
-"""Triton kernels of topology_attention's gradients and the function that launches them."""
+"""Triton backward kernels of topology_attention, after FlashAttention-2, and their launcher.
+
+With P the softmax, recomputed from the log-sum-exp: dV = Pᵀ dO, dP = dO Vᵀ, delta = rowsum(dO * O),
+dS = P * (dP - delta), dQ = dS K, dK = dSᵀ Q. `dq_kernel` computes delta and dQ, then `dkdv_kernel` dK and dV.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +28,21 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # without it there are no kernels here
+except ImportError:  # `HAVE_TRITON` is False then, and no kernel is defined
     pass
 
 if HAVE_TRITON:
 
     @triton.jit
-    def load_row(source, row, start, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
-        """Numbers [start, start + COUNT) of a row of one number for each token, [COUNT]; rows are whole blocks long."""
-        if DESCRIPTORS:
+    def load_row(source, row, start, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr, USE_TMA: tl.constexpr):
+        """Elements [start, start + COUNT) of a row of `source` [rows, NB * BLOCK], the lse or delta of one head."""
+        if USE_TMA:
             return source.load([row, start]).reshape(COUNT)
         else:
             return tl.load(source + row.to(tl.int64) * blocks * BLOCK + start + tl.arange(0, COUNT))
 
     @triton.jit(do_not_specialize=["length", "blocks", "segments"])
-    def query_gradient_kernel(
+    def dq_kernel(
         dq,
         delta,
         q,
@@ -57,7 +61,7 @@ if HAVE_TRITON:
         segments,
         heads,
         scale,
-        score_scale,
+        qk_scale,
         dq_stride_b,
         dq_stride_h,
         dq_stride_s,
@@ -76,78 +80,78 @@ if HAVE_TRITON:
         segment_stride,
         segment_visibility_stride,
         GROUP: tl.constexpr,
-        WIDTH: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
         WORDS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
-        BLOCK_QUERIES: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
-        DESCRIPTORS: tl.constexpr,
+        NUM_STAGES: tl.constexpr,
+        USE_TMA: tl.constexpr,
     ):
-        """dq of a tile of queries, and what the other kernel needs of each: delta = sum over D of out * dout."""
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        """dQ of BLOCK_M queries, and their delta, which `dkdv_kernel` reads."""
+        block_m = tl.num_programs(0) - 1 - tl.program_id(0)
         head = tl.program_id(1) % heads
         batch = tl.program_id(1) // heads
         row = (batch * (segment_stride > 0)).to(tl.int64)
         kv_head = head // GROUP
-        start = tile * BLOCK_QUERIES
-        block = start // BLOCK
-        PARTS: tl.constexpr = BLOCK // BLOCK_KEYS
-        query = start + tl.arange(0, BLOCK_QUERIES)
-        inside = query < length
-        dim = tl.arange(0, BLOCK_WIDTH)
-        tile_mask = inside[:, None] & (dim < WIDTH)[None, :]
+        start_m = block_m * BLOCK_M
+        block = start_m // BLOCK
+        PARTS: tl.constexpr = BLOCK // BLOCK_N
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < length
+        offs_d = tl.arange(0, BLOCK_D)
+        q_mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
 
         counts += row * 4 * blocks + block
         lists += (row * 4 * blocks + block) * blocks
         q_tile = load_tile(
-            q, batch, head, start, length, q_stride_b, q_stride_h, q_stride_s,
-            BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+            q, batch, head, start_m, length, q_stride_b, q_stride_h, q_stride_s,
+            BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
         )  # fmt: skip
-        dout_tile = load_tile(
-            dout, batch, head, start, length, dout_stride_b, dout_stride_h, dout_stride_s,
-            BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+        do = load_tile(
+            dout, batch, head, start_m, length, dout_stride_b, dout_stride_h, dout_stride_s,
+            BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
         )  # fmt: skip
-        out_row = (batch.to(tl.int64) * length + query) * heads + head
-        out_tile = tl.load(out + out_row[:, None] * WIDTH + dim[None, :], mask=tile_mask, other=0.0)
-        row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
-        at_row = tl.program_id(1).to(tl.int64) * blocks * BLOCK + query
-        tl.store(delta + at_row, row_delta)
-        row_lse = tl.load(lse + at_row)
-        gradient = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
+        out_row = (batch.to(tl.int64) * length + offs_m) * heads + head
+        o = tl.load(out + out_row[:, None] * HEAD_DIM + offs_d[None, :], mask=q_mask, other=0.0)
+        delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+        row_offset = tl.program_id(1).to(tl.int64) * blocks * BLOCK + offs_m
+        tl.store(delta + row_offset, delta_i)
+        lse_i = tl.load(lse + row_offset)
+        dq_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
         count = tl.load(counts) * PARTS
         key_block = tl.load(lists)
-        for at in tl.range(0, count, num_stages=STAGES):
-            first = key_block * BLOCK + (at % PARTS) * BLOCK_KEYS
-            key_block = tl.load(lists + tl.minimum((at + 1) // PARTS, blocks - 1))
+        for i in tl.range(0, count, num_stages=NUM_STAGES):
+            start_n = key_block * BLOCK + (i % PARTS) * BLOCK_N
+            key_block = tl.load(lists + tl.minimum((i + 1) // PARTS, blocks - 1))
             k_tile = load_tile(
-                k, batch, kv_head, first, length, k_stride_b, k_stride_h, k_stride_s,
-                BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                k, batch, kv_head, start_n, length, k_stride_b, k_stride_h, k_stride_s,
+                BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
             )  # fmt: skip
             v_tile = load_tile(
-                v, batch, kv_head, first, length, v_stride_b, v_stride_h, v_stride_s,
-                BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                v, batch, kv_head, start_n, length, v_stride_b, v_stride_h, v_stride_s,
+                BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
             )  # fmt: skip
-            score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            dweight = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-            weight = tl.exp2(score * score_scale - row_lse[:, None])
-            dscore = weight * (dweight - row_delta[:, None])
-            gradient = tl.dot(dscore.to(k_tile.dtype), k_tile, gradient, input_precision="ieee")
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+            p = tl.exp2(qk * qk_scale - lse_i[:, None])
+            ds = p * (dp - delta_i[:, None])
+            dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision="ieee")
 
         segment_ids += row * segment_stride
         segment_visibility += row * segment_visibility_stride
-        query_segment = segments_of(segment_ids, query, length, segments)
+        query_segment = segments_of(segment_ids, offs_m, length, segments)
         lists += blocks.to(tl.int64) * blocks
-        for at in tl.range(0, tl.load(counts + blocks) * PARTS, num_stages=1):
-            key_block = tl.load(lists + at // PARTS)
-            first = key_block * BLOCK + (at % PARTS) * BLOCK_KEYS
-            key = first + tl.arange(0, BLOCK_KEYS)
-            key_segment = segments_of(segment_ids, key, length, segments)
+        for i in tl.range(0, tl.load(counts + blocks) * PARTS, num_stages=1):
+            key_block = tl.load(lists + i // PARTS)
+            start_n = key_block * BLOCK + (i % PARTS) * BLOCK_N
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            key_segment = segments_of(segment_ids, offs_n, length, segments)
             seen = visible(
-                query,
-                key,
+                offs_m,
+                offs_n,
                 query_segment,
                 key_segment,
                 segment_visibility,
@@ -155,29 +159,29 @@ if HAVE_TRITON:
                 WORDS,
                 False,
             )
-            known = (key_segment >= 0)[:, None]
+            not_hole = (key_segment >= 0)[:, None]
             k_tile = load_tile(
-                k, batch, kv_head, first, length, k_stride_b, k_stride_h, k_stride_s,
-                BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                k, batch, kv_head, start_n, length, k_stride_b, k_stride_h, k_stride_s,
+                BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
             )  # fmt: skip
             v_tile = load_tile(
-                v, batch, kv_head, first, length, v_stride_b, v_stride_h, v_stride_s,
-                BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                v, batch, kv_head, start_n, length, v_stride_b, v_stride_h, v_stride_s,
+                BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
             )  # fmt: skip
-            k_tile = tl.where(known, k_tile, 0.0)
-            v_tile = tl.where(known, v_tile, 0.0)
-            score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            dweight = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-            weight = tl.where(seen, tl.exp2(score * score_scale - row_lse[:, None]), 0.0)
-            dscore = tl.where(seen, weight * (dweight - row_delta[:, None]), 0.0)
-            gradient = tl.dot(dscore.to(k_tile.dtype), k_tile, gradient, input_precision="ieee")
+            k_tile = tl.where(not_hole, k_tile, 0.0)
+            v_tile = tl.where(not_hole, v_tile, 0.0)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+            p = tl.where(seen, tl.exp2(qk * qk_scale - lse_i[:, None]), 0.0)
+            ds = tl.where(seen, p * (dp - delta_i[:, None]), 0.0)
+            dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision="ieee")
 
-        at_dq = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
-        at_dq += query.to(tl.int64)[:, None] * dq_stride_s + dim[None, :]
-        tl.store(at_dq, (gradient * scale).to(dq.dtype.element_ty), mask=tile_mask)
+        dq_ptrs = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
+        dq_ptrs += offs_m.to(tl.int64)[:, None] * dq_stride_s + offs_d[None, :]
+        tl.store(dq_ptrs, (dq_acc * scale).to(dq.dtype.element_ty), mask=q_mask)
 
     @triton.jit(do_not_specialize=["length", "blocks", "segments"])
-    def key_gradient_kernel(
+    def dkdv_kernel(
         dk,
         dv,
         delta,
@@ -196,7 +200,7 @@ if HAVE_TRITON:
         segments,
         kv_heads,
         scale,
-        score_scale,
+        qk_scale,
         dk_stride_b,
         dk_stride_h,
         dk_stride_s,
@@ -218,25 +222,28 @@ if HAVE_TRITON:
         segment_stride,
         segment_visibility_stride,
         GROUP: tl.constexpr,
-        WIDTH: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
         WORDS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
-        BLOCK_QUERIES: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
-        DESCRIPTORS: tl.constexpr,
+        NUM_STAGES: tl.constexpr,
+        USE_TMA: tl.constexpr,
     ):
-        """dk and dv of a tile of keys, over the queries of all heads that share them. The first keys are seen most."""
-        tile = tl.program_id(0)
+        """dK and dV of BLOCK_N keys, over the queries of all heads that share them.
+
+        The first keys are seen by most queries, so their programs start first.
+        """
+        block_n = tl.program_id(0)
         kv_head = tl.program_id(1) % kv_heads
         batch = tl.program_id(1) // kv_heads
         row = (batch * (segment_stride > 0)).to(tl.int64)
-        start = tile * BLOCK_KEYS
-        block = start // BLOCK
-        PARTS: tl.constexpr = BLOCK // BLOCK_QUERIES
-        key = start + tl.arange(0, BLOCK_KEYS)
-        dim = tl.arange(0, BLOCK_WIDTH)
+        start_n = block_n * BLOCK_N
+        block = start_n // BLOCK
+        PARTS: tl.constexpr = BLOCK // BLOCK_M
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, BLOCK_D)
 
         # The lists of queries come after the two of keys.
         counts += (row * 4 + 2) * blocks + block
@@ -244,78 +251,78 @@ if HAVE_TRITON:
         segment_ids += row * segment_stride
         segment_visibility += row * segment_visibility_stride
         present += (row * blocks + block) * WORDS
-        key_segment = segments_of(segment_ids, key, length, segments)
+        key_segment = segments_of(segment_ids, offs_n, length, segments)
         k_tile = load_tile(
-            k, batch, kv_head, start, length, k_stride_b, k_stride_h, k_stride_s,
-            BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+            k, batch, kv_head, start_n, length, k_stride_b, k_stride_h, k_stride_s,
+            BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
         )  # fmt: skip
         v_tile = load_tile(
-            v, batch, kv_head, start, length, v_stride_b, v_stride_h, v_stride_s,
-            BLOCK_KEYS, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+            v, batch, kv_head, start_n, length, v_stride_b, v_stride_h, v_stride_s,
+            BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA,
         )  # fmt: skip
-        k_gradient = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], dtype=tl.float32)
-        v_gradient = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], dtype=tl.float32)
+        dk_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
         full_count = tl.load(counts) * PARTS
         partial_count = tl.load(counts + blocks) * PARTS
         partial_lists = lists + blocks.to(tl.int64) * blocks
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            row_of_head = batch * kv_heads * GROUP + head
+            head_row = batch * kv_heads * GROUP + head
             query_block = tl.load(lists)
-            for at in tl.range(0, full_count, num_stages=STAGES):
-                first = query_block * BLOCK + (at % PARTS) * BLOCK_QUERIES
-                query_block = tl.load(lists + tl.minimum((at + 1) // PARTS, blocks - 1))
+            for i in tl.range(0, full_count, num_stages=NUM_STAGES):
+                start_m = query_block * BLOCK + (i % PARTS) * BLOCK_M
+                query_block = tl.load(lists + tl.minimum((i + 1) // PARTS, blocks - 1))
                 q_tile = load_tile(
-                    q, batch, head, first, length, q_stride_b, q_stride_h, q_stride_s,
-                    BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                    q, batch, head, start_m, length, q_stride_b, q_stride_h, q_stride_s,
+                    BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
                 )  # fmt: skip
-                dout_tile = load_tile(
-                    dout, batch, head, first, length, dout_stride_b, dout_stride_h, dout_stride_s,
-                    BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                do = load_tile(
+                    dout, batch, head, start_m, length, dout_stride_b, dout_stride_h, dout_stride_s,
+                    BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
                 )  # fmt: skip
-                # Queries past the end have gradients of zero, and a weight that is a number.
-                row_lse = load_row(lse, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
-                row_delta = load_row(delta, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
-                score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-                weight = tl.exp2(score * score_scale - row_lse[None, :])
-                v_gradient = tl.dot(weight.to(dout_tile.dtype), dout_tile, v_gradient, input_precision="ieee")
-                dscore = weight * (dweight - row_delta[None, :])
-                k_gradient = tl.dot(dscore.to(q_tile.dtype), q_tile, k_gradient, input_precision="ieee")
+                # Queries past the length have a dO of zero and a finite lse, so that they add nothing.
+                lse_i = load_row(lse, head_row, start_m, blocks, BLOCK_M, BLOCK, USE_TMA)
+                delta_i = load_row(delta, head_row, start_m, blocks, BLOCK_M, BLOCK, USE_TMA)
+                qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                dp = tl.dot(v_tile, tl.trans(do), input_precision="ieee")
+                p = tl.exp2(qk * qk_scale - lse_i[None, :])
+                dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision="ieee")
+                ds = p * (dp - delta_i[None, :])
+                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-            for at in tl.range(0, partial_count, num_stages=1):
-                first = tl.load(partial_lists + at // PARTS) * BLOCK + (at % PARTS) * BLOCK_QUERIES
-                query = first + tl.arange(0, BLOCK_QUERIES)
-                query_segment = segments_of(segment_ids, query, length, segments)
-                seen = visible(query, key, query_segment, key_segment, segment_visibility, present, WORDS, True)
+            for i in tl.range(0, partial_count, num_stages=1):
+                start_m = tl.load(partial_lists + i // PARTS) * BLOCK + (i % PARTS) * BLOCK_M
+                offs_m = start_m + tl.arange(0, BLOCK_M)
+                query_segment = segments_of(segment_ids, offs_m, length, segments)
+                seen = visible(offs_m, offs_n, query_segment, key_segment, segment_visibility, present, WORDS, True)
                 q_tile = load_tile(
-                    q, batch, head, first, length, q_stride_b, q_stride_h, q_stride_s,
-                    BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                    q, batch, head, start_m, length, q_stride_b, q_stride_h, q_stride_s,
+                    BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
                 )  # fmt: skip
-                dout_tile = load_tile(
-                    dout, batch, head, first, length, dout_stride_b, dout_stride_h, dout_stride_s,
-                    BLOCK_QUERIES, WIDTH, BLOCK_WIDTH, DESCRIPTORS,
+                do = load_tile(
+                    dout, batch, head, start_m, length, dout_stride_b, dout_stride_h, dout_stride_s,
+                    BLOCK_M, HEAD_DIM, BLOCK_D, USE_TMA,
                 )  # fmt: skip
-                known = (query_segment >= 0)[:, None]
-                q_tile = tl.where(known, q_tile, 0.0)
-                dout_tile = tl.where(known, dout_tile, 0.0)
-                row_lse = load_row(lse, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
-                row_delta = load_row(delta, row_of_head, first, blocks, BLOCK_QUERIES, BLOCK, DESCRIPTORS)
-                score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-                weight = tl.where(seen, tl.exp2(score * score_scale - row_lse[None, :]), 0.0)
-                v_gradient = tl.dot(weight.to(dout_tile.dtype), dout_tile, v_gradient, input_precision="ieee")
-                dscore = tl.where(seen, weight * (dweight - row_delta[None, :]), 0.0)
-                k_gradient = tl.dot(dscore.to(q_tile.dtype), q_tile, k_gradient, input_precision="ieee")
+                not_hole = (query_segment >= 0)[:, None]
+                q_tile = tl.where(not_hole, q_tile, 0.0)
+                do = tl.where(not_hole, do, 0.0)
+                lse_i = load_row(lse, head_row, start_m, blocks, BLOCK_M, BLOCK, USE_TMA)
+                delta_i = load_row(delta, head_row, start_m, blocks, BLOCK_M, BLOCK, USE_TMA)
+                qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                dp = tl.dot(v_tile, tl.trans(do), input_precision="ieee")
+                p = tl.where(seen, tl.exp2(qk * qk_scale - lse_i[None, :]), 0.0)
+                dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision="ieee")
+                ds = tl.where(seen, p * (dp - delta_i[None, :]), 0.0)
+                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-        tile_mask = (key < length)[:, None] & (dim < WIDTH)[None, :]
-        at_dk = dk + batch.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
-        at_dk += key.to(tl.int64)[:, None] * dk_stride_s + dim[None, :]
-        tl.store(at_dk, (k_gradient * scale).to(dk.dtype.element_ty), mask=tile_mask)
-        at_dv = dv + batch.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
-        at_dv += key.to(tl.int64)[:, None] * dv_stride_s + dim[None, :]
-        tl.store(at_dv, v_gradient.to(dv.dtype.element_ty), mask=tile_mask)
+        kv_mask = (offs_n < length)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        dk_ptrs = dk + batch.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
+        dk_ptrs += offs_n.to(tl.int64)[:, None] * dk_stride_s + offs_d[None, :]
+        tl.store(dk_ptrs, (dk_acc * scale).to(dk.dtype.element_ty), mask=kv_mask)
+        dv_ptrs = dv + batch.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
+        dv_ptrs += offs_n.to(tl.int64)[:, None] * dv_stride_s + offs_d[None, :]
+        tl.store(dv_ptrs, dv_acc.to(dv.dtype.element_ty), mask=kv_mask)
 
 
 def launch_backward(
@@ -331,34 +338,34 @@ def launch_backward(
     lists: Tensor,
     present: Tensor,
     scale: float,
-    query_config: LaunchConfig | None = None,
-    key_config: LaunchConfig | None = None,
+    dq_config: LaunchConfig | None = None,
+    dkdv_config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their layouts, for the gradient `dout` [B, S, Hq, D] of the output."""
-    batch, heads, length, width = q.shape
+    batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if out.numel() == 0:
         return dq, dk, dv
     delta = torch.empty_like(lse)
     dout = dout.transpose(1, 2)
-    rest = (counts, lists, present, length, lists.shape[2], segment_visibility.shape[1])
+    block_lists = (counts, lists, present, length, lists.shape[2], segment_visibility.shape[1])
     scales = (scale, scale * math.log2(math.e))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
 
-    config = query_config or launch_config("query_gradient", width, q.element_size(), capability_of(q.device))
+    config = dq_config or launch_config("dq", head_dim, q.element_size(), capability_of(q.device))
     shared = shared_launch(config, segment_ids, segment_visibility, q, k, v, dout)
-    query_gradient_kernel[(lists.shape[2] * (BLOCK // config.block_queries), batch * heads)](
+    dq_kernel[(lists.shape[2] * (BLOCK // config.block_m), batch * heads)](
         dq,
         delta,
-        tiles(q, config.block_queries, shared),
-        tiles(k, config.block_keys, shared),
-        tiles(v, config.block_keys, shared),
+        tiles(q, config.block_m, shared),
+        tiles(k, config.block_n, shared),
+        tiles(v, config.block_n, shared),
         out,
-        tiles(dout, config.block_queries, shared),
+        tiles(dout, config.block_m, shared),
         lse,
         *shared.topology,
-        *rest,
+        *block_lists,
         heads,
         *scales,
         *dq.stride()[:3],
@@ -366,19 +373,19 @@ def launch_backward(
         *shared.strides,
         **shared.constants,
     )
-    config = key_config or launch_config("key_gradient", width, q.element_size(), capability_of(q.device))
+    config = dkdv_config or launch_config("dkdv", head_dim, q.element_size(), capability_of(q.device))
     shared = shared_launch(config, segment_ids, segment_visibility, q, k, v, dout)
-    key_gradient_kernel[(triton.cdiv(length, config.block_keys), batch * kv_heads)](
+    dkdv_kernel[(triton.cdiv(length, config.block_n), batch * kv_heads)](
         dk,
         dv,
-        _rows(delta, config.block_queries, shared),
-        tiles(q, config.block_queries, shared),
-        tiles(k, config.block_keys, shared),
-        tiles(v, config.block_keys, shared),
-        tiles(dout, config.block_queries, shared),
-        _rows(lse, config.block_queries, shared),
+        _row_tiles(delta, config.block_m, shared),
+        tiles(q, config.block_m, shared),
+        tiles(k, config.block_n, shared),
+        tiles(v, config.block_n, shared),
+        tiles(dout, config.block_m, shared),
+        _row_tiles(lse, config.block_m, shared),
         *shared.topology,
-        *rest,
+        *block_lists,
         kv_heads,
         *scales,
         *dk.stride()[:3],
@@ -390,8 +397,8 @@ def launch_backward(
     return dq, dk, dv
 
 
-def _rows(x: Tensor, count: int, shared: SharedLaunch) -> Any:
-    """`x` [B, H, NB * BLOCK] as a kernel takes it that loads `count` numbers of a row at a time."""
-    if not shared.constants["DESCRIPTORS"]:
+def _row_tiles(x: Tensor, count: int, shared: SharedLaunch) -> Any:
+    """`x` [B, H, NB * BLOCK] as `load_row` takes it, for `count` elements at a time: a pointer, or a TMA descriptor."""
+    if not shared.constants["USE_TMA"]:
         return x
     return TensorDescriptor.from_tensor(x.flatten(0, 1), [1, count])

@@ -15,12 +15,12 @@ OP = "topology_blocks"
 
 
 def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor, *, backend: str | None = None) -> BlockLists:
-    """Lists of the blocks of 128 tokens that see each other, for `topology_attention`, which skips the others.
+    """Lists of the pairs of 128-token blocks that `topology_attention` must compute; it skips the others.
 
     With ``present`` the segments of a key block and ``some``, ``every`` those that some, and that all, queries of a
     query block see: a pair is skipped where the query block comes first or ``present & some`` is empty; it is full
     where the query block comes after, ``present`` lies in ``every`` and no key is a hole; else it is partial. One call
-    serves all layers and heads, and nothing waits for the device.
+    serves all layers and heads, without a device synchronisation.
 
     Args:
         segment_ids: [B, S], int32: segment of each token, negative for padding and other holes.
@@ -54,7 +54,7 @@ def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor, *, backend:
 
 
 def check_segments(op: str, segment_ids: Tensor, segment_visibility: Tensor) -> None:
-    """Refuse segments and bitmaps of a wrong shape, dtype or device."""
+    """Raise HFEError for segments and bitmaps of a wrong shape, dtype or device."""
     check_tensors(op, {"segment_ids": segment_ids, "segment_visibility": segment_visibility})
     check_dtype(op, "segment_ids", segment_ids, (torch.int32,))
     check_dtype(op, "segment_visibility", segment_visibility, (torch.int64,))

@@ -1,4 +1,4 @@
-"""Which blocks of queries and keys have to do with each other."""
+"""Lists of the pairs of query and key blocks that attention must compute."""
 
 from __future__ import annotations
 

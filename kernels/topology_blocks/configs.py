@@ -4,5 +4,5 @@ from __future__ import annotations
 
 SUMMARISE_WARPS = 1
 CLASSIFY_WARPS = 2
-# Blocks that a program looks at at once; more are taken in turn.
+# Blocks that a program classifies in one step of its loop.
 CLASSIFY_WIDTH = 128

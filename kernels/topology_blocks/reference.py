@@ -15,8 +15,8 @@ def segment_bits(segment_ids: Tensor, words: int) -> Tensor:
     """Bitmap with the one bit of each token's segment: int64 [B, S, words] for [B, S]; none for holes."""
     segment = segment_ids.long()[..., None]
     bit = torch.ones_like(segment) << (segment % WORD)
-    mine = torch.div(segment, WORD, rounding_mode="floor") == torch.arange(words, device=segment_ids.device)
-    return torch.where(mine & (segment >= 0), bit, 0)
+    in_word = torch.div(segment, WORD, rounding_mode="floor") == torch.arange(words, device=segment_ids.device)
+    return torch.where(in_word & (segment >= 0), bit, 0)
 
 
 def seen_segments(segment_ids: Tensor, segment_visibility: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor) -> BlockLis
     batch, length = segment_ids.shape
     words, blocks = segment_visibility.shape[2], -(-length // BLOCK)
     segment_visibility = segment_visibility.expand(batch, -1, -1)
-    # Past the end there are no keys; what a query there would see is never looked at.
+    # Past the length there are no keys, and what a query there would see does not count.
     padded = torch.nn.functional.pad(segment_ids.long(), (0, blocks * BLOCK - length), value=-1)
     past_end = torch.arange(blocks * BLOCK, device=segment_ids.device) >= length
 
@@ -66,7 +66,7 @@ def topology_blocks(segment_ids: Tensor, segment_visibility: Tensor) -> BlockLis
     partial = meets & ~full
     kinds = torch.stack((full, partial, full.transpose(1, 2), partial.transpose(1, 2)), dim=1)
     counts = kinds.sum(-1).int()
-    # A stable sort puts the listed ones first, in their order.
+    # A stable sort puts the listed blocks first, in ascending order.
     lists = (~kinds).to(torch.int8).sort(dim=-1, stable=True).indices
     lists = torch.where(index < counts[..., None], lists, 0).int()
     return BlockLists(counts, lists, present)

@@ -1,4 +1,4 @@
-"""Triton kernels of topology_blocks and the function that launches them. No checks of arguments: see `api.py`."""
+"""Triton kernels of topology_blocks and the function that launches them. Arguments are checked by `api.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if HAVE_TRITON:
         segment_visibility_stride,
         BLOCK: tl.constexpr,
     ):
-        """Of one block: bitmap of its segments; of what some and what every query sees; and whether it has a hole."""
+        """Bitmaps of a block's segments, of those that some and that every query of it sees; and whether it has a hole."""
         block = tl.program_id(0)
         row = tl.program_id(1).to(tl.int64)
         token = block * BLOCK + tl.arange(0, BLOCK)
@@ -53,12 +53,12 @@ if HAVE_TRITON:
         present += (row * blocks + block) * words
         seen += (row * blocks + block) * (2 * words + 1)
         for word in range(words):
-            mine = tl.where((segment >> 6) == word, bit, 0)
-            tl.store(present + word, tl.reduce(mine, 0, _either))
-            ancestors = tl.load(at + word, mask=known, other=0)
-            tl.store(seen + word, tl.reduce(ancestors, 0, _either))
-            # What a query past the end would see does not matter.
-            tl.store(seen + words + word, tl.reduce(tl.where(inside, ancestors, -1), 0, _both))
+            own = tl.where((segment >> 6) == word, bit, 0)
+            tl.store(present + word, tl.reduce(own, 0, _either))
+            bitmap = tl.load(at + word, mask=known, other=0)
+            tl.store(seen + word, tl.reduce(bitmap, 0, _either))
+            # Queries past the length do not count.
+            tl.store(seen + words + word, tl.reduce(tl.where(inside, bitmap, -1), 0, _both))
         tl.store(seen + 2 * words, tl.max((segment < 0).to(tl.int64), axis=0))
 
     @triton.jit(do_not_specialize=["blocks", "words"])
