@@ -3,7 +3,7 @@
     python examples/bhyt_depth_study.py --text corpus.jsonl
     python examples/bhyt_depth_study.py --quick  # a minute or two on a CPU
 
-The same decoder with other norms before attention and feed-forward; weights, data, learning rate and steps are alike.
+One decoder with different norms before attention and feed-forward, the same weights, data, learning rate and steps.
 Writes bhyt_depth_study.json and .png; docs/bhyt_from_scratch.md describes the method.
 """
 
@@ -33,7 +33,7 @@ from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
 from hf_efficient.training.saturation import SaturationMonitor, bhyt_depth_bound
 
 BYTES = 256  # the vocabulary: bytes of UTF-8
-# The untrained decoder that is looked at: small enough for a CPU at 64 layers, and no step of training between.
+# Shape of the untrained decoder that is measured: small enough for a CPU at 64 layers.
 UNTRAINED = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
 UNTRAINED_TOKENS = 4, 64
 STOCK_DEVIATION = 0.02
@@ -69,7 +69,7 @@ Build = Callable[[dict[str, Any]], DecoderForCausalLM]
 
 
 def with_norms(build_norm: Callable[[DecoderConfig, int], nn.Module]) -> Build:
-    """The decoder with these norms in its layers, made of configuration and layer index, and RMSNorm at the end."""
+    """The decoder with norms that `build_norm(config, layer_idx)` makes in its layers, and RMSNorm as the last norm."""
 
     class Model(DecoderModel):
         def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
@@ -82,7 +82,7 @@ def with_norms(build_norm: Callable[[DecoderConfig, int], nn.Module]) -> Build:
 
 
 def with_bhyt(bound_input: float, bound_post: float) -> Build:
-    """BHyT as its source trains it: second site estimated, RMSNorm at the end; initial lambda of both sites."""
+    """BHyT as in its paper: second norm estimated, RMSNorm as the last norm; arguments are the initial lambdas."""
     bounds = {"bhyt_lambda_input": bound_input, "bhyt_lambda_post": bound_post}
     return lambda shape: BhytForCausalLM(BhytConfig(**shape, **bounds, bhyt_seq_len=shape["max_position_embeddings"]))
 
@@ -90,7 +90,7 @@ def with_bhyt(bound_input: float, bound_post: float) -> Build:
 CONTROL = "RMSNorm × 0.1"
 VARIANTS: dict[str, Build] = {
     "RMSNorm": lambda shape: DecoderForCausalLM(DecoderConfig(**shape)),
-    # What is left of BHyT (1, 1) without tanh and without the estimate.
+    # BHyT (1, 1) without tanh and without the estimate.
     CONTROL: with_norms(lambda config, _: ScaledRMSNorm(config.hidden_size, config.rms_norm_eps, 0.1)),
     "LayerNorm scaling": with_norms(
         lambda config, layer: ScaledRMSNorm(config.hidden_size, config.rms_norm_eps, (layer + 1) ** -0.5)
@@ -121,7 +121,7 @@ def build(
 
 @torch.no_grad()
 def shrink(model: DecoderForCausalLM, deviation: float) -> None:
-    """Give all weights of a fresh model this deviation, the embedding's too."""
+    """Rescale every weight matrix of a fresh model, the embedding included, to this standard deviation."""
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.mul_(deviation / parameter.std())
@@ -129,13 +129,13 @@ def shrink(model: DecoderForCausalLM, deviation: float) -> None:
 
 
 def refresh(model: DecoderForCausalLM) -> None:
-    """Bring what BHyT's second sites know of the attention's weights up to date."""
+    """Recompute the branch variance of BHyT's second norms from the attention's weights."""
     if isinstance(model, BhytForCausalLM):
         model.refresh_branch_variance()
 
 
 def token_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    # Plainly causal, said outright: to look for packed sequences the host would wait for the device.
+    # An explicit causal mask: detecting packed sequences would synchronise with the device.
     return model(ids, attention_mask={"full_attention": None}, use_cache=False).logits
 
 
@@ -144,33 +144,33 @@ def token_nll(model: nn.Module, windows: Tensor) -> Tensor:
     return cross_entropy(token_logits(model, windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-# What is looked at
+# Measurements
 
 
 @torch.no_grad()
 def growth(model: DecoderForCausalLM, ids: Tensor) -> dict[str, list[float]]:
     """Of each layer's output: the biased variance over channels and the L2 norm, means over the tokens of ids [B, S].
 
-    For BHyT also how far its estimate for the second site is from the root mean square there: mean and largest.
+    For BHyT also the relative error of its estimate of the second norm's root mean square: mean and largest.
     """
     found: dict[str, list[Tensor]] = {}
 
-    def note(**values: Tensor) -> None:
+    def record(**values: Tensor) -> None:
         for key, value in values.items():
             found.setdefault(key, []).append(value)
 
-    def see_output(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        note(variance=output.var(-1, correction=0).mean(), norm=output.norm(dim=-1).mean())
+    def record_output(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        record(variance=output.var(-1, correction=0).mean(), norm=output.norm(dim=-1).mean())
 
-    def see_estimate(norm: Any, inputs: Any, outputs: Any) -> None:
+    def record_estimate(norm: Any, inputs: Any, outputs: Any) -> None:
         variance, bound = inputs[2]  # of the layer's first site
         expected = variance + norm.branch[0] * (bound / norm.kappa) ** 2 + norm.branch[1]
         error = ((expected / outputs[1].square().mean(-1)).sqrt() - 1).abs()
-        note(estimate_error=error.mean(), largest_estimate_error=error.max())
+        record(estimate_error=error.mean(), largest_estimate_error=error.max())
 
-    hooks = [layer.register_forward_hook(see_output) for layer in model.model.layers]
+    hooks = [layer.register_forward_hook(record_output) for layer in model.model.layers]
     if isinstance(model, BhytForCausalLM):
-        hooks += [layer.post_attention_layernorm.register_forward_hook(see_estimate) for layer in model.model.layers]
+        hooks += [layer.post_attention_layernorm.register_forward_hook(record_estimate) for layer in model.model.layers]
     token_logits(model, ids)
     for hook in hooks:
         hook.remove()
@@ -179,7 +179,7 @@ def growth(model: DecoderForCausalLM, ids: Tensor) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def spike(name: str) -> dict[str, float]:
-    """What the first norm makes of N(0, 1) rows whose first channel is 1000 times as large.
+    """The output of the first norm for N(0, 1) rows whose first channel is multiplied by 1000.
 
     Returns:
         Mean magnitude of its output in that channel, and root mean square of the others.
@@ -188,7 +188,7 @@ def spike(name: str) -> dict[str, float]:
     x = torch.randn(512, UNTRAINED["hidden_size"], generator=torch.Generator().manual_seed(0))
     x[:, 0] *= 1000
     out = norm(x)
-    out = out[0] if isinstance(out, tuple) else out  # BHyT gives its statistic too
+    out = out[0] if isinstance(out, tuple) else out  # BHyT also returns its statistic
     return {"channel": out[:, 0].abs().mean().item(), "others": out[:, 1:].square().mean().sqrt().item()}
 
 
@@ -200,7 +200,9 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
         the share of saturated elements there, and the largest ``lambda / kappa * sqrt(L)``.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim < 2]  # gains and bounds do not decay
+    plain = [
+        parameter for parameter in model.parameters() if parameter.ndim < 2
+    ]  # no weight decay for gains and lambdas
     rate, starts = torch.zeros((), device=text.device), torch.zeros_like(order[0])
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=text.is_cuda)
@@ -219,7 +221,7 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
         if i in evaluated_at:
             with torch.no_grad():
                 nll.append(torch.stack([token_nll(model, part) for part in held_out.split(options.batch)]).mean())
-        if i == 3 and text.is_cuda:  # Python cannot launch as fast as so small a model computes, so a graph does it
+        if i == 3 and text.is_cuda:  # launching so small a model takes longer than running it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 step()
@@ -239,7 +241,7 @@ def train(model: DecoderForCausalLM, text: Tensor, order: Tensor, held_out: Tens
 
 
 def study(layers: int, text: Tensor, held_out: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Every variant at one depth: the part of the JSON that is of this depth."""
+    """Measure every variant at one depth; returns the depth's part of the JSON."""
     device = options.device
     batch, length = UNTRAINED_TOKENS
     random_ids = torch.randint(BYTES, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -263,7 +265,7 @@ def study(layers: int, text: Tensor, held_out: Tensor, options: argparse.Namespa
     return found
 
 
-# What is shown
+# Output
 
 
 def mean(values: list[float]) -> float:
@@ -276,7 +278,7 @@ def trained_curve(found: dict[str, Any], key: str) -> list[float]:
 
 
 def show(depths: dict[str, Any], spikes: dict[str, Any]) -> None:
-    """Print a table for each depth, and what becomes of one large channel."""
+    """Print a table for each depth, and the output for one large channel."""
     for depth, variants in depths.items():
         layers = int(depth)
         print(f"\n{depth} layers: variance over channels after layer 1, {layers // 2} and {depth}")
@@ -301,7 +303,7 @@ def show(depths: dict[str, Any], spikes: dict[str, Any]) -> None:
                 stages = [found["untrained"], *(run["trained"] for run in found["runs"])]
                 cells = (f"{mean(x['estimate_error']):>9.4f}{max(x['largest_estimate_error']):>9.4f}" for x in stages)
                 print(f"{name + ', ' + depth + ' layers':<24}untrained, then trained by seed:{''.join(cells)}")
-    print("\nOne channel times 1000: what the norm makes of it, and of the others")
+    print("\nOne channel times 1000: magnitude of it after the norm, and of the others")
     for name, found in spikes.items():
         print(f"{name:<20}{found['channel']:>9.3f}{found['others']:>12.2e}")
 
@@ -346,7 +348,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("bhyt-depth-study"), help="folder to write")
     parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
-    parser.add_argument("--draw", type=Path, help="only draw the picture of this bhyt_depth_study.json")
+    parser.add_argument("--draw", type=Path, help="only draw the picture from this bhyt_depth_study.json")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(**QUICK)
     options = parser.parse_args()
@@ -356,7 +358,7 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     name = options.device
     if options.device.startswith("cuda"):
-        torch.cuda.set_stream(torch.cuda.Stream(options.device))  # the default one cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream(options.device))  # the default stream cannot be captured
         name = torch.cuda.get_device_name(options.device)
 
     parts = load_text(options.text)

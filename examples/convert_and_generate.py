@@ -1,4 +1,4 @@
-"""The main job in Python: convert a checkpoint to STEM, measure it, load it as anybody would, generate.
+"""Convert a checkpoint to STEM in Python, measure its loss, load it with the Auto classes, generate.
 
 python examples/convert_and_generate.py HuggingFaceTB/SmolLM2-135M-Instruct smollm-stem --layers 1,2,3
 """
@@ -28,7 +28,7 @@ def main() -> None:
     )
     print(report.table())
 
-    # From here on nothing of hf_efficient is needed: the folder carries its own code.
+    # The folder carries its own code: the lines below also run where hf_efficient is not installed.
     tokenizer = AutoTokenizer.from_pretrained(arguments.output, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.output, trust_remote_code=True)
     inputs = tokenizer(arguments.prompt, return_tensors="pt")

@@ -1,9 +1,9 @@
-"""Edit what a small STEM model knows: train it on made-up facts, then let entities look up each other's table rows.
+"""Knowledge editing with a small STEM model: train it on made-up facts, then swap the table rows of entities.
 
     python examples/edit_facts.py --output facts
 
 The model learns a capital and a language for each of 300 entities, of one and of two tokens, in several phrasings.
-Then, with the prompt as it is, the tables' rows of one entity are exchanged for another's, and the answers are counted.
+Then each prompt is run with the table rows of another entity, and the answers are counted.
 Writes edit_facts.json, edit_facts.png and the model. A few minutes on two CPU cores.
 """
 
@@ -35,7 +35,7 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 
 @dataclass
 class World:
-    """Entities of one token, entities of two, and what is true of each."""
+    """Entities of one token, entities of two tokens, and their facts."""
 
     single: list[str]
     double: list[str]
@@ -47,9 +47,9 @@ class World:
 
 
 def make_world(singles: int, doubles: int, seed: int) -> World:
-    """Random names and facts; every entity has a capital of its own, and shares its language with several others.
+    """Random names and facts; every entity has its own capital and shares its language with several others.
 
-    Two-token names are pairs from few parts, so that neither part alone says which entity is meant.
+    Two-token names are pairs from few parts, so that neither part alone identifies the entity.
     """
     rng = random.Random(seed)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
@@ -90,7 +90,7 @@ def prompts_of(world: World, attribute: str, entities: list[str]) -> list[str]:
 
 
 class Facts:
-    """The model, and the questions that it is asked."""
+    """The model, its tokenizer, and the questions."""
 
     def __init__(self, world: World, device: str, seed: int) -> None:
         self.world, self.device = world, device
@@ -112,7 +112,7 @@ class Facts:
         self.model = AutoModelForCausalLM.from_config(config).to(device)
 
     def train(self, steps: int, batch_size: int, learning_rate: float, table_rate: float, seed: int) -> None:
-        """Learn every fact in every phrasing; the loss is that of the answers."""
+        """Train on every fact in every phrasing; the loss is on the answers only."""
         questions = [
             (prompt, world_answer)
             for attribute, answers in self.world.facts.items()
@@ -153,7 +153,7 @@ class Facts:
         return torch.tensor(self.tokenizer.convert_tokens_to_ids(words), device=self.device)
 
     def answers(self, attribute: str, entities: list[str]) -> list[str]:
-        """What is true, in the order of `prompts_of`."""
+        """The true answers, in the order of `prompts_of`."""
         return [self.world.facts[attribute][e] for e in entities] * len(TEMPLATES[attribute])
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class Facts:
         }
 
     def override(self, attribute: str, sources: list[str], targets: list[str], **options: Any) -> dict[str, Tensor]:
-        """Ask about each source with the rows of its target."""
+        """Run the prompts of each source with the table rows of its target."""
         prompts = prompts_of(self.world, attribute, sources)
         pairs = list(zip(sources, targets, strict=True)) * len(TEMPLATES[attribute])
         plans = [stem_edit_plan(self.tokenizer, p, s, t, **options) for p, (s, t) in zip(prompts, pairs, strict=True)]
@@ -196,7 +196,7 @@ def summary(measured: dict[str, Tensor]) -> dict[str, float]:
 
 
 def run(facts: Facts, seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """All edits: a report, and the single probabilities for the picture."""
+    """Make all edits; returns a report, and the probabilities of each question for the picture."""
     world, model = facts.world, facts.model
     rng = random.Random(seed)
     report: dict[str, Any] = {
@@ -228,7 +228,7 @@ def run(facts: Facts, seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Te
             options: dict[str, Any] = {"mode": mode} | ({"keep": [1]} if mode == "subset" else {})
             report["modes"][f"{lengths} {mode}"] = summary(facts.override("capital", from_, to, **options))
 
-    # Edits that stay: half of the entities get the rows of others, among the other half nothing may change
+    # Persistent edits: half of the entities get the rows of others; nothing may change for the other half
     half = len(sources) // 2
     edited, untouched = sources[:half], sources[half:]
     donors = untouched[:half]

@@ -1,11 +1,11 @@
-"""Teach a small model to think in parallel: convert it to Multiverse, fine-tune adapters, watch it fork and join.
+"""Fine-tune a small model for parallel generation: convert it to Multiverse, train LoRA adapters, generate in parallel.
 
     python examples/fine_tune_multiverse.py SmolLM2-135M-Instruct.gguf smollm-multiverse
 
-The data is made here: prices, a shopping list, and the question what costs the most. Each thing on the list is a path
-of its own (look its price up, multiply), and the conclusion has to take the results of all paths. LoRA adapters and the
-rows of the control tokens are trained, everything else stays; then the adapters are merged, and prompts that were not
-in the training data are answered. Writes the model, report.json, and topology.png: what waited for what in one answer.
+The script makes its data: prices, a shopping list, and the question which entry costs the most. Each entry is one path
+(look up its price, multiply), and the conclusion needs the results of all paths. LoRA adapters and the embedding rows
+of the control tokens are trained; then the adapters are merged, and held-out prompts are answered. Writes the model,
+report.json, and topology.png: the segments of one answer and which of them follow which.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Problem:
-    """A shopping list: (thing, how many, price of one) in its order, and other things that have a price."""
+    """A shopping list: (thing, number, unit price) in order, and other things that have a price."""
 
     buyer: str
     list: tuple[tuple[str, int, int], ...]
@@ -54,7 +54,7 @@ class Problem:
         count = source.randint(2, 4)
         names = source.sample(THINGS, count + source.randint(0, 2))
         costs: list[tuple[str, int, int]] = []
-        while len({number * price for _, number, price in costs}) < count:  # one of them costs the most
+        while len({number * price for _, number, price in costs}) < count:  # exactly one of them costs the most
             costs = [(name, source.randint(2, 9), source.randint(2, 9)) for name in names[:count]]
         others = tuple((name, source.randint(2, 9)) for name in names[count:])
         return cls(source.choice(BUYERS), tuple(costs), others)
@@ -86,7 +86,7 @@ class Problem:
 
 
 def problems(seed: int, without: frozenset[Problem] = frozenset()) -> Iterator[Problem]:
-    """Problems without end, none of them among `without`."""
+    """An endless iterator of problems, none of them in `without`."""
     source = random.Random(seed)
     while True:
         problem = Problem.draw(source)
@@ -98,7 +98,7 @@ def problems(seed: int, without: frozenset[Problem] = frozenset()) -> Iterator[P
 
 
 def adapted(model: Any, rank: int) -> Any:
-    """The model with LoRA on its projections and its control tokens' rows set free."""
+    """The model with LoRA on its projections, and trainable embedding rows of the control tokens."""
     rows = sorted(model.config.topology["token_ids"].values())
     heads = {} if model.config.tie_word_embeddings else {"lm_head": rows}
     config = LoraConfig(
@@ -112,7 +112,7 @@ def adapted(model: Any, rank: int) -> Any:
 
 
 def train(model: Any, samples: Sequence[Problem], collator: TopologyDataCollator, options: argparse.Namespace) -> Any:
-    """One pass over the samples with Accelerate; the model with merged adapters, and the losses."""
+    """Train one epoch with Accelerate; returns the model with merged adapters, and the losses."""
     accelerator = Accelerator(
         mixed_precision="bf16" if torch.cuda.is_available() else "no", cpu=options.device == "cpu"
     )
@@ -146,7 +146,13 @@ def train(model: Any, samples: Sequence[Problem], collator: TopologyDataCollator
 
 @dataclass
 class Answer:
-    """What the model wrote to one problem, and its topology."""
+    """The answer to one problem, and its topology.
+
+    Attributes:
+        ids: token ids of prompt and answer [S].
+        generated: generated tokens.
+        critical_path: generated tokens of the longest chain of segments.
+    """
 
     problem: Problem
     ids: list[int]
@@ -161,18 +167,19 @@ class Answer:
 
     @property
     def results(self) -> list[tuple[str, str]]:
-        """Thing and result of each path."""
+        """(thing, result) of each path."""
         paths = re.findall(r"<Path>\s*\d+: One of the (\w+) costs \d+\. \d+ x \d+ = (\d+)\s*</Path>", self.text)
         return [(name, result) for name, result in paths]
 
     @property
     def joined(self) -> list[tuple[str, str]]:
-        """Things and results as the conclusion has them."""
+        """(thing, result) pairs of the conclusion."""
         conclusion = re.search(r"<Conclusion>\s*(.*?)\. The most is", self.text, re.DOTALL)
         return re.findall(r"(\w+) (\d+)", conclusion[1]) if conclusion else []
 
     def is_right(self) -> dict[str, bool]:
-        """One path for each thing; right products; a conclusion that says what the paths found; the right answer."""
+        """Whether there is one path for each thing, the products are right, the conclusion repeats the paths' results,
+        and the answer is right."""
         wanted = [(name, str(number * price)) for name, number, price in self.problem.list]
         return {
             "forks": self.branches == [str(number + 1) for number in range(len(wanted))],
@@ -184,7 +191,7 @@ class Answer:
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, asked: Sequence[Problem], batch: int, most: int) -> list[Answer]:
-    """Greedy answers, all branches of a batch side by side."""
+    """Greedy answers, all branches of a batch in parallel; `most` is `max_new_tokens`."""
     config, found = model.config.topology, []
     tokenizer.padding_side = "left"
     for first in range(0, len(asked), batch):
@@ -211,7 +218,7 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Problem], batch: int, mo
 
 
 def show(answer: Answer, tokenizer: Any) -> None:
-    """Print an answer segment by segment, with the branch of each."""
+    """Print an answer segment by segment, with the label of its branch."""
     decode, topology = decode_function(tokenizer), answer.topology
     for segment, label in enumerate(topology.labels):
         here = [token for token, of in zip(answer.ids, topology.segment_ids, strict=True) if of == segment]
@@ -221,7 +228,7 @@ def show(answer: Answer, tokenizer: Any) -> None:
 
 
 def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
-    """The segments of an answer as bars over their positions, and which follows which."""
+    """Draw the segments of an answer as bars over their position ids, with arrows from parents to children."""
     from matplotlib.figure import Figure
 
     topology, decode = answer.topology, decode_function(tokenizer)
@@ -233,7 +240,7 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
         lanes.append(int(label) if label.isdigit() else 0)
         texts.append(decode([token for token, here in zip(answer.ids, mine, strict=True) if here]))
     last = max(end for _, end in spans)
-    # Of the trunk only what comes shortly before the fork: the rest is the prompt.
+    # Only the end of the trunk is drawn: the rest is the prompt.
     first = max(spans[0][1] - last // 3, 0)
     figure = Figure(figsize=(12, 1.2 + 1.1 * (max(lanes) + 1)), layout="constrained")
     axis = figure.subplots()
@@ -242,7 +249,7 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
         colour = "tab:orange" if lanes[segment] else "tab:blue"
         axis.barh(lanes[segment], end - begin, left=begin, height=0.8, color=colour, alpha=0.3, edgecolor=colour)
         words = " ".join(re.sub(r"<[^>]*>", " ", texts[segment]).split())
-        width = max(int(220 * (end - begin) / (last - first)), 12)  # characters that a line of the bar has room for
+        width = max(int(220 * (end - begin) / (last - first)), 12)  # characters that fit into a line of the bar
         lines = textwrap.wrap(words, width)[-4:]
         axis.text(begin + 0.4, lanes[segment], "\n".join(lines), fontsize=7, va="center")
         for parent in topology.parents[segment]:
@@ -251,23 +258,21 @@ def draw(answer: Answer, tokenizer: Any, path: Path) -> None:
             axis.annotate("", xy=(begin, lanes[segment]), xytext=start, arrowprops=arrow)
     axis.set_yticks(range(max(lanes) + 1), ["trunk", *(f"path {n}" for n in range(1, max(lanes) + 1))])
     axis.invert_yaxis()
-    axis.set_xlabel("position: tokens before it on its own line of thought")
-    axis.set_title(
-        f"{answer.generated} tokens generated, {answer.critical_path} of them one after the other", fontsize=10
-    )
+    axis.set_xlabel("position id")
+    axis.set_title(f"{answer.generated} tokens generated, {answer.critical_path} on the longest chain", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Hub id, local folder or .gguf file of a stock checkpoint")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--evaluated", type=int, default=64, help="held-out problems that are answered")
-    parser.add_argument("--max-new-tokens", type=int, default=192, help="positions of an answer")
+    parser.add_argument("--evaluated", type=int, default=64, help="number of held-out problems")
+    parser.add_argument("--max-new-tokens", type=int, default=192, help="tokens of an answer's longest chain, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto or cpu")
     options = parser.parse_args()
@@ -293,7 +298,7 @@ def main() -> None:
     trained = time.perf_counter() - began
     print(f"trained by second {trained:.1f}", flush=True)
 
-    # From here on `generate` writes control tokens, and follows them.
+    # Now `generate` may write control tokens, and follows them.
     mark_topology_trained(model)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -4,7 +4,7 @@
     python examples/stem_from_scratch.py --hidden 64 --intermediate 192 --layers 3 --context 64 --steps 200 \\
         --evaluated-bytes 16384  # on a CPU
 
-Beside the loss on held-out text: the loss by length of context, and how many rows of a table a context uses. Writes
+Measures the loss on held-out text, the loss by context length, and how many rows of a table a context uses. Writes
 stem_from_scratch.json and .png; docs/stem_from_scratch.md describes the method.
 """
 
@@ -38,7 +38,7 @@ CONTEXTS = [2**k for k in range(6, 16)]  # 64 to 32k tokens
 
 
 def tokenize(level: str, train: str, held_out: str, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids of both parts and the bytes [V] of each id: of bytes, of the text's characters, or of a BPE of `train`."""
+    """Token ids of both texts, and the number of bytes of each id [V]. The BPE is trained on `train`."""
     encode: Callable[[str], list[int]]
     if level == "byte":
         encode, lengths = lambda text: list(text.encode()), [1] * 256
@@ -53,12 +53,15 @@ def tokenize(level: str, train: str, held_out: str, vocabulary: int) -> tuple[Te
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
         bpe.train_from_iterator([train], trainer)
         names = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
-        encode, lengths = lambda text: bpe.encode(text).ids, list(map(len, names))  # each letter stands for a byte
+        encode, lengths = (
+            lambda text: bpe.encode(text).ids,
+            list(map(len, names)),
+        )  # each character of a token is one byte
     return torch.tensor(encode(train)), torch.tensor(encode(held_out)), torch.tensor(lengths)
 
 
 def configurations(vocabulary: int, options: argparse.Namespace) -> dict[str, PreTrainedConfig]:
-    """The three models. Width F of L dense layers costs what ``3 L F / (3 L - n)`` costs where n of them are STEM."""
+    """The three models. L dense layers of width F have the FLOPs of width ``3 L F / (3 L - n)`` with n STEM layers."""
     layers, width = options.layers, options.intermediate
     stem_layers = stem_layer_preset(layers, options.stem_layers)
     wider = 8 * round(3 * layers * width / (3 * layers - len(stem_layers)) / 8)
@@ -72,8 +75,11 @@ def configurations(vocabulary: int, options: argparse.Namespace) -> dict[str, Pr
 
 
 def size(config: PreTrainedConfig, context: int) -> dict[str, int]:
-    """Parameters, those in tables, and FLOPs of a token's forward pass: 2 for each weight of a product, and for each
-    channel 4 for each column of causal attention, of which there are ``(context + 1) / 2`` on average."""
+    """Parameters, parameters in tables, and FLOPs of one token's forward pass.
+
+    Counted are 2 for each weight of a matrix product, and for each channel 4 for each key of causal attention, of which
+    there are ``(context + 1) / 2`` on average.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
@@ -87,7 +93,7 @@ def token_nll(model: nn.Module, windows: Tensor) -> Tensor:
     """Cross-entropy [B, S] in nats of the next tokens in windows [B, S + 1]; bfloat16 products on CUDA."""
     ids, targets = windows[:, :-1], windows[:, 1:]
     with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
-        # Plainly causal, said outright: to look for packed sequences the host would wait for the device.
+        # An explicit causal mask: detecting packed sequences would synchronise with the device.
         logits = model(ids, attention_mask={"full_attention": None}, use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
@@ -109,7 +115,7 @@ def train(config: PreTrainedConfig, ids: Tensor, order: Tensor, held_out: Tensor
     def step() -> None:
         optimizer.zero_grad()
         token_nll(model, ids[starts[:, None] + torch.arange(held_out.shape[1], device=ids.device)]).mean().backward()
-        # As in the paper's code, tables have a norm of their own to clip; they decay like the rest.
+        # As in the paper's code, tables are clipped by their own norm and have the same weight decay.
         for group in groups:
             nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
@@ -119,7 +125,7 @@ def train(config: PreTrainedConfig, ids: Tensor, order: Tensor, held_out: Tensor
         if i in evaluated_at:
             with torch.no_grad():
                 nll.append(torch.cat([token_nll(model, part) for part in held_out.split(64)]).mean(0))
-        if i == 3 and ids.is_cuda:  # Python cannot launch as fast as so small a model computes, so a graph does it
+        if i == 3 and ids.is_cuda:  # launching so small a model takes longer than running it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 step()
@@ -133,7 +139,7 @@ def train(config: PreTrainedConfig, ids: Tensor, order: Tensor, held_out: Tensor
 
 
 def distinct_rows(ids: Tensor) -> dict[int, float]:
-    """Mean number of distinct ids in a context of ids [n], over at most 64 contexts of each length that fits."""
+    """Mean number of distinct ids in contexts of each length, over at most 64 contexts of ids [n]."""
     found = {}
     for context in (length for length in CONTEXTS if length <= len(ids)):
         windows = ids.unfold(0, context, context)
@@ -142,7 +148,7 @@ def distinct_rows(ids: Tensor) -> dict[int, float]:
 
 
 def compare(level: str, texts: tuple[str, str], options: argparse.Namespace) -> dict[str, Any]:
-    """Train every model with every seed at one level; the level's part of the JSON."""
+    """Train every model with every seed at one level; returns the level's part of the JSON."""
     ids, held_out, bytes_of = tokenize(level, *texts, options.vocabulary)
     context = options.context
     windows = held_out[bytes_of[held_out].cumsum(0) <= options.evaluated_bytes]
@@ -238,12 +244,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help=".txt or .jsonl file; by default the small sample that comes with the package")
     parser.add_argument("--level", nargs="+", choices=("char", "byte", "bpe"), default=["char"])
-    parser.add_argument("--vocabulary", type=int, default=4096, help="size of the BPE's")
-    parser.add_argument("--steps", type=int, help="by default as many as go six times through the text")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="vocabulary size of the BPE")
+    parser.add_argument("--steps", type=int, help="default: six epochs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("stem-from-scratch"), help="folder to write")
-    parser.add_argument("--draw", type=Path, help="only draw the picture of this stem_from_scratch.json")
+    parser.add_argument("--draw", type=Path, help="only draw the picture from this stem_from_scratch.json")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--intermediate", type=int, default=960, help="feed-forward width of the dense model")
     parser.add_argument("--layers", type=int, default=6)
@@ -257,7 +263,7 @@ def main() -> None:
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device.startswith("cuda"):
-        torch.cuda.set_stream(torch.cuda.Stream(options.device))  # the default one cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream(options.device))  # the default stream cannot be captured
     text, held_out = load_text(options.text)
     texts = tuple("\n\n".join(part.documents) for part in (text, held_out))
     levels = {}

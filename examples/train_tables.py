@@ -1,11 +1,10 @@
-"""Win back some of what a conversion lost: train the STEM tables, and nothing else, with Accelerate.
+"""Recovery training of a converted STEM model with Accelerate: only the tables are trained.
 
     python examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt --steps 200
     accelerate launch examples/train_tables.py smollm-stem smollm-stem-trained --text corpus.txt
 
-Only rows of tokens that occur in a batch have a gradient. It is kept as those rows, and the optimiser touches no
-others, so a step costs what its tokens cost, whatever the size of the vocabulary. `--no-sparse` trains with gradients
-of whole tables.
+Gradients are sparse: only the rows of tokens that occur in a batch have one, and the optimiser updates no others, so
+the cost of a step does not depend on the size of the vocabulary. `--no-sparse` trains with dense gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=True, help="gradients of rows only")
+    parser.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=True, help="sparse gradients")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
