@@ -33,7 +33,9 @@ from benchmarks.llama_norms import (
     with_norms,
 )
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
-from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache
+from hf_efficient.modeling.decoder.decode_step import DecodeStep
+from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 FILLED, CAPACITY = 512, 1024

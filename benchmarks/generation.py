@@ -31,7 +31,9 @@ from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausa
 from benchmarks.harness import RESULTS, describe_machine, time_in_turns
 from benchmarks.plot import load_pyplot
 from hf_efficient.conversion.families.decoder import decoder_config
-from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache
+from hf_efficient.modeling.decoder.decode_step import DecodeStep
+from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 
 BYTES_PER_SECOND = 3.0e12

@@ -29,7 +29,9 @@ from benchmarks.generation import fill
 from benchmarks.harness import RESULTS, describe_machine, time_in_turns
 from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
-from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, step_signature
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache
+from hf_efficient.modeling.decoder.decode_step import DecodeStep
+from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 from hf_efficient.modeling.stem.row_cache import FrequencyPolicy
 

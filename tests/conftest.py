@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 # Nothing in the default test run may reach a network; set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +33,18 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def recurrent_model() -> ModuleType:
+    """The module `modeling/recurrent_model.py`, loaded as one of the package: steps of foreign modules are called."""
+    name = "hf_efficient.recurrent_test_model"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "modeling" / "recurrent_model.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Attention of the decoder: rotary positions, grouped queries, the cache."""
+"""Attention of the decoder: rotary position embedding, grouped queries, cache."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ class DecoderRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [B, S, head_dim] each, in the dtype and on the device of `x`.
+
+        Args:
+            x: any tensor.
+            position_ids: int64 [B, S].
+        """
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -71,7 +77,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def repeat_kv(x: Tensor, repeats: int) -> Tensor:
-    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated in place."""
+    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated next to itself."""
     if repeats == 1:
         return x
     batch, heads, length, width = x.shape
@@ -131,12 +137,23 @@ class DecoderAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention output [B, S, hidden_size], and weights [B, Hq, S, L] where the implementation computes them.
+
+        Args:
+            hidden_states: [B, S, hidden_size].
+            position_embeddings: cosines and sines, [B, S, head_dim] each.
+            attention_mask: of whatever type the attention implementation takes.
+            past_key_values, cache: the cache, under either name; gets the new keys and values [B, Hkv, S, head_dim].
+
+        Raises:
+            HFEError: two different caches were passed, or a cache, mask or positions under an unknown name.
+        """
         cache = one_cache(past_key_values, cache, kwargs)
         check_arguments(self, kwargs)
         q, k, v = self.project(hidden_states)
-        place = find_cache_write(cache, self.layer_idx, attention_mask, q.shape[1])
-        if place is not None and self.may_write_cache(q):
-            q, k, v = self.write_cache(q, k, v, position_embeddings, place)
+        write = find_cache_write(cache, self.layer_idx, attention_mask, q.shape[1])
+        if write is not None and self.may_write_cache(q):
+            q, k, v = self.write_cache(q, k, v, position_embeddings, write)
         else:
             if self.config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -175,48 +192,61 @@ class DecoderAttention(nn.Module):
         return q, k, v
 
     def may_write_cache(self, q: Tensor) -> bool:
-        """True when one kernel may normalise, rotate and store a step's heads."""
+        """True when one kernel may normalise and rotate `q` and `k` and store `k` and `v`."""
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else ()
         return may_fuse(q) and all(may_fuse_norm(norm, q) for norm in norms)
 
     def write_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], place: CacheWrite
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], write: CacheWrite
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, Hq, S, D] that are ready to attend, and the cache with the step's keys and values in it."""
+        """Normalise, rotate and store the heads of a step in one kernel.
+
+        Args:
+            q: [B, S, Hq, D].
+            k, v: [B, S, Hkv, D].
+            position_embeddings: cosines and sines, [B, S, D] each.
+            write: where keys and values go.
+
+        Returns:
+            Rotated queries [B, Hq, S, D], and all cached keys and values [B, Hkv, L, D] with the step's in them.
+        """
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
         q = rotary_cache(
             q,
             k,
             v,
             *position_embeddings,
-            place.keys,
-            place.values,
-            place.columns,
+            write.keys,
+            write.values,
+            write.slots,
             q_weight=norms[0].weight if norms else None,
             k_weight=norms[1].weight if norms else None,
             eps=self.config.rms_norm_eps,
-            length=place.length,
+            length=write.length,
         )
-        return q, place.keys, place.values
+        return q, write.keys, write.values
 
 
 class CacheWrite(NamedTuple):
-    """Where the tokens of a call go in one layer of a cache that keeps every column in its place.
+    """Where the tokens of a call are written in one layer of a cache whose slots do not move.
 
     Attributes:
-        keys, values: [B, Hkv, C, D], the layer's memory.
-        columns: [Q] or [B, Q], column of each token; one outside of the memory goes nowhere.
-        length: counter of filled columns to be set on the way; None where there is none.
+        keys, values: [B, Hkv, L, D], the layer's memory.
+        slots: int [Q] or [B, Q], slot of each token; a token whose slot is outside the memory is not stored.
+        length: counter of cached tokens that the write advances; None where there is none.
     """
 
     keys: Tensor
     values: Tensor
-    columns: Tensor
+    slots: Tensor
     length: Tensor | None = None
 
 
 def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CacheWrite | None:
-    """Where `queries` tokens go in a static cache, as its packed mask says, or in one that says so itself; or None."""
+    """Where a kernel may write `queries` tokens; None when they go through `cache.update`.
+
+    A cache with the method `next_write` answers itself; for a static cache the slots are those of a packed decode mask.
+    """
     if hasattr(cache, "next_write"):
         return cache.next_write(layer_idx)
     layer = static_layer(cache, layer_idx) if is_decode_mask(mask) else None
@@ -226,7 +256,7 @@ def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: in
 
 
 def static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
-    """The layer of a static cache that keeps every column in its place and has its memory already, or None."""
+    """The layer of a static cache when its slots do not move and its memory is allocated, or None."""
     layer = cache.layers[layer_idx] if isinstance(cache, StaticCache) and not cache.offloading else None
-    # A sliding layer moves its columns; a subclass may do anything.
+    # A sliding-window layer moves its slots; a subclass may do anything.
     return layer if type(layer) is StaticLayer and layer.is_initialized else None

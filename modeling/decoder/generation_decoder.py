@@ -1,9 +1,10 @@
-"""`generate()` at the pace of the device: the step of greedy search and sampling replayed from a CUDA graph.
+"""`generate()` at the speed of the device: each step of greedy search and sampling is a CUDA graph replay.
 
-transformers' own loop prepares inputs, calls the model and waits for the device once a token. This one keeps all it
-needs on the device, asks now and then whether every row has ended, and drops what it computed past that point. It
-serves the calls that it can serve exactly and hands the others back: beams, assisted and prompt-lookup decoding, a
-model on the CPU or spread over devices, adapters, hooks, another attention implementation, a cache of another kind.
+transformers' loop prepares inputs, calls the model and waits for the device for every token. The loop here keeps ids,
+scores and stopping state on the device, checks every few tokens whether all sequences have finished, and discards what
+it computed after that point. It serves the calls for which it gives the same tokens and falls back to transformers'
+loop for the others: beam search, assisted and prompt-lookup decoding, a model on the CPU or spread over devices,
+adapters, hooks, another attention implementation, another kind of cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     LogitsProcessorList,
@@ -22,27 +23,24 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_efficient.environment import check_data, triton_interpreted
 from hf_efficient.errors import HFEError
-from hf_efficient.kernels.decode_attention.api import MAX_HEAD_DIM
-from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument, cache_of_arguments, rename_cache
-from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
+from hf_efficient.modeling.decoder.cache_contract import CapturableCache, StateSnapshot, round_capacity
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache, contract_of, find_contract
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
-from hf_efficient.modeling.decoder.decode_step import (
-    RETURNED_CACHE_STEPS,
-    DecodeCache,
-    DecodeStep,
-    round_capacity,
+from hf_efficient.modeling.decoder.decode_step import RETURNED_CACHE_STEPS, DecodeStep, PooledStep
+from hf_efficient.modeling.decoder.graph_capture import (
+    SIGNATURE_CHECK_INTERVAL,
+    capture_obstacle,
     step_pool,
     step_signature,
 )
 
-# Tokens between two looks at whether all rows have ended, and at whether a callback changed the model meanwhile.
-# Looking takes the host a millisecond or two, and tokens past the end are computed in vain.
+# Tokens between two checks whether all sequences have finished. A check takes the host a millisecond or two; up to
+# twice as many tokens are computed past the end and discarded.
 STOP_CHECK_INTERVAL = 8
-# What may come with a prompt without changing what a step computes.
+# Arguments that may come with a prompt without changing what a step computes.
 _STEP_ARGUMENTS = {
     "attention_mask",
     "cache",
@@ -57,68 +55,68 @@ _STEP_ARGUMENTS = {
 
 
 class CapturedGeneration:
-    """Mixin before `GenerationMixin`, whose `_sample` serves greedy search and sampling."""
+    """Mixin before `GenerationMixin`; its `_sample` serves greedy search and sampling from captured steps."""
 
-    # Of the model that this is mixed into.
+    # Attributes of the model that this is mixed into.
     config: Any
     device: Any
+    cache_class: Any
     prepare_inputs_for_generation: Any
     set_attn_implementation: Any
 
-    # Arguments of `generate` that belong to the prompt alone, for patches to add to.
+    # Arguments of `generate` that belong to the prompt alone; patches add to them.
     prompt_arguments: frozenset[str] = frozenset()
-    # Attention implementations that compute what `hfe_decode` does, for patches to add to.
+    # Attention implementations that compute what `hfe_decode` does; patches add to them.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a cache may come under its name of any release."""
+        """As in transformers; the cache may be passed under the name of any supported release."""
         return super().generate(*args, **rename_cache(kwargs))
 
-    def captured_steps(self) -> list[dict[str, Any]]:
-        """What `generate` keeps for its next calls: rows, columns and bytes of each captured step and its cache.
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """False for a model with a cache class of its own, whose forward creates that cache."""
+        return cls.cache_class is DecodeCache and super()._supports_default_dynamic_cache()
 
-        At most 4, and at most a quarter of the device's memory; `free_captured_steps` lets go of them.
+    def captured_steps(self) -> list[dict[str, Any]]:
+        """Shapes and bytes of each captured step that `generate` keeps for its next calls, of parallel generation too.
+
+        They belong to at most 4 caches and hold at most a quarter of the device's memory; `free_captured_steps` frees
+        them.
         """
         return step_pool(self).report()
 
     def free_captured_steps(self) -> None:
-        """Free the memory that `captured_steps` tells of."""
+        """Free the memory of everything that `captured_steps` reports."""
         step_pool(self).clear()
 
-    def capture_obstacle(
+    def generation_obstacle(
         self, input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
     ) -> str:
-        """Why a call of `generate` takes transformers' loop, or an empty text when it is served from a graph."""
-        config = self.config
+        """Why a call of `generate` falls back to transformers' loop; an empty string when captured steps serve it."""
         cache = cache_of_arguments(model_kwargs)
         mask = model_kwargs.get("attention_mask")
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
         tested = {
-            "the model is not on a CUDA device where Triton runs": not _may_capture(self.device),
             "the configuration disables compilation": bool(generation_config.disable_compile),
-            f"the attention implementation is {config._attn_implementation}": config._attn_implementation
-            not in self.captured_attention,
-            "heads are wider than the kernel takes": config.head_dim > MAX_HEAD_DIM,
-            "the rotary frequencies depend on the length": length_dependent_rope(config.rope_parameters) is not None,
-            "HFE_CHECK asks for checks that wait for the device": check_data(),
             # As prefix and prompt tuning do.
             "something else prepares the inputs": prepare is not type(self).prepare_inputs_for_generation,
             "the attention mask has no row for each sequence": mask is not None and getattr(mask, "ndim", 0) != 2,
             "other processes generate in step": synced_gpus,
             "the cache is switched off": not model_kwargs.get("use_cache"),
-            "attentions or hidden states are asked for": bool(
+            "attentions or hidden states are requested": bool(
                 generation_config.output_attentions or generation_config.output_hidden_states
             ),
             "the call serves another model's generation": bool(generation_config.is_assistant),
             "there is nothing to generate": input_ids.shape[1] >= generation_config.max_length,
-            "gradients or autocast are on": torch.is_grad_enabled() or torch.is_autocast_enabled(input_ids.device.type),
-            f"the cache is a {type(cache).__name__} of the caller's": not _can_use(cache),
+            f"the caller passed a {type(cache).__name__}": not _can_use(cache, self.cache_class),
         }
-        found = next((reason for reason, holds in tested.items() if holds), "")
+        obstacle = capture_obstacle(self, self.captured_attention)
+        obstacle = obstacle or next((reason for reason, holds in tested.items() if holds), "")
         unknown = sorted(set(model_kwargs) - _STEP_ARGUMENTS - self.prompt_arguments)
-        if not found and unknown and any(model_kwargs[name] is not None for name in unknown):
-            found = f"the call has the argument {unknown[0]}"
-        return found
+        if not obstacle and unknown and any(model_kwargs[name] is not None for name in unknown):
+            obstacle = f"the call has the argument {unknown[0]}"
+        return obstacle
 
     def _sample(
         self,
@@ -130,22 +128,22 @@ class CapturedGeneration:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        obstacle = self.capture_obstacle(input_ids, generation_config, synced_gpus, model_kwargs)
+        obstacle = self.generation_obstacle(input_ids, generation_config, synced_gpus, model_kwargs)
         signature = None if obstacle else step_signature(self)
         if not obstacle and signature is None:
-            obstacle = "a module has a hook, an adapter, a wrapper or a weight of another kind, or is in training mode"
+            obstacle = "a module has a hook, an adapter, a wrapper or a weight of another type, or is in training mode"
         device = input_ids.device
         if not obstacle and logits_processor and device != self.device:
             obstacle = f"logits are to be processed on {device}, where the prompt is"
-        turn = None
+        loop = None
         if signature is not None and not obstacle:
             try:
-                # Ids on another device stay there in transformers; here they are the step's own.
-                turn = GraphDecodeLoop(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
+                # Ids on another device stay there in transformers; here the step needs them on its own.
+                loop = GraphDecodeLoop(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
             except torch.OutOfMemoryError:
                 obstacle = f"a cache for max_length={generation_config.max_length} tokens does not fit into memory"
-        if turn is None:
-            get_logger().info("generate takes the loop of transformers: %s", obstacle)
+        if loop is None:
+            get_logger().info("generate falls back to the loop of transformers: %s", obstacle)
             return super()._sample(
                 input_ids,
                 logits_processor=logits_processor,
@@ -155,12 +153,12 @@ class CapturedGeneration:
                 streamer=streamer,
                 **model_kwargs,
             )
-        with torch.cuda.device_of(turn.ids):  # streams and events are those of the current device
-            result = turn.generate(logits_processor, stopping_criteria, streamer)
+        with torch.cuda.device_of(loop.ids):  # streams and events are those of the current device
+            result = loop.generate(logits_processor, stopping_criteria, streamer)
         return result.to(device) if isinstance(result, Tensor) else result
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; an attention of ours gives way to `sdpa` or flash attention, which take its cache."""
+        """As in transformers, with `sdpa` or flash attention, which take its paged cache, in place of our attention."""
         own = self.config._attn_implementation
         if own not in self.captured_attention:
             return super().init_continuous_batching(*args, **kwargs)
@@ -170,34 +168,40 @@ class CapturedGeneration:
         except BaseException:
             self.set_attn_implementation(own)
             raise
-        # What the manager sets again when it stops.
+        # The manager sets this implementation again when it stops.
         manager._original_attn_impl = own
         return manager
 
 
-def _may_capture(device: torch.device) -> bool:
-    """True on CUDA with Triton; and under Triton's interpreter, where steps are called, not captured."""
-    if device.type != "cuda" and not (device.type == "cpu" and triton_interpreted()):
-        return False
-    return select_backend("decode_attention", None, device) == "triton"
+def _can_use(cache: Cache | None, cache_class: type) -> bool:
+    """True for a cache that `generate` made for this call, which is replaced, and for a caller's that can be captured.
 
-
-def _can_use(cache: Cache | None) -> bool:
-    """True for a cache that `generate` made for this call, which is exchanged, and for a caller's plain static one."""
+    A caller may pass a cache of the model's class, or a plain `StaticCache` where that class is a `DecodeCache`.
+    """
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return cache is None or type(cache) in (DynamicCache, StaticCache) and not cache.offloading
-    return (
-        isinstance(cache, StaticCache)
-        and not cache.offloading
-        and all(type(layer) is StaticLayer for layer in cache.layers)
-    )
+    if isinstance(cache, CapturableCache) or cache_class is not DecodeCache:
+        return isinstance(cache, cache_class)
+    return find_contract(cache) is not None
 
 
 class GraphDecodeLoop:
-    """One call of `generate`: its cache, its step, and the tokens so far."""
+    """One call of `generate`: its cache, its step, and the tokens so far.
 
-    length: int  # columns of the cache that the prompt fills, with what was there before
+    Args:
+        model: the causal language model.
+        input_ids: int64 [B, S], the prompts.
+        generation_config: as `generate` resolved it.
+        model_kwargs: arguments of the prompt's forward.
+        signature: `step_signature` of the model.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for a cache of `max_length` tokens.
+    """
+
+    length: int  # tokens in the cache after the prompt, earlier calls included
     step: DecodeStep
+    contract: CapturableCache
 
     def __init__(
         self,
@@ -211,134 +215,153 @@ class GraphDecodeLoop:
         self.config = generation_config
         self.signature: tuple | None = signature
         self.prompt_length = input_ids.shape[1]
-        self.most_tokens = generation_config.max_length
-        self.ids = input_ids.new_zeros(input_ids.shape[0], self.most_tokens, dtype=torch.long)
+        self.max_length = generation_config.max_length
+        self.ids = input_ids.new_zeros(input_ids.shape[0], self.max_length, dtype=torch.long)
         self.ids[:, : self.prompt_length] = input_ids
 
         mask = model_kwargs.get("attention_mask")
-        # [B, columns so far], false at padding; None when there is none
-        self.columns = None if mask is None or bool(mask.all()) else mask.to(model.device, torch.bool)
+        # [B, tokens so far], False at padding; None when there is none.
+        self.padding_mask = None if mask is None or bool(mask.all()) else mask.to(model.device, torch.bool)
         given = cache_of_arguments(model_kwargs)
+        embeds = model_kwargs.get("inputs_embeds")
         is_callers = getattr(given, "_is_user_defined", False)
         self.keeps_cache = is_callers or bool(generation_config.return_dict_in_generate)
-        self._pooled: DecodeStep | None = None
-        self.cache: Any = given if is_callers else self._own_cache(model_kwargs.get("inputs_embeds"))
+        self._pooled_step: DecodeStep | None = None
+        self.cache: Any = given if is_callers else self._new_cache(embeds)
         self.model_kwargs = {**model_kwargs, **cache_argument(self.cache)}
-        if is_callers and isinstance(given, DecodeCache):
-            self._make_room(
-                given, max(x.shape[1] for x in (input_ids, mask, model_kwargs.get("inputs_embeds")) if x is not None)
-            )
+        if is_callers and isinstance(given, CapturableCache):
+            # Ids, mask or embeddings may include the tokens of earlier calls.
+            prompt = max(x.shape[1] for x in (input_ids, mask, embeds) if x is not None)
+            given.ensure_capacity(given.get_seq_length() + prompt + self.max_length - self.prompt_length)
 
-    def _own_cache(self, embeds: Tensor | None) -> DecodeCache:
-        """A cache for this call, from the pool where one fits; its step comes with it."""
-        model, rows = self.model, self.ids.shape[0]
-        # Embeddings take the place of the prompt's ids, as many as they are. The last token is never fed.
+    def _new_cache(self, embeds: Tensor | None) -> Any:
+        """An empty cache for this call; from the pool, together with its step, where one fits."""
+        model, batch_size = self.model, self.ids.shape[0]
+        # Embeddings replace the prompt's ids and may be more. The last token is never fed to the model.
         prompt = self.prompt_length if embeds is None else embeds.shape[1]
-        capacity = round_capacity(prompt + self.most_tokens - self.prompt_length - 1)
+        capacity = round_capacity(prompt + self.max_length - self.prompt_length - 1)
+        padded = self.padding_mask is not None
         pool = step_pool(model)
-        found = pool.take(rows, capacity, self.columns is not None, self.signature)
+        found = pool.take(PooledStep, self.signature, lambda steps: steps.fits(batch_size, capacity, padded))
         if found is not None:
-            cache, self._pooled = found
-            cache.reset()  # masked columns are multiplied by zero, which a stale infinity would survive
-            return cache
+            self._pooled_step = found.step
+            found.cache.reset()
+            return found.cache
         try:
-            return DecodeCache(model.config, rows, capacity, model.dtype, model.device)
+            return model.build_cache(batch_size, capacity)
         except torch.OutOfMemoryError:
             pool.clear()
-            return DecodeCache(model.config, rows, capacity, model.dtype, model.device)
-
-    def _make_room(self, cache: DecodeCache, tokens: int) -> None:
-        """Let a cache of an earlier turn hold this one too; `tokens` counts the prompt, and perhaps what was before."""
-        columns = int(cache.get_seq_length()) + tokens + self.most_tokens - self.prompt_length
-        if columns > cache.capacity:
-            cache.grow(round_capacity(columns))
+            return model.build_cache(batch_size, capacity)
 
     def _find_step(self) -> DecodeStep:
-        """The step of this turn's cache: one that fits it already, or a new one."""
-        step = self._pooled or RETURNED_CACHE_STEPS.get(self.cache)
-        padded = self.columns is not None
+        """The step of this call's cache: an existing one that fits it, or a new one."""
+        step = self._pooled_step or RETURNED_CACHE_STEPS.get(self.cache)
+        padded = self.padding_mask is not None
         if step is None or not step.fits(self.cache) or (padded and not step.padded):
             step = DecodeStep(self.cache, set(self.model.config.layer_types), padded)
         return step
 
-    # The loop
-
     def generate(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, streamer: Any) -> Any:
-        """Sequences [B, length], or transformers' output class where the call asks for it."""
+        """Run the loop.
+
+        Args:
+            processors: as in transformers.
+            criteria: as in transformers.
+            streamer: gets each token [B]; or None.
+
+        Returns:
+            Sequences, int64 [B, length], or transformers' output class where `return_dict_in_generate` is set.
+
+        Raises:
+            HFEError: a static cache of the caller's is full before all sequences have finished.
+        """
         ids, config = self.ids, self.config
         logits = self._prefill()
-        foreign = _needs_every_token(processors, criteria)
-        every_token = streamer is not None or foreign or self._is_full(self.most_tokens - 1)
-        lookout = AsyncStopCheck(ids, streamer, every_token)
+        has_callbacks = _needs_every_token(processors, criteria)
+        # A step past the end is dispatched before the host knows of the end. A kept cache must not keep its token.
+        snapshot = None
+        if self.keeps_cache and not self.contract.can_truncate:
+            snapshot = StateSnapshot(self.contract.state_tensors())
+        every_token = (
+            streamer is not None or has_callbacks or snapshot is not None or self._is_full(self.max_length - 1)
+        )
+        stop_check = AsyncStopCheck(ids, streamer, every_token)
         unfinished = ids.new_ones(ids.shape[0])
-        ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        pad = config._pad_token_tensor.to(ids.device) if ends_rows else None
-        scores_kept: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
-        logits_kept: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_logits else None
+        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        pad = config._pad_token_tensor.to(ids.device) if has_eos else None
+        all_scores: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
+        all_logits: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_logits else None
 
         length = self.prompt_length
         while True:
             raw = logits.to(copy=True, dtype=torch.float32)
-            seen = ids[:, :length]
-            scores = processors(seen.contiguous() if foreign else seen, raw)
-            if scores_kept is not None:
-                scores_kept.append(scores)
-            if logits_kept is not None:
-                logits_kept.append(raw)
+            tokens = ids[:, :length]
+            scores = processors(tokens.contiguous() if has_callbacks else tokens, raw)
+            if all_scores is not None:
+                all_scores.append(scores)
+            if all_logits is not None:
+                all_logits.append(raw)
             if config.do_sample:
                 token = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
             else:
                 token = scores.argmax(dim=-1)
-            if ends_rows:
+            if has_eos:
                 token = token * unfinished + pad * (1 - unfinished)
-            lookout.count(unfinished)
+            stop_check.count_step(unfinished)
             ids[:, length] = token
             length += 1
-            seen = ids[:, :length].contiguous() if foreign else ids[:, :length]
-            unfinished = unfinished & ~criteria(seen, None if scores_kept is None else tuple(scores_kept))
-            lookout.mark(unfinished, token)
-            if length >= self.most_tokens:
+            tokens = ids[:, :length].contiguous() if has_callbacks else ids[:, :length]
+            unfinished = unfinished & ~criteria(tokens, None if all_scores is None else tuple(all_scores))
+            stop_check.send(unfinished, token)
+            if length >= self.max_length:
                 break
             if self._is_full(length):
-                if lookout.sees_the_end():
+                if stop_check.all_finished():
                     break
                 raise HFEError(
-                    f"the static cache is full: it has {self.step.capacity} columns, all filled at length {length}",
-                    f"give it max_cache_len={self.length + self.most_tokens - self.prompt_length} or fewer new tokens",
+                    f"the static cache is full: it has {self.step.capacity} slots, all filled at length {length}",
+                    f"give it max_cache_len={self.length + self.max_length - self.prompt_length} or fewer new tokens",
                 )
-            # The device has its next step before the host asks about the last one.
-            logits = self._advance(token, look_over=length % STOP_CHECK_INTERVAL == 0)
-            if lookout.sees_the_end():
+            if snapshot is not None:
+                snapshot.save()
+            # The device has its next step before the host waits for the last one.
+            logits = self._advance(token, check_signature=length % SIGNATURE_CHECK_INTERVAL == 0)
+            if stop_check.all_finished():
+                if snapshot is not None:
+                    snapshot.restore()
                 break
-        return self._finish(lookout.finish(), scores_kept, logits_kept)
+        return self._finish(stop_check.finish(), all_scores, all_logits)
 
     def _prefill(self) -> Tensor:
-        """Logits [B, vocabulary] after the prompt; the step stands ready behind it."""
+        """Logits [B, V] after the prompt; the step is set to resume there."""
         outputs: CausalLMOutputWithPast = self.model._prefill(
             self.ids[:, : self.prompt_length].clone(), self.config, self.model_kwargs, is_first_iteration=True
         )
+        self.contract = contract_of(self.cache)
         self.length = int(self.cache.get_seq_length())
         self.step = self._find_step()
-        self.step.reset(self.length, self._next_positions(), self.columns)
+        self.step.reset(self.length, self._next_positions(), self.padding_mask)
         return outputs.logits[:, -1]
 
     def _is_full(self, length: int) -> bool:
-        """True when the cache has no column for the last of `length` tokens: a static one of the caller's."""
+        """True when the cache has no slot for the last of `length` tokens: only a caller's static one can be."""
         return self.length + length - self.prompt_length > self.step.capacity
 
     def _next_positions(self) -> Tensor:
-        """Position of each row's next token [B]."""
-        rows = self.ids.shape[0]
+        """Position of each sequence's next token, int64 [B]."""
+        batch_size = self.ids.shape[0]
         given = self.model_kwargs.get("position_ids")
         if given is not None:
-            return (given[:, -1] + 1).expand(rows)
-        return self.ids.new_full((rows,), self.length) if self.columns is None else self.columns.sum(1)
+            return (given[:, -1] + 1).expand(batch_size)
+        if self.padding_mask is None:
+            return self.ids.new_full((batch_size,), self.length)
+        return self.padding_mask.sum(1)
 
-    def _advance(self, token: Tensor, look_over: bool) -> Tensor:
-        """Logits [B, vocabulary] after one more token of each row [B]."""
+    def _advance(self, token: Tensor, check_signature: bool) -> Tensor:
+        """Logits [B, V] after one more token of each sequence, int64 [B]."""
         step = self.step
         step.tokens.copy_(token[:, None])
-        if look_over:  # a callback may have changed the model meanwhile
+        if check_signature:  # a callback may have changed the model
             self.signature = step_signature(self.model)
         if self.signature is None or not step.tokens.is_cuda:
             return step.run(self.model, self.cache)
@@ -347,14 +370,14 @@ class GraphDecodeLoop:
         return step.replay()
 
     def _finish(self, steps: int, scores: list[Tensor] | None, logits: list[Tensor] | None) -> Any:
-        """What `generate` returns after `steps` tokens; those computed beyond are forgotten."""
+        """What `generate` returns after `steps` tokens; tokens computed past them are removed from a kept cache."""
         sequences = self.ids[:, : self.prompt_length + steps].clone()
         if self.keeps_cache:
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(self.length + steps - 1)  # the last token has not been fed
+            if self.contract.can_truncate:
+                self.contract.truncate(self.length + steps - 1)  # the last token has not been fed to the model
             RETURNED_CACHE_STEPS[self.cache] = self.step
         elif self.step.signature is not None:
-            step_pool(self.model).put(self.cache, self.step)
+            step_pool(self.model).put(PooledStep(self.cache, self.step))
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -366,7 +389,7 @@ class GraphDecodeLoop:
 
 
 def _needs_every_token(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
-    """True when a callback may count its calls or read a clock, so that it must not run past the end."""
+    """True when a callback may count its calls or read a clock, so that it must not be called past the end."""
     return any(
         not type(callback).__module__.startswith("transformers.") or isinstance(callback, MaxTimeCriteria)
         for callback in (*processors, *criteria)
@@ -374,50 +397,45 @@ def _needs_every_token(processors: LogitsProcessorList, criteria: StoppingCriter
 
 
 class AsyncStopCheck:
-    """Sees from afar that all rows have ended, and hands tokens to a streamer, while the device works on.
+    """Polls finished flags copied asynchronously, and passes tokens to a streamer, while the device computes.
 
     Args:
-        ids: tells device and rows.
+        ids: int64 [B, length] on the model's device.
         streamer: gets each token [B]; or None.
-        every_token: look after every token; otherwise now and then, one look late.
+        every_token: check after every token; otherwise every `STOP_CHECK_INTERVAL`, one check late.
     """
 
     def __init__(self, ids: Tensor, streamer: Any, every_token: bool) -> None:
         self.streamer = streamer
         self.every_token = every_token
         self._steps = ids.new_zeros(())
-        self._marks: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._in_flight: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._tokens = 0
 
-    @property
-    def is_due(self) -> bool:
-        """True after a token whose mark was set."""
-        return self.every_token or self._tokens % STOP_CHECK_INTERVAL == 0
-
-    def count(self, unfinished: Tensor) -> None:
-        """Count a step if any row was unfinished before it; `unfinished` [B] is 1 or 0."""
+    def count_step(self, unfinished: Tensor) -> None:
+        """Count a step if any sequence was unfinished before it; `unfinished` [B] is 1 or 0."""
         self._steps += unfinished.max()
 
-    def mark(self, unfinished: Tensor, token: Tensor) -> None:
-        """Send the state after a token, `unfinished` and `token` [B], to the host."""
+    def send(self, unfinished: Tensor, token: Tensor) -> None:
+        """Start to copy the state after a token, `unfinished` and `token` [B], to the host, where a check is due."""
         self._tokens += 1
-        if not self.is_due:
+        if not self.every_token and self._tokens % STOP_CHECK_INTERVAL:
             return
         state = torch.cat((unfinished.max()[None], token))
         if not state.is_cuda:
-            self._marks.append((state, None))
+            self._in_flight.append((state, None))
             return
         event = torch.cuda.Event()
         host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
         host.copy_(state, non_blocking=True)
         event.record()
-        self._marks.append((host, event))
+        self._in_flight.append((host, event))
 
-    def sees_the_end(self) -> bool:
-        """True when the state that has arrived says that every row had ended."""
-        if len(self._marks) < (1 if self.every_token else 2):
+    def all_finished(self) -> bool:
+        """True when the oldest state in flight says that every sequence had finished; waits for that state."""
+        if len(self._in_flight) < (1 if self.every_token else 2):
             return False
-        return self._read(*self._marks.pop(0))
+        return self._read(*self._in_flight.pop(0))
 
     def _read(self, state: Tensor, event: torch.cuda.Event | None) -> bool:
         if event is not None:
@@ -427,9 +445,9 @@ class AsyncStopCheck:
         return not bool(state[0])
 
     def finish(self) -> int:
-        """Tokens until every row had ended; ends the streamer."""
+        """Number of tokens until every sequence had finished; ends the streamer."""
         if self.streamer is not None:
-            for mark in self._marks:
-                self._read(*mark)
+            for state in self._in_flight:
+                self._read(*state)
             self.streamer.end()
         return int(self._steps)

@@ -1,13 +1,13 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
-It knows no patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`, `build_mlp`,
-`build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `prepare_token_inputs`, `begin_lookup`); the
-overrides call `super()`, so that patches compose.
+Nothing here depends on a patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`,
+`build_mlp`, `build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `prepare_token_inputs`, `begin_lookup`); the
+overrides call `super()`, so that patches compose. A recurrent model sets `cache_class`.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
+# ruff: noqa: E402  (a too old transformers fails on an import below; this error names the releases that work)
 from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
@@ -39,25 +39,25 @@ from hf_efficient.modeling.decoder.cache_compat import (
     CACHE_ARGUMENT,
     CACHE_ARGUMENTS,
     cache_argument,
+    cache_of_arguments,
     check_arguments,
     one_cache,
 )
+from hf_efficient.modeling.decoder.cache_contract import CapturableCache, round_capacity
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
 from hf_efficient.modeling.decoder.generation_decoder import CapturedGeneration
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
 
-# Tensors of a stock family without which the attention computes something else.
+# Tensors that change what attention computes: a checkpoint that has them needs a configuration that does.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
 _PASSIVE_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.fsdp.")
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, plus `residual` where given.
-
-    Every feed-forward takes the token ids; this one has no use for them.
-    """
+    """Gated feed-forward: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -67,6 +67,16 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, plus `residual` where given.
+
+        Args:
+            hidden_states: [..., hidden_size].
+            token_ids: not used; every feed-forward is called with them.
+            residual: [..., hidden_size], added to the output.
+
+        Returns:
+            [..., hidden_size].
+        """
         gated = fused_gate(hidden_states, self.gate_proj, self.up_proj, self.act_fn)
         if gated is None:
             gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
@@ -74,11 +84,11 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: ``h += mixer(norm(h)); h += mlp(norm(h))``, from the parts that the model's factories built."""
+    """Pre-norm block ``h += mixer(norm(h)); h += mlp(norm(h))`` of modules that the model's factory methods built."""
 
     def __init__(self, mixer: nn.Module, mlp: nn.Module, input_norm: nn.Module, post_norm: nn.Module) -> None:
         super().__init__()
-        # A patch's part has attributes of its own.
+        # Typed Any: a patch's module has attributes of its own.
         self.self_attn: Any = mixer
         self.mlp: Any = mlp
         self.input_layernorm: Any = input_norm
@@ -98,13 +108,23 @@ class DecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The residual stream after this layer.
 
-        With `carry_residual` what the feed-forward adds to it is handed on beside it, `pending` for the next layer,
-        whose norm adds it on the way. By position, like the stream: checkpointing may look for gradients only there.
+        Args:
+            hidden_states: [B, S, hidden_size], the residual stream.
+            pending: [B, S, hidden_size], output of the previous layer's feed-forward that is still to be added to
+                `hidden_states`; None when it is. Positional: gradient checkpointing may look for gradients only there.
+            attention_mask: mask of this layer's attention, of whatever type the attention implementation takes.
+            position_embeddings: cosines and sines, [B, S, head_dim] each.
+            past_key_values, cache: the cache, under either name.
+            token_ids: what `prepare_token_inputs` of the model returned; int64 [B, S] without a patch.
+            carry_residual: return the feed-forward's output beside the stream instead of adding it, so that the next
+                norm adds it in the same kernel.
+
+        Returns:
+            [B, S, hidden_size]; with `carry_residual` the stream and the pending output, both of that shape.
         """
         cache = one_cache(past_key_values, cache, kwargs)
-        check_arguments(self, kwargs)
-        arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
-        normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *arriving)
+        inputs = (hidden_states, None) if pending is None else (pending, hidden_states)
+        normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *inputs)
         mixed, _ = self.self_attn(
             normed,
             position_embeddings=position_embeddings,
@@ -120,8 +140,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(normed, token_ids)
 
     def has_output_hooks(self) -> bool:
-        """True when a hook or wrapper wants the layer's own output: any but those that look on only when asked to."""
-        # Those that record outputs stay once they were asked to; those that shard weights take any output.
+        """True when a hook or wrapper may read the layer's output, which then must be the whole residual stream."""
+        # transformers' recording hooks stay installed after one use; FSDP's hooks accept any output.
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         origins = [getattr(hook, "__module__", "") for each in hooks for hook in each.values()]
         foreign = [origin for origin in origins if not origin.startswith(_PASSIVE_HOOKS)]
@@ -140,15 +160,21 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The cache of captured steps. A recurrent model sets its own class, which its forward then creates too.
+    cache_class: type[CapturableCache] = DecodeCache
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # again: keyword arguments of `from_pretrained` set its fields one by one, unchecked together
+        config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
         super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint that the configuration does not describe is an error, not a warning."""
+        """As in transformers, but a checkpoint that the configuration does not describe is an error, not a warning.
+
+        Raises:
+            HFEError: the checkpoint is of another architecture; see `check_loaded`.
+        """
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing_keys = set(loading_info["missing_keys"])
         # An empty state dict asks for fresh weights.
@@ -157,8 +183,8 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, with our own attention where nobody asks for another."""
-        if requested_attention in (None, "hfe_decode"):  # an exported copy has it under a name of its own
+        """As in transformers, with `hfe_decode` as the default."""
+        if requested_attention in (None, "hfe_decode"):  # an exported copy registers it under a name of its own
             requested_attention = DECODE_ATTENTION
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
@@ -170,6 +196,10 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
                 f"the configuration has no place for {len(foreign)} tensors of the checkpoint, {foreign[0]} first",
                 "convert the stock model with `hf-efficient convert`, which sets attention_bias and qk_norm",
             )
+
+    def build_cache(self, batch_size: int, capacity: int) -> Any:
+        """An empty cache of `cache_class` with memory for `capacity` tokens of each sequence."""
+        return self.cache_class(self.config, batch_size, capacity, self.dtype, self.device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,33 +224,49 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    # Factories
+    # Factory methods
 
     def build_layer(self, layer_idx: int) -> nn.Module:
+        """One decoder layer, made of the modules that the other factory methods return."""
         norms = (self.build_norm(position, layer_idx) for position in ("input", "post"))
         return DecoderLayer(self.build_mixer(layer_idx), self.build_mlp(layer_idx), *norms)
 
     def build_norm(self, position: str, layer_idx: int | None = None) -> nn.Module:
-        """The norm before a layer's mixer (`input`), before its feed-forward (`post`), or after the last (`final`)."""
+        """The norm of a position: `input` (before a mixer), `post` (before a feed-forward) or `final` (after all)."""
         return DecoderRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 
     def build_mixer(self, layer_idx: int) -> nn.Module:
+        """The token mixer of a layer, called like `DecoderAttention`."""
         return DecoderAttention(self.config, layer_idx)
 
     def build_mlp(self, layer_idx: int) -> nn.Module:
+        """The feed-forward of a layer, called like `GatedMLP`."""
         return GatedMLP(self.config)
 
     # Hooks
 
     def build_masks(self, **mask_inputs: Any) -> dict[str, Any]:
-        """Attention mask for each kind in `config.layer_types`; arguments as for transformers' `create_causal_mask`."""
+        """Attention mask of each type in `config.layer_types`; arguments as for transformers' `create_causal_mask`."""
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {kind: create[kind](config=self.config, **mask_inputs) for kind in set(self.config.layer_types)}
+        types = set(self.config.layer_types)
+        if isinstance(cache_of_arguments(mask_inputs), DecodeCache) and mask_inputs["inputs_embeds"].shape[1] == 1:
+            # Without a mask a single token would see the empty slots; transformers only knows its own static caches.
+            mask_inputs["allow_is_causal_skip"] = False
+        return {layer_type: create[layer_type](config=self.config, **mask_inputs) for layer_type in types}
+
+    def create_cache(self, inputs_embeds: Tensor) -> Any:
+        """The cache of a call with `use_cache` and without a cache, from its embeddings [B, S, hidden_size]."""
+        if self.cache_class is DecodeCache:
+            return DynamicCache(config=self.config)
+        return self.build_cache(inputs_embeds.shape[0], round_capacity(inputs_embeds.shape[1]))
 
     def resolve_token_ids(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Ids [B, S] that token-indexed parts look up. A patch may take more arguments out of `kwargs`."""
+        """Ids, int64 [B, S], for token-indexed modules; None with `inputs_embeds` alone.
+
+        A patch may remove its own arguments from `kwargs`.
+        """
         return input_ids
 
     def prepare_token_inputs(
@@ -231,18 +277,18 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """What layers get as `token_ids`, from the arguments of the call; here a patch may change what is looked up.
+        """What the layers get as `token_ids`, from the arguments of the call.
 
-        It may take more arguments out of `kwargs`.
+        A patch overrides it to change what token-indexed modules read, and may remove its own arguments from `kwargs`.
         """
         return self.begin_lookup(token_ids)
 
     def begin_lookup(self, token_ids: Tensor | None) -> Any:
-        """A look-up of these ids; here a patch may begin to fetch what token-indexed parts will look up."""
+        """The token ids; a patch may start to fetch table rows for them and return a handle in their place."""
         return token_ids
 
     def vocabulary_rows(self) -> int:
-        """Rows of the embedding; an adapter's wrapper may hide them, then as many as the configuration says."""
+        """Rows of the embedding; `config.vocab_size` where an adapter's wrapper hides them."""
         return getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
 
     def check_token_ids(self, ids: Tensor) -> None:
@@ -273,6 +319,22 @@ class DecoderModel(DecoderPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm, `last_hidden_state` [B, S, hidden_size], and the cache.
+
+        Args:
+            input_ids: int64 [B, S]; or `inputs_embeds`, not both.
+            attention_mask: [B, cached tokens + S], 0 at padding; a mask [B, 1, S, key-value length]; or a mapping of
+                layer type to mask, which is used as it is.
+            position_ids: int64 [B, S] or [1, S]; by default those that follow the cached tokens.
+            past_key_values, cache: the cache, under either name.
+            inputs_embeds: [B, S, hidden_size].
+            use_cache: create a cache where none is passed; by default `config.use_cache`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` were passed.
+            TokenIdError: an id is outside the vocabulary; see `check_token_ids`.
+            HFEError: two different caches were passed, or a cache, mask or positions under an unknown name.
+        """
         cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -284,12 +346,12 @@ class DecoderModel(DecoderPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = self.create_cache(inputs_embeds)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
-        # `generate` with a static cache prepares the masks itself and hands over the mapping.
+        # `generate` with a static cache prepares the masks itself and passes the mapping.
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.build_masks(
@@ -300,34 +362,34 @@ class DecoderModel(DecoderPreTrainedModel):
             )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        # Early exit in assisted generation lowers `num_hidden_layers` for a while.
+        # Early exit in assisted generation lowers `num_hidden_layers` during a call.
         layers = self.layers[: self.config.num_hidden_layers]
-        carry = self._may_carry(layers, kwargs)
+        defer = self._may_defer_residual(layers, kwargs)
         pending: Tensor | None = None
-        for kind, layer in zip(self.config.layer_types, layers, strict=False):
-            handed_on = layer(
+        for layer_type, layer in zip(self.config.layer_types, layers, strict=False):
+            outputs = layer(
                 hidden_states,
                 pending,
-                attention_mask=masks[kind],
+                attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 token_ids=token_inputs,
-                carry_residual=carry,
+                carry_residual=defer,
                 **cache_argument(cache),
                 **kwargs,
             )
-            hidden_states, pending = handed_on if carry else (handed_on, None)
-        arriving = (hidden_states, None) if pending is None else (pending, hidden_states)
-        normed, _, _ = add_and_norm(self.norm, *arriving)
+            hidden_states, pending = outputs if defer else (outputs, None)
+        inputs = (hidden_states, None) if pending is None else (pending, hidden_states)
+        normed, _, _ = add_and_norm(self.norm, *inputs)
         return BaseModelOutputWithPast(last_hidden_state=normed, **cache_argument(cache))
 
     def layers_here(self) -> dict[int, Any]:
-        """The layers by index; a serving engine leaves an `nn.Identity` for each that another pipeline stage has."""
+        """This pipeline stage's layers by index; a serving engine leaves an `nn.Identity` for each of another stage."""
         return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)}
 
-    def _may_carry(self, layers: Any, kwargs: dict[str, Any]) -> bool:
-        """True when nobody asks for the stream between two layers, so that it may lack what is still to be added."""
+    def _may_defer_residual(self, layers: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the residual add may be deferred into the next norm: no output between two layers is read."""
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if not self.config.carry_residual or recorded or len(self.layers_here()) < len(self.layers):
             return False
@@ -335,7 +397,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):
-    """A `DecoderModel` and a language-model head. Subclasses name their model in `model_class`."""
+    """A `DecoderModel` and a language-model head. Subclasses set `model_class`."""
 
     model_class: type[DecoderModel] = DecoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -368,9 +430,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, K, vocab_size] and, given `labels` [B, S] (-100 is ignored), the next-token cross-entropy.
+        """Logits [B, K, vocab_size], the cache, and with `labels` the next-token cross-entropy.
 
-        `logits_to_keep`: 0 for all positions, n for the last n, or a tensor of positions.
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as for
+                `DecoderModel`.
+            labels: int64 [B, S]; -100 is ignored.
+            logits_to_keep: 0 for all positions (K = S), n for the last n, or a tensor of K positions.
         """
         outputs = self.model(
             input_ids=input_ids,

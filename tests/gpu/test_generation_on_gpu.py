@@ -32,9 +32,8 @@ from transformers.generation.streamers import BaseStreamer
 from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.environment import triton_interpreted
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder import generation_decoder
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT
-from hf_efficient.modeling.decoder.decode_step import DecodeCache, DecodeStep, round_capacity, step_signature
+from hf_efficient.modeling.decoder.cache_contract import round_capacity
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 
@@ -272,7 +271,7 @@ def test_a_cache_that_does_not_fit_leaves_the_call_to_transformers(
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generation_decoder, "DecodeCache", no_memory)
+    monkeypatch.setattr(type(llama[1]), "build_cache", no_memory)
     expected, found = (_generate(model, _ids(device)) for model in llama)
     assert torch.equal(found, expected)
 
@@ -297,18 +296,6 @@ def test_virtual_tokens_act(llama: tuple[Any, Any], kind: str, device: torch.dev
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 2)
         outputs.append(adapted.to(device).generate(input_ids=_ids(device), max_new_tokens=NEW, eos_token_id=None))
     assert torch.equal(*outputs)
-
-
-def test_the_signature_of_a_step_tells_of_settings_and_parts(device: torch.device) -> None:
-    ours = _pair("mistral", device)[1]
-    seen = {step_signature(ours)}
-    ours.model.layers[0].self_attn.sliding_window = 3
-    seen.add(step_signature(ours))
-    ours.model.layers[0].mlp.act_fn = nn.GELU().eval()
-    seen.add(step_signature(ours))
-    ours.config.rms_norm_eps = 0.1
-    seen.add(step_signature(ours))
-    assert len(seen) == 4 and None not in seen
 
 
 @gpu
@@ -389,40 +376,6 @@ def test_callbacks_of_the_user_are_called_once_a_token(llama: tuple[Any, Any], d
         calls.append(Ban.calls)
     assert torch.equal(*outputs)
     assert calls == [5, 5]
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("rows", [1, 3, 32])
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-def test_a_replay_equals_the_same_kernels_launched_one_by_one(
-    rows: int, padded: bool, dtype: torch.dtype, device: torch.device
-) -> None:
-    ours = _pair("qwen3", device, dtype)[1]
-    config = ours.config
-    results = []
-    with torch.no_grad():
-        for replayed in (False, True):
-            cache = DecodeCache(config, rows, 64, dtype, device)
-            generator = torch.Generator(device).manual_seed(0)
-            for layer in cache.layers:
-                layer.keys.normal_(generator=generator)
-                layer.values.normal_(generator=generator)
-                layer.cumulative_length.fill_(9)
-            step = DecodeStep(cache, set(config.layer_types), padded)
-            columns = torch.ones(rows, 9, dtype=torch.bool, device=device)
-            columns[-1, :4] = False
-            step.reset(9, torch.full((rows,), 9, device=device), columns if padded else None)
-            if replayed:
-                step.capture(ours, cache, step_signature(ours))
-            logits = []
-            for token in range(5):
-                step.tokens.fill_(3 + token)
-                logits.append((step.replay() if replayed else step.run(ours, cache)).clone())
-            results.append((torch.stack(logits), cache.layers[1].keys.clone(), cache.lengths.clone()))
-    for called, replay in zip(*results, strict=True):
-        assert torch.equal(called, replay)
-    assert results[0][2].tolist() == [14] * config.num_hidden_layers
 
 
 @gpu
@@ -516,18 +469,3 @@ def test_stock_models_take_the_decode_attention(
         stock.set_attn_implementation("hfe_decode")
         assert torch.equal(_generate(stock, inputs, **options), expected)
         stock.set_attn_implementation("sdpa")
-
-
-@gpu
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-def test_a_prompt_needs_no_square_mask(padded: bool, device: torch.device) -> None:
-    ours = _pair("llama", device, torch.bfloat16)[1]
-    length = 16384
-    ids = _ids(device, 2, length)
-    mask = torch.ones_like(ids)
-    mask[1, : length // 2] = 1 - int(padded)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with torch.no_grad():
-        ours(ids, attention_mask=mask, logits_to_keep=1)
-    assert torch.cuda.max_memory_allocated() - before < length * length, "a boolean mask of one row alone is larger"

@@ -1,7 +1,7 @@
-"""The cache that all branches of a row share: one slab of columns a layer, in the order in which tokens came.
+"""The cache that all branches of a sequence share: slots in the order in which tokens were generated.
 
-A column's place says nothing about who sees it; its segment does. Keys carry the rotary position of their token, so
-branches write side by side, and fork and join move nothing.
+A slot's index says nothing about which queries see it; its segment does. Keys carry the rotary position of their token,
+so branches write side by side, and fork and join move nothing.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_efficient.modeling.decoder.attention import CacheWrite
-from hf_efficient.modeling.decoder.decode_step import round_capacity
+from hf_efficient.modeling.decoder.cache_contract import CapturableCache, round_capacity
 
 
 class TopologyLayer(CacheLayerMixin):
     """Keys and values [B, Hkv, capacity, D] of one layer.
 
-    One more column behind the last takes what is to be written nowhere.
+    One more slot after the last takes tokens that are not to be stored.
     """
 
     is_sliding = False
 
-    def __init__(self, cache: TopologyCache) -> None:
+    def __init__(self, next_slots: NextSlots) -> None:
         super().__init__()
-        self._cache_columns = cache.next_slots
+        self._next_slots = next_slots
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate memory for keys and values like these, [B, Hkv, Q, D]."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        columns = self._cache_columns
+        slots = self._next_slots.capacity + 1
         self._set(
-            *(states.new_zeros(*states.shape[:2], columns.capacity + 1, states.shape[3])
-              for states in (key_states, value_states))
-        )  # fmt: skip
+            *(states.new_zeros(*states.shape[:2], slots, states.shape[3]) for states in (key_states, value_states))
+        )
         self.is_initialized = True
 
     def _set(self, keys: Tensor, values: Tensor) -> None:
@@ -44,7 +44,7 @@ class TopologyLayer(CacheLayerMixin):
         self.keys, self.values = keys[:, :, :-1], values[:, :, :-1]
 
     def grow(self, capacity: int) -> None:
-        """Move to memory of `capacity` columns, with all that is stored."""
+        """Move to memory of `capacity` slots, with all that is stored."""
         moved = []
         for old in self._storage:
             new = old.new_zeros(*old.shape[:2], capacity + 1, old.shape[3])
@@ -53,86 +53,110 @@ class TopologyLayer(CacheLayerMixin):
         self._set(*moved)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the tokens of a call to their columns; what the call's queries may look at."""
+        """Write a call's keys and values [B, Hkv, Q, D] to their slots; return those that its queries may see.
+
+        For a prompt these are the call's own, for other calls [B, Hkv, key-value length, D].
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        call = self._cache_columns
-        if call.slots is None:  # the prompt: columns 0, 1, …, and nothing was there before
+        slots, kv_length = self._next_slots.slots, self._next_slots.kv_length
+        if slots is None:  # a prompt: slots 0, 1, …, of an empty cache
             for storage, states in zip(self._storage, (key_states, value_states), strict=True):
                 storage[:, :, : states.shape[2]] = states
             return key_states, value_states
         for storage, states in zip(self._storage, (key_states, value_states), strict=True):
-            storage.scatter_(2, call.slots[:, None, :, None].expand_as(states), states)
-        return self.keys[:, :, : call.width], self.values[:, :, : call.width]
+            storage.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        return self.keys[:, :, :kv_length], self.values[:, :, :kv_length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        call = self._cache_columns
-        return (query_length if call.slots is None else call.width), 0
+        """Key-value length and offset, as in transformers."""
+        return (query_length if self._next_slots.slots is None else self._next_slots.kv_length), 0
 
     def get_seq_length(self) -> int:
-        return self._cache_columns.width if self._cache_columns.slots is not None else 0
+        return self._next_slots.kv_length if self._next_slots.slots is not None else 0
 
     def get_max_length(self) -> int:
-        return self._cache_columns.capacity
+        return self._next_slots.capacity
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.23
 
 
-class _Columns:
-    """Where the tokens of the coming call go; shared by the layers.
+class NextSlots:
+    """Where the tokens of the next call are written; one object for all layers of a cache.
 
     Attributes:
-        capacity: columns of each layer.
-        slots: [B, Q], int64: column of each token, `capacity` for one that goes nowhere; None for the prompt.
-        width: columns that the call's queries may look at.
+        capacity: slots of each layer.
+        slots: int64 [B, Q], slot of each token, `capacity` for one that is not stored; None for a prompt.
+        kv_length: slots that the call's queries may see, the first ones.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.slots: Tensor | None = None
-        self.width = capacity
+        self.kv_length = capacity
 
 
-class TopologyCache(Cache):
-    """One slab a layer, [B, Hkv, capacity, D], written where `place` says.
+class TopologyCache(CapturableCache, Cache):
+    """Keys and values [B, Hkv, capacity, D] of each layer, written to the slots that `place` names.
 
     Args:
         layers: number of layers.
-        batch: rows.
-        capacity: columns; rounded up, as the captured steps of plain generation have it.
-        device: of the columns' segments; keys and values are where the model computes them.
+        batch: number of sequences.
+        capacity: slots; rounded up by `round_capacity`.
+        device: of the slots' segments; keys and values are where the model computes them.
 
     Attributes:
-        segments: [B, capacity + 1], int32: segment of each column, -1 where there is none.
+        segments: int32 [B, capacity + 1], segment of each slot, -1 where there is none.
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, device: torch.device) -> None:
-        self.next_slots = _Columns(round_capacity(capacity))
-        super().__init__(layers=[TopologyLayer(self) for _ in range(layers)])
+        self.next_slots = NextSlots(round_capacity(capacity))
+        super().__init__(layers=[TopologyLayer(self.next_slots) for _ in range(layers)])
         with torch.inference_mode(False):  # the cache may outlive the caller's inference mode
             self.segments = torch.full((batch, self.capacity + 1), -1, dtype=torch.int32, device=device)
+
+    @property
+    def batch_size(self) -> int:
+        return self.segments.shape[0]
 
     @property
     def capacity(self) -> int:
         return self.next_slots.capacity
 
-    def place(self, slots: Tensor | None, width: int | None = None) -> None:
-        """Where the tokens of the coming call go, and how many columns its queries may look at; None: all."""
+    def memory(self) -> list[Tensor]:
+        states = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        return [self.segments, *states]
+
+    def state_tensors(self) -> list[Tensor]:
+        """None: a step writes the slots that it was given, the same ones when it runs again."""
+        return []
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` slots of each sequence; no query sees the others again until they are rewritten."""
+        self.segments[:, length:] = -1
+
+    def place(self, slots: Tensor | None, kv_length: int | None = None) -> None:
+        """Set where the tokens of the next call are written.
+
+        Args:
+            slots: int64 [B, Q], `capacity` for a token that is not stored; None for a prompt in an empty cache.
+            kv_length: slots that the call's queries may see; None for all.
+        """
         self.next_slots.slots = slots
-        self.next_slots.width = self.capacity if width is None else width
+        self.next_slots.kv_length = self.capacity if kv_length is None else kv_length
 
     def next_write(self, layer_idx: int) -> CacheWrite | None:
-        """Where a kernel may write the coming call's tokens itself; None for a prompt or a part of the columns."""
-        layer, call = self.layers[layer_idx], self.next_slots
-        if not layer.is_initialized or call.slots is None or call.width != call.capacity:
+        """Where a kernel may write the next call's tokens; None for a prompt, or when not all slots may be seen."""
+        layer, following = self.layers[layer_idx], self.next_slots
+        if not layer.is_initialized or following.slots is None or following.kv_length != following.capacity:
             return None
-        return CacheWrite(layer.keys, layer.values, call.slots)
+        return CacheWrite(layer.keys, layer.values, following.slots)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def grow(self, columns: int) -> None:
-        """Make room for `columns`: at least twice the columns there were."""
-        capacity = round_capacity(max(columns, 2 * self.capacity))
+    def grow(self, capacity: int) -> None:
+        """Have room for `capacity` slots, and for at least twice as many as before."""
+        capacity = round_capacity(max(capacity, 2 * self.capacity))
         for layer in self.layers:
             if layer.is_initialized:
                 layer.grow(capacity)
@@ -142,10 +166,6 @@ class TopologyCache(Cache):
         self.next_slots.capacity = capacity
 
     def reset(self) -> None:
-        """Forget everything, for another prompt in the same memory; keys and values stay until they are overwritten."""
+        """Forget all tokens, in the same memory; keys and values stay until they are overwritten."""
         self.segments.fill_(-1)
         self.place(None)
-
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)

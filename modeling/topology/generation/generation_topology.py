@@ -27,7 +27,6 @@ from hf_efficient.modeling.topology.generation.generate_output import BranchInfo
 from hf_efficient.modeling.topology.generation.limits import Limits, is_integer
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
 from hf_efficient.modeling.topology.generation.sampling import ProcessedSampler, Sampler
-from hf_efficient.modeling.topology.generation.topology_step import free_session, idle_session
 from hf_efficient.modeling.topology.grammar.control_tokens import (
     check_grammar,
     control_token_ids,
@@ -388,16 +387,6 @@ class ParallelGeneration:
         if options:
             raise UsageError(f"{options[0]} belongs to parallel generation, which is off", "pass parallel=True")
         return super().generate(*args, **kwargs)
-
-    def captured_steps(self) -> list[dict[str, Any]]:
-        """Captured steps kept for the next calls of `generate`, including those of parallel generation."""
-        session = idle_session(self)
-        return super().captured_steps() + ([] if session is None else session.report())
-
-    def free_captured_steps(self) -> None:
-        """Free the memory of `captured_steps`."""
-        free_session(self)
-        super().free_captured_steps()
 
 
 def _name_positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from hf_efficient.convert_checkpoint import convert
 from hf_efficient.data.topology_collator import mark_topology_trained
 from hf_efficient.errors import HFEError
 from hf_efficient.evaluation import evaluate
-from hf_efficient.modeling.decoder import generation_decoder
+from hf_efficient.modeling.decoder import generation_decoder, graph_capture
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MULTIVERSE, control_token_ids
 
 Stock = Callable[..., Path]
@@ -193,7 +193,7 @@ def test_nor_does_it_in_the_loop_of_captured_steps(
     """The loop that serves CUDA graphs; here its steps are called, with the reference of the attention."""
     turns: list[Any] = []
     generate = generation_decoder.GraphDecodeLoop.generate
-    monkeypatch.setattr(generation_decoder, "_may_capture", lambda device: True)
+    monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
     monkeypatch.setattr(
         generation_decoder.GraphDecodeLoop,
         "generate",

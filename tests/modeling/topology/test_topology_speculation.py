@@ -6,7 +6,7 @@ They run ahead where steps are replayed from CUDA graphs; here, on the CPU, they
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.scripted_sampler import ScriptedSampler
+from hf_efficient.modeling.decoder.cache_contract import restored
+from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
 from hf_efficient.modeling.topology.generation.topology_step import TopologySession
@@ -101,7 +103,7 @@ def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
     model, tokenizer, rng = model_of(grammar), toy_tokenizer(grammar), random.Random(7)
     model.lm_head.weight.data[list(tokenizer.token_ids.values())] *= 1.5  # so that tags are chosen now and then
     fork = {"multiverse": "</Goal>", "medverse": "</Plan>"}[grammar]
-    monkeypatch.setattr(f"{TopologyCache.__module__}.round_capacity", lambda columns: columns + 3)
+    monkeypatch.setattr(f"{TopologyCache.__module__}.round_capacity", lambda tokens: tokens + 3)
     monkeypatch.setattr(f"{ParallelDecodeLoop.__module__}.INITIAL_NEW_SLOTS", 4)
     for seed in range(8):
         prompts = [f"{random_text(grammar, seed + 50 * b, seed % 2 == 0).split(fork)[0]}{fork}" for b in range(3)]
@@ -163,15 +165,16 @@ def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the
 ) -> None:
     """Recording runs the step once, and the device keeps the tokens that a step chose where it begins with them."""
 
-    def recorded_in_vain(run: Callable[[], Tensor], device: torch.device) -> None:
-        run()
-        raise torch.OutOfMemoryError("no room for a graph")
+    def record_and_fail(run: Callable[[], Tensor], device: torch.device, state: Sequence[Tensor]) -> None:
+        with restored(state):
+            run()
+            raise torch.OutOfMemoryError("no room for a graph")
 
     def logits_of(session: TopologySession) -> Tensor:
         session._chosen[:2] = torch.tensor([70, 80])
         step = session.step_for(2, 2, 1, False)
         step.tokens[:] = torch.tensor([-1, -2])  # the two that the last step chose
-        step.positions[:] = step.columns[:] = torch.tensor([0, 1])
+        step.positions[:] = step.slots[:] = torch.tensor([0, 1])
         step.segment_visibility[:], step.kv_len[:] = 1, 2
         session.execute(step, model)
         return step.logits
@@ -179,9 +182,9 @@ def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the
     model = model_of("multiverse", torch.float32)
     with torch.no_grad():
         expected = logits_of(TopologySession(model, 1, 2))
-        monkeypatch.setattr(f"{TopologySession.__module__}.capture_obstacle", lambda model: "")
-        monkeypatch.setattr(f"{TopologySession.__module__}.record_graph", recorded_in_vain)
-        session = TopologySession(model, 1, 2)
+        monkeypatch.setattr(f"{TopologySession.__module__}.can_capture_steps", lambda model: True)
+        monkeypatch.setattr(f"{TopologySession.__module__}.record_graph", record_and_fail)
+        session = TopologySession(model, 1, 2, step_signature(model))
         assert torch.equal(logits_of(session), expected) and not session.may_capture
 
 
