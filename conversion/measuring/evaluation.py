@@ -1,7 +1,7 @@
-"""Measured loss of a model, alone or against a reference, with confidence intervals.
+"""Measured loss of a model, alone or compared with a reference, with confidence intervals.
 
-The unit of sampling is the sequence: a figure is the mean of its sequence means, its interval is Student's t over them,
-and differences are taken within a sequence, so that hard and easy text cancel.
+The sampling unit is the sequence: a figure is the mean of the sequences' means, with Student's t interval over them.
+Differences between models are paired by sequence, so that the difficulty of the text cancels.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 CONFIDENCE = 0.95
-# In which `checkpoint_logits` computes, whatever the dtype of the weights.
+# Dtype in which `checkpoint_logits` computes, whatever the dtype of the weights.
 PASS_DTYPE = "float32"
 
 # A figure that is given for each bucket of `BUCKETS`.
 Figure = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
-# Logits of token ids [B, S]: pieces [n, V] of at most LOGIT_POSITIONS positions, sequence after sequence.
+# Token ids [B, S] -> their logits, in pieces [n, V] of n <= LOGIT_POSITIONS positions, sequence after sequence.
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % confidence interval; the interval is None when there is one sequence only."""
+    """A mean and the bounds of its 95 % confidence interval, which are None for a single sequence."""
 
     mean: float
     low: float | None
@@ -42,6 +42,7 @@ class Estimate:
 
     @classmethod
     def of(cls, sequence_means: Tensor) -> Estimate:
+        """The estimate from one mean for each sequence [B], with Student's t."""
         values = sequence_means.double()
         mean = float(values.mean())
         if len(values) < 2:
@@ -71,21 +72,21 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured, on which text.
+    """Measured figures of a model on a text.
 
     Attributes:
         text: name of the text.
-        tokens: predicted tokens; each sequence's first token is context only.
-        sequences: independent sequences, over which the intervals are taken.
-        sequence_length: tokens in each.
+        tokens: number of predicted tokens; the first token of each sequence is not predicted.
+        sequences: number of sequences, over which the intervals are taken.
+        sequence_length: tokens in each sequence.
         nll: cross-entropy in nats per token.
         perplexity: ``exp(nll)``.
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
-        top1_agreement: share of positions where both predict the same token first.
-        objective: what is predicted: `next tokens`, or `masked tokens` by a model that reads in both directions.
-        by_count: the means again for each of `BUCKETS`, by how often the calibration text holds the token that is read
-            at the position, and the bucket's `share_of_tokens`, by which its means add up to those of the whole.
+        top1_agreement: share of positions at which both models have the same most likely token.
+        objective: `next tokens`, or `masked tokens` for a bidirectional model.
+        by_count: the means by bucket of `BUCKETS`, where a position's bucket is the number of occurrences of its input
+            token in the calibration text, and the bucket's `share_of_tokens`, the weight of its means in the whole.
     """
 
     text: str
@@ -129,7 +130,10 @@ def checkpoint_logits(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> LogitSource:
-    """Logits of a checkpoint that is never in memory as a whole; computed in fp32, layer by layer."""
+    """Logits of a checkpoint, computed in fp32, layer by layer; the checkpoint is never in memory as a whole.
+
+    `progress(layers done, number of layers)` is called after every layer.
+    """
 
     def logits(ids: Tensor) -> Iterator[Tensor]:
         run = LayerwisePass(config, reader, [ids], device=device)
@@ -141,7 +145,7 @@ def checkpoint_logits(
 
 
 def model_logits(model: nn.Module) -> LogitSource:
-    """Logits of a model in memory, one sequence at a time."""
+    """Logits of a model in memory, in eval mode, one sequence at a time; its training mode is restored afterwards."""
 
     @torch.no_grad()
     def logits(ids: Tensor) -> Iterator[Tensor]:
@@ -159,18 +163,18 @@ def model_logits(model: nn.Module) -> LogitSource:
 
 
 def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy [n] in nats of targets [n] under logits [n, V], fp32."""
+    """Cross-entropy in nats of targets [n] under logits [n, V], as fp32 [n]."""
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
 def nll_by_position(pieces: Iterator[Tensor], ids: Tensor) -> Tensor:
-    """Cross-entropy [B, S - 1] of each next token of ids [B, S] under the logits that a `LogitSource` gave for them."""
+    """Cross-entropy in nats [B, S - 1] of each next token of ids [B, S]; `pieces` are the logits of a `LogitSource`."""
     nll = [next_token_nll(piece, target) for piece, target in zip(pieces, _pieces(ids.roll(-1, dims=1)), strict=True)]
     return torch.cat(nll).view_as(ids)[:, :-1]
 
 
 def _pieces(values: Tensor) -> Iterator[Tensor]:
-    """Values [B, S] of the positions in the pieces of a `LogitSource`."""
+    """`values` [B, S] cut into the same pieces of positions as the logits of a `LogitSource`."""
     return (piece for sequence in values for piece in sequence.split(LOGIT_POSITIONS))
 
 
@@ -182,9 +186,13 @@ def evaluate_logits(
     *,
     counts: Tensor | None = None,
 ) -> EvaluationReport:
-    """Measure `model` on token ids [B, S], S at least 2, and compare it with `reference` where one is given.
+    """Next-token loss of `model` on a text, and its difference from `reference` if one is given.
 
-    `counts` [vocab_size] splits the figures by how often the calibration text holds the token that is read.
+    Args:
+        ids: token ids [B, S], S at least 2.
+        text: name of the text.
+        model, reference: logits of the two models.
+        counts: [vocab_size] occurrences of each token in the calibration text, for `EvaluationReport.by_count`.
 
     Raises:
         HFEError: the two models have vocabularies of different sizes.
@@ -206,12 +214,13 @@ def compare_predictions(
     counts: Tensor | None = None,
     objective: Literal["next tokens", "masked tokens"] = "next tokens",
 ) -> EvaluationReport:
-    """Measure what `model` and `reference`, given token ids [B, S], predict at some positions.
+    """Loss of `model`, and its difference from `reference`, over chosen positions of token ids [B, S].
 
     Args:
-        targets: [B, S] the right token of each position.
-        predicted: [B, S] bool, the positions that count; at least one in each sequence.
-        counts: [vocab_size], as for `evaluate_logits`.
+        ids: [B, S] input of both models.
+        targets: [B, S] correct token of each position.
+        predicted: [B, S] bool, the positions to measure; at least one in each sequence.
+        text, model, reference, counts: as for `evaluate_logits`.
         objective: see `EvaluationReport`.
 
     Raises:
@@ -256,7 +265,7 @@ def compare_predictions(
 
 
 def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, dict[Figure, float]]:
-    """Share of the positions and means of the figures [n] in each bucket that holds a position."""
+    """For each bucket with a position: its share of the positions, and the means of the figures [n] over them."""
     found = {name: bucket == i for i, name in enumerate(BUCKETS)}
     return {
         name: {

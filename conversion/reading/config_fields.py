@@ -1,6 +1,4 @@
-"""Fields of config.json that the mapping to our decoder does not read: which of them change nothing, and which must not
-be passed over.
-"""
+"""Fields of config.json that the mapping to our decoder does not read: which can be ignored, and which are refused."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_efficient.errors import HFEError
 
-# Not declared by the stock families' configurations; in none of their logits, whatever the value.
+# Fields that the stock families' configurations do not declare, and that do not change their logits.
 _NO_EFFECT = frozenset(
     (
-        # what the file is and where it comes from
+        # kind and origin of the file
         *("model_type", "auto_map", "name_or_path", "torch_dtype", "configuration_files", "transformers_weights"),
         *("is_llama_config", "transformers.js_config", "license", "language", "datasets", "base_model"),
         # tokenizer and lengths
@@ -36,17 +34,17 @@ _NO_EFFECT = frozenset(
         *("gradient_checkpointing", "neftune_noise_alpha", "hidden_dropout", "hidden_dropout_prob", "embd_pdrop"),
         *("attn_pdrop", "resid_pdrop", "attention_probs_dropout_prob", "residual_dropout", "embedding_dropout"),
         *("initializer_factor", "init_std", "z_loss", "use_reentrant", "pretraining_tp"),
-        # how attention is computed, and what is returned beside the logits
+        # implementation of attention, and further outputs
         *("attn_implementation", "experts_implementation", "use_flash_attention", "use_flash_attention_2"),
         *("use_flash_attn", "flash_attention", "use_sdpa", "output_attentions", "use_return_dict", "torchscript"),
         *("use_bfloat16", "tf_legacy_loss"),
-        # read by the configuration class into other fields
+        # converted to other fields by the configuration class
         *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"),
         *("use_sliding_window", "max_window_layers", "layer_types", "sliding_window", "head_dim"),
     )
 )
 _NO_EFFECT_PREFIXES = ("_", "unsloth_")
-# Words in the names of fields that change what a model computes, in one architecture or another.
+# Parts of the names of fields that change what a model computes in some architecture.
 _COMPUTES = re.compile(
     r"scal|multipl|cap|clip|clamp|window|chunk|rope|rotary|posit|alibi|attn|attention|attribute|causal|norm|bias|layer"
     r"|head|expert|moe|router|mtp|nextn|block|parallel|sparse|kv|latent|lora|mup|fus|config|residual|conv|mamba|ssm|gate"
@@ -57,21 +55,21 @@ _EMPTY: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bool = True) -> list[str]:
-    """Warnings about fields that were passed over, as transformers does.
+    """Warnings about fields of a decoder's config.json that are ignored, as transformers ignores them.
 
     Args:
         fields: of config.json.
-        config: the configuration that transformers makes of them.
-        others: look at fields that no stock model has; False where somebody else reads them.
+        config: transformers' configuration with these fields.
+        others: also check fields that the stock model does not have; False if another reader checks them.
 
     Raises:
-        HFEError: a field changes what the model computes, or may do so, in a way that our decoder does not follow.
+        HFEError: a field changes, or may change, what the model computes in a way that our decoder does not implement.
     """
     model_type = str(config.model_type)
     if not fields.get("is_causal", True):
         raise _refusal("is_causal", fields["is_causal"], "attends to later positions too", "use a causal model")
     if config.is_encoder_decoder:
-        raise _refusal("is_encoder_decoder", True, "is no decoder of its own", "use a causal language model")
+        raise _refusal("is_encoder_decoder", True, "is an encoder-decoder", "use a causal language model")
     _check_windows(fields, config)
     _check_rope(config)
     declared = {field.name for field in dataclasses.fields(config)}
@@ -99,11 +97,11 @@ def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Seq
 
     Args:
         fields: of config.json.
-        config: the configuration that transformers makes of them.
+        config: transformers' configuration with these fields.
         read: fields that the caller has checked.
 
     Raises:
-        HFEError: the name of such a field says that it changes what the model computes.
+        HFEError: the name of such a field suggests that it changes what the model computes.
     """
     model_type = str(config.model_type)
     known = (
@@ -127,7 +125,10 @@ def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Seq
 
 
 def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Of Llama and Mistral, `layer_types` decides over the cache alone, and Llama's `sliding_window` too."""
+    """Raise `HFEError` where sliding windows of config.json affect the stock model's cache but not its attention.
+
+    In Llama and Mistral `layer_types` only selects the cache layers; so does `sliding_window` in Llama.
+    """
     declared = {field.name for field in dataclasses.fields(config)}
     window = fields.get("sliding_window")
     if "sliding_window" not in declared and window is not None:
@@ -153,7 +154,7 @@ def _check_rope(config: PreTrainedConfig) -> None:
         raise _refusal(
             "partial_rotary_factor",
             rope["partial_rotary_factor"],
-            "turns a part of every head, and the stock model all of it",
+            "rotates a part of each head, while the stock model rotates all of it",
             "set it to 1, or use the model type that the checkpoint was trained as",
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors do not have the names that the model gives them, but are found by transformers."""
+"""Checkpoints whose tensors have other names than the model's, which transformers maps when it loads them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class RenamedReader:
-    """A `TensorReader` over another one, some of whose tensors go by other names.
+    """A `TensorReader` that gives some tensors of another reader new names.
 
     Args:
-        reader: of the file's names.
-        stored: the file's name of each renamed tensor.
+        reader: the tensors by their names in the file.
+        stored: new name -> name in the file, for each renamed tensor.
     """
 
     def __init__(self, reader: TensorReader, stored: dict[str, str]) -> None:
@@ -44,9 +44,10 @@ class RenamedReader:
 
 
 def with_stock_names(reader: TensorReader, config: PreTrainedConfig) -> TensorReader:
-    """The reader under the names that the model of `config`, one of ours, gives its tensors.
+    """The reader with the tensor names of the model of `config`, a configuration of ours.
 
-    The family knows the other names of its files; of two tied tensors the file may hold the one that the model derives.
+    The family maps the names that its files may have. If the file has only the derived one of two tied tensors, it is
+    read as the other.
     """
     names, tensors = set(reader.names()), model_tensors(config)
     stored = family_of_config(config).stored_names(names, set(tensors.shapes))
