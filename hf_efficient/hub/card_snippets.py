@@ -11,6 +11,7 @@ from hf_efficient import __version__
 from hf_efficient.conversion.families.family import family_of
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
+from hf_efficient.hub.weight_names import weight_sets
 from hf_efficient.json_file import read_json
 from hf_efficient.registry import patch_classes
 
@@ -23,11 +24,14 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     auto_class = auto_class_of(config)
     tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
     imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
+    # Without the plain weight files, transformers must be given the variant.
+    named = next((found.variant for found in weight_sets(path.name for path in folder.iterdir())), None)
+    variant = f'variant="{named}", ' if named else ""
     lines = [
         f"from transformers import {imported}",
         "",
         f'repository, commit = "{repo_id}", "..."  # a full commit hash, from the page\'s history',
-        f"model = {auto_class}.from_pretrained(repository, revision=commit, trust_remote_code=True)",
+        f"model = {auto_class}.from_pretrained(repository, revision=commit, {variant}trust_remote_code=True)",
     ]
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.companion_files import TOKENIZER_FILES, is_licence
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.hub.card import CARD
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
+from hf_efficient.hub.weight_names import is_weight_file, weight_sets
 from hf_efficient.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
 _ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG_FILE, *TOKENIZER_FILES)
@@ -22,7 +23,6 @@ _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
 # As much of a file as tells what it is.
 FIRST_BYTES = 1 << 12
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 # What the Trainer writes beside a model, and never reads unless training is resumed from the folder.
 _TRAINING = re.compile(
     r"training_args\.bin|trainer_state\.json|(optimizer(_\d+)?|scheduler)\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth"
@@ -59,10 +59,7 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
         code_files: the files that the export of the folder's architecture has: `render_code(architecture).files`.
     """
     names = sorted(set(paths))
-    # transformers prefers the single file: it reads neither an index beside it nor its shards.
-    weights = (
-        {SAFE_WEIGHTS_NAME} if SAFE_WEIGHTS_NAME in names else {SAFE_WEIGHTS_INDEX_NAME, *filter(_is_shard, names)}
-    )
+    weights = {name for weight_set in weight_sets(names) for name in weight_set.files}
     sorted_names: dict[str, list[str]] = {"model": [], "training": [], "records": [], "foreign": []}
     for name in names:
         if name in weights or name in code_files or _is_companion(name):
@@ -86,13 +83,8 @@ def largest(name: str) -> int:
 
 def may_be_part(name: str) -> bool:
     """Whether a file of this name can be part of the model of some architecture."""
-    weights = name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) or _is_shard(name)
     code = name.endswith(".py") and name.rpartition("/")[0] in ("", "custom_generate")
-    return weights or code or _is_companion(name)
-
-
-def _is_shard(name: str) -> bool:
-    return _SHARD.fullmatch(name) is not None
+    return is_weight_file(name) or code or _is_companion(name)
 
 
 def _is_companion(name: str) -> bool:

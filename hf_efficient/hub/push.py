@@ -19,7 +19,7 @@ from hf_efficient.hub.verify import verify_upload
 
 # What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale
 # weights. A commit deletes those that it does not write.
-_REPLACED = ("*.py", "model*.safetensors", "model.safetensors.index.json")
+_REPLACED = ("*.py", "model*.safetensors", "model.safetensors.index*.json")
 
 
 @dataclass(frozen=True)

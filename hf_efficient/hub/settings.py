@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.known_settings import (
@@ -25,6 +25,7 @@ from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.report_types import report_misfits
+from hf_efficient.hub.weight_names import is_index
 from hf_efficient.json_file import parse_json
 from hf_efficient.registry import ArchitectureSpec
 
@@ -54,7 +55,7 @@ class IndexMetadata(TypedDict, total=False):
 
 
 class WeightIndex(TypedDict, total=False):
-    """`model.safetensors.index.json`."""
+    """An index of sharded weights, such as `model.safetensors.index.json`."""
 
     metadata: IndexMetadata
     weight_map: dict[str, str]
@@ -100,7 +101,6 @@ def check_settings(
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,
         TOKENIZER_CONFIG_FILE: TokenizerSettings,
-        SAFE_WEIGHTS_INDEX_NAME: WeightIndex,
         **TOKENIZER_JSON,
     }
     findings: list[Finding] = []
@@ -108,7 +108,7 @@ def check_settings(
         if name.endswith(".json") and name not in (CONFIG, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
             if name != REPORT_NAME:
-                findings += _differing(name, value, kinds[name])
+                findings += _differing(name, value, WeightIndex if is_index(name) else kinds[name])
             elif architecture is not None:
                 found = report_misfits(value, config_types(architecture))
                 findings += [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found]

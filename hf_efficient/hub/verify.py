@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
 from hf_efficient import __version__
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
@@ -21,6 +19,7 @@ from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
 from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
+from hf_efficient.hub.weight_names import is_index, weight_sets
 from hf_efficient.hub.weights import check_weights
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
@@ -28,7 +27,6 @@ from hf_efficient.registry import ARCHITECTURES, architecture_of
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
     "adapter_model.safetensors": "is an adapter, which from_pretrained would put on the model",
-    SAFE_WEIGHTS_INDEX_NAME: f"stands beside {SAFE_WEIGHTS_NAME}: loaders differ in which of the two they read",
 }
 _MAGIC = {
     b"\x7fELF": "a program (ELF)",
@@ -206,6 +204,9 @@ def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
     """What a file that no release writes is, as far as its name and its first bytes tell."""
     if name in _KNOWN_DANGERS:
         return _KNOWN_DANGERS[name]
+    if is_index(name):
+        (weight_set,) = (each for each in weight_sets(folder.files) if each.index == name)
+        return f"stands beside {weight_set.single}: loaders differ in which of the two they read"
     if name.endswith(".py"):
         return "is code, not part of what the release writes"
     first = _first_bytes(folder, name)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.architecture import runtime_fields
 from hf_efficient.conversion.reading.config_file import checked_fields
@@ -19,10 +19,10 @@ from hf_efficient.errors import HFEError, error_text
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
+from hf_efficient.hub.weight_names import WeightSet, weight_sets
 from hf_efficient.json_file import is_whole, read_weight_map
 from hf_efficient.registry import ArchitectureSpec
 
-SINGLE_FILE, INDEX = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 _COPY_AGAIN = "download or copy the checkpoint again"
 _ONE_CONVERSION = "use the configuration and the weights of one conversion"
 _SHOWN = 5
@@ -58,19 +58,27 @@ def check_weights(
         architecture, fields: what `config.json` names and holds.
         known: whether every field is one of the architecture; only then a model is made of them, to compare shapes.
     """
-    stored, findings = _stored_tensors(folder, names)
+    sets = weight_sets(names)
+    if not sets:
+        return 0, [Finding(SAFE_WEIGHTS_NAME, "is missing", "add the weights, or convert again")]
+    found = [(weight_set, *_stored_tensors(folder, weight_set)) for weight_set in sets]
+    count = sum(len(stored) for _, stored, _ in found)
+    findings = [finding for _, _, faults in found for finding in faults]
     if findings or not known:
-        return len(stored), findings
+        return count, findings
     try:
         layers: Any = fields.get("num_hidden_layers")
-        if is_whole(layers) and layers > len(stored):
-            raise HFEError(f"num_hidden_layers={layers} calls for more than the {len(stored)} tensors found")
+        fewest = min(len(stored) for _, stored, _ in found)
+        if is_whole(layers) and layers > fewest:
+            raise HFEError(f"num_hidden_layers={layers} calls for more than the {fewest} tensors found")
         expected, tied = _expected_shapes(architecture, fields)
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
     except Exception as error:
         cause = error_text(error, most=300)
-        return len(stored), [Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})")]
-    return len(stored), _differences(expected, tied, stored)
+        return count, [Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})")]
+    return count, [
+        finding for weight_set, stored, _ in found for finding in _differences(weight_set, expected, tied, stored)
+    ]
 
 
 def _expected_shapes(
@@ -100,25 +108,27 @@ def _expected_shapes(
     return shapes, frozenset(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
-def _stored_tensors(folder: UntrustedFolder, names: Sequence[str]) -> tuple[dict[str, TensorEntry], list[Finding]]:
-    """Every tensor in the weight files, and what is wrong with index and headers."""
+def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dict[str, TensorEntry], list[Finding]]:
+    """Every tensor in the files of one set of weights, and what is wrong with index and headers."""
     findings: list[Finding] = []
     mapped: dict[str, str] | None = None
-    files = {SINGLE_FILE}
-    if INDEX in names:
+    names, index = weight_set.files, weight_set.index
+    files = set(names)
+    if index in names:
         try:
-            mapped = _weight_map(folder.path(INDEX))
+            mapped = _weight_map(folder.path(index))
         except HFEError as error:
-            return {}, [Finding(INDEX, error.problem, error.remedy)]
-        files = set(mapped.values())
-    files |= {name for name in names if name.endswith(".safetensors")}
+            return {}, [Finding(index, error.problem, error.remedy)]
+        files = {*mapped.values(), *names} - {index}
+    elif weight_set.single not in names:
+        findings.append(Finding(index, "is missing, and shards are there", _COPY_AGAIN))
     stored: dict[str, TensorEntry] = {}
     for name in sorted(files):
         if name not in names:
             findings.append(Finding(name, "is missing", "add the weights, or convert again"))
             continue
         if mapped is not None and name not in mapped.values():
-            findings.append(Finding(name, f"is not part of the weights that {INDEX} names", "delete the stale file"))
+            findings.append(Finding(name, f"is not part of the weights that {index} names", "delete the stale file"))
             continue
         try:
             findings += _header_findings(name, folder.path(name))
@@ -132,12 +142,12 @@ def _stored_tensors(folder: UntrustedFolder, names: Sequence[str]) -> tuple[dict
             if mapped is not None and mapped.get(tensor) != name:
                 where = mapped.get(tensor, "nowhere")
                 findings.append(
-                    Finding(INDEX, f"looks for tensor {tensor} in {where}, but it is in {name}", _COPY_AGAIN)
+                    Finding(index, f"looks for tensor {tensor} in {where}, but it is in {name}", _COPY_AGAIN)
                 )
         stored.update(entries)
     missing = sorted(set(mapped or ()) - set(stored)) if not findings else []
     findings += [
-        Finding(INDEX, f"names tensor {tensor}, which no file holds", _COPY_AGAIN) for tensor in missing[:_SHOWN]
+        Finding(index, f"names tensor {tensor}, which no file holds", _COPY_AGAIN) for tensor in missing[:_SHOWN]
     ]
     return stored, findings
 
@@ -162,7 +172,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _differences(
-    expected: dict[str, tuple[int, ...]], tied: frozenset[str], stored: dict[str, TensorEntry]
+    weight_set: WeightSet,
+    expected: dict[str, tuple[int, ...]],
+    tied: frozenset[str],
+    stored: dict[str, TensorEntry],
 ) -> list[Finding]:
     """Tensors that the model has and the weights lack, the reverse, and those of another shape."""
     problems = [f"lacks tensor {name}, which {CONFIG} calls for" for name in expected.keys() - stored.keys() - tied]
@@ -172,7 +185,8 @@ def _differences(
         for name in expected.keys() & stored.keys()
         if stored[name].shape != expected[name]
     ]
-    findings = [Finding("weights", problem, _ONE_CONVERSION) for problem in sorted(problems)[:_SHOWN]]
+    place = "weights" if weight_set.variant is None else f"weights of the variant {weight_set.variant}"
+    findings = [Finding(place, problem, _ONE_CONVERSION) for problem in sorted(problems)[:_SHOWN]]
     if len(problems) > _SHOWN:
-        findings.append(Finding("weights", f"and {len(problems) - _SHOWN} more tensors differ", _ONE_CONVERSION))
+        findings.append(Finding(place, f"and {len(problems) - _SHOWN} more tensors differ", _ONE_CONVERSION))
     return findings

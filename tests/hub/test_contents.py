@@ -27,6 +27,7 @@ def test_every_file_that_is_written_is_part_of_the_model(architecture: object, c
     "name",
     [
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("model.safetensors", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", *SHARDS, INDEX),
         *("additional_chat_templates/tools.jinja", "code_manifest.json", "conversion_report.json", "README.md"),
         *("LICENSE", "LICENSE.txt", "LICENCE.md", "LICENSE-MIT", "NOTICE", "LICENSES/Apache-2.0.txt", *CODE),
     ],
@@ -56,7 +57,7 @@ def test_records_of_git_and_of_a_download(name: str) -> None:
     [
         *(".env", ".hidden/token", "id_rsa", "token", ".cache/x", "__pycache__/modeling_stem.cpython-311.pyc"),
         *("Config.json", "CONFIG.JSON", "config.5.17.0.json", "tokenizer.5.17.0.json", "sub/config.json"),
-        *("pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors", "model.fp16.safetensors"),
+        *("pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors", "model.fp16.bin"),
         *("modeling_other.py", "custom_generate/requirements.txt", "preprocessor_config.json", "LICENSE.py"),
         *("additional_chat_templates/more/tools.jinja", "runs/run.py", "LICENSES/run.py", "model.safetensors/x"),
         *("tokenizer.json\n", "LICENSE\n", "training_args.bin.py", "tf_model.h5", "model.gguf"),

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
 
 from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.verify import verify, verify_upload
-from hf_efficient.hub.weights import INDEX, SINGLE_FILE
 
 Tampering = Callable[[Path], Any]
 GENERATION, TOKENIZER, SETTINGS = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
@@ -216,7 +217,10 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     "other processor": (edit("processor_config.json", auto_map=REMOTE), "processor_config.json: is a file"),
     # Weights
     "single file beside an index": (single_beside_index, f"{INDEX}: stands beside"),
-    "other precision": (other_weights("model.fp16.safetensors"), "model.fp16.safetensors: is a file"),
+    "variant of another model": (
+        lambda f: save_file({"x": torch.ones(1)}, f / "model.fp16.safetensors", {"format": "pt"}),
+        "weights of the variant fp16: holds tensor x",
+    ),
     "consolidated weights": (other_weights("consolidated.safetensors"), "consolidated.safetensors: is a file"),
     "stray shard": (
         sharded(stray_shard),
@@ -331,6 +335,7 @@ BENIGN: dict[str, tuple[Tampering, int]] = {
     "a clone": (lambda f: (file(".git/hooks/post-checkout")(f), file(".gitattributes")(f)), 0),
     "a download": (file(".cache/huggingface/download/config.json.metadata"), 0),
     "shards": (shard, 0),
+    "a variant": (other_weights("model.fp16.safetensors"), 0),
     "other order of keys": (
         lambda f: (f / CONFIG).write_text(json.dumps(dict(reversed(json.loads((f / CONFIG).read_text()).items())))),
         0,

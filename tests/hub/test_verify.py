@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
 
 from hf_efficient import __version__
 from hf_efficient.errors import HFEError, UsageError
@@ -21,7 +23,6 @@ from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, export
 from hf_efficient.hub.findings import VerificationReport
 from hf_efficient.hub.verify import verify
-from hf_efficient.hub.weights import INDEX, SINGLE_FILE
 from hf_efficient.inspection import inspect
 
 Change = Callable[[Path], None]
