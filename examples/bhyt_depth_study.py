@@ -72,8 +72,8 @@ def with_norms(build_norm: Callable[[DecoderConfig, int], nn.Module]) -> Build:
     """The decoder with norms that `build_norm(config, layer_idx)` makes in its layers, and RMSNorm as the last norm."""
 
     class Model(DecoderModel):
-        def build_norm(self, site: str, layer_idx: int | None = None) -> nn.Module:
-            return super().build_norm(site) if layer_idx is None else build_norm(self.config, layer_idx)
+        def build_norm(self, position: str, layer_idx: int | None = None) -> nn.Module:
+            return super().build_norm(position) if layer_idx is None else build_norm(self.config, layer_idx)
 
     class CausalLM(DecoderForCausalLM):
         model_class = Model
@@ -163,7 +163,7 @@ def growth(model: DecoderForCausalLM, ids: Tensor) -> dict[str, list[float]]:
         record(variance=output.var(-1, correction=0).mean(), norm=output.norm(dim=-1).mean())
 
     def record_estimate(norm: Any, inputs: Any, outputs: Any) -> None:
-        variance, bound = inputs[2]  # of the layer's first site
+        variance, bound = inputs[2]  # of the layer's input norm
         expected = variance + norm.branch[0] * (bound / norm.kappa) ** 2 + norm.branch[1]
         error = ((expected / outputs[1].square().mean(-1)).sqrt() - 1).abs()
         record(estimate_error=error.mean(), largest_estimate_error=error.max())
@@ -294,9 +294,7 @@ def show(depths: dict[str, Any], spikes: dict[str, Any]) -> None:
                 saturated = (run["saturation"]["bhyt/saturation/mean"] for run in found["runs"])
                 line += f"{mean(list(saturated)):>14.2%}"
             print(line)
-    print(
-        "\nThe second site's estimate of the root mean square: mean and largest relative error over layers and tokens"
-    )
+    print("\nEstimate of the second norm's root mean square: mean and largest relative error over layers and tokens")
     for depth, variants in depths.items():
         for name, found in variants.items():
             if "estimate_error" in found["untrained"]:
