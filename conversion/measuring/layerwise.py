@@ -92,7 +92,7 @@ class LayerwisePass:
         self.device = torch.device(device)
         with torch.device("meta"):
             self.model = EfficientDecoderModel(self.config).eval()
-        # Its buffers are computed, not stored, so it is built once more with data.
+        # The buffers of the rotary embedding are not stored but computed, so it is built again outside the meta device.
         self.model.rotary_emb = type(self.model.rotary_emb)(self.config).to(self.device)
 
         self.vocabulary = torch.unique(torch.cat([ids.flatten() for ids in batches]))
@@ -102,6 +102,7 @@ class LayerwisePass:
         self._shapes: dict[tuple[int, int], tuple[dict, tuple[Tensor, Tensor], Tensor]] = {}
 
     def _embed(self, ids: Tensor) -> BatchState:
+        """A batch of token ids [B, S] with the output of the embedding as hidden states."""
         local_ids = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
         return BatchState(ids, local_ids, self.embeddings[local_ids])
 
@@ -164,6 +165,7 @@ class LayerwisePass:
         return self._shapes[shape]
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
+        """Give every parameter and buffer of `module` its values in fp32 from the tensors `prefix + name`."""
         parameters = {name for name, _ in module.named_parameters()}
         for name in module.state_dict():
             path, _, leaf = name.rpartition(".")
@@ -180,6 +182,7 @@ class LayerwisePass:
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise `TokenIdError` for an id below 0 or from `vocab_size` on."""
     bad = ids[(ids < 0) | (ids >= vocab_size)]
     if bad.numel():
         raise TokenIdError(

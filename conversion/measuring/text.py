@@ -99,7 +99,8 @@ def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:
     )
 
 
-def _open_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """The content of a UTF-8 file; `HFEError` if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -109,8 +110,9 @@ def _open_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
+    """The field `text` of each line of a .jsonl file; `HFEError` names a line without such a string."""
     # Not splitlines, which also splits at U+2028 and others; these may occur inside a text.
-    for number, line in enumerate(_open_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         text = parse_json(f"line {number} of {path.name}", line.encode()).get("text")
@@ -120,10 +122,12 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_paragraphs(path: Path) -> Iterator[str]:
-    return (paragraph.strip() for paragraph in _open_text(path).split("\n\n") if paragraph.strip())
+    """The paragraphs of a .txt file, which empty lines separate."""
+    return (paragraph.strip() for paragraph in _read_text(path).split("\n\n") if paragraph.strip())
 
 
 def _read_dataset(name: str) -> Iterator[str]:
+    """The column `text` of the first 10,000 rows of a data set's split `train`; `HFEError` if it cannot be read."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -149,6 +149,7 @@ def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:
 
 
 def _check_rope(config: PreTrainedConfig) -> None:
+    """Raise `HFEError` for a rotary embedding of a part of each head, which our decoder does not have."""
     rope = config.rope_parameters or {}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise _refusal(
@@ -160,4 +161,5 @@ def _check_rope(config: PreTrainedConfig) -> None:
 
 
 def _refusal(name: str, value: Any, reason: str, remedy: str) -> HFEError:
+    """The error for a field that our decoder does not implement."""
     return HFEError(f"config.json sets {name}={str(value)[:120]}, which {reason}", remedy)

@@ -49,15 +49,15 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
         if name not in known and name != "model_type" and part is not None and not isinstance(part, property):
             raise HFEError(f"config.json has the key {name!r}, which is not a field of a configuration", _REMEDY)
         if name in _COUNTS and value is not None and not is_whole(value, int(name not in _MAY_BE_ZERO), _COUNTS[name]):
-            raise _wrong(name, value, f"a whole number from 1 to {_COUNTS[name]}")
+            raise _invalid(name, value, f"a whole number from 1 to {_COUNTS[name]}")
         if name in _NUMBERS and value is not None and not _is_number(value, _NUMBERS[name]):
-            raise _wrong(name, value, f"a number from 0 to {_NUMBERS[name]:g}")
-        if name in _TOKEN_IDS and not all(map(_may_be_id, value if isinstance(value, list) else [value])):
-            raise _wrong(name, value, "a token id")
-        if name == "architectures" and value is not None and not _are_texts(value):
-            raise _wrong(name, value, "a list of names")
-        if name in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
-            raise _wrong(name, value, "a dtype such as float32 or bfloat16")
+            raise _invalid(name, value, f"a number from 0 to {_NUMBERS[name]:g}")
+        if name in _TOKEN_IDS and not all(map(_is_token_id, value if isinstance(value, list) else [value])):
+            raise _invalid(name, value, "a token id")
+        if name == "architectures" and value is not None and not _is_list_of_strings(value):
+            raise _invalid(name, value, "a list of names")
+        if name in ("dtype", "torch_dtype") and value is not None and _parse_dtype(value) is None:
+            raise _invalid(name, value, "a dtype such as float32 or bfloat16")
     if kept.get("per_layer_config"):
         raise HFEError(
             "config.json has a per_layer_config; all layers must have one configuration",
@@ -84,7 +84,7 @@ def check_decoder(config: DecoderConfig) -> None:
     if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
         raise HFEError(
             f"config.json has the rotary embedding {str(kind if kind is not None else rope)[:80]!r}; this decoder "
-            f"knows default, {', '.join(ROPE_INIT_FUNCTIONS)}",
+            f"has default, {', '.join(ROPE_INIT_FUNCTIONS)}",
             "choose a checkpoint with one of these",
         )
     try:
@@ -98,24 +98,29 @@ def check_decoder(config: DecoderConfig) -> None:
         raise HFEError(f"config.json has rope_parameters={str(rope)[:200]}, whose frequencies are not finite", _REMEDY)
 
 
-def _wrong(name: str, value: Any, rule: str) -> HFEError:
+def _invalid(name: str, value: Any, rule: str) -> HFEError:
+    """The error for a field whose value breaks `rule`."""
     return HFEError(f"config.json has {name}={str(value)[:80]!s}, not {rule}", _REMEDY)
 
 
 def _is_number(value: Any, most: float) -> bool:
+    """Whether `value` is an int or float from 0 to `most`; a bool is not."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and 0 <= value <= most
 
 
-def _are_texts(value: Any) -> bool:
+def _is_list_of_strings(value: Any) -> bool:
+    """Whether `value` is a list of strings."""
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def _may_be_id(value: Any) -> bool:
+def _is_token_id(value: Any) -> bool:
+    """Whether `value` is None or an int that may be a token id."""
     # Some old configurations have -1 for no token.
     return value is None or is_whole(value, -1, (1 << 31) - 1)
 
 
-def _dtype(value: Any) -> torch.dtype | None:
+def _parse_dtype(value: Any) -> torch.dtype | None:
+    """The torch dtype named by `value`, or None."""
     found = getattr(torch, value, None) if isinstance(value, str) else value
     return found if isinstance(found, torch.dtype) else None

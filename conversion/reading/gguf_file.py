@@ -1,7 +1,7 @@
 """The GGUF container: metadata, and tensors dequantised to float32 one at a time.
 
 Layout: magic, version, counts, metadata pairs, tensor table, then the tensors, each at an aligned offset. Quantised
-tensors are rows of blocks; the `gguf` package knows the arithmetic of each block type.
+tensors are rows of blocks; the package gguf dequantises each block type.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class GGUFFile:
         return self.read_rows(name, 0, tensor.rows).view(tensor.shape)
 
     def _parse(self, header: _Header) -> None:
+        """Read the header into `metadata` and `tensors`; `HFEError` if it is damaged or beyond the limits above."""
         magic, version = header.unpack("4sI")
         if magic != b"GGUF" or version not in _VERSIONS:
             what = f"GGUF version {version}" if magic == b"GGUF" else "not a GGUF file"
@@ -135,6 +136,7 @@ class GGUFFile:
             self.tensors[name] = GGUFTensor(data + offset, shape, kind, row_bytes)
 
     def _row_bytes(self, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
+        """Block type of a tensor and bytes of a row; `HFEError` if it cannot be dequantised or does not fit `shape`."""
         package = _gguf()
         try:
             kind = package.GGMLQuantizationType(number)
@@ -217,6 +219,7 @@ class _Header:
         return count
 
     def _text(self, limit: int) -> str:
+        """A string of at most `limit` bytes, which its length precedes; `HFEError` if it is longer or not UTF-8."""
         (length,) = self.unpack("Q")
         if length > limit:
             raise self.damaged(f"a text of {length} bytes where at most {limit} are allowed")
@@ -226,16 +229,19 @@ class _Header:
             raise self.damaged(f"a text that is not UTF-8 ({error})") from error
 
     def _take(self, count: int) -> bytes:
+        """The next `count` bytes; `HFEError` if the file has fewer."""
         self._check(count)
         self.position += count
         return self._file.read(count)
 
     def _skip(self, count: int) -> None:
+        """Move `count` bytes forward; `HFEError` if the file has fewer."""
         self._check(count)
         self.position += count
         self._file.seek(self.position)
 
     def _check(self, count: int) -> None:
+        """Raise `HFEError` if fewer than `count` bytes are left."""
         left = self._size - self.position
         if count > left:
             raise self.damaged(f"{left} bytes left where {count} are needed")

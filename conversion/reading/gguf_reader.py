@@ -165,6 +165,7 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
 
 
 def _refuse_parts(file: GGUFFile) -> None:
+    """Raise `HFEError` for one file of a model that is split into several."""
     part = _PART.fullmatch(file.path.name)
     count = file.metadata.get("split.count") or (int(part[1]) if part else 1)
     if count != 1:

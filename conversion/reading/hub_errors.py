@@ -65,4 +65,5 @@ def hub_errors(repo_id: str, revision: str | None = None, *, or_folder: bool = F
 
 
 def _cause(error: Exception) -> str:
+    """The error's message in one line, or the name of its class if it has none."""
     return error_text(error) or type(error).__name__

@@ -93,6 +93,7 @@ def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
 
 
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
+    """Download the files that match `patterns`; returns the snapshot's folder. Errors: see `hub_errors`."""
     checked_token(token if token is not None else get_token())
     try:
         with hub_errors(repo_id, revision, or_folder=True):

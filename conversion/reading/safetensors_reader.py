@@ -69,8 +69,8 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
     """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only.
 
     Raises:
-        HFEError: the file cannot be read, is truncated, or is not what the format allows: the tensors lie end to end,
-            from the header to the end of the file.
+        HFEError: the file cannot be read, is truncated, or breaks a rule of the format: the tensors are contiguous
+            from the end of the header to the end of the file.
     """
     header, length, size = read_header(path)
     header.pop("__metadata__", None)

@@ -97,6 +97,7 @@ def _copy(
     vocabulary: VocabularyChange | None,
     by_token: set[str],
 ) -> None:
+    """Write the copied tensors of the plan; `advance(bytes done, bytes in all)` is called after each."""
     sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:

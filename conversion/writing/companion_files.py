@@ -96,6 +96,7 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
 
 
 def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
+    """`keep_tokenizer` for the given tokenizer or the source's own; a warning if the latter cannot be loaded."""
     if tokenizer is None:
         try:
             tokenizer = source.tokenizer()
@@ -106,12 +107,14 @@ def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
+    """Save a tokenizer without references to code; returns warnings."""
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
     return _keep_known(path, TokenizerSettings)[1] if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
+    """Copy the tokenizer's files without references to code; returns warnings."""
     _copy(origin, folder, TOKENIZER_FILES)
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
@@ -144,12 +147,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of `origin` that match one of the glob patterns."""
     for pattern in patterns:
         for path in sorted(origin.glob(pattern)):
             _copy_file(origin, str(path.relative_to(origin)), folder)
 
 
 def _copy_file(origin: Path, name: str, folder: Path) -> None:
+    """Copy one file; `HFEError` if it leads outside `origin`."""
     (folder / name).parent.mkdir(exist_ok=True)
     # A link that leads outside the checkpoint is refused, as for weights.
     shutil.copyfile(file_inside(origin, name, origin.name), folder / name)

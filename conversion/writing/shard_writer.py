@@ -32,10 +32,12 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def bytes(self) -> int:
+        """Bytes of the data."""
         return self.elements * self.dtype.itemsize
 
 
@@ -48,6 +50,7 @@ class Shard:
 
     @property
     def data_bytes(self) -> int:
+        """Bytes of all tensors, without the header."""
         return sum(tensor.bytes for tensor in self.tensors)
 
     def header(self) -> bytes:
@@ -152,6 +155,7 @@ class ShardWriter:
         self._file.close()
 
     def _write(self, data: bytes | memoryview) -> None:
+        """Write all of `data`, and add it to the hash and the size."""
         view = memoryview(data).cast("B")
         while view:
             count = self._file.write(view)

@@ -49,6 +49,7 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
     expected = _behaviour(tokenizer)
 
     def same() -> bool:
+        """Whether the tokenizer loaded from `folder` behaves as expected."""
         try:
             # None of our model types has a tokenizer class of its own, so any of our configurations gives the same.
             loaded = AutoTokenizer.from_pretrained(folder, config=EfficientDecoderConfig(), trust_remote_code=False)
@@ -73,6 +74,7 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _name_class(tokenizer: Any, folder: Path) -> None:
+    """Name the tokenizer's class in tokenizer_config.json."""
     path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
     settings["tokenizer_class"] = type(tokenizer).__name__

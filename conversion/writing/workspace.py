@@ -51,7 +51,7 @@ def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -
     """Refuse an OUTPUT that must not be touched, before any source is read.
 
     Raises:
-        UsageError: OUTPUT holds the source; or it exists and is not an empty folder, or an unfinished conversion lies
+        UsageError: OUTPUT holds the source; or it exists and is not an empty folder, or an unfinished conversion is
             beside it, and no option says what to do about it.
         HFEError: the folder beside OUTPUT was not made by a conversion of this user, or another process is converting
             to OUTPUT.
@@ -70,7 +70,7 @@ def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -
     # After a crash between two renames the old OUTPUT is in the working folder, so that is checked first.
     if partial.exists() and not (resume or overwrite):
         raise UsageError(
-            f"an unfinished conversion lies in {partial.name} beside OUTPUT",
+            f"there is an unfinished conversion in {partial.name} beside OUTPUT",
             "continue it with --resume, or discard it with --overwrite",
         )
     if output.is_dir() and any(output.iterdir()) and not overwrite and not (resume and partial.exists()):
@@ -203,11 +203,13 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _restore_replaced(self) -> None:
+        """Move an old OUTPUT back if no new one is in place, else remove it."""
         if self._replaced.exists() and not self.output.exists():
             os.rename(self._replaced, self.output)
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _take_lock(self) -> None:
+        """Create the working folder if needed and lock it; `HFEError` if it is in use or is not the user's own."""
         while True:
             with suppress(FileExistsError):
                 self.folder.mkdir(mode=0o700)
@@ -222,11 +224,13 @@ class Workspace:
                     return
 
     def _release(self) -> None:
+        """Unlock the working folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _load_state(self) -> None:
+        """Load the state of an earlier run, if it is valid; `HFEError` if that run had other options."""
         try:
             state = read_json(self.folder / _STATE, limit=_MAX_STATE_BYTES)
         except HFEError:
@@ -253,6 +257,7 @@ class Workspace:
                 path.unlink()
 
     def _save_state(self) -> None:
+        """Write the state file with its checksum."""
         write_text(self.folder / _STATE, json.dumps({**self._state, _CHECKSUM: _checksum(self._state)}, indent=1))
 
 
@@ -306,11 +311,13 @@ def _check_entries(path: Path, folder: int) -> None:
 
 
 def _is_own_file(status: os.stat_result) -> bool:
+    """Whether it is a regular file of the user with a single hard link."""
     # Writing to a file with a second hard link would change another file.
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
 
 
 def _kind(status: os.stat_result) -> str:
+    """What is wrong with an entry, for the message."""
     if stat.S_ISLNK(status.st_mode):
         return "a link"
     if stat.S_ISREG(status.st_mode):
@@ -319,10 +326,12 @@ def _kind(status: os.stat_result) -> str:
 
 
 def _foreign(path: Path, problem: str) -> HFEError:
+    """The error for a working folder that another program or user may have made."""
     return HFEError(f"{path.name} beside OUTPUT {problem}: it was not made by a conversion of yours", _FOREIGN_REMEDY)
 
 
 def _open_lock(folder: int, flags: int) -> TextIO:
+    """Open the lock file in a working folder, given by its descriptor; a symbolic link is refused by the system."""
     return os.fdopen(os.open(_LOCK, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder), "r+")
 
 
@@ -355,4 +364,5 @@ def _lock_or_fail(lock: TextIO, output: Path) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Text for each option that differs between two runs."""
     return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
