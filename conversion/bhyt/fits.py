@@ -1,4 +1,4 @@
-"""What a conversion to BHyT fits to text: the gains of a bounded site, and the line of an estimated mean square."""
+"""What a conversion to BHyT fits to text: gains of bounded norms, and lines that estimate mean squares."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
-# A gain stays within this factor of 1 / a: tanh never exceeds its argument, and more would amplify noise.
-_MOST_GAIN = 4.0
-# Mean square of tanh below which a channel says nothing about its gain.
-_SILENT = 1e-12
-# Where |tanh| exceeds this, a channel counts as saturated.
-_SATURATED = 0.9
+# A gain is between 1 / a, because |tanh(u)| <= |u|, and this factor times 1 / a: a larger one would amplify noise.
+_MAX_GAIN = 4.0
+# Below this mean square of tanh, a channel has too little signal to fit its gain.
+_MIN_ENERGY = 1e-12
+# A channel counts as saturated if |tanh| is above this.
+_SATURATION_THRESHOLD = 0.9
 
 
 def mean_square(hidden: Tensor) -> Tensor:
-    """``mean(x^2)`` over the last dimension, in float64."""
+    """``mean(x^2)`` over the last dimension: [B, S, D] -> [B, S], in float64."""
     return torch.stack([row.double().square().mean(-1) for row in hidden])
 
 
-class SiteMeasurements(TypedDict, total=False):
+class NormMeasurements(TypedDict, total=False):
     """What was fitted at one norm: the figures of `ChannelGains` and `MeanSquareLine`."""
 
     relative_error: float
@@ -41,14 +41,14 @@ class SiteMeasurements(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ChannelGains:
-    """Gain of each channel of one site.
+    """The fitted gain of each channel of one norm.
 
     Attributes:
         gain: [D], float32.
-        relative_error: of the normalised rows, with these gains.
+        relative_error: of ``gain * tanh(a z')`` as an approximation of the source's normalised rows z.
         max_over_rms: the largest |x| / rms(x).
         saturated: share of channels with |tanh| above 0.9.
-        gain_times_a: the least, the median and the largest gain as multiples of 1/a.
+        gain_times_a: the smallest, the median and the largest gain, times a.
     """
 
     gain: Tensor
@@ -59,41 +59,43 @@ class ChannelGains:
 
     @classmethod
     def fit(cls, a: float, eps: float, source: Tensor, converted: Tensor) -> ChannelGains:
-        """Least squares over the tokens of a text.
+        """Fits the gains by least squares over the tokens of a text.
 
         With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token,
-        channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, between 1/a and 4/a. The first position of a sequence does
-        not count: a decoder parks its attention there, on a row that is like no other and would outweigh hundreds.
+        channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, clamped to between 1/a and 4/a. The first position of each
+        sequence is left out: it is the attention sink of decoders, and its huge activations would outweigh hundreds of
+        tokens.
 
         Args:
             a: lambda / kappa.
             eps: of the norm.
-            source, converted: the residual stream before the norm [B, S, D], S at least 2.
+            source, converted: residual stream before the norm, of the source and of the converted model [B, S, D], with
+                S at least 2.
         """
         width = source.shape[-1]
         sums = torch.zeros(3, width, dtype=torch.float64, device=source.device)
         largest, saturated = source.new_zeros(()), source.new_zeros((), dtype=torch.int64)
-        for original, own in zip(source[:, 1:], converted[:, 1:], strict=True):  # a sequence at a time
+        for original, own in zip(source[:, 1:], converted[:, 1:], strict=True):  # a sequence at a time saves memory
             z, own_z = _normalised(original, eps), _normalised(own, eps)
             t = torch.tanh(a * own_z)
             sums += torch.stack([x.sum(0, dtype=sums.dtype) for x in (z * t, t.square(), z.square())])
             largest = torch.maximum(largest, own_z.abs().max())
-            saturated += (t.abs() > _SATURATED).sum()
+            saturated += (t.abs() > _SATURATION_THRESHOLD).sum()
         product, energy, target = sums
         tokens = source[:, 1:].numel() // width
-        gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MOST_GAIN / a)
-        gain = torch.where(energy < _SILENT * tokens, 1 / a, gain)
-        left = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
+        gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MAX_GAIN / a)
+        gain = torch.where(energy < _MIN_ENERGY * tokens, 1 / a, gain)
+        squared_error = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
         return cls(
             gain=gain.float(),
-            relative_error=float(left.clamp_min(0).sqrt()),
+            relative_error=float(squared_error.clamp_min(0).sqrt()),
             max_over_rms=float(largest),
             saturated=float(saturated) / (tokens * width),
             gain_times_a=(float(a * gain.min()), float(a * gain.median()), float(a * gain.max())),
         )
 
     @property
-    def report(self) -> SiteMeasurements:
+    def report(self) -> NormMeasurements:
         return {
             "relative_error": self.relative_error,
             "max_over_rms": self.max_over_rms,
@@ -108,11 +110,13 @@ def _normalised(x: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MeanSquareLine:
-    """``slope * v + intercept`` for the mean square v' of a layer's second site, v that of its first.
+    """``slope * v + intercept``, an estimate of the mean square v' in a layer's post-attention norm.
+
+    v is the mean square in the layer's input norm.
 
     Attributes:
-        through_origin: the best line falls, or begins below zero, which leaves a row that is smaller than those of the
-            text nothing to be divided by. So this one is the best of those that begin at zero.
+        through_origin: the best line has a negative slope or intercept, so its estimate could be negative for rows
+            smaller than those of the text; this is therefore the best line with intercept 0.
         miss: root mean square over tokens of ``sqrt(estimate / v') - 1``, the relative error of the norm's scale.
     """
 
@@ -125,10 +129,11 @@ class MeanSquareLine:
     def fit(cls, first: Tensor, second: Tensor) -> MeanSquareLine:
         """The line that minimises ``sum ((slope v + intercept - v') / v')^2`` over tokens.
 
-        Relative, since mean squares differ by a factor of a million from token to token, and the norm divides by them.
+        The error is relative, because mean squares differ by a factor of a million between tokens, and the norm divides
+        by their square root.
 
         Args:
-            first, second: v and v' of each token [B, S], S at least 2; the first position does not count.
+            first, second: v and v' of each token [B, S], S at least 2; the first position is left out.
         """
         v, target = first[:, 1:].flatten().double(), second[:, 1:].flatten().double()
         design = torch.stack((v / target, 1 / target))
@@ -145,7 +150,7 @@ class MeanSquareLine:
         return torch.tensor([self.slope, self.intercept], dtype=torch.float32)
 
     @property
-    def report(self) -> SiteMeasurements:
+    def report(self) -> NormMeasurements:
         return {
             "slope": self.slope,
             "intercept": self.intercept,
@@ -156,7 +161,7 @@ class MeanSquareLine:
 
 @contextmanager
 def replaced(layer: DecoderLayer, **parts: nn.Module) -> Iterator[None]:
-    """While open, the layer has other parts."""
+    """Inside this context `layer` has the given submodules instead of its own."""
     own = {name: getattr(layer, name) for name in parts}
     try:
         for name, part in parts.items():
@@ -168,13 +173,15 @@ def replaced(layer: DecoderLayer, **parts: nn.Module) -> Iterator[None]:
 
 
 class _NoFeedForward(nn.Module):
+    """A feed-forward whose output is zero."""
+
     def forward(self, hidden_states: Tensor, *_: Any, residual: Tensor | None = None) -> Tensor:
         return torch.zeros_like(hidden_states) if residual is None else residual
 
 
-def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, stream: BatchState) -> Tensor:
-    """The residual stream between the layer's attention and its feed-forward [B, S, D]; `stream` stays before both."""
-    ahead = stream.clone()
+def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, batch: BatchState) -> Tensor:
+    """The residual stream between attention and feed-forward of layer `index` [B, S, D]; `batch` is not changed."""
+    copied = batch.clone()
     with replaced(layer, mlp=_NoFeedForward()):
-        run.run_layer(index, layer, ahead)
-    return ahead.hidden
+        run.run_layer(index, layer, copied)
+    return copied.hidden

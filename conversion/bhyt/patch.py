@@ -1,13 +1,13 @@
-"""Stock checkpoint -> BHyT: a bounded hyperbolic tangent takes the place of RMSNorm.
+"""Stock checkpoint -> BHyT: a bounded hyperbolic tangent replaces RMSNorm.
 
-With z the normalised row and a = lambda / kappa, a converted site gives ``weight * out_scale * tanh(a z)``. The weight
-is the source's, bit for bit, so dropping `lam` and `out_scale` gives the source back.
+With z the normalised row and a = lambda / kappa, a converted norm computes ``weight * out_scale * tanh(a z)``. The
+weight is the source's, bit for bit, so removing `lam` and `out_scale` restores the source.
 
-- Lossless: a so small that tanh is its argument to below the rounding of bfloat16, ``out_scale = 1 / a``. Since
-  ``|z| <= sqrt(D)``, the relative error of an output is at most ``(a sqrt(D))^2 / 3`` for every input there is.
-- Bounded: a as given, and a gain for each channel, fitted to text, in `out_scale`.
+- Lossless: a is so small that tanh(u) equals u to below the rounding of bfloat16, and ``out_scale = 1 / a``. Since
+  ``|z| <= sqrt(D)``, the relative error of an output is at most ``(a sqrt(D))^2 / 3`` for any input.
+- Bounded: a is given, and `out_scale` has a gain for each channel, fitted to text.
 
-`bhyt_fits` has the formulas of what is fitted.
+`conversion/bhyt/fits.py` has the formulas of what is fitted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_efficient.conversion.bhyt.fits import (
     ChannelGains,
     MeanSquareLine,
-    SiteMeasurements,
+    NormMeasurements,
     after_attention,
     mean_square,
     replaced,
@@ -38,11 +38,11 @@ from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm
 _SECOND_SITES = ("exact", "affine")
 _FINAL_NORMS = ("rms", "bhyt")
 _LEAVES = ("input_layernorm", "post_attention_layernorm")
-# tanh(u) and u differ by u^2 / 3 of themselves: at this u by half a unit in the last place of bfloat16.
+# The relative difference of tanh(u) and u is u^2 / 3: for this u, half a unit in the last place of bfloat16.
 _LARGEST_ARGUMENT = 0.0765
 _LARGEST_A = 2.0**-10
-# The attention of the first layers adds most to the stream, and what it adds follows no line. Nor does that of some
-# layers above: those are estimated whose line misses the scale by no more than this.
+# In the first layers attention adds most to the residual stream, and a line does not fit the result. Of the other
+# layers, those whose line misses the scale by more than this stay exact too.
 _ALWAYS_EXACT = (0, 1)
 _LARGEST_MISS = 0.03
 
@@ -50,7 +50,7 @@ _LARGEST_MISS = 0.03
 class BhytMeasurements(TypedDict, total=False):
     """What `Bhyt.report` returns: `sites` by the norm's name, `line_misses` by layer."""
 
-    sites: dict[str, SiteMeasurements]
+    sites: dict[str, NormMeasurements]
     line_misses: dict[int, float]
     summary: dict[str, str]
 
@@ -65,10 +65,10 @@ class Bhyt:
 
     name: ClassVar[str] = "bhyt"
     card_note: ClassVar[str] = (
-        "BHyT (arXiv:2601.09719) puts a bound on what RMSNorm gives: `gamma * tanh(lambda / kappa * x / rms(x))`. "
-        "Converted without `--bhyt-bound`, lambda is so small that the model is its source to within rounding, and "
-        "nothing is bounded either. **Converted with it the model is bounded, and the conversion lossy**: expect a "
-        "clear loss of quality until the model has been recovered by training."
+        "BHyT (arXiv:2601.09719) bounds the output of RMSNorm: `gamma * tanh(lambda / kappa * x / rms(x))`. "
+        "Converted without `--bhyt-bound`, lambda is so small that the model equals its source to within rounding, and "
+        "nothing is bounded. **Converted with it, the model is bounded and the conversion lossy**: expect a clear loss "
+        "of quality until the model has been recovered by training."
     )
 
     citation: ClassVar[str] = bibtex(
@@ -82,8 +82,8 @@ class Bhyt:
     second_site: str = field(
         default="exact",
         metadata={
-            "help": "mean square of a layer's second norm: exact; affine: a line fitted to that of the first, which "
-            "saves a sum over the row (needs text)"
+            "help": "mean square in a layer's second norm (post_attention_layernorm): exact; affine: estimated by a "
+            "fitted line from that of the first norm, which saves a sum over the row (needs text)"
         },
     )
     exact_layers: str | list[int] = field(
@@ -100,7 +100,7 @@ class Bhyt:
             "none, which is lossless)"
         },
     )
-    kappa: float = field(default=10.0, metadata={"help": "what lambda is divided by"})
+    kappa: float = field(default=10.0, metadata={"help": "divisor of lambda"})
     final: str = field(default="rms", metadata={"help": "the final norm: rms keeps it, bhyt converts it too"})
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Bhyt:
                 )
         self._misses: dict[int, float] = {}
         self._summary: dict[str, str] = {}
-        self._sites: dict[str, SiteMeasurements] = {}
+        self._measured: dict[str, NormMeasurements] = {}
 
     @property
     def needs_calibration(self) -> bool:
@@ -160,7 +160,7 @@ class Bhyt:
         count = config.num_hidden_layers
         exact = [index for index in _ALWAYS_EXACT if index < count]
         known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
-        # The fewer are exact, the more lines are stored.
+        # A line is stored for each layer that is not exact, so this is the largest size.
         return ExpectedChoice(
             self._fields(config, exact), {"bhyt_exact_layers": f"{known}; sizes are those of {len(exact)}"}
         )
@@ -173,10 +173,10 @@ class Bhyt:
             "bhyt_exact_layers": exact,
             "bhyt_lambda_input": bound,
             "bhyt_lambda_post": bound,
-            # A lossless lambda is a hundredth of what an optimiser's steps suit, and all it does the weight does too.
+            # A lossless lambda is too small for the steps of an optimizer, and the weight can learn all that it could.
             "bhyt_learnable_lambda": self.bound is not None,
             "bhyt_kappa": self.kappa,
-            # RMSNorm's own: another eps would be another norm where the stream is small.
+            # That of RMSNorm: with another eps, the norm of small hidden states would differ.
             "bhyt_eps": config.rms_norm_eps,
             "bhyt_final": self.final,
             **({"bhyt_lambda_final": bound} if self.final == "bhyt" else {}),
@@ -187,41 +187,41 @@ class Bhyt:
         width = (config.hidden_size,)
         origin = "1 / a" if self.bound is None else "gains fitted to text"
         added = {}
-        for prefix, index in _sites(config):
+        for prefix, index in _norms(config):
             added[f"{prefix}.out_scale"] = NewTensor(width, torch.float32, origin)
             if prefix.endswith(_LEAVES[1]) and config.bhyt_estimate(index) == "affine":
                 added[f"{prefix}.affine"] = NewTensor((2,), torch.float32, "line fitted to text")
-        # Last, since they may be narrower than what is before them.
-        added |= {f"{prefix}.lam": NewTensor((1,), dtype, "lambda") for prefix, _ in _sites(config)}
+        # Last, so that a narrower dtype does not misalign the float32 tensors in the file.
+        added |= {f"{prefix}.lam": NewTensor((1,), dtype, "lambda") for prefix, _ in _norms(config)}
         return TensorChanges(added)
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        # As the checkpoint stores it: the gains must go with that.
+        # Rounded to the dtype of the checkpoint, because the gains are fitted to the stored value.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
             yield from self._fitted(config, required_calibration(calibration), lam)
         else:
-            for prefix, _ in _sites(config):
+            for prefix, _ in _norms(config):
                 yield f"{prefix}.out_scale", self._plain_gain(config, lam)
-        for prefix, _ in _sites(config):
+        for prefix, _ in _norms(config):
             yield f"{prefix}.lam", lam
 
     def report(self) -> BhytMeasurements:
-        return {"sites": self._sites, "line_misses": self._misses, "summary": self._summary}
+        return {"sites": self._measured, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:
         if self.bound is not None:
             return self.bound
-        # A power of two, so that a weight keeps all its digits when it is multiplied by 1 / a.
+        # A power of two, so that multiplying a weight by 1 / a is exact.
         largest = min(_LARGEST_A, _LARGEST_ARGUMENT / math.sqrt(config.hidden_size))
         return self.kappa * 2.0 ** math.floor(math.log2(largest))
 
     def _fitted(self, config: DecoderConfig, calibration: Calibration, lam: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """`out_scale` and `affine` of every site, in the order of the layers.
+        """Names and tensors of `out_scale` and `affine` of every norm, in the order of the layers.
 
-        The text passes through the layers with the converted norms fitted so far and, where they are bounded, once more
-        with the source's. A gain draws what a converted norm makes of its own stream to what the source's made of its
-        own, so each layer makes good for some of what those below it have lost.
+        The text runs through the layers with the norms converted so far and, if they are bounded, also with the
+        source's norms. A gain fits the converted norm's output on the converted residual stream to the source norm's
+        output on the source's residual stream, so each layer corrects part of the errors of the layers below it.
         """
         run = calibration.start(calibration.fit)
         (converted,) = run.batches
@@ -233,14 +233,14 @@ class Bhyt:
             yield f"{first}.out_scale", gain
             parts = {_LEAVES[0]: _norm(config, "input", index, stock["input"], lam, gain)}
             with replaced(layer, **parts):
-                ahead = after_attention(run, index, layer, converted)
+                attended = after_attention(run, index, layer, converted)
             target = None if source is None else after_attention(run, index, layer, source)
-            gain = self._gain(second, config, lam, ahead, target)
+            gain = self._gain(second, config, lam, attended, target)
             yield f"{second}.out_scale", gain
             line = None
             if config.bhyt_estimate(index) == "affine":
-                line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(ahead))
-                self._sites[second] = {**self._sites.get(second, {}), **line.report}
+                line = MeanSquareLine.fit(mean_square(converted.hidden), mean_square(attended))
+                self._measured[second] = {**self._measured.get(second, {}), **line.report}
                 yield f"{second}.affine", line.tensor
             parts[_LEAVES[1]] = _norm(config, "post", index, stock["post"], lam, gain, line)
             with replaced(layer, **parts):
@@ -253,72 +253,76 @@ class Bhyt:
             yield "model.norm.out_scale", gain
         self._summarise()
 
-    def _gain(self, site: str, config: DecoderConfig, lam: Tensor, converted: Tensor, source: Tensor | None) -> Tensor:
-        """`out_scale` of a site [D] for these streams before it [B, S, D]; without that of the source 1 / a."""
+    def _gain(self, name: str, config: DecoderConfig, lam: Tensor, converted: Tensor, source: Tensor | None) -> Tensor:
+        """`out_scale` [D] of the norm `name`, fitted to the residual streams before it [B, S, D]; 1 / a if lossless.
+
+        Args:
+            converted, source: residual stream of the converted model, and of the source; None if lossless.
+        """
         if source is None:
             return self._plain_gain(config, lam)
         fit = ChannelGains.fit(lam.item() / self.kappa, config.bhyt_eps, source, converted)
-        self._sites[site] = fit.report
+        self._measured[name] = fit.report
         return fit.gain
 
     def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
         return torch.full((config.hidden_size,), self.kappa / lam.item())
 
     def _summarise(self) -> None:
-        """The few figures of the sites that the report's table shows."""
-        sites = self._sites
+        """Set the figures that the report's table shows."""
+        norms = self._measured
         if self.bound is not None:
-            errors = sorted((found["relative_error"], site) for site, found in sites.items())
-            shares = [found["saturated"] for found in sites.values()]
+            errors = sorted((found["relative_error"], name) for name, found in norms.items())
+            shares = [found["saturated"] for found in norms.values()]
             self._summary |= {
                 "bhyt, error of a norm": f"median {errors[len(errors) // 2][0]:.1%}, most {errors[-1][0]:.1%} in "
                 f"{errors[-1][1]}",
                 "bhyt, |tanh| above 0.9": f"{sum(shares) / len(shares):.2%} of all, {max(shares):.2%} of one norm's",
-                "bhyt, largest |x| / rms": f"{max(found['max_over_rms'] for found in sites.values()):.1f}",
+                "bhyt, largest |x| / rms": f"{max(found['max_over_rms'] for found in norms.values()):.1f}",
             }
-        lines = sorted((found["miss"], site) for site, found in sites.items() if "slope" in found)
+        lines = sorted((found["miss"], name) for name, found in norms.items() if "slope" in found)
         if lines:
             self._summary["bhyt, miss of a line"] = f"at most {lines[-1][0]:.1%} of the scale, in {lines[-1][1]}"
-            from_zero = sum(sites[site]["through_origin"] for _, site in lines)
-            if from_zero:
-                self._summary["bhyt, lines from zero"] = (
-                    f"{from_zero} of {len(lines)}: the best line falls, or begins below zero"
+            through_origin = sum(norms[name]["through_origin"] for _, name in lines)
+            if through_origin:
+                self._summary["bhyt, lines through zero"] = (
+                    f"{through_origin} of {len(lines)}: the best line has a negative slope or intercept"
                 )
 
 
 def _line_misses(calibration: Calibration) -> dict[int, float]:
-    """For each layer of the source, by how much of the scale a line misses on a little text, root mean square."""
+    """For each layer of the source, the `miss` of a `MeanSquareLine` that is fitted to the probe text."""
     run = calibration.start(calibration.probe)
-    (stream,) = run.batches
+    (batch,) = run.batches
     misses = {}
     for index, layer in run.layers():
-        ahead = after_attention(run, index, layer, stream)
-        misses[index] = MeanSquareLine.fit(mean_square(stream.hidden), mean_square(ahead)).miss
-        run.run_layer(index, layer, stream)
+        attended = after_attention(run, index, layer, batch)
+        misses[index] = MeanSquareLine.fit(mean_square(batch.hidden), mean_square(attended)).miss
+        run.run_layer(index, layer, batch)
         calibration.progress("choose layers", index + 1, calibration.config.num_hidden_layers)
     return misses
 
 
 def _norm(
     config: DecoderConfig,
-    site: str,
+    position: str,
     index: int,
     stock: DecoderRMSNorm,
     lam: Tensor,
     gain: Tensor,
     line: MeanSquareLine | None = None,
 ) -> BhytNorm:
-    """A site as the converted model has it, in fp32."""
+    """The norm `input` or `post` of layer `index` in the converted model, in fp32."""
     tensors = {"weight": stock.weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})}
-    norm = BhytNorm(config, site, index).to(stock.weight.device).requires_grad_(False)
+    norm = BhytNorm(config, position, index).to(stock.weight.device).requires_grad_(False)
     norm.load_state_dict(tensors)
     return norm
 
 
-def _sites(config: DecoderConfig) -> list[tuple[str, int]]:
-    """Names of the norms that are converted, each with its layer; the final norm, last, has the number of layers."""
-    sites = [(f"model.layers.{index}.{leaf}", index) for index in config.bhyt_layers for leaf in _LEAVES]
-    return [*sites, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else sites
+def _norms(config: DecoderConfig) -> list[tuple[str, int]]:
+    """(name, layer index) of each norm that is converted; the final norm has the number of layers for an index."""
+    norms = [(f"model.layers.{index}.{leaf}", index) for index in config.bhyt_layers for leaf in _LEAVES]
+    return [*norms, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else norms
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:

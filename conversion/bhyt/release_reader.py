@@ -1,9 +1,9 @@
-"""Checkpoints that the BHyT authors' training code writes, as checkpoints of our decoder.
+"""Checkpoints that the BHyT authors' training code writes, read as checkpoints of our decoder.
 
-They call themselves `llama`. What sets them apart are fields of `config.json`, first of all `norm_type`, and tensors
-beside the stock ones: `lam` of every BHyT norm, without dimensions where it was not learnt, and for some estimates of
-the second site's mean square a scalar or two in each layer. Three things that no file tells are fixed in their code:
-the eps of a BHyT norm is 1e-6 whatever `rms_norm_eps` says, the statistics of the final norm are its own, and
+Their `model_type` is `llama`. They differ from Llama by fields of `config.json`, such as `norm_type`, and by additional
+tensors: `lam` of every BHyT norm, a scalar without dimensions if it was not trained, and for some estimates of the mean
+square in `post_attention_layernorm` one or two scalars per layer. Three properties are in no file but fixed in their
+code: the eps of a BHyT norm is 1e-6 whatever `rms_norm_eps` says, the final norm computes its own mean square, and
 `bhytstar` always ends in RMSNorm.
 """
 
@@ -36,24 +36,24 @@ _GAMMA_FOLDED = "bhyt_gamma_folded"
 _EPS = 1e-6
 _ESTIMATED = ("bhyt", "bhytline")
 _EXACT = "bhytstar"
-# Method -> the scalars of a layer that are added to 1 for the slope, and that stand for the intercept.
+# Method -> the scalar of a layer that is added to 1 for the slope, and the scalar that is the intercept.
 _METHODS: dict[str, tuple[str | None, str | None]] = {
     "baseline": (None, None),
     "beta": (None, "var_beta"),
     "eta": ("var_eta", None),
     "residual_aware": ("var_cross_beta", "var_alpha"),
 }
-# Fields that change the network in ways which our decoder does not take, and what they do.
+# Fields that change the network in ways that our decoder does not support, and what they do.
 _UNSUPPORTED = {
-    "use_shared_scale": "scales the embedding by a learnt number",
-    "use_gamma_var": "weights the estimate of the second site by the gammas of the first",
-    "bhyt_kappa_schedule": "gives every layer a kappa of its own",
+    "use_shared_scale": "scales the embedding by a trained number",
+    "use_gamma_var": "weights the estimate of the second mean square by the gammas of the first norm",
+    "bhyt_kappa_schedule": "gives every layer another kappa",
     "var_approx_calibration": "corrects the estimates after training, which its own decoding ignores",
 }
-# An estimate's slope must exceed this: the operation takes no mean square below a thousandth of the first site's.
-_LEAST_SLOPE = 1e-3
+# An estimate's slope must exceed this: the kernel clamps the estimate to at least v / 1000, v the input norm's value.
+_MIN_SLOPE = 1e-3
 _BACKUP = "_bhyt_norm_fold_backup_"
-# What norm_fold multiplies by the gamma of which norm; it leaves the final norm alone.
+# The projections that norm_fold multiplies by the gamma of each norm; it does not fold the final norm.
 _FOLDED = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -66,19 +66,19 @@ def _has_bhyt_norms(fields: dict[str, Any]) -> bool:
 
 
 def _release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> EfficientDecoderConfig:
-    """The decoder configuration of a release checkpoint.
+    """The decoder configuration of a checkpoint of the authors' code.
 
     Args:
         fields: its `config.json`.
-        stock: what the same file describes when it is read as that of a plain Llama.
+        stock: the configuration that the same file gives if it is read as that of a plain Llama.
 
     Raises:
-        HFEError: a field is missing or wrong, or asks for something that our decoder does not have.
+        HFEError: a field is missing or wrong, or needs a feature that our decoder does not have.
     """
     for name, effect in _UNSUPPORTED.items():
         if fields.get(name):
             raise HFEError(
-                f"config.json sets {name}={fields[name]!r}, which {effect}; a conversion does not take that",
+                f"config.json sets {name}={fields[name]!r}, which {effect}; a conversion does not support that",
                 f"choose a checkpoint trained without {name}",
             )
     norm_type, count = fields["norm_type"], stock.num_hidden_layers
@@ -96,23 +96,23 @@ def _release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> Ef
         "bhyt_eps": _EPS,
         "bhyt_learnable_estimate": bool(estimated) and method != "baseline",
     }
-    # Zero stands for RMSNorm.
+    # last_layer_lam=0 means RMSNorm.
     if norm_type in _ESTIMATED and fields.get("last_layer_lam"):
         own_fields |= {"bhyt_final": "bhyt", "bhyt_lambda_final": _positive(fields, "last_layer_lam")}
     if estimated:
         own_fields["bhyt_seq_len"] = _sequence_length(fields)
         if stock.attention_bias and method != "eta":
             raise HFEError(
-                "config.json sets attention_bias beside an estimated second site; their estimate leaves the bias of "
-                "the values out, ours does not, so the model would not be the same",
+                "config.json sets attention_bias beside an estimated second site; their estimate ignores the bias of "
+                "v_proj, ours does not, so the model would not be the same",
                 "choose a checkpoint trained without attention_bias",
             )
     config = copy.deepcopy(stock)
     try:
         for name, value in own_fields.items():
             setattr(config, name, value)
-        return decoder_config(config)  # once more, for its rules
-    # huggingface_hub raises errors of its own for a field of a wrong type or value.
+        return decoder_config(config)  # built again, so that the configuration checks the fields that were set
+    # huggingface_hub raises its own error classes for a field of a wrong type or value.
     except Exception as error:
         raise HFEError(f"config.json is not valid ({' '.join(str(error).split())})", "correct config.json") from error
 
@@ -130,14 +130,14 @@ def _layer_kind(fields: dict[str, Any], index: int) -> str:
     known = ("rms", *_ESTIMATED, _EXACT)
     if kind not in known:
         raise HFEError(
-            f"config.json names the norm {kind!r}; of the BHyT authors' norms a conversion takes {', '.join(known)}",
+            f"config.json names the norm {kind!r}; of the BHyT authors' norms a conversion supports {', '.join(known)}",
             "choose a checkpoint trained with one of these",
         )
     return kind
 
 
 def _is_exact(fields: dict[str, Any], index: int) -> bool:
-    """True where the second site of a layer takes its own mean square although the others estimate it."""
+    """True if `post_attention_layernorm` of this layer computes its own mean square although others estimate it."""
     first, listed = fields.get("var_approx_exact_layers") or 0, fields.get("var_approx_exact_layer_list")
     try:
         named = {int(part) for part in str("" if listed is None else listed).split(",") if part.strip()}
@@ -151,10 +151,11 @@ def _is_exact(fields: dict[str, Any], index: int) -> bool:
 
 
 def _method(fields: dict[str, Any]) -> str:
+    """The method of the estimate, a key of `_METHODS`."""
     method = fields.get("var_approx_method") or "baseline"
     if method not in _METHODS:
         raise HFEError(
-            f"config.json has var_approx_method={method!r}; a conversion takes {', '.join(_METHODS)}",
+            f"config.json has var_approx_method={method!r}; a conversion supports {', '.join(_METHODS)}",
             "choose a checkpoint trained with one of these",
         )
     return method
@@ -171,18 +172,18 @@ def _sequence_length(fields: dict[str, Any]) -> int:
     length = fields.get("seq_len")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise HFEError(
-            f"config.json has seq_len={length!r}; without it their estimate of the second site depends on the length "
-            "of the first batch that the model ever sees",
+            f"config.json has seq_len={length!r}; without it their estimate of the second mean square depends on the "
+            "length of the first batch that the model processes",
             "set seq_len to the length of the training sequences (their cutoff_len)",
         )
     return length
 
 
 class BhytReleaseReader:
-    """A `TensorReader` over a release checkpoint, under the names and in the shapes of our decoder.
+    """A `TensorReader` for a checkpoint of the authors' code, with the names and shapes of our decoder.
 
     Args:
-        stored: the checkpoint's tensors as they lie in its files.
+        stored: the checkpoint's tensors by the names in its files.
         fields: its `config.json`.
         config: the same model as a configuration of our decoder.
 
@@ -219,13 +220,13 @@ class BhytReleaseReader:
         self._config: Any = config  # typed with None, which no field of a configuration is once it is built
         layers = config.bhyt_layers or []
         leaves = self._slope, self._intercept = _METHODS[_method(fields)]
-        # Every layer has them; where its second site is exact they do nothing.
+        # Layers with an exact second norm have them too, without effect.
         scalars = {f"model.layers.{index}.{leaf}": index for index in layers for leaf in leaves if leaf is not None}
         estimated = [index for index in layers if config.bhyt_estimate(index) == "approx"]
         absent = [name for name, index in scalars.items() if index in estimated and name not in stored.names()]
         if absent:
             raise HFEError(
-                f"the checkpoint lacks tensor {absent[0]}, which config.json calls for", "use the whole checkpoint"
+                f"the checkpoint lacks tensor {absent[0]}, which config.json requires", "use the whole checkpoint"
             )
         self._names = [name for name in stored.names() if name not in scalars and name not in backups]
         self._gamma_of = {
@@ -288,20 +289,20 @@ class BhytReleaseReader:
         return self._unfolded(name, self._stored.read_rows(name, start, stop))
 
     def warnings(self) -> list[str]:
-        """What the user should know of how the tensors are read."""
+        """What the user should know about how the tensors are read."""
         norms = len(set(self._gamma_of.values()))
         return [f"the gammas of {norms} norms were divided out of the projections after them"] if norms else []
 
     def _unfolded(self, name: str, tensor: Tensor) -> Tensor:
-        """A projection without the gammas that norm_fold multiplied its columns by; any other tensor as it is."""
+        """`tensor`; if it is a folded projection, its columns are divided by the gammas of the norm before it."""
         if name not in self._gamma_of:
             return tensor
         gamma = self._stored.read(self._gamma_of[name]).float()
-        # Of a column that was multiplied by zero nothing is left, nor does the norm let anything through to it.
+        # A column that was multiplied by zero cannot be restored, and has no effect, because the norm's output is zero.
         return (tensor.float() / gamma.where(gamma != 0, 1.0)).to(tensor.dtype)
 
     def _branch(self, index: int) -> Tensor:
-        """What a layer's attention is expected to add to the mean square [2], fp32."""
+        """The layer's `branch_variance` [2], fp32."""
         attention = f"model.layers.{index}.self_attn"
         bias = f"{attention}.v_proj.bias"
         return branch_variance(
@@ -313,12 +314,12 @@ class BhytReleaseReader:
         )
 
     def _affine(self, index: int) -> Tensor:
-        """Slope and intercept of a layer's estimate [2], fp32."""
+        """Slope and intercept of the layer's estimate [2], fp32."""
         slope, intercept = 1 + self._scalar(index, self._slope), self._scalar(index, self._intercept)
-        if not slope > _LEAST_SLOPE:
+        if not slope > _MIN_SLOPE:
             raise HFEError(
-                f"layer {index} estimates its second mean square as {slope:.3g} times the first, and our decoder takes "
-                f"no less than {_LEAST_SLOPE} of it",
+                f"layer {index} estimates its second mean square as {slope:.3g} times the first, and our decoder "
+                f"supports no less than {_MIN_SLOPE} times",
                 "train the estimate further, or choose another checkpoint",
             )
         return torch.tensor([slope, intercept], dtype=torch.float32)

@@ -173,5 +173,5 @@ def test_the_report_and_the_card_say_what_was_done(stock_folder: Callable[..., P
     assert stored["patches"][0]["options"]["second_site"] == "exact"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "arXiv:2601.09719" in card
-    assert "nothing is bounded either" in card
+    assert "nothing is bounded." in card
     assert inspect(tmp_path / "out").model_type == "hfe_bhyt"
