@@ -108,7 +108,7 @@ def test_stem_from_scratch_counts_the_flops_that_run() -> None:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with FlopCounterMode(display=False) as counter:
             model(torch.arange(16)[None], use_cache=False)
-        # Eager attention multiplies all 16 columns, the causal ones are (16 + 1) / 2 on average.
+        # Eager attention multiplies all 16 keys; causal attention needs (16 + 1) / 2 on average.
         above_the_diagonal = 4 * 3 * 32 * (16 - 17 / 2)
         assert counter.get_total_flops() / 16 - above_the_diagonal == example.size(config, 16)["flops_per_token"]
 
