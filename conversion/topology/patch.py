@@ -1,11 +1,11 @@
-"""Stock checkpoint -> Multiverse or MedVerse: control tokens, and a configuration that reads a topology from them.
+"""The patches multiverse and medverse: they add control tokens and a configuration that reads a topology from them.
 
-No weight changes. The tokenizer gets the grammar's twelve control tokens, and the embedding (and a head of its own) a
-row for each: see `vocabulary`. Without control tokens in the text the model is its source. Such a row is often the copy
-of a word's (`Path`, `Plan`), so the model would write control tokens as readily as these words; until training has
-taught it when to, they are suppressed in generation.
+Existing weights do not change. The tokenizer gets the grammar's twelve control tokens, and the embedding (and an untied
+head) a row for each: see `vocabulary`. On text without control tokens the model computes what its source does. A new
+row is often a copy of a word's row (`Path`, `Plan`), so an untrained model would generate control tokens as often as
+these words; therefore generation suppresses them until the model has been trained.
 
-A checkpoint whose tokenizer has all twelve tokens was trained with them: it keeps rows, tokenizer and settings.
+A checkpoint whose tokenizer has all twelve tokens was trained with them: its rows, tokenizer and settings are kept.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig, l
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MODES
 
 _TRAINED_HELP = (
-    "the model has learnt when to write control tokens; by default so where its tokenizer has them (until then they "
-    "are suppressed in generation)"
+    "the model was trained to write control tokens; by default true where its tokenizer has them (otherwise they are "
+    "suppressed in generation)"
 )
 _CARD_END = (
     "Converted from a stock model the weights are the source's, and the control tokens are suppressed in generation: "
@@ -45,7 +45,11 @@ class TopologyMeasurements(TypedDict, total=False):
 
 @dataclass
 class _TopologyPatch:
-    """What both grammars have in common. The name of the patch is that of the grammar."""
+    """Base class of the two patches; the name of the patch is that of its grammar.
+
+    Attributes:
+        trained: see the help text.
+    """
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
@@ -60,6 +64,7 @@ class _TopologyPatch:
         self._is_trained = False
 
     def check(self, config: DecoderConfig) -> None:
+        """Raise `UsageError` where the source has a topology, sliding windows or length-dependent rotary embeddings."""
         present = [patch for patch in config.active_patches if patch in CONTROL_TOKENS]
         if present:
             raise UsageError(
@@ -71,17 +76,22 @@ class _TopologyPatch:
             raise UsageError(
                 f"layer {windowed[0]} has a sliding window of {config.sliding_window} positions, and {self.name} needs "
                 "attention to all tokens that a segment may see",
-                "choose a model without a window; where its texts are never longer, set sliding_window to null",
+                "choose a model without a window, or set sliding_window to null if its texts are never longer",
             )
         rope = length_dependent_rope(config.rope_parameters)
         if rope is not None:
             raise UsageError(
-                f"the rotary embedding {rope!r} changes with the longest position so far, so keys in the cache would "
-                f"not fit later ones; {self.name} takes default, linear, llama3 and yarn",
+                f"the rotary embedding {rope!r} changes with the longest position so far, so cached keys would not "
+                f"match later ones; {self.name} takes default, linear, llama3 and yarn",
                 "choose a model with one of these",
             )
 
     def vocabulary(self, source: Source) -> VocabularyChange:
+        """The source's tokenizer and embedding rows with the control tokens added, suppressed unless trained.
+
+        Raises:
+            HFEError: `trained=True`, and the tokenizer lacks a control token.
+        """
         change = add_tokens(source, CONTROL_TOKENS[self.name])
         if self.trained and change.tokenizer is not None:
             lacking = [token for token, token_id in change.token_ids.items() if token_id in change.rows]
@@ -96,6 +106,7 @@ class _TopologyPatch:
         return change
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        """The configuration fields `vocab_size` and `topology`; after `vocabulary`."""
         return {
             "vocab_size": self._added.new_size,
             "topology": {
@@ -107,15 +118,18 @@ class _TopologyPatch:
         }
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        """No tensor is removed or added."""
         return TensorChanges()
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        """No new tensors: the rows of the control tokens come from `vocabulary`."""
         return iter(())
 
     def report(self) -> TopologyMeasurements:
+        """For each added token, the tokens whose rows it was made from; and a summary of the control tokens."""
         change = self._added
         new = sorted(change.rows)
-        tokens = f"{len(new)} added, ids {new[0]} to {new[-1]}" if new else "all known to the tokenizer"
+        tokens = f"{len(new)} added, ids {new[0]} to {new[-1]}" if new else "all in the tokenizer already"
         state = "trained" if self._is_trained else "untrained, so suppressed in generation"
         return {
             "token_rows": {token_id: list(parts) for token_id, parts in change.rows.items()},
@@ -124,26 +138,28 @@ class _TopologyPatch:
 
     @property
     def _added(self) -> VocabularyChange:
+        """The result of `vocabulary`."""
         if self._vocabulary is None:
-            raise UsageError(f"{self.name} has not seen the source's tokenizer", "call vocabulary(source) first")
+            raise UsageError(f"{self.name} has no vocabulary of the source yet", "call vocabulary(source) first")
         return self._vocabulary
 
     def _mode(self) -> str:
+        """`topology["mode"]`; Multiverse does not use it."""
         return "dag"
 
 
 @dataclass
 class Multiverse(_TopologyPatch):
-    """Options of the Multiverse patch: blocks of parallel paths, which may be nested.
+    """The Multiverse patch: blocks of parallel paths, which may be nested.
 
     Raises:
-        UsageError: an option is malformed here, or the model is not suitable in `check`.
+        UsageError: an option is invalid (on construction), or the model is unsuitable (in `check`).
     """
 
     name: ClassVar[str] = "multiverse"
     card_note: ClassVar[str] = (
-        "Multiverse (arXiv:2506.09991) thinks in blocks of parallel paths: paths do not see each other, what follows a "
-        f"block sees all of them, and `generate` decodes them at the same time. {_CARD_END}"
+        "Multiverse (arXiv:2506.09991) reasons in blocks of parallel paths: paths do not see each other, what follows "
+        f"a block sees all of them, and `generate` decodes them at the same time. {_CARD_END}"
     )
     citation: ClassVar[str] = bibtex(
         "yang2025multiverse",
@@ -155,16 +171,19 @@ class Multiverse(_TopologyPatch):
 
 @dataclass
 class MedVerse(_TopologyPatch):
-    """Options of the MedVerse patch: a plan of steps with dependencies, carried out as a graph.
+    """The MedVerse patch: a plan of steps with dependencies, executed as a graph.
+
+    Attributes:
+        mode: what a step sees; see the help text.
 
     Raises:
-        UsageError: an option is malformed here, or the model is not suitable in `check`.
+        UsageError: an option is invalid (on construction), or the model is unsuitable (in `check`).
     """
 
     name: ClassVar[str] = "medverse"
     card_note: ClassVar[str] = (
-        "MedVerse (arXiv:2602.07529) writes a plan of steps with their dependencies and carries it out as a graph: a "
-        f"step sees the steps it needs, and `generate` decodes independent steps at the same time. {_CARD_END}"
+        "MedVerse (arXiv:2602.07529) writes a plan of steps with their dependencies and executes it as a graph: a "
+        f"step sees the steps it depends on, and `generate` decodes independent steps at the same time. {_CARD_END}"
     )
     citation: ClassVar[str] = bibtex(
         "chen2026medverse",
@@ -176,8 +195,8 @@ class MedVerse(_TopologyPatch):
     mode: str = field(
         default="auto",
         metadata={
-            "help": "what a step sees: dag (what it needs), layers (all earlier layers), flat (no other step); auto: "
-            "dag, and layers for a checkpoint that comes trained, since the released training code does so"
+            "help": "what a step sees: dag (its dependencies), layers (all earlier layers), flat (no other step); "
+            "auto: dag, and layers for a trained checkpoint, as in the released training code"
         },
     )
 

@@ -1,4 +1,4 @@
-"""The elements of a structured text as a tree, with their places in it."""
+"""The elements of a structured text as a tree, with their offsets in the text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ ROOT = ""
 
 @dataclass(frozen=True)
 class Issue:
-    """One fault of a structured text.
+    """One problem of a structured text.
 
     Attributes:
-        line, offset: where it is: the line, from 1, and the character, from 0.
-        tag: the tag that stands there, or the element it belongs to.
+        line: line of the problem, from 1.
+        offset: character of the problem, from 0.
+        tag: the tag there, or that of the element it belongs to.
         problem: what is wrong.
     """
 
@@ -35,10 +36,11 @@ class Element:
     """An element such as `<Goal> … </Goal>`.
 
     Attributes:
-        name: without brackets; the whole text is one too, with an empty name.
-        start, stop: offsets of its opening tag and of what follows its closing tag.
-        inner: offsets between which its content lies.
-        children: the elements in it, in order.
+        name: name of its tag; an empty name for the whole text, which is the root of the tree.
+        start: offset of its opening tag.
+        inner: offsets of its content: the first character, and the one after the last.
+        stop: offset after its closing tag.
+        children: the elements directly inside it, in order.
     """
 
     name: str
@@ -48,11 +50,11 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def named(self, name: str) -> list[Element]:
-        """The children of that name."""
+        """The children with this name."""
         return [child for child in self.children if child.name == name]
 
     def walk(self) -> Iterator[Element]:
-        """All elements below this one, each before those in it."""
+        """All elements below this one, in pre-order."""
         pending = self.children[::-1]
         while pending:
             element = pending.pop()
@@ -60,7 +62,7 @@ class Element:
             pending += element.children[::-1]
 
     def own_text(self, text: str) -> Iterator[tuple[int, str]]:
-        """The pieces of its content that lie in no child, with their offsets."""
+        """The pieces of its content outside its children, with their offsets."""
         start = self.inner[0]
         for child in self.children:
             yield start, text[start : child.start]
@@ -69,15 +71,16 @@ class Element:
 
 
 def tag_pattern(grammar: str) -> re.Pattern[str]:
-    """Matches every control token of the grammar; group 1 is `/` in a closing tag, group 2 the name."""
+    """A pattern of the grammar's control tokens; group 1 is `/` for a closing tag, group 2 the name."""
     names = {tag.strip("</>") for tag in CONTROL_TOKENS[grammar]}
     return re.compile(f"<(/?)({'|'.join(sorted(names))})>")
 
 
 def read_tree(text: str, grammar: str, report: Callable[[int, str, str], None]) -> Element:
-    """The elements of a text. `report(offset, tag, problem)` is told of tags that do not pair.
+    """The tree of a text's elements. An element that is not closed ends where its parent ends.
 
-    An element that is not closed ends where the one around it ends.
+    Args:
+        report: called as ``report(offset, tag, problem)`` for each tag without a counterpart.
     """
     whole = Element(ROOT, 0, (0, len(text)), len(text))
     stack = [whole]

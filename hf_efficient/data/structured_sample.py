@@ -1,19 +1,29 @@
-"""A worked problem as steps and what each step needs, before it is written in a grammar."""
+"""A worked problem as steps with dependencies, from which `structured_text` writes a text of a grammar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.topology.grammar.plan import find_cycle
 
 ARROW = " -> "
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its id, a short title, its text, and the ids of the steps whose results it uses."""
+    """One step of a sample.
+
+    Attributes:
+        id: identifies the step in its sample.
+        title: short title, not empty.
+        text: the step's text; may be empty.
+        deps: ids of the steps that it depends on.
+    """
 
     id: str
     title: str
@@ -23,9 +33,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Sample:
-    """A worked problem, its steps in an order in which every step comes after those it needs.
+    """A worked problem with its steps in topological order: each step comes after those that it depends on.
 
-    Where the dependencies leave a choice, the steps keep the order in which they were given.
+    Of the steps that could come next, the one that was given first does.
     """
 
     question: str
@@ -36,10 +46,14 @@ class Sample:
 
     @classmethod
     def of(cls, value: Sample | Mapping[str, Any]) -> Sample:
-        """From `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`.
+        """A sample from a mapping; a `Sample` is returned as it is.
+
+        Args:
+            value: `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`.
 
         Raises:
-            HFEError: a field is missing or of another type, an id is repeated or unknown, or steps need each other.
+            HFEError: a field is missing or has another type, an id is repeated or unknown, or the dependencies form a
+                cycle.
         """
         if isinstance(value, Sample):
             return value
@@ -55,7 +69,7 @@ class Sample:
         return cls(steps=tuple(_in_order(steps)), **texts)
 
     def chains(self) -> list[list[Step]]:
-        """Maximal runs in which each step needs the one before and no other, and is the only one that needs it."""
+        """Maximal chains: each step depends on the one before and no other, and no other step depends on that one."""
         users = {step.id: [other for other in self.steps if step.id in other.deps] for step in self.steps}
         chains: dict[str, list[Step]] = {}  # id of the last step -> chain
         for step in self.steps:
@@ -64,7 +78,7 @@ class Sample:
         return sorted(chains.values(), key=lambda chain: self.steps.index(chain[0]))
 
     def levels(self) -> list[list[list[Step]]]:
-        """Chains by level; a chain's level is one above the highest level of those it needs."""
+        """Chains by level; the level of a chain is one above the highest level of the chains that it depends on."""
         level_of: dict[str, int] = {}
         levels: list[list[list[Step]]] = []
         for chain in self.chains():
@@ -75,9 +89,13 @@ class Sample:
         return levels
 
     def lost_parallelism(self, length: Callable[[str], int] = len) -> float:
-        """What it costs that a level waits for all of the level before: ``longest path by levels / longest path``.
+        """Relative cost of making each level wait for all of the level before.
 
-        1 where nothing is lost. `length` measures a step's text, by default in characters.
+        Args:
+            length: measures a step's text, by default in characters.
+
+        Returns:
+            ``longest path by levels / longest path of dependencies``; 1 where nothing is lost.
         """
         sizes = {step.id: max(length(step.text or step.title), 1) for step in self.steps}
         ends: dict[str, int] = {}
@@ -101,7 +119,7 @@ def _step(entry: Any, place: int) -> Step:
 
 
 def _in_order(steps: list[Step]) -> list[Step]:
-    """Kahn's algorithm; of the steps that could come next, the first one given does."""
+    """The steps in topological order; of those that could come next, the one given first does."""
     ids = {step.id for step in steps}
     if len(ids) < len(steps):
         repeated = next(step.id for place, step in enumerate(steps) if step.id in {s.id for s in steps[:place]})
@@ -109,28 +127,26 @@ def _in_order(steps: list[Step]) -> list[Step]:
     for step in steps:
         unknown = [dep for dep in step.deps if dep not in ids]
         if unknown:
-            raise HFEError(f"step {step.id!r} needs {unknown[0]!r}, which no step is", "correct its deps")
+            raise HFEError(f"step {step.id!r} depends on {unknown[0]!r}, which is not a step", "correct its deps")
+    dependencies = {step.id: step.deps for step in steps}
+    cycle = find_cycle(dependencies)
+    if cycle:
+        raise HFEError(
+            f"the dependencies of the sample's steps form a cycle: {' -> '.join(cycle)}", "remove one of these deps"
+        )
+    index = {step.id: place for place, step in enumerate(steps)}
+    sorter = TopologicalSorter(dependencies)
+    sorter.prepare()
+    ready = [index[step_id] for step_id in sorter.get_ready()]
+    heapify(ready)
     ordered: list[Step] = []
-    done: set[str] = set()
-    left = list(steps)
-    while left:
-        ready = next((step for step in left if done.issuperset(step.deps)), None)
-        if ready is None:
-            circle = " -> ".join(_circle(left, done))
-            raise HFEError(f"steps of the sample need each other in a circle: {circle}", "remove one of these deps")
-        left.remove(ready)
-        ordered.append(ready)
-        done.add(ready.id)
+    while ready:
+        step = steps[heappop(ready)]
+        ordered.append(step)
+        sorter.done(step.id)
+        for step_id in sorter.get_ready():
+            heappush(ready, index[step_id])
     return ordered
-
-
-def _circle(left: Sequence[Step], done: set[str]) -> list[str]:
-    """Ids of steps that need each other, the first again at the end; every step of `left` waits for another of them."""
-    waits_for = {step.id: next(dep for dep in step.deps if dep not in done) for step in left}
-    trail = [left[0].id]
-    while waits_for[trail[-1]] not in trail:
-        trail.append(waits_for[trail[-1]])
-    return [*trail[trail.index(waits_for[trail[-1]]) :], waits_for[trail[-1]]]
 
 
 def _text(value: Mapping[str, Any], name: str, where: str) -> str:

@@ -1,7 +1,7 @@
-"""Worked problems as texts of the two grammars, and what is wrong with such a text. Nothing here calls a model.
+"""Texts of the two grammars from worked problems, and validation of such texts. No model is involved.
 
 A sample is `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`. Its
-texts may hold anything: control tokens in them are escaped.
+texts may contain anything: control tokens in them are escaped.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hf_efficient.modeling.topology.grammar.control_tokens import (
 
 _ZERO_WIDTH_SPACE = "\u200b"
 _ANY_TAG = re.compile("|".join(re.escape(tag) for tag in sorted({t for tags in CONTROL_TOKENS.values() for t in tags})))
-# What ends a title where a plan is read.
+# What ends a title when a plan is parsed.
 _PLAN_WORDS = re.compile(r"(?<=;)(?=\s*Dependency\b)|(?<=Dependency)(?=\s*:\s*\[)", re.IGNORECASE)
-# Where an element may stand. The released MedVerse data does not tell where its thinking ends.
+# Allowed parents of each element. In the released MedVerse data it is not marked where the thinking ends.
 _PARENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "multiverse": {
         "Think": (ROOT,),
@@ -52,18 +52,18 @@ Report = Callable[[int, str, str], None]
 
 
 def escape(text: str) -> str:
-    """`text` with a zero-width space behind the `<` of every control token of either grammar, so that it is none."""
+    """`text` with a zero-width space after the `<` of each control token of either grammar, which makes it plain."""
     return _ANY_TAG.sub(lambda match: f"<{_ZERO_WIDTH_SPACE}{match[0][1:]}", text)
 
 
 def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
-    """The sample as a MedVerse text: a plan with the dependencies, its steps, the conclusion.
+    """The sample as a MedVerse text: a plan with the dependencies, the steps and the conclusion.
 
-    Steps are numbered from 1 in an order in which each comes after those it needs. A title without an arrow gets one:
-    from the titles of the steps it needs, or from `Question`.
+    Steps are numbered from 1 in topological order. A title without an arrow gets one: from the titles of the steps that
+    it depends on, or from `Question`.
 
     Raises:
-        HFEError: the sample is malformed, or its steps need each other in a circle.
+        HFEError: the sample is malformed, or the dependencies of its steps form a cycle.
     """
     sample = Sample.of(sample)
     numbers = {step.id: number for number, step in enumerate(sample.steps, start=1)}
@@ -77,7 +77,7 @@ def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
         needed = sorted(numbers[dep] for dep in step.deps)
         outlines.append(f"<Outline> {header}; Dependency: {needed} </Outline>")
         steps.append(_lines(f"<Step> {header}", escape(step.text).strip(), "</Step>"))
-    # A sample may have neither, and a conclusion must not be empty.
+    # A sample may have neither conclusion nor answer, but the element must not be empty.
     explanation = escape(sample.conclusion).strip() or ("" if sample.answer else _joined_titles(sample.steps))
     return _lines(
         *("<Think>", escape(sample.preamble).strip()),
@@ -91,14 +91,14 @@ def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
 
 
 def to_multiverse(sample: Sample | Mapping[str, Any]) -> str:
-    """The sample as a Multiverse text: level by level, several chains of a level as the paths of one block.
+    """The sample as a Multiverse text: one block for each level, with the chains of the level as its paths.
 
-    A level with one chain is plain text. The sample's conclusion concludes the last block where no text follows that;
-    another block concludes with its titles. What waiting for whole levels costs is warned of: see
+    A level with one chain is plain text. The last block concludes with the sample's conclusion if no text follows it;
+    other blocks conclude with the titles of their steps. A warning states what waiting for whole levels costs: see
     `Sample.lost_parallelism`.
 
     Raises:
-        HFEError: the sample is malformed, or its steps need each other in a circle.
+        HFEError: the sample is malformed, or the dependencies of its steps form a cycle.
     """
     sample = Sample.of(sample)
     lost = sample.lost_parallelism()
@@ -120,15 +120,15 @@ def to_multiverse(sample: Sample | Mapping[str, Any]) -> str:
 
 
 def flatten(text: str) -> str:
-    """A structured text as it would be thought one thing after the other: without goals, plans, tags and path labels.
+    """A structured text as sequential text: without goals, plans, tags and path labels.
 
-    What concludes a block repeats its paths, so it goes too; a conclusion outside of blocks stays.
+    The conclusion of a block repeats its paths, so it is removed as well; a conclusion outside blocks stays.
     """
     _check_text(text)
     grammar = "medverse" if "<Execution>" in text or "<Plan>" in text else "multiverse"
     pieces: list[str] = []
     stack: list[str] = []
-    dropped = 0  # how many elements of the stack, from the top, are left out with all that is in them
+    dropped = 0  # how many elements, from the top of the stack, are removed with their contents
     start = 0
     for match in tag_pattern(grammar).finditer(text):
         if not dropped:
@@ -152,14 +152,15 @@ def flatten(text: str) -> str:
 def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
     """Steps of a MedVerse sample from chains of entities such as `"fever -> infection -> antibiotics"`.
 
-    Every entity that follows others is one step, `p1, p2 -> entity`, which needs the steps that lead to p1 and p2.
-    Their texts are empty: somebody must write them.
+    Every entity that follows others is one step, `p1, p2 -> entity`, which depends on the steps that lead to p1 and p2.
+    The texts of the steps are left empty.
 
     Raises:
-        HFEError: a chain has fewer than two entities or an empty one, or entities follow each other in a circle.
+        HFEError: a chain has fewer than two entities or an empty one, or the chains form a cycle.
+        UsageError: `chains` is one text.
     """
     if isinstance(chains, str):
-        raise UsageError(f"chains={chains!r} is one text", "give a list of chains")
+        raise UsageError(f"chains={chains!r} is one text", "pass a list of chains")
     before: dict[str, list[str]] = {}
     for chain in chains:
         _check_text(chain)
@@ -187,10 +188,10 @@ def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def validate(text: str, grammar: str) -> list[Issue]:
-    """Everything that is wrong with a text of the grammar, in the order of the text; an empty list when it is sound.
+    """All problems of a text of the grammar, in the order of the text; an empty list for a valid one.
 
     Raises:
-        UsageError: the grammar is unknown, or this is no text.
+        UsageError: the grammar is unknown, or `text` is not a str.
     """
     check_grammar(grammar, "dag")
     _check_text(text)
@@ -207,7 +208,7 @@ def validate(text: str, grammar: str) -> list[Issue]:
                 allowed = " or ".join(f"<{name}>" if name else "the text itself" for name in parents[child.name])
                 inside = f"<{parent.name}>" if parent.name else "any element"
                 place = f"is inside {inside}" if parent.name else f"is not inside {inside}"
-                report(child.start, f"<{child.name}>", f"{place}, but belongs into {allowed}")
+                report(child.start, f"<{child.name}>", f"{place}, but belongs in {allowed}")
     if grammar == "multiverse":
         for element in tree.walk():
             if element.name == "Parallel":
@@ -219,10 +220,11 @@ def validate(text: str, grammar: str) -> list[Issue]:
 
 def _check_text(value: Any) -> None:
     if not isinstance(value, str):
-        raise UsageError(f"{value!r} is a {type(value).__name__}, not a text", "give a str")
+        raise UsageError(f"{value!r} is a {type(value).__name__}, not a text", "pass a str")
 
 
 def _block(chains: list[list[Step]], conclusion: str) -> str:
+    """A Multiverse block with one path for each chain."""
     labelled = list(enumerate(chains, start=1))
     outlines = [f"<Outline>\n{label}: {_joined_titles(chain)}\n</Outline>" for label, chain in labelled]
     paths = [_lines(f"<Path>\n{label}: {_chain_text(chain)}", "</Path>") for label, chain in labelled]
@@ -245,7 +247,7 @@ def _joined_titles(steps: Iterable[Step]) -> str:
 
 
 def _title(title: str) -> str:
-    """A title on one line, in which nothing looks like a control token or the end of a title."""
+    """A title on one line, with control tokens escaped and nothing in it that a parser takes for its end."""
     return _PLAN_WORDS.sub(_ZERO_WIDTH_SPACE, escape(" ".join(title.split())))
 
 
@@ -254,7 +256,7 @@ def _lines(*parts: str) -> str:
 
 
 def _check_block(block: Element, text: str, report: Report) -> None:
-    """Goal, paths and conclusion of one `<Parallel>`; those of blocks in its paths are looked at by themselves."""
+    """Report problems of the goal, paths and conclusion of one `<Parallel>`, without the blocks in its paths."""
     names = [child.name for child in block.children]
     for name, rule in (("Goal", "first"), ("Conclusion", "last")):
         found = block.named(name)
@@ -263,7 +265,7 @@ def _check_block(block: Element, text: str, report: Report) -> None:
         elif len(found) > 1:
             report(found[1].start, f"<{name}>", "is the second of its block")
         elif names[0 if name == "Goal" else -1] != name:
-            report(found[0].start, f"<{name}>", f"must stand {rule} in its block")
+            report(found[0].start, f"<{name}>", f"must come {rule} in its block")
     if "Path" not in names:
         report(block.start, "<Parallel>", "has no <Path>")
     planned = _labels([o for goal in block.named("Goal") for o in goal.named("Outline")], text, report)
@@ -279,25 +281,28 @@ def _check_block(block: Element, text: str, report: Report) -> None:
 
 
 def _labels(elements: list[Element], text: str, report: Report) -> list[str]:
+    """Labels of outlines or paths, `?` where one is missing; reports missing and repeated ones."""
     labels: list[str] = []
     for element in elements:
         match = PATH_LABEL.match(text, *element.inner)
         if match is None:
             report(element.start, f"<{element.name}>", "must begin with a label such as `1:` or `2.1:`")
         elif match[1] in labels:
-            report(element.start, f"<{element.name}>", f"has the label {match[1]} of another")
+            report(element.start, f"<{element.name}>", f"repeats the label {match[1]}")
         labels.append(match[1] if match else "?")
     return labels
 
 
 def _check_no_loose_text(element: Element, text: str, report: Report) -> None:
+    """Report text directly inside an element that may only contain other elements."""
     for offset, piece in element.own_text(text):
         if piece.strip():
             place = offset + len(piece) - len(piece.lstrip())
-            report(place, f"<{element.name}>", f"holds text of its own: {piece.strip()[:30]!r}")
+            report(place, f"<{element.name}>", f"contains text outside its elements: {piece.strip()[:30]!r}")
 
 
 def _check_medverse(tree: Element, text: str, report: Report) -> None:
+    """Report problems of the plan, the execution and the conclusion of a MedVerse text."""
     elements = list(tree.walk())
     found = {name: [e for e in elements if e.name == name] for name in ("Plan", "Execution", "Conclusion")}
     for name, those in found.items():
@@ -308,7 +313,7 @@ def _check_medverse(tree: Element, text: str, report: Report) -> None:
     present = [those[0] for those in found.values() if those]
     for former, latter in pairwise(present):
         if former.start > latter.start:
-            report(latter.start, f"<{latter.name}>", f"stands before <{former.name}>")
+            report(latter.start, f"<{latter.name}>", f"comes before <{former.name}>")
     plan: dict[int, tuple[str, list[int]]] = {}
     for element in found["Plan"][:1]:
         _check_no_loose_text(element, text, report)
@@ -319,7 +324,7 @@ def _check_medverse(tree: Element, text: str, report: Report) -> None:
 
 
 def _read_plan(plan: Element, text: str, report: Report) -> dict[int, tuple[str, list[int]]]:
-    """Title and dependencies of each planned step, by its number."""
+    """Number of each planned step -> its title and dependencies; reports problems of the plan."""
     steps: dict[int, tuple[str, list[int]]] = {}
     places: dict[int, int] = {}
     for outline in plan.named("Outline"):
@@ -330,7 +335,7 @@ def _read_plan(plan: Element, text: str, report: Report) -> dict[int, tuple[str,
             continue
         n = int(number[1])
         if n in steps:
-            report(outline.start, "<Outline>", f"has the number {n} of another")
+            report(outline.start, "<Outline>", f"repeats the number {n}")
             continue
         if needed is None:
             report(outline.start, "<Outline>", f"of step {n} has no `Dependency: […]`")
@@ -351,6 +356,7 @@ def _read_plan(plan: Element, text: str, report: Report) -> dict[int, tuple[str,
 
 
 def _check_steps(execution: Element, plan: Mapping[int, tuple[str, list[int]]], text: str, report: Report) -> None:
+    """Report steps that do not match the plan; `plan` as of `_read_plan`."""
     done: set[int] = set()
     for step in execution.named("Step"):
         first = text[slice(*step.inner)].lstrip().partition("\n")[0]
@@ -364,10 +370,10 @@ def _check_steps(execution: Element, plan: Mapping[int, tuple[str, list[int]]], 
         elif title[1] != plan[n][0]:
             report(step.start, "<Step>", f"{n} has the title {title[1]!r}; the plan says {plan[n][0]!r}")
         if n in done:
-            report(step.start, "<Step>", f"has the number {n} of another")
+            report(step.start, "<Step>", f"repeats the number {n}")
         for other in plan.get(n, ("", []))[1]:
             if other in plan and other not in done:
-                report(step.start, "<Step>", f"{n} stands before step {other}, on which it depends")
+                report(step.start, "<Step>", f"{n} comes before step {other}, on which it depends")
         done.add(n)
     missing = sorted(set(plan) - done)
     if missing:

@@ -1,4 +1,4 @@
-"""Batches of structured texts for training, and the mark that training is done."""
+"""A data collator for structured texts, and the function that marks a model as trained on them."""
 
 from __future__ import annotations
 
@@ -27,45 +27,52 @@ _BACKENDS = ("topology", "sdpa")
 
 
 class _Row(NamedTuple):
-    """Token ids [S], which of them are to be learnt [S], and their topology."""
+    """One text.
+
+    Attributes:
+        ids: token ids [S].
+        has_loss: bool [S], true where the token is a label.
+        topology: their topology.
+    """
 
     ids: np.ndarray
-    learnt: np.ndarray
+    has_loss: np.ndarray
     topology: Topology
 
 
 @dataclass
 class TopologyDataCollator:
-    """Makes batches of structured texts for a Multiverse or MedVerse model.
+    """Collates structured texts into batches for a Multiverse or MedVerse model.
 
         collator = TopologyDataCollator(tokenizer, "multiverse", max_length=2048)
         trainer = Trainer(model, args, data_collator=collator, …)  # args: remove_unused_columns=False
 
     A sample is `{"prompt", "completion"}` or `{"input_ids", "labels"?}`. The prompt is a text, or messages for the
-    tokenizer's chat template; it is not learnt, and the EOS token follows the completion. Of given `labels` only those
-    that are -100 count.
+    tokenizer's chat template; it has no loss, and the EOS token is appended to the completion. Of given `labels` only
+    the positions of -100 are used.
 
-    A batch holds `input_ids`, `labels` and `position_ids`, int64 [B, S], and `segment_ids`, int32 [B, S], with
+    A batch contains `input_ids`, `labels` and `position_ids`, int64 [B, S], `segment_ids`, int32 [B, S], and
     `segment_visibility`, int64 [B, N, W]: see `TopologyBatch`. Texts are padded on the right.
 
-    What decides the labels: transformers learns token i from what stands before it in the row. The first token of a
-    segment follows another token in the topology, so it is not learnt; nor, by default, is what generation writes
-    without asking the model: path and step headers, separators, the tags around a join.
+    Labels: transformers' loss predicts token i from the token before it in the row. The first token of a segment
+    follows another token in the topology, so its label is -100. By default so are the labels of forced tokens, which
+    generation writes in place of the model: path and step headers, separators, and the control tokens around a join.
 
     Args:
-        tokenizer: with the grammar's control tokens.
+        tokenizer: a tokenizer with the grammar's control tokens.
         grammar, mode: those of the model's `config.topology`.
-        max_length: longer texts are cut; a block may be open then.
-        mask_forced: do not learn what generation forces.
-        label_mode: `topology`, as above; `reference`, every token of the completion, as the released code does.
-        packing: put several texts into a row of `max_length` tokens; they do not see each other.
-        pad_to_multiple_of: pad rows to such a length.
-        backend: `topology`; `sdpa`: for a stock model, `attention_mask`, bool [B, 1, S, S], in place of the last two.
-        strict: a malformed text is an error; else it is read as generation would read it.
+        max_length: truncate longer texts, possibly inside a block.
+        mask_forced: no loss on forced tokens.
+        label_mode: `topology`, as above; `reference`, every token of the completion, as in the released code.
+        packing: put several texts into one row of at most `max_length` tokens; they do not see each other.
+        pad_to_multiple_of: pad rows to a multiple of this length.
+        backend: `topology`; or `sdpa`, which gives a stock model `attention_mask`, bool [B, 1, S, S], in place of
+            `segment_ids` and `segment_visibility`.
+        strict: raise for a malformed text; otherwise read it leniently, as generation does.
 
     Raises:
-        UsageError: an option is wrong.
-        TopologyError: the tokenizer lacks the tokens, or a text is malformed; the sample is named.
+        UsageError: an option is invalid.
+        TopologyError: the tokenizer lacks control tokens, or a text is malformed; the message names the sample.
     """
 
     tokenizer: Any
@@ -86,17 +93,23 @@ class TopologyDataCollator:
                 raise UsageError(f"{name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
         if self.max_length is not None and (not is_integer(self.max_length) or self.max_length < 1):
             raise UsageError(
-                f"max_length={self.max_length!r} must be a whole number, at least 1", "leave it out for no limit"
+                f"max_length={self.max_length!r} must be an integer of at least 1", "leave it out for no limit"
             )
         if self.packing and self.max_length is None:
-            raise UsageError("packing needs to know how long a row may be", "give max_length")
+            raise UsageError("packing needs the length of a row", "pass max_length")
         if self.pad_to_multiple_of < 1:
             raise UsageError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1", "leave it out")
         _ = self._token_ids
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these samples.
+
+        Raises:
+            HFEError: there is no sample, or a field is missing or invalid.
+            TopologyError: a text is malformed, and `strict` is set.
+        """
         if not features:
-            raise HFEError("there are no samples to make a batch of", "give at least one")
+            raise HFEError("there are no samples to make a batch of", "pass at least one")
         rows = [self._row(feature, place) for place, feature in enumerate(features)]
         if self.packing:
             rows = self._packed(rows)
@@ -107,7 +120,7 @@ class TopologyDataCollator:
         pad = self.tokenizer.pad_token_id
         filled = {
             "input_ids": _padded([row.ids for row in rows], width, 0 if pad is None else pad),
-            "labels": _padded([np.where(row.learnt, row.ids, IGNORED) for row in rows], width, IGNORED),
+            "labels": _padded([np.where(row.has_loss, row.ids, IGNORED) for row in rows], width, IGNORED),
             "position_ids": batch.position_ids,
         }
         if self.backend == "sdpa":
@@ -123,7 +136,7 @@ class TopologyDataCollator:
         return decode_function(self.tokenizer)
 
     def _row(self, feature: Mapping[str, Any], place: int) -> _Row:
-        ids, learnt = self._tokens(feature, place)
+        ids, has_loss = self._tokens(feature, place)
         topology = Topology.from_token_ids(
             ids,
             self.grammar,
@@ -134,21 +147,24 @@ class TopologyDataCollator:
             row=place,
         )
         if self.max_length is not None and len(ids) > self.max_length:
-            # Cut after reading: a step whose header is cut still has its place.
-            ids, learnt, topology = ids[: self.max_length], learnt[: self.max_length], _cut(topology, self.max_length)
+            # Truncate after reading: a step whose header is cut keeps its number.
+            ids, has_loss = ids[: self.max_length], has_loss[: self.max_length]
+            topology = _truncated(topology, self.max_length)
         if self.label_mode == "topology":
-            learnt = learnt & ~topology.forced if self.mask_forced else learnt.copy()
-            learnt[1:] &= topology.segment_ids[1:] == topology.segment_ids[:-1]
-        return _Row(ids, learnt, topology)
+            has_loss = has_loss & ~topology.forced if self.mask_forced else has_loss.copy()
+            has_loss[1:] &= topology.segment_ids[1:] == topology.segment_ids[:-1]
+        return _Row(ids, has_loss, topology)
 
     def _tokens(self, feature: Mapping[str, Any], place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and which of them are to be learnt, before anything is cut."""
+        """Token ids [S] of a sample before truncation, and bool [S], true where they have a loss."""
         if "input_ids" in feature:
             ids = _vector(feature["input_ids"], f"input_ids of sample {place}")
             labels = ids if feature.get("labels") is None else _vector(feature["labels"], f"labels of sample {place}")
             if len(labels) != len(ids):
-                raise HFEError(f"sample {place} has {len(ids)} input_ids and {len(labels)} labels", "give as many")
-            learnt = labels != IGNORED
+                raise HFEError(
+                    f"sample {place} has {len(ids)} input_ids and {len(labels)} labels", "give one label for each id"
+                )
+            has_loss = labels != IGNORED
         elif "prompt" in feature and "completion" in feature:
             if not isinstance(feature["prompt"], Sequence) or not isinstance(feature["completion"], str):
                 raise HFEError(
@@ -158,7 +174,7 @@ class TopologyDataCollator:
                 )
             prompt, completion = self._prompt_ids(feature["prompt"]), self._completion_ids(feature["completion"])
             ids = np.array([*prompt, *completion], dtype=np.int64)
-            learnt = np.arange(len(ids)) >= len(prompt)
+            has_loss = np.arange(len(ids)) >= len(prompt)
         else:
             raise HFEError(
                 f"sample {place} has the fields {', '.join(feature) or 'none'}",
@@ -166,7 +182,7 @@ class TopologyDataCollator:
             )
         if not len(ids):
             raise HFEError(f"sample {place} is empty", "leave it out")
-        return ids, learnt
+        return ids, has_loss
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -179,7 +195,7 @@ class TopologyDataCollator:
         return [*self.tokenizer(completion, add_special_tokens=False).input_ids, *([] if end is None else [end])]
 
     def _packed(self, rows: Sequence[_Row]) -> list[_Row]:
-        """Each text goes into the first row that has room for it."""
+        """Rows of several texts, by first fit: each text goes into the first row that has room for it."""
         bins: list[list[_Row]] = []
         for row in rows:
             room = self.max_length - len(row.ids)  # type: ignore[operator]
@@ -191,12 +207,12 @@ class TopologyDataCollator:
 
 
 def mark_topology_trained(model: Any) -> None:
-    """Say that a model has learnt to write control tokens: `generate` suppresses them no more and decodes in parallel.
+    """Mark a model as trained to write control tokens, so that `generate` allows them and decodes in parallel.
 
-    Call it on the trained model before it is saved. It looks through wrappers of PEFT, Accelerate and `torch.compile`.
+    Call it on the trained model before saving it. Wrappers of PEFT, Accelerate and `torch.compile` are unwrapped.
 
     Raises:
-        HFEError: it is no Multiverse or MedVerse model.
+        HFEError: the model is not a Multiverse or MedVerse model.
     """
     while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
         model = inner
@@ -214,8 +230,8 @@ def mark_topology_trained(model: Any) -> None:
     model.generation_config.suppress_tokens = kept or None
 
 
-def _cut(topology: Topology, length: int) -> Topology:
-    """The topology of the first `length` tokens: no token's place depends on what follows."""
+def _truncated(topology: Topology, length: int) -> Topology:
+    """The topology of the first `length` tokens, which does not depend on the tokens after them."""
     segments = topology.segment_ids[:length]
     count = int(segments.max(initial=-1)) + 1
     return Topology(
@@ -228,22 +244,24 @@ def _cut(topology: Topology, length: int) -> Topology:
 
 
 def _joined(rows: Sequence[_Row]) -> _Row:
-    """Several texts as one row. The first token of each has nothing before it to be learnt from."""
-    learnt = [row.learnt.copy() for row in rows]
-    for flags in learnt[1:]:
+    """Several texts as one row. The first token of each has no loss: it does not follow the token before it."""
+    has_loss = [row.has_loss.copy() for row in rows]
+    for flags in has_loss[1:]:
         flags[0] = False
     ids = np.concatenate([row.ids for row in rows])
-    return _Row(ids, np.concatenate(learnt), Topology.pack([row.topology for row in rows]))
+    return _Row(ids, np.concatenate(has_loss), Topology.pack([row.topology for row in rows]))
 
 
 def _vector(values: Any, name: str) -> np.ndarray:
+    """A list or tensor of integers as int64 [S]."""
     vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
     if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
-        raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "give one list of whole numbers")
+        raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "pass one list of integers")
     return vector.astype(np.int64)
 
 
 def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:
+    """Rows padded with `value` on the right: int64 [B, width]."""
     filled = torch.full((len(rows), width), value, dtype=torch.int64)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = torch.from_numpy(row)
@@ -251,7 +269,7 @@ def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:
 
 
 def _dense_masks(topologies: Sequence[Topology], width: int) -> Tensor:
-    """Bool [B, 1, S, S], true where a token sees another. Padding sees itself: a softmax over nothing is no number."""
+    """Bool [B, 1, S, S], true where a token sees another. Padding sees itself, because an empty softmax is NaN."""
     masks = torch.eye(width, dtype=torch.bool).repeat(len(topologies), 1, 1, 1)
     for mask, topology in zip(masks, topologies, strict=True):
         mask[0, : len(topology), : len(topology)] = topology.dense_mask()

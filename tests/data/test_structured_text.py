@@ -231,9 +231,9 @@ def test_a_graph_of_levels_loses_nothing() -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (sample(("a", "c"), ("b", "a"), ("c", "b")), "circle: a -> c -> b -> a"),
-        (sample(("a", "a")), "circle: a -> a"),
-        (sample(("a", "z")), "'a' needs 'z', which no step is"),
+        (sample(("a", "c"), ("b", "a"), ("c", "b")), "cycle: a -> c -> b -> a"),
+        (sample(("a", "a")), "cycle: a -> a"),
+        (sample(("a", "z")), "'a' depends on 'z', which is not a step"),
         (sample(("a", ""), ("a", "")), "two steps of the sample have the id 'a'"),
         ({"question": "?", "steps": []}, "at least one step"),
         ({"steps": [{"id": "a", "title": "t"}]}, "has no field question"),
@@ -306,7 +306,7 @@ def test_entity_chains_become_steps_that_need_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("chains", "words"),
-    [(["a"], "not of the form"), (["a -> -> b"], "not of the form"), (["a -> b -> a"], "circle: a -> b -> a")],
+    [(["a"], "not of the form"), (["a -> -> b"], "not of the form"), (["a -> b -> a"], "cycle: a -> b -> a")],
 )
 def test_bad_entity_chains(chains: list[str], words: str) -> None:
     with pytest.raises(HFEError, match=words):
@@ -330,25 +330,25 @@ STEPS = to_medverse(sample(("a", ""), ("b", "a")))
         ("multiverse", "</Think>", "", 1, "<Think>: is never closed"),
         ("multiverse", "x\n</Path>", "x", 11, "<Path>: is not closed before </Parallel>"),
         ("multiverse", "<Path>\n1", "1", 12, "</Path>: closes nothing"),
-        ("multiverse", "<Think>", "", 2, "<Parallel>: is not inside any element, but belongs into <Think> or <Path>"),
+        ("multiverse", "<Think>", "", 2, "<Parallel>: is not inside any element, but belongs in <Think> or <Path>"),
         ("multiverse", "2: y", "3: y", 2, "has outlines 1, 2 but paths 1, 3"),
-        ("multiverse", "2: y", "1: y", 14, "<Path>: has the label 1 of another"),
+        ("multiverse", "2: y", "1: y", 14, "<Path>: repeats the label 1"),
         ("multiverse", "2: b", "b", 7, "<Outline>: must begin with a label"),
         ("multiverse", "<Conclusion>\nc\n</Conclusion>\n", "", 2, "<Parallel>: has no <Conclusion>"),
-        ("multiverse", "<Path>\n2", "so\n<Path>\n2", 14, "<Parallel>: holds text of its own: 'so'"),
-        ("multiverse", "\n</Parallel>", "<Path>3: z</Path>\n</Parallel>", 17, "<Conclusion>: must stand last"),
-        ("multiverse", "<Goal>\n", "<Goal>and\n", 3, "<Goal>: holds text of its own: 'and'"),
+        ("multiverse", "<Path>\n2", "so\n<Path>\n2", 14, "<Parallel>: contains text outside its elements: 'so'"),
+        ("multiverse", "\n</Parallel>", "<Path>3: z</Path>\n</Parallel>", 17, "<Conclusion>: must come last"),
+        ("multiverse", "<Goal>\n", "<Goal>and\n", 3, "<Goal>: contains text outside its elements: 'and'"),
         ("medverse", "Dependency: [1]", "Dependency: [2]", 4, "<Outline>: of step 2 depends on itself"),
         ("medverse", "Dependency: [1]", "Dependency: [7]", 4, "depends on step 7, which is not planned"),
         ("medverse", "Dependency: []", "Dependency: [2]", 3, "of step 1 depends on the later step 2"),
         ("medverse", "; Dependency: [1]", "", 4, "of step 2 has no `Dependency: […]`"),
-        ("medverse", "<Outline> Transient Step 2", "<Outline> Transient Step 1", 4, "has the number 1 of another"),
-        ("medverse", "<Step> Transient Step 2", "<Step> Transient Step 1", 10, "has the number 1 of another"),
+        ("medverse", "<Outline> Transient Step 2", "<Outline> Transient Step 1", 4, "repeats the number 1"),
+        ("medverse", "<Step> Transient Step 2", "<Step> Transient Step 1", 10, "repeats the number 1"),
         ("medverse", "<Step> Transient Step 2", "<Step> Transient Step 3", 10, "<Step>: 3 is not in the plan"),
         ("medverse", "<Step> Transient Step 2", "<Step> Transient Step 3", 6, "lacks the planned step 2"),
         ("medverse", "a -> Title b\nT", "a -> Title z\nT", 10, "<Step>: 2 has the title"),
         ("medverse", "<Step> Transient Step 2", "<Step> Step 2", 10, "<Step>: must begin with"),
-        ("medverse", "Text of a.", "<Outline>x</Outline>", 8, "<Outline>: is inside <Step>, but belongs into <Plan>"),
+        ("medverse", "Text of a.", "<Outline>x</Outline>", 8, "<Outline>: is inside <Step>, but belongs in <Plan>"),
         ("medverse", "<Conclusion>", "<Plan></Plan><Conclusion>", 14, "<Plan>: is the second of the text"),
     ],
 )
@@ -373,7 +373,7 @@ def test_each_fault_is_found_at_its_line(grammar: str, old: str, new: str, line:
     ],
 )
 def test_what_is_no_text_or_one_text_too_few_is_a_usage_error(read: Callable[[], Any]) -> None:
-    with pytest.raises(UsageError, match="give a str|give a list of chains"):
+    with pytest.raises(UsageError, match="pass a str|pass a list of chains"):
         read()
 
 

@@ -286,9 +286,9 @@ def test_a_trainer_takes_it(tokenizer: Any, tmp_path: Any) -> None:
         ({"grammar": "multiverse", "mode": "tree"}, "mode='tree' is unknown"),
         ({"grammar": "multiverse", "backend": "eager"}, "backend='eager' is unknown; choose one of topology, sdpa"),
         ({"grammar": "multiverse", "label_mode": "x"}, "label_mode='x' is unknown"),
-        ({"grammar": "multiverse", "max_length": 0}, "max_length=0 must be a whole number, at least 1"),
-        ({"grammar": "multiverse", "max_length": "9"}, "max_length=.9. must be a whole number"),
-        ({"grammar": "multiverse", "packing": True}, "packing needs to know how long"),
+        ({"grammar": "multiverse", "max_length": 0}, "max_length=0 must be an integer of at least 1"),
+        ({"grammar": "multiverse", "max_length": "9"}, "max_length=.9. must be an integer"),
+        ({"grammar": "multiverse", "packing": True}, "packing needs the length of a row"),
         ({"grammar": "multiverse", "pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
     ],
 )
