@@ -1,9 +1,9 @@
-"""What transformers names differently in the releases that this code knows, each difference once.
+"""Names that differ between the supported releases of transformers, each difference in one place.
 
 The cache of a call is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on: as an argument of every
-forward, of `generate` and of the mask builders, and as a field of every output. A forward takes both names, hands on
-the one that the installed release uses, and refuses a cache, a mask or positions under any other name: swallowed, they
-would make another text without an error.
+forward, of `generate` and of the mask functions, and as a field of every output. A forward takes both names, passes on
+the one of the installed release, and raises for a cache, a mask or positions under any other name: ignored in `kwargs`,
+they would change the text without an error.
 """
 
 from __future__ import annotations
@@ -19,30 +19,34 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_efficient.environment import TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 
-# The names in the order in which a forward's arguments have them.
+# The names, in the order of a forward's arguments.
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 # The installed release's name.
 CACHE_ARGUMENT = (
     "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else CACHE_ARGUMENTS[0]
 )
-# Parts of the names that releases have had for a cache, a mask or positions, `cache_position` and `head_mask` too.
-_WATCHED = ("cache", "mask", "mems", "past", "position", "sequence_ids")
-# Those of them that the layers hand on to the attention implementation.
-_HANDED_ON = ("cache", "position_ids", "use_cache")
+# Substrings of the names that releases have had for a cache, a mask or positions (`cache_position`, `head_mask`).
+_CHECKED_SUBSTRINGS = ("cache", "mask", "mems", "past", "position", "sequence_ids")
+# Such names that layers pass on to the attention implementation.
+_PASSED_TO_ATTENTION = ("cache", "position_ids", "use_cache")
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """The cache as the installed release's argument, or field of an output, for use after ``**``."""
+    """The cache under the installed release's name, as keyword arguments of a call or of an output class."""
     return {CACHE_ARGUMENT: cache}
 
 
 def cache_of_arguments(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, under either name; None where there is none."""
+    """The cache among the arguments of a call, under either name; None when there is none."""
     return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for `generate`, with the cache under the installed release's name."""
+    """Arguments of `generate` with the cache under the installed release's name.
+
+    Raises:
+        HFEError: there are two different caches.
+    """
     given = {name: arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None}
     if not given:
         return arguments
@@ -51,13 +55,13 @@ def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
-    """The cache that a forward was given under either name.
+    """The cache that was passed to a forward under either name; None when there is none.
 
     Before transformers 5.24 `cache` was the paged cache of continuous batching, which the attention implementation
-    reads: it goes back into `kwargs`.
+    reads from `kwargs`: it is put back there.
 
     Raises:
-        HFEError: there are two different ones.
+        HFEError: there are two different caches.
     """
     if cache is None or cache is past_key_values:
         return past_key_values
@@ -74,9 +78,14 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def check_arguments(module: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise `HFEError` for a cache, a mask or positions under a name that no known release has for them."""
+    """Raise `HFEError` for a cache, a mask or positions in `kwargs`: no supported release passes them under that name.
+
+    Args:
+        module: the module that was called, for the message.
+        kwargs: keyword arguments that its forward has no parameter for; a value of None is accepted.
+    """
     for name, value in kwargs.items():
-        if value is not None and name not in _HANDED_ON and any(part in name for part in _WATCHED):
+        if value is not None and name not in _PASSED_TO_ATTENTION and any(part in name for part in _CHECKED_SUBSTRINGS):
             oldest, newest = TESTED_TRANSFORMERS
             raise HFEError(
                 f"{type(module).__name__} was given {name}, which it does not know and must not ignore",
@@ -88,7 +97,7 @@ def check_arguments(module: Any, kwargs: Mapping[str, Any]) -> None:
 def update_cache(
     cache: Any, keys: Tensor, values: Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, Hkv, C, D] of the cache with those of a call in it.
+    """Add a call's keys and values [B, Hkv, S, D] to a layer of the cache; return all of them [B, Hkv, L, D].
 
     From transformers 5.24 on a paged cache changes `kwargs`, which go to the attention implementation.
     """

@@ -13,7 +13,7 @@ A captured step reads and writes fixed memory. Three facts about a cache decide 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -34,6 +34,8 @@ class CapturableCache(ABC):
     """
 
     can_truncate: ClassVar[bool] = True
+    # Of the `Cache` that this is mixed into: the number of cached tokens.
+    get_seq_length: Callable[..., int]
 
     @property
     @abstractmethod

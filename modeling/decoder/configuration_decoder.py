@@ -10,17 +10,18 @@ from transformers import PreTrainedConfig
 
 from hf_efficient.modeling.base.registered_config import RegisteredConfig
 
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def length_dependent_rope(rope_parameters: dict[str, Any] | None) -> str | None:
-    """The kind of a rotary embedding whose frequencies change with the longest position so far; None for others.
+    """`rope_type` of a rotary embedding whose frequencies depend on the longest position so far; None for others.
 
-    Some stock models have a dictionary for each kind of layer.
+    Args:
+        rope_parameters: transformers' dictionary, or one dictionary for each layer type.
     """
     given = rope_parameters or {}
-    kinds = [str(each.get("rope_type", "")) for each in (given, *given.values()) if isinstance(each, dict)]
-    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+    types = [str(each.get("rope_type", "")) for each in (given, *given.values()) if isinstance(each, dict)]
+    return next((rope_type for rope_type in types if "dynamic" in rope_type or rope_type == "longrope"), None)
 
 
 @strict
@@ -35,9 +36,9 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
     | `qk_norm` | RMSNorm over each head of q and k, before the rotary embedding (Qwen3) |
     | `head_dim` | width of a head; by default `hidden_size // num_attention_heads` |
     | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default sliding where a window is set |
-    | `sliding_window` | number of positions a sliding layer sees, the current one included |
+    | `sliding_window` | number of tokens a sliding layer sees, the current one included |
     | `rope_parameters` | transformers' rotary dictionary (`rope_type`, `rope_theta`, …) |
-    | `carry_residual` | a layer hands its last addition on, to be done with the next norm; the same results, faster |
+    | `carry_residual` | a layer leaves its last residual add to the next norm; the same results, faster |
     | `source_model_type` | stock family that the weights come from; None when trained from scratch |
     | `hfe_format` | version of the checkpoint layout |
 
@@ -104,7 +105,7 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Tensor-parallel style of each module that this configuration has. A patch adds its own."""
+        """Tensor-parallel style of each module of this configuration. A patch adds its own."""
         plan = dict(type(self).base_model_tp_plan)
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
@@ -112,11 +113,11 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
         return plan
 
     def fields_of_absent_patches(self) -> set[str]:
-        """Names of the fields that mean nothing here, since their patch is absent. A patch adds its own."""
+        """Names of the fields without effect, because their patch is absent. A patch adds its own."""
         return set()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the fields of absent patches, which have their defaults again once loaded."""
+        """As in transformers, without the fields of absent patches, which get their defaults when loaded."""
         absent = self.fields_of_absent_patches()
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
@@ -128,10 +129,10 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding turns pairs of channels")
-        unknown = sorted(set(self.layer_types) - set(_ATTENTION_KINDS))
+            raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding rotates pairs of channels")
+        unknown = sorted(set(self.layer_types) - set(_LAYER_TYPES))
         if unknown:
-            raise ValueError(f"layer_types holds {unknown}; this decoder knows {list(_ATTENTION_KINDS)}")
+            raise ValueError(f"layer_types has {unknown}; this decoder supports {list(_LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types names sliding_attention, so sliding_window must be set")
         if self.sliding_window is not None and self.sliding_window < 1:

@@ -1,8 +1,7 @@
-"""The small steps of a decoding layer as single kernels, where modules are so plain that nobody can tell.
+"""Fused kernels, used only when bypassing the module cannot change the result.
 
-A kernel reads a module's weights instead of calling it. So each step first looks whether the call would do just what
-its class says: an adapter, a hook, an offloading wrapper, a parametrisation, a quantised or distributed weight,
-autocast or a gradient makes it step aside, and the modules are called.
+A kernel reads a module's weights instead of calling the module. With an adapter, a hook, an offloading wrapper, a
+parametrisation, a quantised or distributed weight, autocast or a gradient, the modules are called.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
 from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS
 
-# Both names of the activation that the kernels compute.
+# Classes of the activation that the kernels compute; transformers has two names for it.
 SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """True when calling `module` runs its class's forward and nothing else."""
+    """True when calling `module` runs its class's forward and nothing else: no hook, no replaced forward."""
     return (
         not module._forward_hooks
         and not module._forward_pre_hooks
@@ -35,7 +34,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """True when `module` is exactly of one of these classes, and unhooked: no adapter, no parametrisation."""
+    """True when `module` is unhooked and exactly of one of these classes: adapters and parametrisations change it."""
     return type(module) in kinds and is_unhooked(module)
 
 
@@ -46,7 +45,7 @@ def has_plain_weight(module: Any, like: Tensor) -> bool:
 
 
 def may_fuse(x: Tensor) -> bool:
-    """True when the kernels may take a step on `x`: they have no backward pass, and a compiler fuses by itself."""
+    """True when fused kernels may run on `x`: they have no backward pass, and `torch.compile` fuses by itself."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -60,7 +59,7 @@ def may_fuse(x: Tensor) -> bool:
 
 
 def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
-    """True when `skinny_linear` may read the weights of these modules in place of calling them on `x` [..., K]."""
+    """True when `skinny_linear` may read the weights of these modules instead of calling them on `x` [..., K]."""
     return (
         may_fuse(x)
         and x.numel() // x.shape[-1] <= MAX_ROWS
@@ -69,7 +68,7 @@ def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
 
 
 def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = None) -> Tensor | None:
-    """Outputs of linear modules on the same `x` [..., K], side by side [..., sum N]; None when it must step aside."""
+    """Concatenated outputs [..., sum of N] of linear modules on one `x` [..., K]; None when they must be called."""
     if not may_fuse_linear(x, modules):
         return None
     weights, biases = [m.weight for m in modules], [m.bias for m in modules]
@@ -77,7 +76,7 @@ def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = 
 
 
 def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tensor:
-    """``module(x)``, plus `residual` where given."""
+    """``module(x)`` [..., N] of `x` [..., K], plus `residual` [..., N] where given."""
     out = fused_linear(x, (module,), residual)
     if out is not None:
         return out
@@ -85,7 +84,7 @@ def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tens
 
 
 def fused_gate(x: Tensor, gate_proj: Any, up_proj: Any, act_fn: nn.Module) -> Tensor | None:
-    """``act_fn(gate_proj(x)) * up_proj(x)``; None when it must step aside."""
+    """``act_fn(gate_proj(x)) * up_proj(x)`` [..., N] of `x` [..., K]; None when the modules must be called."""
     if not is_bare(act_fn, SILU) or not may_fuse_linear(x, (gate_proj, up_proj)):
         return None
     modules = (gate_proj, up_proj)

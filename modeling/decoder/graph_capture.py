@@ -140,7 +140,8 @@ class CapturedSteps(Protocol):
         device: where the cache is.
     """
 
-    signature: tuple | None
+    @property
+    def signature(self) -> tuple | None: ...
 
     @property
     def device(self) -> torch.device: ...

@@ -43,7 +43,7 @@ from hf_efficient.modeling.decoder.cache_compat import (
     check_arguments,
     one_cache,
 )
-from hf_efficient.modeling.decoder.cache_contract import CapturableCache, round_capacity
+from hf_efficient.modeling.decoder.cache_contract import round_capacity
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_cache import DecodeCache
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
@@ -160,8 +160,8 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The cache of captured steps. A recurrent model sets its own class, which its forward then creates too.
-    cache_class: type[CapturableCache] = DecodeCache
+    # The `CapturableCache` of captured steps. A recurrent model sets its own class, which its forward creates too.
+    cache_class: type[Any] = DecodeCache
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:

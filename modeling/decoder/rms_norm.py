@@ -20,6 +20,7 @@ class DecoderRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """``weight * x / sqrt(mean(x^2) + eps)``: [..., width] -> [..., width]."""
         if may_fuse_norm(self, hidden_states):
             return add_rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -29,7 +30,7 @@ class DecoderRMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What `DecoderRMSNorm` computes, in plain PyTorch."""
+    """``weight * x / sqrt(mean(x^2) + eps)`` in plain PyTorch: [..., width] -> [..., width]."""
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     # Rounded to the input dtype before the weight is applied, as the stock families do.
@@ -37,12 +38,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
-    """True when a kernel may read the weight of `norm` in place of calling it on `x`."""
+    """True when a kernel may read the weight of `norm` instead of calling it on `x`."""
     return is_bare(norm, (DecoderRMSNorm,)) and may_fuse(x) and has_plain_weight(norm, x)
 
 
 def norm_attribute(norm: Any, name: str) -> Any:
-    """An attribute of `norm`, or of the norm that an adapter stands around; None without it."""
+    """An attribute of `norm`, or of the norm that an adapter wraps; None when neither has it."""
     found = getattr(norm, name, None)
     return getattr(getattr(norm, "base_layer", None), name, None) if found is None else found
 
@@ -50,10 +51,19 @@ def norm_attribute(norm: Any, name: str) -> Any:
 def add_and_norm(
     norm: Any, x: Tensor, residual: Tensor | None = None, statistic: Any = None
 ) -> tuple[Tensor, Tensor, Any]:
-    """``norm(x + residual)``, that sum, and what the norm tells the layer's next one.
+    """Add the residual and normalise.
 
-    A norm with the attribute `adds_residual` does all three itself, as ``norm(x, residual, statistic)``, with the
-    `statistic` of the norm before it. `DecoderRMSNorm` tells nothing, and adds in one kernel where nobody can tell.
+    A norm with the attribute `adds_residual` is called as ``norm(x, residual, statistic)`` and returns all three
+    results. `DecoderRMSNorm` returns no statistic; where `may_fuse_norm` holds, one kernel adds and normalises.
+
+    Args:
+        norm: the norm, perhaps inside an adapter.
+        x: [..., width].
+        residual: [..., width], added to `x`; None for no addition.
+        statistic: what the layer's previous norm returned.
+
+    Returns:
+        ``norm(x + residual)`` and ``x + residual``, [..., width] each; and the statistic for the layer's next norm.
     """
     if type(norm) is not DecoderRMSNorm and norm_attribute(norm, "adds_residual"):
         return norm(x, residual, statistic)

@@ -1,6 +1,6 @@
-"""Heads over the decoder that transformers has for every decoder: classification of texts and tokens, answers in texts.
+"""The task heads that transformers has for every decoder: sequence and token classification, question answering.
 
-An architecture's classes name their base model in `model_class`; nothing else is their own.
+The classes of an architecture only set `model_class`, their base model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_efficient.modeling.decoder.modeling_decoder import DecoderModel, Decoder
 
 
 class TaskHead:
-    """Makes the base model by its class: transformers' heads ask `AutoModel`, which knows no exported code."""
+    """Mixin that creates the base model from `model_class`: transformers' `AutoModel` does not know exported code."""
 
     model_class: type[DecoderModel] = DecoderModel
 
@@ -30,12 +30,12 @@ class TaskHead:
         cast(DecoderPreTrainedModel, self).post_init()
 
     def build_head(self, config: DecoderConfig) -> None:
-        """Add the modules that transformers' head of this task calls."""
+        """Create the modules that transformers' head of this task calls."""
         raise NotImplementedError
 
 
 class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassification, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer on the last token that is not padding."""
+    """A `DecoderModel` and a linear layer on the last token that is not padding: logits [B, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.num_labels = config.num_labels
@@ -43,7 +43,7 @@ class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassificatio
 
 
 class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer on every token."""
+    """A `DecoderModel` and a linear layer on every token: logits [B, S, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.num_labels = config.num_labels
@@ -53,7 +53,7 @@ class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, Dec
 
 
 class DecoderForQuestionAnswering(TaskHead, GenericForQuestionAnswering, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer that gives each token's scores as the answer's first and last."""
+    """A `DecoderModel` and a linear layer on every token: logits of an answer's start and end, [B, S] each."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

@@ -37,19 +37,19 @@ class EfficientDecoderForCausalLM(
 
 
 class EfficientDecoderForSequenceClassification(EfficientDecoderPreTrainedModel, DecoderForSequenceClassification):
-    """`EfficientDecoderModel` and a classifier of texts."""
+    """`EfficientDecoderModel` and a sequence classification head."""
 
     model_class = EfficientDecoderModel
 
 
 class EfficientDecoderForTokenClassification(EfficientDecoderPreTrainedModel, DecoderForTokenClassification):
-    """`EfficientDecoderModel` and a classifier of tokens."""
+    """`EfficientDecoderModel` and a token classification head."""
 
     model_class = EfficientDecoderModel
 
 
 class EfficientDecoderForQuestionAnswering(EfficientDecoderPreTrainedModel, DecoderForQuestionAnswering):
-    """`EfficientDecoderModel` and scores of where an answer begins and ends."""
+    """`EfficientDecoderModel` and a question answering head."""
 
     model_class = EfficientDecoderModel
 

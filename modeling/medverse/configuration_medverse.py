@@ -1,4 +1,4 @@
-"""Configuration of MedVerse: topology attention over a plan, whose steps see those that they need."""
+"""Configuration of MedVerse: topology attention over a plan, each step of which sees those that it depends on."""
 
 from huggingface_hub.dataclasses import strict
 

@@ -1,4 +1,4 @@
-"""MedVerse: topology attention over a plan, whose steps see those that they need."""
+"""MedVerse: topology attention over a plan, each step of which sees the steps that it depends on."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class MedVerseForCausalLM(MedVersePreTrainedModel, TopologyForCausalLM, Generati
 
 
 class MedVerseForSequenceClassification(MedVersePreTrainedModel, DecoderForSequenceClassification):
-    """`MedVerseModel` and a classifier of texts."""
+    """`MedVerseModel` and a sequence classification head."""
 
     model_class = MedVerseModel
 
 
 class MedVerseForTokenClassification(MedVersePreTrainedModel, DecoderForTokenClassification):
-    """`MedVerseModel` and a classifier of tokens."""
+    """`MedVerseModel` and a token classification head."""
 
     model_class = MedVerseModel
 
 
 class MedVerseForQuestionAnswering(MedVersePreTrainedModel, DecoderForQuestionAnswering):
-    """`MedVerseModel` and scores of where an answer begins and ends."""
+    """`MedVerseModel` and a question answering head."""
 
     model_class = MedVerseModel
 

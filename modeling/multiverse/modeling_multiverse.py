@@ -33,19 +33,19 @@ class MultiverseForCausalLM(MultiversePreTrainedModel, TopologyForCausalLM, Gene
 
 
 class MultiverseForSequenceClassification(MultiversePreTrainedModel, DecoderForSequenceClassification):
-    """`MultiverseModel` and a classifier of texts."""
+    """`MultiverseModel` and a sequence classification head."""
 
     model_class = MultiverseModel
 
 
 class MultiverseForTokenClassification(MultiversePreTrainedModel, DecoderForTokenClassification):
-    """`MultiverseModel` and a classifier of tokens."""
+    """`MultiverseModel` and a token classification head."""
 
     model_class = MultiverseModel
 
 
 class MultiverseForQuestionAnswering(MultiversePreTrainedModel, DecoderForQuestionAnswering):
-    """`MultiverseModel` and scores of where an answer begins and ends."""
+    """`MultiverseModel` and a question answering head."""
 
     model_class = MultiverseModel
 
