@@ -67,6 +67,7 @@ class ModelFamily(Protocol):
 
     def check_source(self, fields: Mapping[str, Any]) -> None:
         """Raise `HFEError` for a model that no conversion of this family takes, before a configuration is made."""
+        return
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
         """Warnings about fields of the file that change nothing and are passed over.
@@ -147,7 +148,6 @@ def source_config(fields: dict[str, Any], origin: str = "config.json") -> PreTra
 
 
 def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    model_type = fields.get("model_type")
     quantisation = fields.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
@@ -157,11 +157,7 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
         )
     for family in families():
         family.check_source(fields)
-    spec = architecture_of(model_type) if isinstance(model_type, str) else None
-    family = next((each for each in families() if each.takes(fields)), None)
-    if spec is None and family is None:
-        raise _unsupported(model_type)
-    config_class = spec.config_class if spec is not None else family.config_classes[model_type]
+    config_class = _config_class(fields)
     checked = checked_fields(fields, config_class)
     try:
         config = config_class.from_dict(checked)
@@ -173,6 +169,18 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:
         cause = error_text(error, most=None)
         raise HFEError(f"config.json is not a valid {config_class.__name__}: {cause}", "correct config.json") from error
+
+
+def _config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
+    """The configuration class of one of ours, or of a stock model that a family takes."""
+    model_type = str(fields.get("model_type"))
+    spec = architecture_of(model_type)
+    if spec is not None:
+        return spec.config_class
+    family = next((each for each in families() if each.takes(fields)), None)
+    if family is None:
+        raise _unsupported(fields.get("model_type"))
+    return family.config_classes[model_type]
 
 
 def _unsupported(model_type: Any) -> HFEError:

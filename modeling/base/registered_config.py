@@ -15,6 +15,10 @@ from hf_efficient.modeling.base.saved_code import SavedCode, carried_code, is_ou
 class RegisteredConfig:
     """Mixin before a `PreTrainedConfig`: saves the code that loads it, and gives PEFT its default target modules."""
 
+    # Of the configuration that this is mixed into.
+    model_type: ClassVar[str]
+    to_json_string: ClassVar[Callable[..., str]]
+
     # PEFT's default target modules, for every method, are those of this stock model type: the modules have its names.
     peft_targets: ClassVar[str]
     # The code to save with a configuration of a class. The installed package sets its exporter here.
