@@ -65,6 +65,12 @@ def evaluate(
     if reference is not None:
         sources.append(reference if isinstance(reference, nn.Module) else open_source(str(reference), token=token))
     known = [source for source in sources if isinstance(source, Source)]
+    family, evaluator = _family_and_evaluator(sources)
+    if evaluator is None:
+        raise HFEError(
+            f"the model cannot be measured on text: {family.not_evaluated}",
+            "evaluate a checkpoint with a language-model head",
+        )
     size = _shared_vocabulary([source.config for source in sources])
     if tokenizer is None:
         if not known:
@@ -74,9 +80,6 @@ def evaluate(
     _, held_out = load_text(None if text is None else str(text))
     ids = pack(tokenizer, held_out, tokens, size)
 
-    family, evaluator = _family_and_evaluator(sources)
-    if evaluator is None:
-        raise HFEError(f"the model cannot be measured on text: {family.not_evaluated}", "evaluate one that has")
     with Progress({"measuring": 1}, show=progress) as bar, bar.stage("measuring"):
         logits = [_logits(evaluator, source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
         if any(source.config.vocab_size != size for source in sources):

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 from hf_efficient import convert, evaluate, inspect, verify
 from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.loading import load_for_generation
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *".,()", *(f"##{letter}" for letter in LETTERS)]
@@ -167,6 +168,20 @@ def test_a_source_that_cannot_be_taken_over_is_named(changes: dict[str, Any], wo
     with pytest.raises(HFEError, match=words):
         convert(tmp_path / "source", tmp_path / "out", evaluate=False, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_writes_no_text(tmp_path: Path) -> None:
+    make(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", evaluate=False, progress=False)
+    options = {"dtype": "auto", "device": "cpu", "revision": None, "token": None, "trust_remote_code": False}
+    with pytest.raises(HFEError, match="bidirectional encoders .hfe_monarch_bert., which do not generate text"):
+        load_for_generation(str(tmp_path / "out"), **options)
+
+
+def test_models_of_two_families_are_not_compared(tmp_path: Path, tiny_llama: Path) -> None:
+    make(tmp_path / "source")
+    with pytest.raises(HFEError, match="one of the bidirectional encoders, the reference one of the causal decoders"):
+        evaluate(tmp_path / "source", reference=tiny_llama)
 
 
 def test_a_patch_of_another_family_is_refused(tmp_path: Path) -> None:

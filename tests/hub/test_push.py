@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,32 @@ print(json.dumps({"equal": torch.equal(local, remote), "same text": local_text =
     loaded = run_python(load, checkpoint, first["commit"], **hub.environment)
     assert loaded["equal"] and loaded["same text"] and len(loaded["text"].split()) > 3
     assert first["commit"] in loaded["module"]
+
+
+def test_an_encoder_is_pushed_verified_and_loaded_by_its_id(
+    checkpoints: dict[str, Path], run_python: Runner, hub: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints["hfe_monarch_bert"], tmp_path / "encoder")
+    script = (
+        PUSH
+        + """
+result = {"push": attempt(push, folder, "tester/encoder"), "verified": attempt(verify, "tester/encoder")}
+print(json.dumps(result))
+"""
+    )
+    result = run_python(script, folder, package=True, **hub.environment)
+    assert result["verified"]["ok"] and result["push"]["card"] == "written"
+    card = ModelCard((folder / CARD).read_text())
+    assert card.data.pipeline_tag == "fill-mask" and "AutoModelForMaskedLM" in card.text
+    load = """
+import json, torch
+from transformers import AutoModelForMaskedLM
+ids = torch.tensor([[1, 4, 7]])
+both = [AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True).eval()(ids).logits
+        for source in (sys.argv[1], "tester/encoder")]
+print(json.dumps({"equal": torch.equal(*both)}))
+"""
+    assert run_python(load, folder, **hub.environment)["equal"]
 
 
 def test_verification_reads_a_repository_without_its_weights(

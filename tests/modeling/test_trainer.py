@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import liger
 
 from hf_efficient.logging import get_logger, warn_once
@@ -51,9 +51,9 @@ def losses(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_checkpointing_changes_no_step(
-    bf16: bool, model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    bf16: bool, any_model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
-    plain, checkpointed = tiny_model(model_type), tiny_model(model_type)
+    plain, checkpointed = tiny_model(any_model_type), tiny_model(any_model_type)
     before = {name: p.clone() for name, p in plain.named_parameters()}
     first = train(plain, token_ids, tmp_path / "a", bf16=bf16, save_strategy="no")
     second = train(checkpointed, token_ids, tmp_path / "b", bf16=bf16, save_strategy="no", gradient_checkpointing=True)
@@ -65,12 +65,12 @@ def test_checkpointing_changes_no_step(
 
 
 def test_a_run_is_taken_up_from_its_checkpoint(
-    model_type: str, tiny_model: Callable, token_ids: Callable, tmp_path: Path
+    any_model_type: str, auto_class: Any, tiny_model: Callable, token_ids: Callable, tmp_path: Path
 ) -> None:
-    whole = train(tiny_model(model_type), token_ids, tmp_path / "whole")
-    train(tiny_model(model_type), token_ids, tmp_path / "parts", stop_at=2)
+    whole = train(tiny_model(any_model_type), token_ids, tmp_path / "whole")
+    train(tiny_model(any_model_type), token_ids, tmp_path / "parts", stop_at=2)
     assert (tmp_path / "parts/checkpoint-2").is_dir() and not (tmp_path / "parts/checkpoint-3").exists()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "parts/checkpoint-2")
+    again = auto_class.from_pretrained(tmp_path / "parts/checkpoint-2")
     resumed = train(again, token_ids, tmp_path / "parts", resume=True)
     assert resumed.state.global_step == 3
     for name, tensor in whole.model.state_dict().items():
