@@ -92,7 +92,7 @@ def convert(
         base_model, license: for the model card; by default what the source says of itself.
         tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
-            the documentation that comes with Python.
+            a built-in sample of English documentation.
         calibration_tokens: tokens to calibrate on, at most.
         evaluate: measure the loss against the source on held-out text.
         resume: continue an interrupted conversion with the same options.

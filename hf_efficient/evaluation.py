@@ -41,7 +41,7 @@ def evaluate(
     Args:
         model: Hub id, checkpoint folder, `.gguf` file, or a model in memory.
         reference: the same kinds; usually the source of a conversion.
-        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the documentation that comes with Python.
+        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of English documentation.
             Only the part that a conversion holds out is used, so that nothing is measured on what it was fitted to.
         tokens: tokens of text, at most; rounded down to whole sequences.
         tokenizer: needed when both are models in memory; by default the checkpoint's.

@@ -304,7 +304,7 @@ def stem_ablate(
 
     Args:
         model: a loaded STEM model; its weights stay as they are.
-        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the documentation that comes with Python (the
+        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of documentation (the
             part that conversions hold out); or token ids [B, S].
         layers: layers to ablate one by one, or groups of layers; None for every STEM layer, then all together.
         mode: ``zero``: rows of zeros, which delete the feed-forward; ``mean``: the mean row of the text's tokens.
