@@ -246,7 +246,7 @@ def draw(path: Path) -> None:
     draw_panel(above, faster, 1.0, True)
     above.set_xscale("log")
     above.set_xlim(0.045, 16)
-    ticks = (0.1, 0.25, 0.5, 1, 2, 4, 8)
+    ticks = (0.1, 0.5, 1, 2, 4, 8)
     above.set_xticks(ticks, [f"{tick:g} ×" for tick in ticks])
     above.minorticks_off()
     above.set_title(

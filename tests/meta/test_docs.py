@@ -86,6 +86,15 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     assert not broken, broken
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=_name)
+def test_paths_of_the_source_tree_exist(page: Path) -> None:
+    folders = "kernels|modeling|conversion|hf_efficient|tests|benchmarks|examples|docs"
+    named = set(re.findall(rf"`((?:{folders})/[\w/.]+)`", page.read_text(encoding="utf-8")))
+    placeholders = {path for path in named if "/x/" in path}
+    missing = {path for path in named - placeholders if not (ROOT / path).exists()}
+    assert not missing - {"tests/test_modeling_common.py"}, missing  # of transformers
+
+
 def test_every_page_of_docs_is_linked_from_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", index)}
