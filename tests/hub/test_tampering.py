@@ -218,7 +218,9 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     # Weights
     "single file beside an index": (single_beside_index, f"{INDEX}: stands beside"),
     "variant of another model": (
-        lambda f: save_file({"x": torch.ones(1)}, f / "model.fp16.safetensors", {"format": "pt"}),
+        lambda f: save_file(
+            {**load_file(f / SINGLE_FILE), "x": torch.ones(1)}, f / "model.fp16.safetensors", {"format": "pt"}
+        ),
         "weights of the variant fp16: holds tensor x",
     ),
     "consolidated weights": (other_weights("consolidated.safetensors"), "consolidated.safetensors: is a file"),
