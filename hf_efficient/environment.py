@@ -6,7 +6,7 @@ All of ours begin with ``HFE_``.
 |---|---|---|
 | ``HFE_BACKEND`` | ``reference``, ``triton`` | backend of every kernel whose call names none |
 | ``HFE_CHECK`` | ``1`` | run checks of data that force a device synchronisation |
-| ``HFE_OVERLAP`` | ``0``, ``1`` | decoding kernels never / always start beside the one before; unset: with one row |
+| ``HFE_OVERLAP`` | ``0``, ``1`` | programmatic dependent launch of decoding kernels; unset: with one batch row |
 | ``HFE_LOG`` | a logging level | verbosity of the ``hf_efficient`` logger |
 """
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
-# What a token of the Hub looks like, up to where a sentence would go on.
+# A token of the Hub, up to a blank, quote or bracket.
 _HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}[^\s'\"()]*")
 _secrets: set[str] = set()
 
 
 def hide_secret(secret: str | None) -> None:
-    """Keep a token out of every error from here on, in each form in which a library may print it."""
+    """Replace a token in every later error message, in each form in which a library may print it."""
     for text in {secret, secret.strip(), " ".join(secret.split())} if secret else ():
         if len(text) > 3:  # anything shorter would hide parts of other words
             raw = str(text.encode("utf-8", "surrogatepass"))[2:-1]
@@ -22,7 +22,7 @@ def hide_secret(secret: str | None) -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without the tokens that `hide_secret` was given, and without whatever looks like a token of the Hub."""
+    """`text` with `<token>` in place of each secret given to `hide_secret`, and of anything like a Hub token."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "<token>")
     return _HUB_TOKEN.sub("<token>", text)

@@ -1,4 +1,4 @@
-"""A checkpoint's model and tokenizer for the command line: whatever prevents loading is one line."""
+"""Load a checkpoint's tokenizer and model for the command line; every failure is an error of one line."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check_generates(checkpoint: str, model_type: str) -> None:
 
 @contextmanager
 def _model_errors(checkpoint: str) -> Iterator[None]:
-    """transformers raises many kinds of errors for a checkpoint that is absent, damaged or of an unknown kind."""
+    """Turn any error of transformers while it loads `checkpoint` into `HFEError`."""
     try:
         yield
     except HFEError:

@@ -7,7 +7,7 @@ import logging
 
 from hf_efficient.environment import log_level
 
-# Attribute of the records of warnings that the report of the work holds too.
+# Attribute of log records whose warning is also in the report of the command.
 IN_REPORT = "in_report"
 
 
@@ -20,8 +20,8 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-def log_no_reported_warning() -> None:
-    """From now on, leave the warnings that a report holds to those who show the report."""
+def hide_reported_warnings() -> None:
+    """Do not log warnings that a report holds too: for commands that print the report."""
     get_logger().addFilter(_not_in_report)
 
 

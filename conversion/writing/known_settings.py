@@ -1,4 +1,4 @@
-"""Keys and types of the settings beside the weights: what a conversion writes and what verification accepts."""
+"""Keys and types of a checkpoint's JSON settings: a conversion writes them, and verification accepts no others."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_typ
 
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-# JSON knows no infinity: transformers writes such a number as an object.
+# JSON has no infinity and no NaN: transformers writes them as objects.
 _FLOAT_TAGS = ({"__float__": "Infinity"}, {"__float__": "-Infinity"}, {"__float__": "NaN"})
-# Classes that stand for no single model.
+# Tokenizer classes that belong to no single model.
 _TOKENIZER_CLASSES = {
     *("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "SentencePieceBackend", "PythonBackend"),
     *("MistralCommonBackend", "MistralCommonTokenizer"),
 }
 _SHOWN = 80
-_UNKNOWN_KEY = "is not a key that is written there"
+_UNKNOWN_KEY = "is not a known key"
 
 IdList = list[int]
 
 
 class GenerationSettings(TypedDict, total=False):
-    """`generation_config.json`: the fields of `GenerationConfig` in every supported release that are plain values."""
+    """`generation_config.json`: fields of `GenerationConfig` in any supported release that are plain values."""
 
     max_length: int | None
     max_new_tokens: int | None
@@ -192,13 +192,13 @@ class TokenizerSettings(SpecialTokens, total=False):
 
 
 def is_tokenizer_class(name: str) -> bool:
-    """Whether transformers itself has a tokenizer of this name."""
+    """True for the name of a tokenizer class of transformers."""
     known = _TOKENIZER_CLASSES | {str(known) for known in TOKENIZER_MAPPING_NAMES.values()}
     return name in known or name.removesuffix("Fast") in known
 
 
-def misfits(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Each place in a JSON value that is not of the kind it should be: its path, and what is wrong there.
+def type_mismatches(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Each part of a JSON value that is not of the type given for it: its path, and a description of the fault.
 
     Args:
         value: a value that `json.loads` gave.
@@ -215,7 +215,7 @@ def misfits(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
             for key, item in value.items():
                 path = f"{name}.{key}" if name else key
                 if key in hints:
-                    yield from misfits(item, hints[key], path)
+                    yield from type_mismatches(item, hints[key], path)
                 else:
                     yield path, _UNKNOWN_KEY
             return
@@ -224,19 +224,19 @@ def misfits(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
             for key, item in value.items():
                 path = f"{name}.{key}" if name else key
                 if _key_fits(key, key_kind):
-                    yield from misfits(item, item_kind, path)
+                    yield from type_mismatches(item, item_kind, path)
                 else:
                     yield path, _UNKNOWN_KEY
             return
         if isinstance(value, list) and get_origin(inner) is list:
             for i, item in enumerate(value):
-                yield from misfits(item, get_args(inner)[0], f"{name}[{i}]")
+                yield from type_mismatches(item, get_args(inner)[0], f"{name}[{i}]")
             return
     yield name, f"is {_shown(value)}, which is not {' or '.join(_described(inner) for inner in kinds)}"
 
 
 def object_type(name: str, types_by_key: dict[str, Any]) -> Any:
-    """The type of a JSON object that may have these keys and no others, for `misfits`."""
+    """The type of a JSON object that may have these keys and no others, for `type_mismatches`."""
     return TypedDict(name, types_by_key, total=False)  # type: ignore[operator]
 
 
@@ -286,6 +286,6 @@ def _shown(value: Any) -> str:
 
 
 def without_unknown(values: dict[str, Any], kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """The entries of a settings file that are of their kind, and the names of the others."""
-    dropped = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in misfits(values, kind)))
+    """The entries of a settings file whose values have their types, and the names of the others."""
+    dropped = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in type_mismatches(values, kind)))
     return {key: value for key, value in values.items() if key not in dropped}, dropped

@@ -8,7 +8,7 @@ from hf_efficient.conversion.writing.known_settings import AddedToken, ChatTempl
 
 
 class Pattern(TypedDict, total=False):
-    """What a step of a tokenizer looks for."""
+    """The text or regular expression that a step of a tokenizer matches."""
 
     String: str
     Regex: str
@@ -81,7 +81,7 @@ class Step(TypedDict, total=False):
 
 
 class TokenizerModel(TypedDict, total=False):
-    """The vocabulary and how words are taken apart."""
+    """The vocabulary and the model that splits words into its tokens."""
 
     type: str
     vocab: dict[str, int] | list[list[str | float]]
@@ -98,7 +98,7 @@ class TokenizerModel(TypedDict, total=False):
 
 
 class Truncation(TypedDict, total=False):
-    """How a text is cut."""
+    """Truncation of an input."""
 
     direction: str
     max_length: int
@@ -107,13 +107,13 @@ class Truncation(TypedDict, total=False):
 
 
 class FixedPadding(TypedDict, total=False):
-    """Padding to one length."""
+    """Padding to a fixed length."""
 
     Fixed: int
 
 
 class Padding(TypedDict, total=False):
-    """How a batch is padded."""
+    """Padding of a batch."""
 
     strategy: str | FixedPadding
     direction: str
@@ -154,7 +154,7 @@ class TemplateFile(TypedDict, total=False):
     chat_template: str | list[ChatTemplate]
 
 
-# What each JSON file of a tokenizer holds, the settings in tokenizer_config.json excepted.
+# Type of the content of each JSON file of a tokenizer, except tokenizer_config.json.
 TOKENIZER_JSON: dict[str, Any] = {
     "tokenizer.json": TokenizerFile,
     "special_tokens_map.json": SpecialTokens,

@@ -9,7 +9,7 @@ import typer
 
 from hf_efficient.cli.options import Device, Json, Revision, Token, build_patches, show_report, with_patch_options
 from hf_efficient.errors import UsageError
-from hf_efficient.logging import log_no_reported_warning
+from hf_efficient.logging import hide_reported_warnings
 
 
 @with_patch_options
@@ -74,7 +74,7 @@ def command(
         raise UsageError(
             "no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged"
         )
-    log_no_reported_warning()
+    hide_reported_warnings()
     report = convert(
         source,
         output,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_efficient.errors import HFEError
-from hf_efficient.logging import log_no_reported_warning
+from hf_efficient.logging import hide_reported_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +45,8 @@ def command(
     from hf_efficient.convert_checkpoint import convert
     from hf_efficient.hub.verify import verify
 
-    log_no_reported_warning()
-    disable_progress_bar()  # transformers' own: the models are small, and the answers are what one came to see
+    hide_reported_warnings()
+    disable_progress_bar()  # transformers' own bars, which would stand between the answers
     source = small_model()
     _step(1, f"Convert SmolLM2-135M-Instruct to STEM: {output}")
     report = convert(

@@ -24,7 +24,7 @@ def _version(package: str) -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, those that were tested, the GPU, and for each kernel the backend it would take here and why."""
+    """Versions, those that were tested, the GPU, and for each kernel the backend it would use here and why."""
     from hf_efficient import kernels
     from hf_efficient.kernels.dispatch import explain
 
@@ -59,7 +59,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def command(json: Json = False) -> None:
-    """Show versions, those that were tested, the GPU, and the backend each kernel would take and why.
+    """Show versions, those that were tested, the GPU, and the backend each kernel would use and why.
 
     Example: hf-efficient env --json
     """

@@ -25,12 +25,12 @@ SUBCOMMANDS = {
     "evaluate": "Measure a checkpoint's loss on held-out text, alone or against a reference.",
     "generate": "Generate text from a prompt.",
     "serve": "Serve a checkpoint over HTTP, through transformers.",
-    "verify": "Compare a checkpoint's code with the installed release, byte by byte.",
+    "verify": "Compare a checkpoint with what the installed release writes, its code byte by byte.",
     "export": "Write the code of this release into a checkpoint.",
     "push": "Verify a checkpoint and upload it to the Hub.",
     "demo": "Convert, evaluate and run a small real model.",
     "bench": "Run a benchmark of the source tree.",
-    "env": "Show versions, the GPU, and the backend each kernel would take.",
+    "env": "Show versions, the GPU, and the backend each kernel would use.",
 }
 
 
@@ -73,10 +73,10 @@ def run(arguments: list[str] | None = None) -> None:
     debug, arguments = "--debug" in given, [a for a in given if a != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A name of a file or a text of a model may hold what the terminal's encoding cannot show.
+            # File names and generated text may hold characters that the terminal's encoding does not have.
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
-        # transformers' and the Hub's bars draw over themselves, which no log file shows.
+        # In a log file, progress bars of transformers and the Hub would be thousands of carriage returns.
         disable_progress_bar()
     try:
         status = app(arguments, prog_name="hf-efficient", standalone_mode=False)
@@ -84,7 +84,7 @@ def run(arguments: list[str] | None = None) -> None:
         typer.echo("interrupted", err=True)
         status = 130
     except BrokenPipeError:
-        # Who reads the output has seen enough; nothing may be written to it at exit either.
+        # The reader closed the pipe. Python flushes stdout again at exit, so it is redirected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except Exception as error:
@@ -109,7 +109,7 @@ def _fail(error: Any, debug: bool) -> int:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
     elif isinstance(error, OSError) and error.strerror:
-        # What the operating system refuses is for the user to mend, wherever it comes up.
+        # A refusal by the operating system is for the user to fix, so no traceback is offered.
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     elif isinstance(error, MemoryError):
         message = "this machine has too little memory for it"

@@ -8,7 +8,7 @@ import typer
 
 from hf_efficient.errors import HFEError
 
-# What follows is transformers' own, its --help too.
+# All further options, --help included, are passed to `transformers serve`.
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

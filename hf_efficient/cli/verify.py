@@ -15,7 +15,7 @@ def command(
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Compare a checkpoint's code with the installed release, byte by byte, before anybody trusts it.
+    """Compare a checkpoint with what the installed release writes, its code byte by byte, before you trust it.
 
     Example: hf-efficient verify smollm-stem
     """

@@ -21,8 +21,8 @@ from hf_efficient.modeling.base.saved_code import replace_file
 from hf_efficient.registry import architecture_of
 
 CARD = "README.md"
-# Our cards end with this line and the hash of all before it: a card that somebody edited is theirs, and stays.
-_SEAL = "<!-- written by hf-efficient, sha256 {} -->\n"
+# Last line of a generated card, with the hash of the text before it: a card without it, or edited since, is kept.
+_SIGNATURE = "<!-- written by hf-efficient, sha256 {} -->\n"
 _MEASURED = {
     "reference_nll": "cross-entropy of the source, nats per token",
     "nll": "cross-entropy of this model, nats per token",
@@ -30,7 +30,7 @@ _MEASURED = {
     "kl": "KL divergence from the source, nats per token",
     "top1_agreement": "share of positions where both predict the same token first",
 }
-# Those of the model index, by the name of their kind.
+# Figures of the model index -> their metric type.
 _LOSSES = {"nll": "loss", "delta_nll": "loss_difference", "kl": "kl_divergence"}
 # An absolute path, or one from the home folder or the working folder; its last part is kept.
 _LOCAL_PATH = re.compile(
@@ -39,22 +39,26 @@ _LOCAL_PATH = re.compile(
 
 
 def write_card(folder: Path, repo_id: str | None = None) -> str:
-    """Write README.md, unless somebody else wrote or edited it. Returns `written` or `kept`.
+    """Write README.md and return `written`; a card that was edited, or not generated here, stays: `kept`.
 
     Args:
         folder: a checkpoint with `config.json`, and `conversion_report.json` where it was converted.
         repo_id: the repository that the card shows in its example; OWNER/NAME before it is known.
     """
     path = folder / CARD
-    # What a link leads to is not the checkpoint's: it is neither published nor written to.
-    if path.exists() and not path.is_symlink() and not _is_ours(path.read_text(encoding="utf-8", errors="replace")):
+    # A symbolic link is replaced: its target is not part of the checkpoint, and may be private.
+    if (
+        path.exists()
+        and not path.is_symlink()
+        and not _is_generated(path.read_text(encoding="utf-8", errors="replace"))
+    ):
         return "kept"
     replace_file(path, render_card(folder, repo_id))
     return "written"
 
 
 def render_card(folder: Path, repo_id: str | None = None) -> str:
-    """The text of the model card. Whatever the report does not say is left out; no local path ever enters."""
+    """The text of the model card, without what the report does not hold; local paths are cut to the file's name."""
     config = read_json(folder / CONFIG)
     report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
     source = _mapping(report.get("source"))
@@ -76,12 +80,12 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
         citations(all_names),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
-    return text + _SEAL.format(_digest(text))
+    return text + _SIGNATURE.format(_digest(text))
 
 
-def _is_ours(text: str) -> bool:
-    body, separator, seal = text.rpartition("<!-- written by hf-efficient")
-    return separator + seal == _SEAL.format(_digest(body))
+def _is_generated(text: str) -> bool:
+    body, separator, signature = text.rpartition("<!-- written by hf-efficient")
+    return separator + signature == _SIGNATURE.format(_digest(body))
 
 
 def _digest(text: str) -> str:
@@ -89,7 +93,7 @@ def _digest(text: str) -> str:
 
 
 def _model_name(config: dict[str, Any], source: dict[str, Any], base: str | None, patches: list[str]) -> str:
-    """Name of a model that has no repository yet: the source's own, and the patches."""
+    """Name of a model that has no repository yet: that of its source, followed by the patches."""
     named = _plain(source.get("model_name"))
     name = base.rpartition("/")[2] if base else named if isinstance(named, str) else None
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") if name else ""
@@ -233,7 +237,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value, with every text in it that looks like a path of somebody's machine reduced to the file's name."""
+    """The value, with every text in it that looks like a local path cut to the file's name."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -244,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def _repo_or_none(value: Any) -> str | None:
-    """A repository id, OWNER/NAME; None for anything else, local paths above all."""
+    """A repository id, OWNER/NAME; None for anything else, such as a local path."""
     return value if isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) else None
 
 

@@ -1,4 +1,4 @@
-"""The parts of a model card that are run or cited: snippets, and the papers of the methods."""
+"""Code snippets and citations of a model card."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
 
 
 def note(patch: str) -> str:
-    """What the patch itself says to readers of a card."""
+    """The paragraph about a patch in the model card; empty for an unknown one."""
     options: Any = patch_classes().get(patch)
     return str(options.card_note) if options else ""
 
@@ -82,7 +82,7 @@ def _has_chat_template(folder: Path) -> bool:
         return True
     try:
         return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template"))
-    # A broken file has no template to show; loading the tokenizer reports the fault.
+    # Loading the tokenizer reports a damaged file; the card needs only to know of a template.
     except HFEError:
         return False
 

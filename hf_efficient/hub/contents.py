@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder are part of the model, and which are not."""
+"""The files of a checkpoint folder, sorted into those of the model and others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hf_efficient.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 _ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG_FILE, *TOKENIZER_FILES)
 _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
-# As much of a file as tells what it is.
+# Bytes at the start of a file by which its kind is recognised.
 FIRST_BYTES = 1 << 12
-# What the Trainer writes beside a model, and never reads unless training is resumed from the folder.
+# Files that the Trainer writes beside a model, and reads only when training is resumed from the folder.
 _TRAINING = re.compile(
     r"training_args\.bin|trainer_state\.json|(optimizer(_\d+)?|scheduler)\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth"
     r"|(all|train|eval|test|predict)_results\.json|runs/([\w.-]+/)*events\.out\.tfevents\.[^/]+",
     re.ASCII,
 )
-# What git, and huggingface_hub beside a download, keep for themselves.
+# Files of git, and those that huggingface_hub writes beside a download.
 _RECORDS = re.compile(r"\.git/.*|\.gitattributes|\.gitignore|\.cache/huggingface/.*", re.DOTALL)
 
 
@@ -40,9 +40,9 @@ class FolderContents:
     Attributes:
         model: files of the model: weights, configuration, tokenizer, code, report, card and licence. Only these are
             uploaded.
-        training: what the Trainer left beside the model, such as optimizer states.
-        records: what git or huggingface_hub keeps in the folder for itself.
-        foreign: all the rest.
+        training: files that the Trainer wrote beside the model, such as optimizer states.
+        records: files of git and of huggingface_hub's downloads.
+        foreign: all others.
     """
 
     model: tuple[str, ...]
@@ -72,8 +72,8 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
     return FolderContents(**{kind: tuple(found) for kind, found in sorted_names.items()})
 
 
-def largest(name: str) -> int:
-    """Bytes that a file of text which is read whole may have."""
+def size_limit(name: str) -> int:
+    """Largest size in bytes of a text file that is read as a whole."""
     if name.endswith(".py"):
         return _CODE_BYTES
     if name.endswith(".jinja"):

@@ -1,8 +1,8 @@
-"""The folder `custom_generate/` of a checkpoint: its way of generating, for models of other classes too.
+"""The folder `custom_generate/` of a checkpoint: its `generate`, for models of other classes too.
 
 transformers loads it with ``from_pretrained(checkpoint, trust_remote_code=True)``, and for any model with
-``model.generate(..., custom_generate=checkpoint, trust_remote_code=True)``. It takes the installed package where there
-is one, else the files beside it, which are copies of those of the checkpoint.
+``model.generate(..., custom_generate=checkpoint, trust_remote_code=True)``. It imports
+the installed package where there is one, else the files beside it, copies of the checkpoint's code files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 
 def generate(inputs: Any = None, generation_config: Any = None, *args: Any, model: Any, **kwargs: Any) -> Any:
-    """As `generate` of transformers, with `parallel=False` wholly so.
+    """`generate` with parallel paths; `parallel=False` gives the `generate` of the model's class.
 
-    A stock model needs `tokenizer=`, whose control tokens its embedding has rows for.
+    A stock model needs `tokenizer=`, and rows of its embedding for the control tokens.
     """
     if getattr(model, "generates_in_parallel", False):
         return type(model).generate(model, inputs, generation_config, *args, **kwargs)
@@ -40,7 +40,7 @@ def generate(inputs: Any = None, generation_config: Any = None, *args: Any, mode
 def render_generate(architecture: ArchitectureSpec, code: FlatCode) -> tuple[str | None, str | None]:
     """Text of `custom_generate/generate.py`, and the code file that it imports.
 
-    None for an architecture that generates as all do.
+    Both are None for an architecture without a `generate` of its own.
     """
     module = architecture.generation
     if module is None:

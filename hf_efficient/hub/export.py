@@ -34,8 +34,8 @@ class CodeExport(SavedCode):
 def export(folder: str | Path) -> CodeExport:
     """Write the code of this release into a checkpoint, so that `trust_remote_code=True` loads it anywhere.
 
-    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Again changes nothing. A
-    process that is killed meanwhile leaves a folder that loads, with the code that was there or with this release's.
+    Writes the code files and `code_manifest.json`, and sets `auto_map` in `config.json`. Exporting again changes
+    nothing. If the process is killed while it writes, the folder still loads, with the old code or with the new.
 
     Raises:
         HFEError: `folder` holds no configuration of an architecture of this package.
@@ -90,7 +90,7 @@ def installed_code(config_class: type) -> CodeExport | None:
 
 
 def _auto_map(architecture: ArchitectureSpec) -> tuple[str, dict[str, str]]:
-    """The module that transformers enters by, and `auto_map`.
+    """The entry module, which transformers loads, and `auto_map`.
 
     AutoConfig, too, points into the modeling file: transformers tells local copies of code apart by a hash over the
     entry file and what it imports, so a second entry file would give a second, unequal configuration class.

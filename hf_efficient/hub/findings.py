@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""The result of a verification: findings and their report."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class VerificationReport:
         source: folder or repository that was verified.
         commit: the repository's commit that was read; pin it as `revision` when you load. None for a folder.
         model_type: architecture that `config.json` names.
-        release: release that the checkpoint says its code comes from; not believed, only compared.
+        release: release that the checkpoint names as the origin of its code; it is not trusted.
         installed: release of this package, from which the code was regenerated.
         code: `confirmed` when each code file equals the installed release's, `altered` when one does not,
-            `not confirmable` when the installed release cannot tell.
+            `not confirmable` when the code is that of another release, or of an unknown architecture.
         code_files: number of code files that the release writes for this architecture.
         tensors: number of tensors in the weights' headers.
-        findings: all that is wrong; empty when the checkpoint is sound.
-        not_part: files that are no part of the model and that nothing loads with it, such as optimizer states. `push`
-            leaves them out. Resuming the training from the folder would load them, pickles among them.
+        findings: every fault; empty when there is none.
+        not_part: files that are not part of the model and are not loaded with it, such as optimizer states. `push`
+            does not upload them. Resuming the training from the folder would load them, pickles included.
     """
 
     source: str
@@ -62,7 +62,7 @@ class VerificationReport:
         return self.code == "confirmed" and not self.findings
 
     def raise_if_not_ok(self) -> None:
-        """Raise `HFEError` with the verdict and the first findings, unless all is well."""
+        """Raise `HFEError` with the verdict and the first findings, unless `ok`."""
         if not self.ok:
             named = " | ".join(str(finding) for finding in self.findings[:3])
             more = f" | and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
@@ -82,8 +82,8 @@ class VerificationReport:
         if self.not_part:
             more = f" and {len(self.not_part) - 5} more" if len(self.not_part) > 5 else ""
             lines.append(
-                f"  beside   {', '.join(map(_printable, self.not_part[:5]))}{more}: no part of the model, not loaded "
-                "with it, left out by push; do not resume a training that you do not trust from them"
+                f"  beside   {', '.join(map(_printable, self.not_part[:5]))}{more}: not part of the model, not loaded "
+                "with it, not uploaded by push; do not resume a training that you do not trust from them"
             )
         return "\n".join(lines + [f"  - {finding}" for finding in self.findings])
 

@@ -23,10 +23,10 @@ from hf_efficient.errors import HFEError
 
 PACKAGE = "hf_efficient"
 NAMESPACE_MODULE = f"{PACKAGE}.kernels.namespace"
-# What a checkpoint may carry: the two lower storeys, and the leaves that every storey shares.
+# Modules that a checkpoint may hold: the two lower storeys, and the leaves that every storey imports.
 _STOREYS = (f"{PACKAGE}.kernels.", f"{PACKAGE}.modeling.")
 _LEAVES = (f"{PACKAGE}.errors", f"{PACKAGE}.environment", f"{PACKAGE}.json_file", f"{PACKAGE}.logging")
-# Whoever loads a checkpoint has these: torch, transformers and what transformers itself depends on.
+# Installed wherever a checkpoint is loaded: torch, transformers and what transformers depends on.
 _ALWAYS_INSTALLED = frozenset({"torch", "transformers", "huggingface_hub", "safetensors", "numpy"})
 _NAMED_BY_TRANSFORMERS = ("modeling_", "configuration_", "tokenization_")
 
@@ -133,7 +133,7 @@ def _reach(entry_module: str) -> dict[str, _Module]:
             continue
         if name not in _LEAVES and not name.startswith(_STOREYS):
             raise HFEError(
-                f"{entry_module} reaches {name}, which a checkpoint cannot carry",
+                f"{entry_module} reaches {name}, which is not exported",
                 "let exported code import only kernels, modeling, " + ", ".join(_LEAVES),
             )
         other = flat.setdefault(flat_name(name), name)
@@ -146,7 +146,7 @@ def _reach(entry_module: str) -> dict[str, _Module]:
 
 
 def _refuse_unportable(module: _Module) -> None:
-    """Refuse what works in the package but not in transformers' copy of a checkpoint's code."""
+    """Raise `HFEError` for statements that fail in transformers' copy of a checkpoint's code."""
     for node in ast.walk(module.tree):
         called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         if called in ("import_module", "__import__"):
@@ -195,7 +195,7 @@ def file_header(module: str, version: str, source_hash: str) -> str:
 
 
 def _self_check(code: FlatCode) -> None:
-    """Read the files as transformers will, before any of them reaches a checkpoint."""
+    """Raise `HFEError` unless transformers finds and copies all files, with what they need; uses its own functions."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in code.files.items():
             Path(folder, name).write_text(text, encoding="utf-8", newline="\n")

@@ -17,7 +17,7 @@ _KINDS = {
     **{stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder"},
 }
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-# More than any checkpoint has: a listing without end is no checkpoint.
+# More files than any checkpoint has; bounds the time of a listing.
 _MOST_FILES = 20_000
 
 
@@ -28,7 +28,7 @@ class UntrustedFolder:
 
     Attributes:
         files: size in bytes of each file, by its path relative to the folder, with slashes.
-        findings: what is neither a file nor a folder.
+        findings: one for each entry that is neither a regular file nor a folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,7 +45,7 @@ class UntrustedFolder:
         return name in self.files
 
     def empty_folders(self) -> list[str]:
-        """Folders in which no file is, at any depth."""
+        """Folders that hold no file at any depth."""
         return [name for name in self._folders if not any(file.startswith(f"{name}/") for file in self.files)]
 
     def path(self, name: str) -> Path:
@@ -61,7 +61,7 @@ class UntrustedFolder:
 
     def read_start(self, name: str, count: int) -> bytes:
         """The first bytes of a listed file; `HFEError` when it cannot be read or is no regular file any more."""
-        # Without O_NONBLOCK, opening a named pipe that took the file's place would wait for a writer.
+        # Without O_NONBLOCK, opening a named pipe that replaced the file would wait for a writer.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             with open(os.open(self.path(name), flags), "rb") as file:
@@ -83,7 +83,7 @@ class UntrustedFolder:
             status = entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
                 self._folders.append(name)
-                # A clone's own records may be many, and are neither loaded nor uploaded.
+                # git's own files may be many, and are neither loaded nor uploaded.
                 if name != ".git":
                     yield from self._walk(directory / entry.name, f"{name}/")
             elif stat.S_ISREG(status.st_mode):

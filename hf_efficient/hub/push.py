@@ -17,8 +17,8 @@ from hf_efficient.hub.card import CARD, write_card
 from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_token
 from hf_efficient.hub.verify import verify_upload
 
-# What an earlier checkpoint in the same repository may have left: beside the new one it would be foreign code or stale
-# weights. A commit deletes those that it does not write.
+# Files of an earlier checkpoint in the same repository, which would be foreign code or stale weights beside the new
+# one. The commit deletes those of them that it does not write.
 _REPLACED = ("*.py", "model*.safetensors", "model.safetensors.index*.json")
 
 
@@ -32,7 +32,7 @@ class PushResult:
         commit_url: the commit's page.
         private: whether the repository is private.
         card: `written` when README.md was written here, `kept` when it is the user's own.
-        left_out: files of the folder that are no part of the model, such as optimizer states; they were not uploaded.
+        left_out: files of the folder that are not part of the model, such as optimizer states; not uploaded.
     """
 
     repo_id: str
@@ -59,9 +59,8 @@ def push(
 ) -> PushResult:
     """Verify the checkpoint in `folder`, write its model card, and upload it in one commit.
 
-    Only files of the model are verified and uploaded; what training, an editor or the system left beside them stays.
-    Code and weights of an earlier checkpoint in the same repository are replaced. A README.md that somebody edited is
-    uploaded as it is.
+    Only files of the model are verified and uploaded; optimizer states, editor files and the like are not. Code and
+    weights of an earlier checkpoint in the same repository are replaced. An edited README.md is uploaded as it is.
 
     Args:
         folder: the checkpoint.

@@ -14,14 +14,14 @@ from hf_efficient.conversion.measuring.calibration import CalibrationSummary
 from hf_efficient.conversion.measuring.evaluation import EvaluationReport
 from hf_efficient.conversion.options import ConversionOptions
 from hf_efficient.conversion.report import ConversionReport
-from hf_efficient.conversion.writing.known_settings import misfits, object_type
+from hf_efficient.conversion.writing.known_settings import object_type, type_mismatches
 from hf_efficient.registry import patch_classes
 
 # Values that a report holds as texts.
 _TEXTS = (Path, torch.dtype, torch.device)
 
 
-def report_misfits(report: dict[str, Any], config_types: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def report_mismatches(report: dict[str, Any], config_types: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each key of a conversion report that no conversion writes, and each value of another type: its path, and why.
 
     Args:
@@ -29,7 +29,7 @@ def report_misfits(report: dict[str, Any], config_types: dict[str, Any]) -> Iter
         config_types: type of each field that `config.json` may have: a patch's choices are such fields.
     """
     patches = patch_classes()
-    yield from misfits(report, _report_type({name: json_type(cls) for name, cls in patches.items()}))
+    yield from type_mismatches(report, _report_type({name: json_type(cls) for name, cls in patches.items()}))
     listed = report.get("patches")
     for i, patch in enumerate(listed if isinstance(listed, list) else ()):
         name = patch.get("name") if isinstance(patch, dict) else None
@@ -37,7 +37,7 @@ def report_misfits(report: dict[str, Any], config_types: dict[str, Any]) -> Iter
         if cls is None:
             yield f"patches[{i}].name", f"is {name!r}, which is none of {', '.join(patches)}"
         else:
-            yield from misfits(patch, _patch_type(cls, config_types), f"patches[{i}]")
+            yield from type_mismatches(patch, _patch_type(cls, config_types), f"patches[{i}]")
 
 
 def json_type(hint: Any) -> Any:

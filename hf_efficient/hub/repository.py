@@ -13,10 +13,10 @@ from huggingface_hub.utils import build_hf_headers, http_backoff, validate_repo_
 from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.hub.contents import FIRST_BYTES, largest, may_be_part
+from hf_efficient.hub.contents import FIRST_BYTES, may_be_part, size_limit
 from hf_efficient.json_file import MAX_JSON_BYTES
 
-# Read whole, since their content is verified.
+# Downloaded as a whole, since all of their content is verified.
 _READ_WHOLE = (".json", ".py")
 # More than any checkpoint has.
 _MOST_FILES = 2_000
@@ -39,7 +39,7 @@ def hub_token(given: str | None) -> str:
 
 
 def check_access(repo_id: str, *, private: bool = True, token: str | None = None) -> None:
-    """Ask the Hub whether an upload to `repo_id` may begin, as far as it tells; writes nothing.
+    """Check with the Hub that the token may upload to `repo_id`, before any work; writes nothing.
 
     Args:
         repo_id: OWNER/NAME; it need not exist.
@@ -83,12 +83,12 @@ def check_privacy(repo_id: str, *, private: bool, is_private: bool) -> None:
         )
 
 
-def fetch_skeleton(repo_id: str, folder: Path, revision: str | None, token: str | None) -> str:
-    """Lay a repository out in the empty `folder`: each file at its true size, but only what `verify` reads is fetched.
+def download_headers(repo_id: str, folder: Path, revision: str | None, token: str | None) -> str:
+    """Create a repository's files in the empty `folder`, at full size, with only those parts that `verify` reads.
 
-    JSON and Python files are whole, unless they are larger than such a file may be; a safetensors file has its header,
-    any other file its first bytes, and the rest is a hole. Nothing is fetched of a file whose name no checkpoint has.
-    Returns the commit that was read.
+    JSON and Python files are downloaded as a whole, unless they exceed `size_limit`; of a safetensors file the header,
+    of any other the first bytes; the rest of a file is a hole. Of files whose names no checkpoint has nothing is
+    downloaded. Returns the commit that was read.
     """
     checked_token(token if token is not None else get_token())
     api = HfApi(token=token)
@@ -103,14 +103,14 @@ def fetch_skeleton(repo_id: str, folder: Path, revision: str | None, token: str 
             if path.is_absolute() or ".." in path.parts:
                 raise HFEError(f"{repo_id} lists the file {file.path!r}, outside itself", "do not use this repository")
             needed = _needed_bytes(hf_hub_url(repo_id, file.path, revision=commit), file, token)
-            _lay_out(folder / path, needed, file.size, repo_id)
+            _write_sparse(folder / path, needed, file.size, repo_id)
     return str(commit)
 
 
 def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
     if not may_be_part(file.path):
         return b""
-    if file.path.endswith(_READ_WHOLE) and file.size <= largest(file.path):
+    if file.path.endswith(_READ_WHOLE) and file.size <= size_limit(file.path):
         return _read_range(url, 0, file.size, token)
     if file.path.endswith(".safetensors"):
         length = int.from_bytes(_read_range(url, 0, min(8, file.size), token), "little")
@@ -118,7 +118,7 @@ def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
     return _read_range(url, 0, min(FIRST_BYTES, file.size), token)
 
 
-def _lay_out(target: Path, content: bytes, size: int, repo_id: str) -> None:
+def _write_sparse(target: Path, content: bytes, size: int, repo_id: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as out:
@@ -128,7 +128,7 @@ def _lay_out(target: Path, content: bytes, size: int, repo_id: str) -> None:
     except (OSError, ValueError) as error:
         name = ascii(target.name)[:80]
         raise HFEError(
-            f"{repo_id} lists the file {name}, which cannot be laid out ({error})", "do not use this repository"
+            f"{repo_id} lists the file {name}, which cannot be created ({error})", "do not use this repository"
         ) from None
 
 

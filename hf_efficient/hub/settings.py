@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint: each key at any depth is one that is written there, with a value of its kind."""
+"""Checks of a checkpoint's JSON files: every key at any depth must be a known one, with a value of its type."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from hf_efficient.conversion.writing.known_settings import (
     GenerationSettings,
     TokenizerSettings,
     is_tokenizer_class,
-    misfits,
     object_type,
+    type_mismatches,
 )
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.errors import HFEError
-from hf_efficient.hub.contents import largest
+from hf_efficient.hub.contents import size_limit
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
-from hf_efficient.hub.report_types import report_misfits
+from hf_efficient.hub.report_types import report_mismatches
 from hf_efficient.hub.weight_names import is_index
 from hf_efficient.json_file import parse_json
 from hf_efficient.registry import ArchitectureSpec
 
 REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf-efficient export FOLDER"
 _DTYPES = Literal["float32", "float16", "bfloat16", "float64"]
-# Fields that every configuration of transformers has; their annotations name types that JSON has not.
+# Fields that every configuration of transformers has; their annotations name types that JSON does not have.
 _COMMON: dict[str, Any] = {
     "transformers_version": str | None,
     "architectures": list[str] | None,
@@ -48,7 +48,7 @@ _COMMON: dict[str, Any] = {
 
 
 class IndexMetadata(TypedDict, total=False):
-    """What transformers notes in an index of weights; a `dtype` there would decide how they are loaded."""
+    """`metadata` in an index of weights; transformers would load them in a `dtype` that it names."""
 
     total_size: int
     total_parameters: int
@@ -62,16 +62,16 @@ class WeightIndex(TypedDict, total=False):
 
 
 def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
-    """The JSON object in a listed file; what is wrong with it becomes a finding, and the object is empty."""
+    """The JSON object in a listed file; empty, with a finding added to `findings`, where it cannot be read."""
     try:
-        return parse_json(name, folder.read(name, largest(name)))
+        return parse_json(name, folder.read(name, size_limit(name)))
     except HFEError as error:
         findings.append(Finding(name, error.problem, error.remedy))
         return {}
 
 
 def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_map: dict[str, str]) -> list[Finding]:
-    """Keys and values of `config.json` that are not those of the architecture's configuration."""
+    """A finding for each key or value of `config.json` that the architecture's configuration does not have."""
     findings = _differing(CONFIG, config, object_type("Config", config_types(architecture)))
     known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     named = config.get("architectures")
@@ -94,9 +94,11 @@ def config_types(architecture: ArchitectureSpec) -> dict[str, Any]:
 def check_settings(
     folder: UntrustedFolder, names: tuple[str, ...], architecture: ArchitectureSpec | None
 ) -> list[Finding]:
-    """Keys and values that nothing writes, in all JSON files among `names` but the configuration and the manifest.
+    """A finding for each unknown key or wrong type in all JSON files but config.json and the manifest.
 
-    Without an architecture the conversion report is not checked: its keys depend on it.
+    Args:
+        names: files of the model; others are not read.
+        architecture: that of config.json, on which the keys of the conversion report depend; None: it is not checked.
     """
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,
@@ -110,7 +112,7 @@ def check_settings(
             if name != REPORT_NAME:
                 findings += _differing(name, value, WeightIndex if is_index(name) else kinds[name])
             elif architecture is not None:
-                found = report_misfits(value, config_types(architecture))
+                found = report_mismatches(value, config_types(architecture))
                 findings += [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found]
             if name == TOKENIZER_CONFIG_FILE:
                 findings += _tokenizer_class(value.get("tokenizer_class"))
@@ -123,7 +125,7 @@ def _tokenizer_class(name: Any) -> Iterator[Finding]:
 
 
 def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
-    return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in misfits(value, kind)]
+    return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in type_mismatches(value, kind)]
 
 
 def _auto_map_differences(found: Any, expected: dict[str, str]) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
-"""Say whether a checkpoint's code is the code that a release of this package writes, before anybody runs it.
+"""Compare a checkpoint with what the installed release writes, before its code is run.
 
-Nothing in the checkpoint is believed: the code is written anew from the installed package and compared byte by byte.
+Nothing in the checkpoint is trusted: the code is generated from the installed package and compared byte by byte.
 Nothing in the checkpoint is imported, unpickled or run.
 """
 
@@ -13,17 +13,17 @@ from typing import Any
 from hf_efficient import __version__
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.hub.contents import FIRST_BYTES, FolderContents, folder_contents, largest
+from hf_efficient.hub.contents import FIRST_BYTES, FolderContents, folder_contents, size_limit
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
-from hf_efficient.hub.repository import check_repo_id, fetch_skeleton
+from hf_efficient.hub.repository import check_repo_id, download_headers
 from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
 from hf_efficient.hub.weight_names import is_index, weight_sets
 from hf_efficient.hub.weights import check_weights
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
-# What transformers does with files that are no part of our checkpoints, for the ones that it would load.
+# Files that no checkpoint of ours has and that transformers would load, and what it would do with them.
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
     "adapter_model.safetensors": "is an adapter, which from_pretrained would put on the model",
@@ -44,8 +44,8 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
 
     Every file, and every key of every JSON file at any depth, must be one that the installed release or
     `save_pretrained` writes for the architecture that `config.json` names, with a value of its type; every code file
-    must equal the release's; index and headers of the weights must fit the configuration. All else is a finding. What
-    the Trainer leaves beside a model is listed in `not_part`: nothing loads it with the model.
+    must equal the release's; index and headers of the weights must fit the configuration. Anything else is a finding.
+    Files that the Trainer writes beside a model are listed in `not_part`: they are not loaded with it.
 
     Args:
         folder_or_repo: a local folder, or OWNER/NAME on the Hub.
@@ -54,7 +54,7 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
 
     Raises:
         UsageError: the argument is neither a folder nor a repository id, or `revision` is given for a folder.
-        HFEError: the repository cannot be read. What is wrong with a checkpoint is not raised but reported.
+        HFEError: the repository cannot be read. Faults of a checkpoint are reported, not raised.
     """
     folder = Path(folder_or_repo)
     if folder.is_dir():
@@ -65,15 +65,15 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
         raise UsageError(f"{folder} is a file", "name the folder of a checkpoint, or OWNER/NAME on the Hub")
     repo_id = str(folder_or_repo)
     check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as skeleton:
-        commit = fetch_skeleton(repo_id, Path(skeleton), revision, token)
-        return _verify_folder(UntrustedFolder(Path(skeleton)), repo_id, commit)[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        commit = download_headers(repo_id, Path(temporary), revision, token)
+        return _verify_folder(UntrustedFolder(Path(temporary)), repo_id, commit)[0]
 
 
 def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ...]]:
-    """Verify what `push` uploads of a checkpoint folder, as if it held nothing else; returns the report and the files.
+    """Verify the files of a checkpoint folder that `push` uploads, and no others; returns the report and their names.
 
-    What the folder holds besides is in `not_part` of the report, and may be anything.
+    All other files are listed in `not_part` of the report, whatever they are.
     """
     folder = Path(folder)
     listed = UntrustedFolder(folder)
@@ -132,7 +132,7 @@ def _verify_folder(
 def _compare_code(
     folder: UntrustedFolder, exported: CodeExport, manifest: dict[str, Any]
 ) -> tuple[Verdict, list[Finding]]:
-    """The code files and their manifest against what the installed release writes."""
+    """Compare the code files and their manifest with those of the installed release; returns verdict and findings."""
     code, claimed = exported.code, str(manifest.get("source_hash"))
     findings, renamed = [], []
     for name, text in exported.files.items():
@@ -140,12 +140,12 @@ def _compare_code(
             findings.append(Finding(name, "is missing", REMEDY_EXPORT))
             continue
         try:
-            found = folder.read(name, largest(name))
+            found = folder.read(name, size_limit(name))
         except HFEError as error:
             findings.append(Finding(name, error.problem, error.remedy))
             continue
         expected = text.encode()
-        # Other sources have another hash, which stands in every file. Set it aside: the files that really differ count.
+        # Every file holds the hash of all sources: replace it, to list only files with other differences.
         alike = found
         if len(claimed) == len(code.source_hash):
             alike = alike.replace(claimed.encode(), code.source_hash.encode())
@@ -162,21 +162,21 @@ def _compare_code(
         # A manifest that is missing or cannot be read was reported where it was read.
         if not manifest:
             return "confirmed", []
-        expected, found = exported.manifest.encode(), folder.read(CODE_MANIFEST, largest(CODE_MANIFEST))
+        expected, found = exported.manifest.encode(), folder.read(CODE_MANIFEST, size_limit(CODE_MANIFEST))
         if found == expected:
             return "confirmed", []
         findings = [_first_difference(CODE_MANIFEST, expected, found)]
     release = manifest.get("version")
     if release not in (None, __version__):
-        # What differs says nothing when another release wrote it. The claim is not believed either: it only tells with
-        # which release to look again.
+        # Differences mean nothing when another release wrote the code. The release is not trusted: it only says with
+        # which one to verify again.
         problem = f"the code says that it comes from hf-efficient {release}; installed is {__version__}"
         return "not confirmable", [Finding(CODE_MANIFEST, problem, f"verify with hf-efficient {release} installed")]
     return "altered", findings
 
 
 def _first_difference(name: str, expected: bytes, found: bytes) -> Finding:
-    """Line, column and byte of the first difference, and what stands there."""
+    """A finding with line, column and byte of the first difference, and the text there on both sides."""
     shorter = min(len(expected), len(found))
     offset = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
     line_start = found.rfind(b"\n", 0, offset) + 1
@@ -201,7 +201,7 @@ def _excerpt(data: bytes, line_start: int, offset: int, width: int = 40) -> str:
 
 
 def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
-    """What a file that no release writes is, as far as its name and its first bytes tell."""
+    """Description of a foreign file, from its name and its first bytes."""
     if name in _KNOWN_DANGERS:
         return _KNOWN_DANGERS[name]
     if is_index(name):
@@ -215,8 +215,8 @@ def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
 
 
 def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
-    """A text of the model that is none, or a chat template that is too large to be one."""
-    if name.endswith(".jinja") and folder.files[name] > largest(name):
+    """A finding for a text file that holds no text, or for a chat template that is too large."""
+    if name.endswith(".jinja") and folder.files[name] > size_limit(name):
         return Finding(name, f"has {folder.files[name]:,} bytes, too many for a chat template", REMEDY)
     if not (name.endswith((".jinja", ".md")) or is_licence(name)):
         return None

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint against its configuration: index and headers, no tensor is read."""
+"""Checks of a checkpoint's weights against its configuration, from index and headers; no tensor is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from hf_efficient.conversion.architecture import runtime_fields
 from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
-from hf_efficient.conversion.writing.known_settings import misfits
+from hf_efficient.conversion.writing.known_settings import type_mismatches
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
@@ -29,7 +29,7 @@ _SHOWN = 5
 
 
 class HeaderMetadata(TypedDict, total=False):
-    """What transformers notes in the header of a weight file."""
+    """`__metadata__` in the header of a weight file."""
 
     format: Literal["pt"]
 
@@ -50,7 +50,7 @@ def check_weights(
     *,
     known: bool,
 ) -> tuple[int, list[Finding]]:
-    """Number of tensors, and what is wrong with them.
+    """Number of tensors in all weight files, and a finding for each fault.
 
     Args:
         folder: the checkpoint.
@@ -89,7 +89,7 @@ def _expected_shapes(
     The classes are the installed package's own, never the checkpoint's.
     """
     # A configuration may name a repository of kernels as its implementation of attention: that must not be fetched.
-    # Nor does it matter how a loaded model would run.
+    # Fields that say how a loaded model runs change no shape.
     of_run_time = runtime_fields()
     plain = {
         name: value
@@ -109,7 +109,7 @@ def _expected_shapes(
 
 
 def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dict[str, TensorEntry], list[Finding]]:
-    """Every tensor in the files of one set of weights, and what is wrong with index and headers."""
+    """Header entries of the tensors in one set of weights by name, and the faults of index and headers."""
     findings: list[Finding] = []
     mapped: dict[str, str] | None = None
     names, index = weight_set.files, weight_set.index
@@ -153,10 +153,10 @@ def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dic
 
 
 def _header_findings(name: str, path: Path) -> list[Finding]:
-    """Keys of a header that nothing writes."""
+    """A finding for each unknown key or wrong type in the header of a weight file."""
     header, _, _ = read_header(path)
-    found = list(misfits(header.pop("__metadata__", {}), HeaderMetadata, "__metadata__"))
-    found += misfits(header, dict[str, HeaderEntry])
+    found = list(type_mismatches(header.pop("__metadata__", {}), HeaderMetadata, "__metadata__"))
+    found += type_mismatches(header, dict[str, HeaderEntry])
     return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found[:_SHOWN]]
 
 

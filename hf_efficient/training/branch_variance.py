@@ -1,4 +1,4 @@
-"""BHyT's branch variances kept in step with the weights while these are trained."""
+"""Recompute BHyT's branch variances regularly while the weights are trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BranchVarianceCallback(TrainerCallback):
         trainer = Trainer(model, …, callbacks=[BranchVarianceCallback()])
 
     Args:
-        every: steps between two times; by default a fiftieth of the training steps, at most 1,000.
+        every: steps between two updates; by default a fiftieth of the training steps, at most 1,000.
 
     Raises:
         HFEError: at the beginning of training, where weights that are trained cannot be read on this process.
@@ -47,18 +47,18 @@ class BranchVarianceCallback(TrainerCallback):
 def keep_branch_variance(
     model: nn.Module, optimizer: Optimizer, *, every: int | None = None, max_steps: int | None = None
 ) -> RemovableHandle:
-    """Recompute the branch variances now and every few steps of `optimizer`: for training loops of one's own.
+    """Recompute the branch variances now and every few steps of `optimizer`: for a training loop without `Trainer`.
 
         keep_branch_variance(model, optimizer, max_steps=len(batches))
 
     Args:
         model: holds one or more BHyT models; it may be wrapped and sharded, then on all processes alike.
-        optimizer: the optimizer, or what Accelerate made of it.
-        every: steps between two times.
+        optimizer: the optimizer, or Accelerate's wrapper of it.
+        every: steps between two updates.
         max_steps: steps of the whole training; a fiftieth of them is the default of `every`, at most 1,000.
 
     Returns:
-        A handle whose `remove` ends it.
+        The handle of the optimizer's hook; `remove()` ends the updates.
 
     Raises:
         UsageError: neither `every` nor `max_steps` is given, or `every` is below 1.
@@ -82,7 +82,7 @@ def keep_branch_variance(
 
 def _checked(every: int | None) -> int | None:
     if every is not None and every < 1:
-        raise UsageError(f"every={every} must be at least 1", "pass the number of steps between two times")
+        raise UsageError(f"every={every} must be at least 1", "pass the number of steps between two updates")
     return every
 
 

@@ -1,4 +1,4 @@
-"""Gradients of some rows of a matrix: from sparse tensors, added up, and averaged over data-parallel processes."""
+"""Row-sparse gradients of a matrix: read from sparse tensors, summed, and averaged over data-parallel processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_efficient.errors import HFEError
 
-# Instead of a number of rows: a process has no gradient of a parameter, or a dense one.
+# In place of the number of rows: the process has no gradient for a parameter, or a dense one.
 _NONE, _DENSE = -1, -2
 
 
@@ -42,30 +42,30 @@ class RowGradient:
                 "sparse gradients must be those of whole rows of a matrix, as nn.Embedding(sparse=True) gives them",
             )
         if not gradient.is_coalesced():
-            # Rows of equal ids are added up, which half precision is too coarse for.
+            # Rows of equal ids are summed, in float32 since half precision would lose small terms.
             ids, rows = gradient._indices(), gradient._values()
-            rows = rows.to(wide_dtype(rows.dtype))
+            rows = rows.to(accumulation_dtype(rows.dtype))
             gradient = torch.sparse_coo_tensor(ids, rows, gradient.shape, check_invariants=False).coalesce()
         return cls(gradient.indices()[0], gradient.values())
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of `dtype` are added up in."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def add_up(parts: Sequence[RowGradient]) -> RowGradient:
-    """Their sum in float32, added in the order of the parts: equal parts give equal bits. One part is itself.
+    """Sum of row gradients in float32, added in the order of `parts`: deterministic. A single part is returned itself.
 
-    Waits for the device where there are several parts, as only the data tell how many rows the sum has.
+    Several parts need a device synchronisation, since the number of rows of the sum depends on the ids.
     """
     if len(parts) == 1:
         return parts[0]
     ids, places = torch.unique(torch.cat([part.ids for part in parts]), return_inverse=True)
-    width, dtype = parts[0].rows.shape[1], wide_dtype(parts[0].rows.dtype)
+    width, dtype = parts[0].rows.shape[1], accumulation_dtype(parts[0].rows.dtype)
     rows = torch.zeros((ids.shape[0], width), dtype=dtype, device=ids.device)
     for part, place in zip(parts, places.split([part.ids.shape[0] for part in parts]), strict=True):
-        rows.index_add_(0, place, part.rows.to(dtype))  # a part has each row once, so no two additions meet
+        rows.index_add_(0, place, part.rows.to(dtype))  # ids of a part are unique, so the order of additions is fixed
     return RowGradient(ids, rows)
 
 
@@ -80,8 +80,8 @@ def mean_over_processes(
     """Mean over the processes of each parameter's gradient, the same bits on every process.
 
     Every process calls this with the same parameters in the same order. A process whose batch had no row of a parameter
-    passes None and takes part all the same; only where all pass None the result is None. Rows travel in float32,
-    padded to the longest gradient of a process, and are added in the order of the ranks.
+    passes None and still takes part; the result is None only where all pass None. Rows are sent in float32, padded to
+    the largest number of rows of a process, and are added in the order of the ranks.
 
     Raises:
         HFEError: on all processes, where a parameter has a sparse gradient on one and a dense one on another.
@@ -104,7 +104,7 @@ def mean_over_processes(
                 f"{held.index(longest)} and a dense one on rank {held.index(_DENSE)}",
                 "run the same model with the same configuration on all processes",
             )
-        dtype = wide_dtype(parameter.dtype)
+        dtype = accumulation_dtype(parameter.dtype)
         ids = torch.zeros(longest, dtype=torch.int64, device=parameter.device)
         rows = torch.zeros((longest, parameter.shape[1]), dtype=dtype, device=parameter.device)
         if gradient is not None:
@@ -113,25 +113,25 @@ def mean_over_processes(
         all_ids, all_rows = _gather(ids, processes, group), _gather(rows, processes, group)
         parts = [RowGradient(all_ids[r, : held[r]], all_rows[r, : held[r]]) for r in range(processes) if held[r] >= 0]
         total = add_up(parts)
-        found.append(RowGradient(total.ids, total.rows.div_(processes)))  # of what was received here
+        found.append(RowGradient(total.ids, total.rows.div_(processes)))  # `total` is a local tensor
     return found
 
 
-def _gather(mine: Tensor, processes: int, group: dist.ProcessGroup | None) -> Tensor:
-    """`mine` of every process [processes, ...], on the device of `mine`."""
-    device = _device_of_communication(mine.device, group)
-    # One after the other along the first dimension, the form that every backend takes.
-    everybodys = torch.empty((processes * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=device)
-    if mine.numel() > 0:
-        dist.all_gather_into_tensor(everybodys, mine.to(device).contiguous(), group=group)
-    return everybodys.to(mine.device).view(processes, *mine.shape)
+def _gather(local: Tensor, processes: int, group: dist.ProcessGroup | None) -> Tensor:
+    """`local` of every process [processes, ...], on the device of `local`."""
+    device = _device_of_communication(local.device, group)
+    # Concatenated along the first dimension, the form that every backend supports.
+    gathered = torch.empty((processes * local.shape[0], *local.shape[1:]), dtype=local.dtype, device=device)
+    if local.numel() > 0:
+        dist.all_gather_into_tensor(gathered, local.to(device).contiguous(), group=group)
+    return gathered.to(local.device).view(processes, *local.shape)
 
 
 def _device_of_communication(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must be for `group` to send it: `device` itself where it can, else the GPU or the CPU."""
+    """Device that `group` can send tensors from: `device` itself where possible, else the GPU or the CPU."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     backend = backends.get(device.type)
-    # gloo gathers tensors of the CPU only, nccl those of a GPU only, whatever the configuration lists them for.
+    # gloo gathers CPU tensors only and nccl GPU tensors only, whatever devices the configuration lists.
     if backend is not None and backend != ("gloo" if device.type == "cuda" else "nccl"):
         return device
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""AdamW that updates, of a large table, the rows of a batch only."""
+"""AdamW that updates only the rows of a table that occur in a batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from torch import Tensor
 
 from hf_efficient.errors import HFEError
 from hf_efficient.kernels.row_adamw.api import row_adamw
-from hf_efficient.training.row_gradients import RowGradient, add_up, mean_over_processes, several_processes, wide_dtype
+from hf_efficient.training.row_gradients import (
+    RowGradient,
+    accumulation_dtype,
+    add_up,
+    mean_over_processes,
+    several_processes,
+)
 
-# The entry of a parameter's state that tells a table from a parameter with dense gradients.
+# State entry that parameters with sparse gradients have, and those with dense gradients do not.
 _OF_ROWS = "log_decays"
-# Elements of a table that `flush` works on at a time: bounds the memory of a conversion.
+# Elements of a table that `flush` processes in one operation, which bounds its temporary memory.
 _FLUSH_ELEMENTS = 1 << 24
-# Elements of the rows that a step on the CPU works on at a time.
+# Elements of the rows that a step on the CPU processes in one operation.
 _CPU_ELEMENTS = 1 << 19
 
 
@@ -34,23 +40,24 @@ class RowSparseAdamW(torch.optim.AdamW):
         m = β1 m + (1 - β1) g        v = β2 v + (1 - β2) g²
         p = D p - lr / (1 - β1^t) * m / (sqrt(v / (1 - β2^t)) + eps)        D = product of (1 - lr_k weight_decay)
 
-    over the steps k of the optimiser since the row last occurred, the present one included. Where every row occurs in
-    every step this is AdamW. Moments and t stand still while a row does not occur. The decay of the steps between is
-    made up for, exactly and for any course of the learning rate, when the row occurs again, or for all rows by
-    `flush()`: **call it before saving the model**, or set weight_decay to 0 for tables, which is what we recommend and
-    the source has done where it continues training. As in PyTorch, a step in which a parameter has no gradient at all
-    is no step for it.
+    over the steps k of the optimizer since the row last occurred, the present one included. Where every row occurs in
+    every step this is AdamW. Moments and t of a row do not change while it does not occur. The weight decay of those
+    steps is applied later, exactly and for any learning rate schedule, when the row occurs again, or to all rows by
+    `flush()`: **call it before saving the model**, or set weight_decay to 0 for tables, which we recommend and the
+    source does when it continues training. As in PyTorch, a step in which a parameter has no gradient does not count
+    for it.
 
-    A sparse gradient is taken from the parameter as soon as it is there, and `.grad` is None again: nothing that walks
-    over gradients ever meets it, such as `clip_grad_norm_`, which cannot handle it. It is kept here until `step()`,
-    added up in float32 over micro-batches, or until `zero_grad()`; `model.zero_grad()` knows nothing of it. So the
-    class goes into `transformers.Trainer(..., optimizers=(RowSparseAdamW(...), None))` and into Accelerate as it is.
+    A sparse gradient is moved from the parameter to the optimizer as soon as backward has computed it, and `.grad` is
+    None again: `clip_grad_norm_` and other code that iterates over gradients, which cannot handle it, does not see it.
+    The optimizer keeps it, summed in float32 over micro-batches, until `step()` or `zero_grad()`; `model.zero_grad()`
+    does not clear it. So the class can be passed to `transformers.Trainer(..., optimizers=(RowSparseAdamW(...), None))`
+    and to Accelerate as it is.
 
     Data-parallel training: `step()` averages the rows over the processes, in the order of the ranks, so that all
-    replicas stay the same bit for bit. `DistributedDataParallel` must leave the tables alone: their names belong in the
-    model's `_ddp_params_and_buffers_to_ignore` (STEM models see to that), and every process must start from the same
-    weights. Each process receives float32 rows of all, padded to the longest. Where nothing but tables is trained there
-    is nothing left for `DistributedDataParallel`, which then refuses the model: use the model without it.
+    replicas stay the same bit for bit. `DistributedDataParallel` must ignore the tables: their names belong in the
+    model's `_ddp_params_and_buffers_to_ignore` (STEM models set it), and every process must start from the same
+    weights. Each process receives the float32 rows of all, padded to the most rows. Where only tables are trained,
+    `DistributedDataParallel` raises an error, since no parameter is left for it: use the model without it.
 
     Memory: two float32 moments for each element of a table, allocated as zeros at its first sparse gradient, and 12
     bytes a row. The state is saved and loaded in these types, whatever the type of the table. A table in half precision
@@ -65,14 +72,14 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     Raises:
         HFEError: from `step()`: a gradient scaler (float16 training) is used, which cannot see the collected gradients;
-            an option that is for dense gradients only; a parameter whose gradients are now sparse, now dense; or
+            an option that is for dense gradients only; a parameter whose gradients change between sparse and dense; or
             capture in a CUDA graph.
 
     Source: AdamW, arXiv:1711.05101; the separate clipping norm follows the released training code of STEM,
         arXiv:2601.10639.
     """
 
-    # Makes a gradient scaler hand its scale over, instead of looking for gradients that are not there.
+    # A gradient scaler then passes its scale to `step` instead of searching `.grad`, which is None here.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -92,29 +99,31 @@ class RowSparseAdamW(torch.optim.AdamW):
         self.max_row_norm = max_row_norm
         self.process_group = process_group
         self.row_norm: Tensor | None = None
-        self._watch_nothing()
+        self._reset_hooks()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
     # Collecting gradients
 
-    def _watch_nothing(self) -> None:
+    def _reset_hooks(self) -> None:
         self._collected: dict[Tensor, list[RowGradient]] = {}
         self._coalesced: dict[Tensor, int] = {}
         self._hooks: dict[Tensor, tuple[Any, ...]] = {}
         weakref.finalize(self, _remove_hooks, self._hooks).atexit = False
 
-    def _watch(self) -> None:
-        """Have sparse gradients of all parameters collected; of those that are frozen, once they no longer are."""
+    def _register_hooks(self) -> None:
+        """Register hooks that collect sparse gradients, on parameters that require gradients and have no hook yet."""
         this = weakref.ref(self)
         for parameter in self._parameters():
             if parameter.requires_grad and parameter not in self._hooks:
                 self._hooks[parameter] = (
-                    parameter.register_hook(_caller(this, RowSparseAdamW._note, weakref.ref(parameter))),
-                    parameter.register_post_accumulate_grad_hook(_caller(this, RowSparseAdamW._collect)),
+                    parameter.register_hook(
+                        _weak_hook(this, RowSparseAdamW._remember_coalesced, weakref.ref(parameter))
+                    ),
+                    parameter.register_post_accumulate_grad_hook(_weak_hook(this, RowSparseAdamW._collect)),
                 )
 
-    def _note(self, gradient: Tensor, owner: weakref.ref[Tensor]) -> None:
-        """Before a gradient is accumulated, which forgets that it is coalesced: remember the memory of its indices."""
+    def _remember_coalesced(self, gradient: Tensor, owner: weakref.ref[Tensor]) -> None:
+        """Remember the address of a coalesced gradient's indices: accumulation drops the flag `is_coalesced`."""
         parameter = owner()
         if parameter is not None and gradient.is_sparse and gradient.is_coalesced():
             self._coalesced[parameter] = gradient.indices().data_ptr()
@@ -124,21 +133,21 @@ class RowSparseAdamW(torch.optim.AdamW):
         if parameter.grad is None or not parameter.grad.is_sparse:
             return
         if parameter.grad._indices().data_ptr() == known:
-            parameter.grad._coalesced_(True)  # nothing was there before: it is what came
+            parameter.grad._coalesced_(True)  # `.grad` is the gradient itself, not a sum
         parts = self._collected.setdefault(parameter, [])
         parts.append(RowGradient.of(parameter, parameter.grad))
         parameter.grad = None
-        # Many micro-batches share rows. Adding up once the later ones hold as many rows as the sum so far bounds the
-        # memory by twice the sum, and waits for the device only then.
+        # Micro-batches share rows. Summing only once the later ones hold as many rows as the sum so far bounds the
+        # memory by twice the sum, and synchronises with the device only then.
         if sum(part.ids.shape[0] for part in parts[1:]) > parts[0].ids.shape[0]:
             self._collected[parameter] = [add_up(parts)]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._watch()
+        self._register_hooks()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in PyTorch; collected gradients are forgotten."""
+        """As in PyTorch; collected gradients are dropped."""
         self._collected.clear()
         super().zero_grad(set_to_none)
 
@@ -153,12 +162,12 @@ class RowSparseAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for parameter in self._parameters():
-            self._collect(parameter)  # those that were assigned, or came before the parameter was watched
+            self._collect(parameter)  # gradients that were assigned, or computed before the hook was registered
             if parameter.grad is not None and _OF_ROWS in self.state.get(parameter, {}):
                 raise _changed_kind(parameter, "dense")
         _without_step_hooks(torch.optim.AdamW.step)(self)
         self._step_rows()
-        self._watch()
+        self._register_hooks()
         return loss
 
     def _step_rows(self) -> None:
@@ -175,10 +184,10 @@ class RowSparseAdamW(torch.optim.AdamW):
                 self._step_table(parameter, gradient, chosen, scale)
 
     def _clip(self, gradients: list[RowGradient]) -> Tensor | None:
-        """The factor that brings all rows together to `max_row_norm`; computed where they are, without waiting."""
+        """Factor that scales the norm of all rows together to `max_row_norm`; no device synchronisation."""
         if self.max_row_norm is None or not gradients:
             return None
-        norms = [torch.linalg.vector_norm(g.rows, dtype=wide_dtype(g.rows.dtype)).float() for g in gradients]
+        norms = [torch.linalg.vector_norm(g.rows, dtype=accumulation_dtype(g.rows.dtype)).float() for g in gradients]
         self.row_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return (self.max_row_norm / (self.row_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
 
@@ -197,13 +206,13 @@ class RowSparseAdamW(torch.optim.AdamW):
                 "leave optimizer.step() out of the captured part",
             )
         state = self._state_of_rows(parameter)
-        # On the CPU, where it can be read without waiting, unless it is of PyTorch's capturable kind.
+        # Read on the CPU, without device synchronisation, unless they are tensors on the device (capturable=True).
         lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
         beta1, beta2 = options["betas"]
         if lr * weight_decay >= 1:
             raise HFEError(f"lr={lr} times weight_decay={weight_decay} is 1 or more", "lower either of them")
         state["log_decay"] += math.log1p(-lr * weight_decay)
-        # On the CPU the operation makes temporary tensors, which for all rows at once would pass through main memory.
+        # On the CPU the operation makes temporary tensors, which for all rows together would not fit into the caches.
         count = gradient.ids.shape[0] if parameter.is_cuda else _CPU_ELEMENTS // parameter.shape[1]
         for ids, rows in zip(gradient.ids.split(max(1, count)), gradient.rows.split(max(1, count)), strict=True):
             row_adamw(
@@ -227,7 +236,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             raise _changed_kind(parameter, "sparse")
         if not state:
             rows, device = parameter.shape[0], parameter.device
-            moments = wide_dtype(parameter.dtype)
+            moments = accumulation_dtype(parameter.dtype)
             state["step"] = torch.zeros(rows, dtype=torch.int32, device=device)
             state["exp_avg"] = torch.zeros(parameter.shape, dtype=moments, device=device)
             state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=moments, device=device)
@@ -247,9 +256,9 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Apply the weight decay that rows still have to make up for; before the model is saved or evaluated.
+        """Apply the outstanding weight decay to all rows; call it before the model is saved or evaluated.
 
-        Nothing changes in how training goes on, up to rounding. Without weight decay there is nothing to do.
+        Training continues as without it, up to rounding. Without weight decay this does nothing.
         """
         for parameter in self._parameters():
             state = self.state.get(parameter, {})
@@ -265,7 +274,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     # Saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in PyTorch, but that the state of tables keeps its types; collected gradients are forgotten."""
+        """As in PyTorch, except that the state of tables keeps its dtypes; collected gradients are dropped."""
         of_rows = {key: state for key, state in state_dict["state"].items() if _OF_ROWS in state}
         dense = {key: state for key, state in state_dict["state"].items() if key not in of_rows}
         super().load_state_dict({**state_dict, "state": dense})
@@ -280,19 +289,19 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_hooks" not in self.__dict__:  # a copy, not an optimiser that loads a state
-            self._watch_nothing()
+        if "_hooks" not in self.__dict__:  # a copied or unpickled optimizer, which __init__ did not run for
+            self._reset_hooks()
         self._collected.clear()
-        self._watch()
+        self._register_hooks()
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
 
-def _caller(
+def _weak_hook(
     optimizer: weakref.ref[RowSparseAdamW], method: Callable[..., None], *more: Any
 ) -> Callable[[Tensor], None]:
-    """A hook of parameters that calls a method of the optimiser, and does not keep it alive."""
+    """A tensor hook that calls a method of the optimizer through a weak reference."""
 
     def call(tensor: Tensor) -> None:
         alive = optimizer()
@@ -308,7 +317,7 @@ def _remove_hooks(hooks: dict[Tensor, tuple[Any, ...]]) -> None:
 
 
 def _without_step_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` of a class as it was written. PyTorch wraps it in calls of the step hooks, as it does our own."""
+    """`step` of a class without PyTorch's wrapper, which calls the step hooks: our own `step` has it already."""
     while getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     return step
@@ -322,10 +331,10 @@ def _changed_kind(parameter: Tensor, kind: str) -> HFEError:
 
 
 def _placed(state: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """A saved state of rows, on the device of its parameter.
+    """A saved state of a table, moved to the device of its parameter.
 
     Raises:
-        HFEError: it is that of a matrix of another shape.
+        HFEError: it belongs to a table of another shape.
     """
     if state["exp_avg"].shape != parameter.shape:
         raise HFEError(

@@ -1,4 +1,4 @@
-"""How much of a BHyT model's activations its tanh bounds, for the logs of a training run."""
+"""Share of a BHyT model's activations at which tanh is saturated, for the logs of a training run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _PREFIX = "bhyt/saturation"
 
 
 class SaturationMonitor:
-    """Counts where ``|tanh|`` of the BHyT sites of a model is above a threshold.
+    """Counts the activations whose ``|tanh|`` is above a threshold, at each BHyT norm of a model.
 
         with SaturationMonitor(model) as monitor:
             loss = model(**batch).loss
             loss.backward()
         log(monitor.read())
 
-    Nothing of an activation is kept: each site adds to one number on its device, which is read when it is asked for.
-    With gradient checkpointing a layer is seen twice, which changes no share. Calls under `torch.compile` are not seen.
+    No activation is kept: each site adds to one counter on its device, which `read` copies to the CPU. With gradient
+    checkpointing a layer is counted twice, which changes no share. Calls under `torch.compile` are not counted.
 
     Args:
         model: holds BHyT sites, also under adapters and wrappers.
@@ -51,14 +51,14 @@ class SaturationMonitor:
             raise UsageError(f"{type(model).__name__} has no BHyT site", "monitor a model of architecture hfe_bhyt")
 
     def attach(self) -> SaturationMonitor:
-        """Begin to count; again after `detach`, and after adapters were added. Counts go on from where they were."""
+        """Register the hooks; call it again after `detach`, or after adding adapters. Counters keep their values."""
         self.detach()
         sites = [module for module in self.model.modules() if isinstance(module, BhytNorm)]
         self._handles = [site.register_forward_hook(self._count) for site in sites]
         return self
 
     def detach(self) -> None:
-        """Take the hooks off; what was counted stays to be read."""
+        """Remove the hooks; the counters can still be read."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -75,17 +75,17 @@ class SaturationMonitor:
         if torch.compiler.is_compiling() or statistic is None:  # a stock norm saturates nothing
             return
         scale = site.tanh_scale(arguments[2] if len(arguments) > 2 else None, statistic)
-        # One bound a row, rather than an argument of tanh for every element.
+        # One bound for each row instead of the argument of tanh for each element.
         hits = (stream.abs() > (self._limit / scale.abs())[..., None]).sum()
         label = site_label(site)
         self._hits[label] = self._hits[label].add_(hits) if label in self._hits else hits
         self._elements[label] = self._elements.get(label, 0) + stream.numel()
 
     def read(self) -> dict[str, float]:
-        """Share of saturated elements by site since the last time, and the mean and largest of them; begins anew.
+        """Share of saturated elements by site since the last call, their mean and maximum; resets the counters.
 
         Names are ``bhyt/saturation/layer_3/post``, ``bhyt/saturation/final``, ``…/mean`` and ``…/max``; empty when no
-        site was called. Of this process: in distributed training each has seen its own part of the batch.
+        site was called. In distributed training the figures are those of this process's part of the batch.
         """
         shares = {label: int(hits) / max(self._elements[label], 1) for label, hits in self._hits.items()}
         self._hits, self._elements = {}, {}
@@ -96,19 +96,19 @@ class SaturationMonitor:
 
 
 class SaturationCallback(TrainerCallback):
-    """Logs `SaturationMonitor.read` and `bhyt_depth_bound` of a `Trainer`'s model every few steps; free in between.
+    """Logs `SaturationMonitor.read` and `bhyt_depth_bound` of a `Trainer`'s model every few steps; no cost in others.
 
         trainer.add_callback(SaturationCallback(trainer.log, every=50))
 
     Args:
         log: gets the figures as a dictionary.
-        every: steps between two times.
+        every: steps between two measurements.
         threshold: as for `SaturationMonitor`.
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None], every: int = 100, threshold: float = 0.9) -> None:
         if every < 1:
-            raise UsageError(f"every={every} must be at least 1", "pass the number of steps between two times")
+            raise UsageError(f"every={every} must be at least 1", "pass the number of steps between two measurements")
         self.log = log
         self.every = every
         self.threshold = threshold
@@ -124,9 +124,9 @@ class SaturationCallback(TrainerCallback):
         self._monitor.detach()
         figures = self._monitor.read() | {"bhyt/depth_bound": bhyt_depth_bound(model)}
         self._monitor = None
-        asked = control.should_log  # the Trainer takes what is logged here for what it was asked to log
+        should_log = control.should_log  # logging here resets it, and the Trainer's own log would be skipped
         self.log(figures)
-        control.should_log = asked
+        control.should_log = should_log
 
 
 def site_label(site: BhytNorm) -> str:

@@ -1,7 +1,7 @@
-"""The code that a saved model comes with, so that its folder loads wherever torch and transformers are.
+"""The code files in a saved checkpoint, with which it loads wherever torch and transformers are installed.
 
-`save_pretrained` of the installed package gets it from the exporter. A checkpoint's own copy of this file, which has
-the exporter's account of itself in `EXPORTED`, hands on the files that it was loaded from.
+In the installed package, `save_pretrained` gets them from the exporter. In a checkpoint's copy of this file, `EXPORTED`
+is filled in, and `save_pretrained` copies the files that the checkpoint was loaded from.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hf_efficient.json_file import read_json
 CODE_MANIFEST = "code_manifest.json"
 CUSTOM_GENERATE = "custom_generate"
 GENERATE = f"{CUSTOM_GENERATE}/generate.py"
-# A whole set of the new code stands here while the files beside the configuration are replaced.
-UNDER_WAY = "hfe_code_under_way"
-# What the exporter knows of a checkpoint's code; it writes the value. Empty in the package itself.
+# Folder with a complete copy of the new code, from which the checkpoint loads while its own files are replaced.
+STAGING = "hfe_new_code"
+# The exporter fills it in for a checkpoint, with the keys that `SavedCode.of` lists; empty in the installed package.
 EXPORTED: dict[str, Any] = {}
 _IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class SavedCode:
-    """The code of one architecture, as it belongs into a checkpoint folder.
+    """The code files of one architecture, as a checkpoint folder holds them.
 
     Attributes:
-        files: text of each file by its path in the folder: those of the code, and those of a `generate` of its own.
+        files: text of each file by its path in the folder, those in `custom_generate/` included.
         entry: name of the modeling file.
         auto_map: the entry of `config.json` that names the classes.
         manifest: text of `code_manifest.json`.
@@ -54,8 +54,8 @@ class SavedCode:
         Args:
             code: text of each flat code file by its name.
             about: what the exporter writes to `EXPORTED`: `package`, `version`, `model_type`, `source_hash`,
-                `auto_map`; `generate` and `generation`, the text of a `generate` of its own and the name of the code
-                file that it imports, or None.
+                `auto_map`; `generate` and `generation`, the text of `custom_generate/generate.py` and the name of the
+                code file that it imports, or None.
         """
         files = dict(code)
         if about["generate"] is not None:
@@ -69,9 +69,9 @@ class SavedCode:
         return cls(files, entry, about["auto_map"], json_text(manifest))
 
     def write(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write the files and `config.json` into `folder`; whatever lies there under their names is replaced.
+        """Write the files and `config.json` into `folder`; existing files of these names are replaced.
 
-        A process that is killed meanwhile leaves a folder that loads, with the code that was there or with this one.
+        If the process is killed while it writes, the folder still loads, with the old code or with the new.
 
         Args:
             folder: the checkpoint.
@@ -80,21 +80,21 @@ class SavedCode:
         Raises:
             HFEError: a file cannot be written.
         """
-        for name in {UNDER_WAY, *(name.rpartition("/")[0] for name in self.files)} - {""}:
+        for name in {STAGING, *(name.rpartition("/")[0] for name in self.files)} - {""}:
             if (folder / name).is_symlink():
                 (folder / name).unlink()
         stale = _files_of_earlier_code(folder) - set(self.files)
-        live = _live_code(folder)
+        live = _named_modeling_file(folder)
         if live is not None and live.parent == folder and any(_differs(folder / n, t) for n, t in self.files.items()):
-            # No order of single files keeps a mixture of two releases from being loaded. So a whole set of the new one
-            # takes over first, by the one step that replaces the configuration.
+            # Replaced one by one, the files would be a mixture of two releases for a while. So config.json first points
+            # to a complete copy of the new ones.
             for name, text in self.files.items():
                 if "/" not in name:
-                    replace_file(folder / UNDER_WAY / name, text)
-            replace_file(folder / CONFIG_NAME, self._config_text(config, f"{UNDER_WAY}/"))
+                    replace_file(folder / STAGING / name, text)
+            replace_file(folder / CONFIG_NAME, self._config_text(config, f"{STAGING}/"))
         generated = {name: text for name, text in self.files.items() if "/" in name}
         if any(_differs(folder / name, text) for name, text in generated.items()):
-            # transformers enters that folder by this file: without it, models generate as their class does.
+            # transformers loads that folder by this file; while it is absent, `generate` of the class is used.
             (folder / GENERATE).unlink(missing_ok=True)
         for name, text in sorted(self.files.items(), key=lambda item: item[0] == GENERATE):
             replace_file(folder / name, text)
@@ -102,8 +102,8 @@ class SavedCode:
         for name in stale:
             if not (folder / name).parent.is_symlink():
                 (folder / name).unlink(missing_ok=True)
-        _remove_folder(folder / UNDER_WAY)
-        # Last, since the earlier one tells which files are to be removed.
+        _remove_folder(folder / STAGING)
+        # Last, since the previous manifest lists the files to remove.
         replace_file(folder / CODE_MANIFEST, self.manifest)
 
     def _config_text(self, config: dict[str, Any], prefix: str = "") -> str:
@@ -140,7 +140,7 @@ def is_ours(cls: type) -> bool:
 
 
 def reached_files(entry: str, read: Callable[[str], str | None]) -> dict[str, str]:
-    """Text of the flat file `entry` and of all that it imports, directly or not, in the order of their names."""
+    """Text of the file `entry` and of all code files that it imports, directly or not, sorted by name."""
     found: dict[str, str] = {}
     waiting = [entry]
     while waiting:
@@ -160,7 +160,7 @@ def json_text(value: dict[str, Any]) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Give `path` this content in one step, and leave it alone where it has it; a link is replaced, not followed."""
+    """Write `path` atomically, unless it has this content already; a symbolic link is replaced, not followed."""
     if not _differs(path, text):
         return
     temporary = path.with_name(f".{path.name}.partial")
@@ -180,7 +180,7 @@ def _differs(path: Path, text: str) -> bool:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove a folder of code files, and nothing else that somebody may have put there."""
+    """Remove the code files in a folder, and the folder where it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.glob("*.py*"):
@@ -189,8 +189,8 @@ def _remove_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def _live_code(folder: Path) -> Path | None:
-    """The modeling file that `config.json` names and that is there; None where the folder loads without code."""
+def _named_modeling_file(folder: Path) -> Path | None:
+    """Path of the modeling file that `config.json` names; None where it names none, or the file is absent."""
     names = _read_object(folder / CONFIG_NAME).get("auto_map")
     named = names.get("AutoConfig") if isinstance(names, dict) else None
     path = folder / f"{named.rpartition('.')[0]}.py" if isinstance(named, str) else None
@@ -198,17 +198,17 @@ def _live_code(folder: Path) -> Path | None:
 
 
 def _files_of_earlier_code(folder: Path) -> set[str]:
-    """Code files that an earlier release left here: they would be foreign code beside the new ones."""
+    """Code files that an earlier release wrote here, as its manifest lists them."""
     named = _read_object(folder / CODE_MANIFEST).get("files")
     if not isinstance(named, dict):
         return set()
-    # The manifest is only a file in a folder: it may not point anywhere else.
+    # The manifest is not trusted: only code files inside the folder may be removed.
     allowed = re.compile(rf"({CUSTOM_GENERATE}/)?\w+\.py", re.ASCII)
     return {name for name in named if allowed.fullmatch(name)}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, as what is broken is about to be replaced."""
+    """The JSON object in a file; empty where it is absent or damaged, since it is about to be replaced."""
     try:
         return read_json(path)
     except HFEError:

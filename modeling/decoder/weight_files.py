@@ -1,4 +1,4 @@
-"""Which files hold the weights of a checkpoint: the safetensors files that `from_pretrained` would load."""
+"""Names of a checkpoint's weight files: the safetensors files that `from_pretrained` would load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_efficient.json_file import read_weight_map
 
 _SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# What `save_pretrained` writes of a model that is distributed over processes; each file may hold parts of tensors.
+# Files that `save_pretrained` writes of a model that is sharded over processes; a file may hold parts of tensors.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -99,7 +99,7 @@ def resolve_weight_files(
 
 
 def _inside(name: Any, origin: str, suffix: str = "") -> str:
-    """`name`, once it is sure to be the name of a file below the folder that `origin` lies in."""
+    """`name`, after a check that it names a file below the checkpoint's folder; `origin` is where it comes from."""
     if isinstance(name, str) and name.endswith(suffix) and name.isprintable():
         path = PurePosixPath(name.replace("\\", "/"))
         if not (path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name)):

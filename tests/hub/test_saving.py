@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, installed_code, render_code
 from hf_efficient.hub.verify import verify
 from hf_efficient.modeling.base import saved_code
-from hf_efficient.modeling.base.saved_code import GENERATE, UNDER_WAY, SavedCode
+from hf_efficient.modeling.base.saved_code import GENERATE, STAGING, SavedCode
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
@@ -239,7 +239,7 @@ def test_a_killed_export_leaves_the_old_code_or_the_new(tmp_path: Path, monkeypa
         new.write(folder, config)
         assert loaded_code(folder) == of["new"]
         left_over = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        assert left_over == {*new.files, CODE_MANIFEST, CONFIG} and not (folder / UNDER_WAY).exists()
+        assert left_over == {*new.files, CODE_MANIFEST, CONFIG} and not (folder / STAGING).exists()
     first_new = seen.index("new")
     assert 5 < first_new < len(seen) - 10 and set(seen[first_new:]) == {"new"}
 
@@ -248,11 +248,11 @@ def test_the_code_of_an_interrupted_export_loads(checkpoint: Path, run_python: R
     """From the folder in which a whole set of it stands meanwhile."""
     exported = render_code(next(a for a in ARCHITECTURES if a.model_type == "hfe_stem"))
     for name in exported.files:
-        target = checkpoint / UNDER_WAY / name
+        target = checkpoint / STAGING / name
         target.parent.mkdir(exist_ok=True)
         (checkpoint / name).rename(target)
     config = json.loads((checkpoint / CONFIG).read_text())
-    auto_map = {name: f"{UNDER_WAY}/{value}" for name, value in config["auto_map"].items()}
+    auto_map = {name: f"{STAGING}/{value}" for name, value in config["auto_map"].items()}
     (checkpoint / CONFIG).write_text(json.dumps({**config, "auto_map": auto_map}))
     script = """
 import json, torch

@@ -186,7 +186,7 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     "generation settings in it": (edit(CONFIG, temperature=2.0), "config.json: temperature"),
     "another architecture": (edit(CONFIG, model_type="llama"), "names model_type 'llama'"),
     "model_type is a list": (edit(CONFIG, model_type=["hfe_stem"]), "names model_type ['hfe_stem']"),
-    "unknown key": (edit(CONFIG, note="hello"), "config.json: note is not a key"),
+    "unknown key": (edit(CONFIG, note="hello"), "config.json: note is not a known key"),
     "a million layers": (edit(CONFIG, num_hidden_layers=10**6), "config.json: does not describe"),
     "no configuration": (lambda f: (f / CONFIG).unlink(), "config.json: is missing"),
     "not UTF-8": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text(), "utf-16"), "config.json: "),

@@ -96,7 +96,7 @@ def edit_index(folder: Path, **changes: Any) -> None:
         (True, stray_shard, "model.fp16-00003-of-00003.safetensors: is not part of the weights that " + INDEX),
         (True, lambda f: (f / LAST).unlink(), f"{LAST}: is missing"),
         (True, lambda f: (f / INDEX).unlink(), f"{INDEX}: is missing, and shards are there"),
-        (True, lambda f: edit_index(f, url="x"), f"{INDEX}: url is not a key that is written there"),
+        (True, lambda f: edit_index(f, url="x"), f"{INDEX}: url is not a known key"),
         (True, lambda f: edit_index(f, weight_map={"x": FIRST}), f"{INDEX}: looks for tensor"),
         (True, lambda f: edit_index(f, weight_map={"x": "../x.safetensors"}), f"{INDEX}: points at"),
         (True, lambda f: shutil.copy(f / FIRST, f / SINGLE), f"{INDEX}: stands beside {SINGLE}"),
