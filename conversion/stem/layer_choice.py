@@ -1,9 +1,9 @@
-"""Which layers of a model become STEM layers: the ones whose conversion raises the loss of a little text least.
+"""Choice of the layers to convert to STEM: those whose conversion raises the loss of a short probe text least.
 
-The probe is text that no table is fitted to. A table of every layer but 0 is fitted once, to the source's own stream of
-the calibration text's beginning, and only its rows of the probe's tokens are kept: ``R * intermediate_size`` fp32
-numbers a layer, R distinct tokens.
-Sets of layers are then compared by running the probe through the model with these layers converted.
+No table is fitted to the probe. A table of every layer but 0 is fitted once, to the hidden states of the source model
+on the beginning of the calibration text. Only its rows of the probe's R distinct tokens are kept, which are
+``R * intermediate_size`` fp32 numbers per layer. Sets of layers are then compared by running the probe through the
+model with these layers converted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hf_efficient.conversion.stem.tables import FittedTable, stem_feed_forward
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
 
-# At most so many calibration tokens fit the tables of the candidates. On SmolLM2-135M, 6,144 took 50 seconds less of
-# processor time and chose layers with a KL of 0.255 instead of 0.228.
+# Largest number of calibration tokens that the candidates' tables are fitted to. On SmolLM2-135M, 6,144 took 50 seconds
+# less of processor time, and the chosen layers had a KL of 0.255 instead of 0.228.
 FIT_TOKENS = 18_432
-# Candidates of a round of the greedy choice that are measured together; the round ends when no other can be better.
-_TOGETHER = 4
+# Candidates of a greedy round that are measured in one traversal of the layers.
+_CANDIDATES_PER_TRAVERSAL = 4
 
-# Moves the only stream of a pass through the next layer, by index, and fits the layer's table to what it saw.
+# Applies a layer, given by its index, to the only batch of a pass, and fits the layer's table to the hidden states.
 FitLayer = Callable[[int, DecoderLayer], FittedTable]
 
 
@@ -48,16 +48,16 @@ class Round:
 
 
 class LayerProbe:
-    """Rise of the probe's loss when layers are converted.
+    """Measures the rise of the probe's loss when layers are converted.
 
     Args:
         calibration: the source model and its texts.
-        fitter: for a pass of the calibration text alone, what fits its layers in turn.
-        rounds: traversals to be expected after the first, for the progress alone.
+        fitter: makes the `FitLayer` for a pass of the calibration text.
+        rounds: expected number of traversals after the first, only used for the progress bar.
 
     Attributes:
-        layers: the layers that may be chosen: all but 0, whose rows could not be fetched ahead.
-        costs: rise of the loss with each of them converted alone, in nats per token.
+        layers: the layers that may be chosen: all but 0, whose rows could not be prefetched.
+        costs: rise of the loss with each of these layers converted alone, in nats per token.
     """
 
     def __init__(self, calibration: Calibration, fitter: Callable[[LayerwisePass], FitLayer], rounds: int = 0) -> None:
@@ -65,12 +65,13 @@ class LayerProbe:
         self._steps, self._done = 2 + rounds, 0
         self.layers = range(1, calibration.config.num_hidden_layers)
         self._run = calibration.start(calibration.probe)
-        (self._start,) = self._run.batches
+        (self._embedded,) = self._run.batches
         self._stock_nll = 0.0
         self._rows = self._fit_rows(fitter)
         self.costs = self.rises((), self.layers)
 
     def _fit_rows(self, fitter: Callable[[LayerwisePass], FitLayer]) -> dict[int, Tensor]:
+        """By layer, the fitted rows of the probe's tokens [R, intermediate_size]."""
         fit_text = self._calibration.fit
         run = self._calibration.start(fit_text[: max(FIT_TOKENS // fit_text.shape[1], 1)])
         fit, rows = fitter(run), {}
@@ -78,22 +79,23 @@ class LayerProbe:
             table = fit(index, layer)
             if index in self.layers:
                 rows[index] = table.at(self._run.vocabulary, self._run.embeddings)
-            self._tell()
+            self._advance_progress()
         return rows
 
-    def _tell(self) -> None:
-        """Move the progress on by a layer of a traversal; how many traversals there will be is a guess."""
+    def _advance_progress(self) -> None:
+        """Advance the progress by one layer of a traversal; the number of traversals is an estimate."""
         layers = self._calibration.config.num_hidden_layers
         self._done = min(self._done + 1, self._steps * layers)
         self._calibration.progress("choose layers", self._done, self._steps * layers)
 
     @torch.no_grad()
     def rises(self, chosen: Collection[int], candidates: Collection[int]) -> dict[int, float]:
-        """Rise of the loss, in nats per token, when `chosen` and one candidate more are converted, for each candidate.
+        """For each candidate, the rise of the loss, in nats per token, if it and the layers `chosen` are converted.
 
-        One traversal: a candidate's branch leaves the common stream at its layer.
+        All are measured in one traversal of the layers: a candidate has hidden states of its own from its layer on, and
+        shares those of the other candidates below it.
         """
-        run, common = self._run, self._start.clone()
+        run, common = self._run, self._embedded.clone()
         branches: dict[int, BatchState] = {}
         last = max(candidates)
         for index, layer in run.layers():
@@ -107,27 +109,36 @@ class LayerProbe:
             if index in candidates:
                 with stem_feed_forward(run, layer, self._rows[index]):
                     run.run_layer(index, layer, branches[index])
-            self._tell()
+            self._advance_progress()
         if not chosen:
             (self._stock_nll,) = self._losses(common)
         return {i: loss - self._stock_nll for i, loss in zip(branches, self._losses(*branches.values()), strict=True)}
 
-    def _losses(self, *streams: BatchState) -> list[float]:
+    def _losses(self, *batches: BatchState) -> list[float]:
+        """Mean loss of the probe, in nats per token, for each of its final hidden states."""
         ids = self._calibration.probe
-        return [float(nll_by_position(pieces, ids).double().mean()) for pieces in self._run.logits(*streams)]
+        return [float(nll_by_position(pieces, ids).double().mean()) for pieces in self._run.logits(*batches)]
 
 
 def cheapest(costs: dict[int, float], max_layers: int, max_delta: float | None) -> list[int]:
-    """Layers in the order of their own costs, while their number and the sum of the costs stay within the limits.
+    """The layers with the lowest costs, as many as the limits allow.
+
+    Args:
+        costs: by layer, in nats per token.
+        max_layers: largest number of layers.
+        max_delta: largest sum of the costs, negative ones counted as 0; None for no limit.
 
     Returns:
         The layers, sorted by index.
+
+    Raises:
+        HFEError: not even the cheapest layer is within `max_delta`.
     """
     chosen: list[int] = []
-    spent = 0.0
+    total = 0.0
     for index in sorted(costs, key=lambda i: (costs[i], i))[:max_layers]:
-        spent += max(costs[index], 0.0)
-        if max_delta is not None and spent > max_delta:
+        total += max(costs[index], 0.0)
+        if max_delta is not None and total > max_delta:
             break
         chosen.append(index)
     if not chosen:
@@ -136,14 +147,18 @@ def cheapest(costs: dict[int, float], max_layers: int, max_delta: float | None) 
 
 
 def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[Round]:
-    """Start with the layer that costs least by itself, and add, round by round, the one that raises the loss least.
+    """Rounds that add one layer each: first the layer with the lowest cost, then the one that raises the loss least.
 
-    Errors compound: what a layer adds grows, as a rule, with the layers converted already. So a candidate is measured
-    again only while what it added when last measured is less than what the best of the round adds.
+    Errors compound: the rise that a layer adds usually grows with the number of layers converted before it. So a
+    candidate is measured again only if the rise at its last measurement is less than that of the best of the round.
 
     Args:
-        max_layers: rounds, at most.
-        max_delta: the measured rise with all chosen layers together stays within this; None for no limit.
+        probe: measures the candidates.
+        max_layers: largest number of rounds.
+        max_delta: largest measured rise with all chosen layers together; None for no limit.
+
+    Raises:
+        HFEError: not even the cheapest layer is within `max_delta`.
     """
     added = dict(probe.costs)
     rounds: list[Round] = []
@@ -151,10 +166,10 @@ def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[
         before = rounds[-1].delta_nll if rounds else 0.0
         chosen = [r.layer for r in rounds]
         measured = {} if chosen else dict(added)
-        waiting = sorted(added.keys() - measured.keys(), key=lambda i: (added[i], i))
-        while waiting and (not measured or before + added[waiting[0]] < min(measured.values())):
-            measured.update(probe.rises(chosen, waiting[:_TOGETHER]))
-            del waiting[:_TOGETHER]
+        unmeasured = sorted(added.keys() - measured.keys(), key=lambda i: (added[i], i))
+        while unmeasured and (not measured or before + added[unmeasured[0]] < min(measured.values())):
+            measured.update(probe.rises(chosen, unmeasured[:_CANDIDATES_PER_TRAVERSAL]))
+            del unmeasured[:_CANDIDATES_PER_TRAVERSAL]
         added.update({index: rise - before for index, rise in measured.items()})
         best = min(measured, key=lambda i: (measured[i], i))
         if max_delta is not None and measured[best] > max_delta:

@@ -1,16 +1,17 @@
-"""STEM rows that are closest in what the feed-forward gives out, not in what goes into its last projection.
+"""STEM rows that minimise the error of the feed-forward's output, instead of that of the input of `down_proj`.
 
-With gates g_i and targets a_i (the source's g * u) of a token's occurrences i, the row minimises
+With gates g_i and targets a_i (the source's g * u) of a token's occurrences i, the row U minimises
 
     sum_i |W_down (g_i * U - a_i)|^2 + k sum_j s_j M_jj (U_j - p_j)^2        M = W_down^T W_down
 
-for prior p, shrinkage k and s_j the mean of g_j^2 over all tokens. Were M diagonal, this would be `gated_mean`. The
-normal equations of all tokens,
+for prior p, shrinkage k and s_j the mean of g_j^2 over all tokens. If M were diagonal, this would be `gated_mean`. The
+normal equations of each token,
 
     (M o sum_i g_i g_i^T) U + k s diag(M) U = sum_i g_i * (M a_i) + k s diag(M) p
 
-are solved side by side by conjugate gradients, preconditioned by their diagonal and begun at the `gated_mean` row.
-Neither M nor a token's matrix is ever built: a step applies W_down and its transpose to every occurrence once.
+are solved for all tokens in parallel by conjugate gradients, with a diagonal preconditioner, starting at the
+`gated_mean` row. Neither M nor the matrix of a token is built: a step applies W_down and its transpose once to each
+occurrence.
 """
 
 from __future__ import annotations
@@ -20,81 +21,81 @@ from torch import Tensor, nn
 
 from hf_efficient.errors import HFEError
 
-# Occurrences handled at once.
+# Occurrences that are processed at a time.
 _CHUNK = 4096
-# Steps of conjugate gradients, at most, and the share of its first residual at which a token's row is good enough.
+# Largest number of steps, and the share of the initial residual at which a token's row has converged.
 STEPS = 8
 _TOLERANCE = 1e-3
-# A direction whose curvature is so small a share of the preconditioner's is free.
-_FLAT = 1e-5
-_MOST_BYTES = 8 << 30
+# A direction with less curvature, as a share of the preconditioner's, is not determined by the occurrences.
+_MIN_CURVATURE = 1e-5
+_MAX_BYTES = 8 << 30
 
 
 class OutputFit:
-    """The occurrences of one layer's tokens, and the rows fitted to them.
+    """Collects the occurrences of one layer's tokens, and fits rows to them.
 
-    Keeps the gates of all occurrences, ``occurrences * F`` numbers in fp32, and five tensors of R rows.
+    Keeps the gates of all occurrences, ``occurrences * F`` numbers in fp32, and five tensors [R, F].
 
     Args:
-        down_proj: the feed-forward's last projection, F -> D.
-        occurrences: how many there will be, at most.
-        rows: R.
+        down_proj: of the feed-forward, F -> D.
+        occurrences: largest number of occurrences that will be added.
+        rows: R, the number of distinct tokens.
 
     Raises:
-        HFEError: that would take more than 8 GiB.
+        HFEError: this would take more than 8 GiB.
     """
 
     def __init__(self, down_proj: nn.Linear, occurrences: int, rows: int) -> None:
         self._down = down_proj.weight
         width = self._down.shape[1]
         needed = (occurrences + 5 * rows) * width * self._down.element_size()
-        if needed > _MOST_BYTES:
+        if needed > _MAX_BYTES:
             raise HFEError(
                 f"stem init=output_ls keeps the gates of {occurrences} tokens of {width} channels, "
-                f"{needed / 2**30:.1f} GiB in all, and may take {_MOST_BYTES / 2**30:.0f} GiB",
+                f"{needed / 2**30:.1f} GiB in all, and may take {_MAX_BYTES / 2**30:.0f} GiB",
                 "calibrate on fewer tokens, or choose init=gated_mean",
             )
-        self._slots: list[Tensor] = []
+        self._ids: list[Tensor] = []
         self._gates: list[Tensor] = []
         self._projected = torch.zeros(rows, width, device=self._down.device)
 
-    def add(self, slots: Tensor, gate: Tensor, target: Tensor) -> None:
-        """Add occurrences: slots [n], the gates that the table will meet and the products it should give [n, F]."""
-        self._slots.append(slots)
+    def add(self, local_ids: Tensor, gate: Tensor, target: Tensor) -> None:
+        """Add occurrences: local ids [n], gates g of the converted model [n, F] and targets a [n, F]."""
+        self._ids.append(local_ids)
         self._gates.append(gate)
-        self._projected.index_add_(0, slots, gate * (target @ self._down.T @ self._down))
+        self._projected.index_add_(0, local_ids, gate * (target @ self._down.T @ self._down))
 
     @torch.no_grad()
     def rows(self, start: Tensor, prior: Tensor, weight: Tensor, prior_weight: Tensor) -> Tensor:
         """The fitted rows [R, F].
 
         Args:
-            start: where the steps begin [R, F].
-            prior: rows that the fit is drawn to [R, F].
+            start: initial rows [R, F].
+            prior: p of each token [R, F].
             weight: ``sum g^2`` of each token [R, F].
             prior_weight: ``k s``, the weight of the prior in each channel [F].
         """
         diagonal = self._down.square().sum(0)
-        pull = prior_weight * diagonal
+        penalty = prior_weight * diagonal
         tiny = torch.finfo(start.dtype).tiny
         scale = 1 / (diagonal * (weight + prior_weight)).clamp_min(tiny)
 
         rows = start.clone()
-        residual = self._projected + pull * prior - self._apply(rows, pull)
+        residual = self._projected + penalty * prior - self._apply(rows, penalty)
         step = residual * scale
-        # Every token is a system of its own, so every row has its own step length.
+        # Each token is a separate linear system, so each row has its own step length.
         energy = (residual * step).sum(1, keepdim=True)
-        enough = _TOLERANCE**2 * energy
-        moves = torch.ones_like(energy, dtype=torch.bool)
+        threshold = _TOLERANCE**2 * energy
+        active = torch.ones_like(energy, dtype=torch.bool)
         for _ in range(STEPS):
-            image = self._apply(step, pull)
+            image = self._apply(step, penalty)
             curvature = (step * image).sum(1, keepdim=True)
-            # A row rests once it is good enough, or where the occurrences do not bind it: further steps would follow
-            # rounding errors alone.
-            moves &= (energy > enough) & (curvature > _FLAT * (step.square() / scale).sum(1, keepdim=True))
-            if not moves.any():
+            # A row stops when it has converged, or when its occurrences do not determine the step: further steps would
+            # only follow rounding errors.
+            active &= (energy > threshold) & (curvature > _MIN_CURVATURE * (step.square() / scale).sum(1, keepdim=True))
+            if not active.any():
                 break
-            length = torch.where(moves, energy / curvature, 0.0)
+            length = torch.where(active, energy / curvature, 0.0)
             rows.addcmul_(step, length)
             residual.addcmul_(image, length, value=-1)
             scaled = residual * scale
@@ -102,10 +103,10 @@ class OutputFit:
             step = torch.addcmul(scaled, step, energy / before.clamp_min(tiny))
         return rows
 
-    def _apply(self, rows: Tensor, pull: Tensor) -> Tensor:
-        """The matrix of the normal equations times rows [R, F]."""
-        image = pull * rows
-        for slots, gates in zip(self._slots, self._gates, strict=True):
-            for slot, gate in zip(slots.split(_CHUNK), gates.split(_CHUNK), strict=True):
-                image.index_add_(0, slot, gate * (gate * rows[slot] @ self._down.T @ self._down))
+    def _apply(self, rows: Tensor, penalty: Tensor) -> Tensor:
+        """Each token's matrix of the normal equations times its row of `rows` [R, F], with ``k s diag(M)`` [F]."""
+        image = penalty * rows
+        for all_ids, all_gates in zip(self._ids, self._gates, strict=True):
+            for ids, gate in zip(all_ids.split(_CHUNK), all_gates.split(_CHUNK), strict=True):
+                image.index_add_(0, ids, gate * (gate * rows[ids] @ self._down.T @ self._down))
         return image

@@ -1,6 +1,7 @@
-"""Stock checkpoint -> STEM: the up-projections of chosen layers become tables of one row for each token.
+"""Stock checkpoint -> STEM: the up-projections of chosen layers become tables with one row for each token.
 
-The conversion is lossy: a row cannot know the token's context. `stem_tables` holds the formulas.
+The conversion is lossy, because a row does not depend on the token's context. The formulas are in
+`conversion/stem/tables.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hf_efficient.conversion.stem.tables import (
     TableError,
     fit_table,
     observe_feed_forward,
-    observed_push,
+    run_layer_and_sum,
     stem_feed_forward,
 )
 from hf_efficient.errors import UsageError
@@ -81,7 +82,7 @@ class Stem:
     card_note: ClassVar[str] = (
         "STEM replaces the up-projection of the feed-forward in chosen layers by a table with one row for each token "
         "of the vocabulary (arXiv:2601.10639). **Converting a trained model to STEM is lossy**: the up-projection "
-        "depends on the context and a table row does not, so no choice of rows gives the source model back. Expect a "
+        "depends on the context and a table row does not, so no choice of rows reproduces the source model. Expect a "
         "clear loss of quality until the model has been recovered by training."
     )
 
@@ -105,28 +106,28 @@ class Stem:
         metadata={"help": f"how rows are computed: {', '.join(INITIALISERS)}"},
     )
     shrinkage: float = field(
-        default=4.0, metadata={"help": "how many average occurrences of a token its prior counts for"}
+        default=4.0, metadata={"help": "weight of the prior of a row, in average occurrences of a token"}
     )
     ridge: float = field(
         default=0.05, metadata={"help": "ridge of the prior, as a share of the mean diagonal of its Gram matrix"}
     )
     sequential: bool = field(
         default=True,
-        metadata={"help": "fit each layer to the gates that the converted layers below it give, not to the source's"},
+        metadata={"help": "fit each layer with the gates of the converted model, not with the source's"},
     )
     max_layers: int | None = field(
         default=None,
-        metadata={"help": "with auto and greedy: at most so many layers (default: a third of the model's)"},
+        metadata={"help": "with auto and greedy: largest number of layers (default: a third of the model's)"},
     )
     max_delta: float | None = field(
         default=None,
         metadata={
-            "help": "at most so many nats per token: with auto the chosen layers' own costs added up, with greedy the "
-            "measured rise with all of them"
+            "help": "largest rise of the loss in nats per token: with auto the sum of the layers' single costs, with "
+            "greedy the measured rise with all layers"
         },
     )
     keep_up_proj: bool = field(
-        default=False, metadata={"help": "keep the stock up-projections beside the tables, for training against them"}
+        default=False, metadata={"help": "keep the stock up-projections beside the tables, as a teacher for training"}
     )
 
     def __post_init__(self) -> None:
@@ -166,7 +167,7 @@ class Stem:
             if outside:
                 raise UsageError(f"stem layers {outside} do not exist", f"the model has layers 0 to {count - 1}")
             if 0 in self.layers:
-                get_logger().warning("STEM in layer 0: its rows are needed at once, so they cannot be fetched ahead")
+                get_logger().warning("STEM in layer 0: its rows are needed first, so they cannot be prefetched")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
         layers = self._choose(required_calibration(calibration)) if self.measures_choice else self.layers
@@ -177,7 +178,7 @@ class Stem:
         count = f"{most} layer{'s' if most > 1 else ''}"
         if self.max_delta is not None and most > 1:
             count = f"1 to {count}; sizes are those of {most}"
-        # Every layer is as large as any other.
+        # All layers have the same size, so any choice gives the sizes.
         fields = {"stem_layers": list(range(1, most + 1)), "stem_keep_up_proj": self.keep_up_proj}
         return ExpectedChoice(fields, {"stem_layers": count})
 
@@ -201,12 +202,12 @@ class Stem:
         last = max(config.stem_layers)
         for index, layer in run.layers():
             if index not in config.stem_layers:
-                for stream in filter(None, (fit, held_out, converted)):
-                    run.run_layer(index, layer, stream)
+                for batch in filter(None, (fit, held_out, converted)):
+                    run.run_layer(index, layer, batch)
             else:
                 if self.sequential and converted is None:
                     converted = fit.clone()
-                sums = observed_push(self.init, run, index, layer, fit, converted)
+                sums = run_layer_and_sum(self.init, run, index, layer, fit, converted)
                 table = fit_table(self.init, self.shrinkage, layer, run, sums, regression)
                 rows = table.at(run.vocabulary, run.embeddings)
                 errors = TableError(layer.mlp, rows, sums.count)
@@ -241,17 +242,17 @@ class Stem:
             "layers": self._layer_reports,
         }
 
-    def _regression(self, run: LayerwisePass, stream: BatchState) -> EmbeddingRegression:
-        count, _ = occurrences(stream.local_ids, len(run.vocabulary))
+    def _regression(self, run: LayerwisePass, batch: BatchState) -> EmbeddingRegression:
+        count, _ = occurrences(batch.local_ids, len(run.vocabulary))
         return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
 
     def _fitter(self, run: LayerwisePass) -> FitLayer:
-        """Fits the layers of a pass of the calibration text to the source's own stream."""
-        (stream,) = run.batches
-        regression = self._regression(run, stream)
+        """What fits each layer's table to the source's hidden states, in a pass of the calibration text."""
+        (batch,) = run.batches
+        regression = self._regression(run, batch)
 
         def fit(index: int, layer: DecoderLayer) -> FittedTable:
-            sums = observed_push(self.init, run, index, layer, stream)
+            sums = run_layer_and_sum(self.init, run, index, layer, batch)
             return fit_table(self.init, self.shrinkage, layer, run, sums, regression)
 
         return fit

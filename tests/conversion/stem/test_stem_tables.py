@@ -271,7 +271,7 @@ def test_the_output_fit_is_the_gated_mean_where_channels_do_not_mix(tiny_source,
 
 
 def test_the_output_fit_says_what_memory_it_would_take(tiny_source, text, monkeypatch):
-    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit._MOST_BYTES", 1 << 10)
+    monkeypatch.setattr("hf_efficient.conversion.stem.output_fit._MAX_BYTES", 1 << 10)
     source = tiny_source()
     with pytest.raises(HFEError, match=r"keeps the gates of 192 tokens of 48 channels.*fewer tokens"):
         source.convert(Stem(layers=[1], init="output_ls"), source.calibration(text))
