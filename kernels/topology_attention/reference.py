@@ -5,24 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_efficient.kernels.decode_attention.reference import visible_slots
 from hf_efficient.kernels.precision import without_autocast
 from hf_efficient.kernels.topology_blocks.block_lists import BlockLists
-from hf_efficient.kernels.topology_blocks.reference import seen_segments, segment_bits
+from hf_efficient.kernels.topology_blocks.reference import seen_segments
 
 
 def visible_pairs(segment_ids: Tensor, segment_visibility: Tensor) -> Tensor:
     """Which keys each query sees: bool [B, S, S], queries first.
 
     `segment_ids` is [B, S], `segment_visibility` [B, N, W]. A query sees the keys that are not later and whose segment
-    is set in the bitmap of its own segment.
+    is set in the bitmap of its own segment: the rule of `visible_slots` with token i in cache slot i.
     """
-    words, length = segment_visibility.shape[2], segment_ids.shape[1]
-    queries, keys = seen_segments(segment_ids, segment_visibility), segment_bits(segment_ids, words)
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    seen = torch.zeros((*segment_ids.shape, length), dtype=torch.bool, device=segment_ids.device)
-    for word in range(words):
-        seen |= (queries[:, :, None, word] & keys[:, None, :, word]) != 0
-    return seen & causal
+    length = segment_ids.shape[1]
+    q_pos = torch.arange(length, device=segment_ids.device).expand_as(segment_ids)
+    return visible_slots(length, length, q_pos, None, segment_ids, seen_segments(segment_ids, segment_visibility))
 
 
 def topology_attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.errors import UsageError
+from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import Decode
@@ -146,14 +147,7 @@ class Topology:
 
     def dense_mask(self) -> Tensor:
         """Bool [S, S], true where token i (row) sees token j (column)."""
-        words = self.bitmaps().numpy()
-        numbers = np.arange(self.n_segments)
-        sees = (words[:, numbers // 64] >> (numbers % 64) & 1).astype(bool)
-        segments = self.segment_ids
-        mask = np.tri(len(segments), dtype=bool) & (segments >= 0)[:, None] & (segments >= 0)
-        if self.n_segments:
-            mask &= sees[np.maximum(segments, 0)[:, None], np.maximum(segments, 0)]
-        return torch.from_numpy(mask)
+        return visible_pairs(torch.from_numpy(self.segment_ids)[None], self.bitmaps()[None])[0]
 
     def to_mask(self) -> TopologyMask:
         """The argument `topology` of a model or an attention function, for a batch of this row alone."""
