@@ -69,6 +69,15 @@ def _flags(subcommand: str) -> set[str]:
     return {flag for parameter in command.params for flag in [*parameter.opts, *parameter.secondary_opts]} | {"--help"}
 
 
+@pytest.fixture(scope="module")
+def source_text() -> str:
+    folders = ("kernels", "modeling", "conversion", "hf_efficient", "benchmarks", "examples", "tests")
+    paths = [
+        path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "test_docs.py"
+    ]
+    return "\n".join(f"{path.stem}\n{path.read_text(encoding='utf-8')}" for path in paths)
+
+
 def test_the_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -93,6 +102,16 @@ def test_paths_of_the_source_tree_exist(page: Path) -> None:
     placeholders = {path for path in named if "/x/" in path}
     missing = {path for path in named - placeholders if not (ROOT / path).exists()}
     assert not missing - {"tests/test_modeling_common.py"}, missing  # of transformers
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=_name)
+def test_identifiers_with_an_underscore_occur_in_the_source(page: Path, source_text: str) -> None:
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    named = {word for span in spans for word in re.findall(r"\b[a-z]\w*_\w+", span)}
+    # Of transformers' tests, the authors' files, other engines, texts, and placeholders.
+    others = r"test_\w+|causal_lm_tester|consolidated_stem|pipeline_parallel_size|cpu_ram_efficient_loading|c4_en_\w+|\w+_x|lambda_in²"
+    missing = {word for word in named if word not in source_text and not re.fullmatch(others, word)}
+    assert not missing, missing
 
 
 def test_every_page_of_docs_is_linked_from_the_index() -> None:
