@@ -1,13 +1,13 @@
-"""STEM checkpoints as the authors' training code writes them, based on Meta Lingua, as stock checkpoints.
+"""STEM checkpoints of the authors' training code, which is based on Meta Lingua, read as stock checkpoints.
 
-A folder of one training step:
+The folder of one training step has:
 
     params.json                               the training configuration; its section `model` is the architecture
     consolidated/consolidated.pth             the backbone; or consolidated.pth in the folder itself
-    stem_shards/stem_model_mp{r}.pt           columns of every table, one file for each rank r of the tables' group
+    stem_shards/stem_model_mp{r}.pt           columns of every table, one file for each tensor-parallel rank r
 
-These are pickles. They are opened by `torch.load` with `weights_only=True`, which builds tensors and plain containers
-and nothing else, and mapped into memory, so that only what is read takes room.
+These are pickles. They are opened by `torch.load` with `weights_only=True`, which creates only tensors and plain
+containers, and with `mmap=True`, so that only the tensors that are read take memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BACKBONE = "consolidated.pth"
 _BACKBONE_FOLDER = "consolidated"
 _SHARDS_FOLDER = "stem_shards"
 _SHARD = re.compile(r"stem_(?:model_)?mp(\d+)\.pt")
-# Wrappers of the model leave their names before those of its parts.
+# Prefixes that wrappers of the model add to the names of its parameters.
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|model|lm_transformer)\.)+")
 _TOP_LEVEL = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -58,9 +58,9 @@ _IN_LAYER = {
 }
 _LAYER = re.compile(r"layers\.(\d+)\.([\w.]+)\.(weight)")
 _TABLE = re.compile(r"stem_embeddings\.(\d+)\.weight")
-# More than any number of the section `model`.
+# Upper bound of the numbers in the section `model`.
 _LARGEST = 1 << 24
-# Fields of the section `model` that change the network in ways which a decoder of ours, or the files, do not tell.
+# Fields of the section `model` whose effect cannot be known from the files.
 _MUST_BE_EMPTY = {
     "rope_scaling": "some versions of the training code scale the rotary frequencies by it and others ignore it",
     "sliding_window": "some of the training code's attentions apply it and others ignore it",
@@ -69,19 +69,22 @@ _MUST_BE_EMPTY = {
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tensors side by side that make up one tensor of the checkpoint, and the file of the first."""
+    """The column slices that make up one tensor of the checkpoint, and the file of the first slice."""
 
     parts: list[Tensor]
     path: Path
 
 
 class LinguaReader:
-    """A `TensorReader` over the files of a training step, under stock names.
+    """A `TensorReader` for the files of a training step, with stock names.
 
     Attributes:
-        paths: the files that hold weights.
-        config: transformers' configuration of the backbone, without special tokens: the files name none.
+        paths: the files with weights.
+        config: transformers' configuration of the backbone, without special tokens, which the files do not name.
         stem_layers: the layers that have tables; empty for a dense checkpoint.
+
+    Raises:
+        HFEError: a file is missing or damaged, or the files disagree with each other or with params.json.
     """
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ class LinguaReader:
 
 
 def stock_name(name: str) -> str:
-    """The stock name of a backbone tensor; a name without one is returned as it is and reported as unknown later."""
+    """The stock name of a backbone tensor; an unknown name is returned unchanged and reported as unknown later."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     in_layer = _LAYER.fullmatch(name)
@@ -160,14 +163,15 @@ def stock_name(name: str) -> str:
 
 
 def _backbone_file(folder: Path) -> Path:
+    """The file of the backbone; `HFEError` if it is missing or still a distributed checkpoint."""
     for path in (folder / _BACKBONE_FOLDER / _BACKBONE, folder / _BACKBONE):
         if path.is_file():
             return path
     if any(folder.glob("*.distcp")):
         raise HFEError(
-            f"{folder.name} holds its backbone as a distributed checkpoint, whose index is a pickle that can run any "
+            f"{folder.name} has its backbone as a distributed checkpoint, whose index is a pickle that can run any "
             "code when it is opened",
-            "where you trust it, run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            "if you trust it, run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{folder.name} {folder.name}/{_BACKBONE}` and convert again",
         )
     raise HFEError(
@@ -177,8 +181,8 @@ def _backbone_file(folder: Path) -> Path:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """The files of the tables' columns, in the order of their ranks: mp10 comes after mp2."""
-    # The consolidated backbone has a folder of its own, inside that of the step; either may be named.
+    """The files of the tables' columns, in the order of their ranks: mp10 comes after mp2; empty if there are none."""
+    # The user may name the folder of the step or the folder `consolidated` in it.
     places = [folder, *([folder.parent] if folder.name == _BACKBONE_FOLDER else [])]
     shards = next((place / _SHARDS_FOLDER for place in places if (place / _SHARDS_FOLDER).is_dir()), None)
     if shards is None:
@@ -187,34 +191,35 @@ def _shard_files(folder: Path) -> list[Path]:
     missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
     if missing or not ranks:
         raise HFEError(
-            f"{_SHARDS_FOLDER} lacks stem_model_mp{missing[0] if missing else 0}.pt: the columns of the tables are "
-            f"spread over all ranks from 0 on, and {len(ranks)} file(s) are there",
+            f"{_SHARDS_FOLDER} lacks stem_model_mp{missing[0] if missing else 0}.pt: every rank from 0 on has columns "
+            f"of the tables, and {len(ranks)} file(s) are there",
             "copy all of them",
         )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of tensors, its tensors mapped."""
+    """The dictionary in a file, with memory-mapped tensors; `HFEError` if the file is damaged or has other objects."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise HFEError(
-            f"{path.name} holds more than tensors and plain containers, and is not opened: that could run any code",
-            "load it where you trust it and save its tensors again with torch.save",
+            f"{path.name} has more than tensors and plain containers, so it is not opened: that could run any code",
+            "if you trust it, load it and save its tensors again with torch.save",
         ) from error
-    # A damaged pickle raises whatever the step does that it was damaged in.
+    # A damaged pickle can raise any exception.
     except Exception as error:
         cause = error_text(error, named=True)
         raise HFEError(f"{path.name} cannot be read ({cause})", "copy it again") from error
     if not isinstance(content, dict):
-        raise HFEError(f"{path.name} holds a {type(content).__name__}, not tensors by name", "copy it again")
+        raise HFEError(f"{path.name} has a {type(content).__name__}, not tensors by name", "copy it again")
     return content
 
 
 def _backbone(path: Path) -> dict[str, Tensor]:
+    """The tensors in the file of a backbone or of table shards, by their names without wrappers' prefixes."""
     content = _load(path)
-    # Beside the model stands the optimiser, unless the model was saved alone.
+    # The file may also have the state of the optimizer.
     state = content["model"] if isinstance(content.get("model"), dict) else content
     tensors: dict[str, Tensor] = {}
     for stored, tensor in state.items():
@@ -222,18 +227,18 @@ def _backbone(path: Path) -> dict[str, Tensor]:
             continue
         name = _WRAPPERS.sub("", stored) if isinstance(stored, str) else str(stored)
         if name in tensors:
-            raise HFEError(f"{path.name} holds the tensor {name} twice, under different wrappers", "save it again")
+            raise HFEError(f"{path.name} has the tensor {name} twice, with different prefixes", "save it again")
         tensors[name] = _checked(name, tensor, path)
     return tensors
 
 
 def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """`tensor` itself, once it is sure to hold its own numbers, as many as the file has bytes for."""
+    """`tensor`, detached; `HFEError` unless it is dense, contiguous, of a known dtype and not larger than the file."""
     plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
         raise HFEError(
             f"tensor {name} in {path.name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, or "
-            "not contiguous; a checkpoint holds contiguous numbers",
+            "not contiguous; a checkpoint needs contiguous dense tensors",
             "save it again with torch.save, each tensor as .contiguous()",
         )
     if tensor.numel() * tensor.itemsize > path.stat().st_size:
@@ -242,7 +247,13 @@ def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
 
 
 def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _Piece]:
-    """Tables by their position among the STEM layers; what the backbone's file holds of them is taken out of it."""
+    """The tables by their position among the STEM layers, from the shards and the backbone.
+
+    Tables in `state`, the tensors of the backbone's file, are removed from it.
+
+    Raises:
+        HFEError: the shards do not have the same tables with the same number of rows, or positions are missing.
+    """
     tables: dict[int, _Piece] = {}
     for name in [name for name in state if _TABLE.fullmatch(name)]:
         tensor = state.pop(name)
@@ -260,7 +271,7 @@ def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dic
     for path, part in zip(shards, columns, strict=True):
         if part.keys() != columns[0].keys():
             raise HFEError(
-                f"{path.name} holds the tables {sorted(part)}, {shards[0].name} the tables {sorted(columns[0])}",
+                f"{path.name} has the tables {sorted(part)}, {shards[0].name} the tables {sorted(columns[0])}",
                 "use the shards of one training step",
             )
     for position in sorted(columns[0]) if columns else []:
@@ -275,48 +286,52 @@ def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dic
         tables[position] = _Piece(parts, shards[0])
     if sorted(tables) != list(range(len(tables))):
         raise HFEError(
-            f"the files hold the tables {sorted(tables)}; they are counted from 0 without gaps",
+            f"the files have the tables {sorted(tables)}; they must be numbered from 0 without gaps",
             "use the shards of one training step",
         )
     return tables
 
 
 def _position(name: str) -> int:
+    """The number of a table, from the name of its tensor."""
     match = _TABLE.fullmatch(name)
     if match is None:
-        raise HFEError(f"a STEM shard holds {name!r}, which is no table", "use the files stem_model_mp*.pt")
+        raise HFEError(f"a STEM shard has {name!r}, which is not a table", "use the files stem_model_mp*.pt")
     return int(match[1])
 
 
 def _check_widths(tables: dict[int, _Piece], intermediate_size: int) -> None:
+    """Raise `HFEError` if the columns of a table, over all shards, are not `intermediate_size`."""
     for position, piece in tables.items():
         width = sum(part.shape[1] for part in piece.parts)
         if width != intermediate_size:
             raise HFEError(
-                f"table {position} has {width} columns in {len(piece.parts)} shard(s); {PARAMS_NAME} calls for a "
+                f"table {position} has {width} columns in {len(piece.parts)} shard(s); {PARAMS_NAME} requires a "
                 f"feed-forward of {intermediate_size}",
                 f"copy all shards, with the {PARAMS_NAME} that belongs to them",
             )
 
 
 def _embedding_rows(state: dict[str, Tensor], path: Path) -> int:
+    """The number of rows of the embedding, which is the vocabulary size."""
     if "tok_embeddings.weight" not in state:
         raise HFEError(f"{path.name} has no tok_embeddings.weight", "name the folder of a whole checkpoint")
     if state["tok_embeddings.weight"].ndim != 2:
-        raise HFEError(f"tok_embeddings.weight in {path.name} is no matrix", "name the folder of a whole checkpoint")
+        raise HFEError(f"tok_embeddings.weight in {path.name} is not a matrix", "name the folder of a whole checkpoint")
     return len(state["tok_embeddings.weight"])
 
 
 def _model_section(params: dict[str, Any]) -> dict[str, Any]:
+    """The section `model`; `HFEError` if it is missing, of another model type, or sets a field of unknown effect."""
     model = params.get("model")
     if not isinstance(model, dict):
         raise HFEError(
-            f"{PARAMS_NAME} has no section `model`, so this is no checkpoint of Lingua",
+            f"{PARAMS_NAME} has no section `model`, so this is not a checkpoint of Lingua",
             "convert Meta's own releases from their safetensors on the Hub",
         )
     kind = params.get("model_type", "llama")
     if kind != "llama":
-        raise HFEError(f"{PARAMS_NAME} names the model type {str(kind)[:80]!r}", "only its llama is known")
+        raise HFEError(f"{PARAMS_NAME} names the model type {str(kind)[:80]!r}", "only llama is supported")
     for name, reason in _MUST_BE_EMPTY.items():
         if model.get(name) is not None:
             raise HFEError(
@@ -327,7 +342,7 @@ def _model_section(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The backbone's configuration; what the section leaves out has Lingua's own default."""
+    """The backbone's configuration; fields that the section leaves out get Lingua's defaults."""
     dim, layers = _whole_number(model, "dim"), _whole_number(model, "n_layers")
     head_dim, heads = (_whole_number(model, name, optional=True) for name in ("head_dim", "n_heads"))
     if not (head_dim or heads):
@@ -358,7 +373,7 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 
 
 def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
-    """A positive number of the section; with `optional` 0 where it has none, or has 0."""
+    """A positive integer of the section; with `optional`, 0 if it is missing or 0."""
     value: Any = model.get(name)
     if optional and (value is None or value == 0):
         return 0
@@ -368,6 +383,7 @@ def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -
 
 
 def _factor(model: dict[str, Any]) -> float | None:
+    """`ffn_dim_multiplier` of the section, a positive number or None."""
     value = model.get("ffn_dim_multiplier")
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
     if value is not None and not number:
@@ -376,7 +392,7 @@ def _factor(model: dict[str, Any]) -> float | None:
 
 
 def feed_forward_width(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """Lingua's rule: ``int(k * int(2 * 4 * dim / 3))``, rounded up to a multiple; k is 1 where none is given."""
+    """The feed-forward's width in Lingua: ``int(multiplier * int(2 * 4 * dim / 3))``, rounded up to `multiple_of`."""
     width = int(2 * 4 * dim / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -384,7 +400,7 @@ def feed_forward_width(dim: int, multiplier: float | None, multiple_of: int) -> 
 
 
 def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
-    """The layers that have tables, in order; by the training code's default all but the first."""
+    """The layers that have tables, in order; without the field all but the first, as in the training code."""
     named = model.get("stem_layers")
     if named is None:
         layers = list(range(1, model["n_layers"])) if tables else []
@@ -394,7 +410,7 @@ def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
         raise HFEError(f"{PARAMS_NAME} has stem_layers={str(named)[:80]!r}, not a list of layers", "correct the file")
     if len(layers) != tables:
         raise HFEError(
-            f"{PARAMS_NAME} has {len(layers)} STEM layers ({layers}), the files hold {tables} tables",
+            f"{PARAMS_NAME} has {len(layers)} STEM layers ({layers}), the files have {tables} tables",
             f"copy {_SHARDS_FOLDER} too, with the {PARAMS_NAME} that belongs to it",
         )
     return layers

@@ -1,8 +1,8 @@
-"""What STEM tables hold: how their rows lie to each other, to the dense model's up-projection, and what they are worth.
+"""Analysis of STEM tables: cosines between rows, comparison with the dense up-projection, and ablation.
 
-Cosines of rows are only as telling as the baseline: rows drawn at random, as those of an untrained table are, have
-cosines of standard deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread comes
-with it, and can be restricted to tokens that some text holds often enough for their rows to be trained.
+Cosines mean little without a baseline: random rows, such as those of an untrained table, have cosines of standard
+deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread includes this baseline,
+and can be restricted to tokens that occur often enough in some text for their rows to be trained.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _PAIRS = 8_192
 
 @dataclass(frozen=True)
 class AngularSpread:
-    """Cosines between rows of one table, and what random rows of that width would give.
+    """Cosines between rows of one table, and the same figures for random rows of that width.
 
     Attributes:
         layer: of the table.
-        n_rows, zero_rows: rows that were compared; rows of zeros, which have no direction and were dropped.
-        n_pairs: pairs of different rows that were drawn.
+        n_rows, zero_rows: number of rows compared; number of zero rows, which have no direction and are left out.
+        n_pairs: number of pairs of different rows.
         mean, std, p50_abs, p95_abs: of the cosines; the percentiles are of their magnitude.
         tau, frac_abs_below: share of the cosines whose magnitude is below tau.
-        participation_ratio: ``(sum of eigenvalues)^2 / sum of squared eigenvalues`` of the rows' covariance: as many
-            directions as it has if all were alike.
+        participation_ratio: ``(sum of eigenvalues)^2 / sum of squared eigenvalues`` of the rows' covariance, which is
+            the number of directions if all eigenvalues are equal.
         baseline_std, baseline_p95_abs: of cosines of isotropic rows, ``1 / sqrt(F)`` and 1.96 times that.
         baseline_participation: of as many isotropic rows, ``n F / (n + F)``.
         cosines: the sample itself [n_pairs].
@@ -62,7 +62,7 @@ class AngularSpread:
     cosines: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the sample."""
+        """Plain values for JSON, without `cosines`."""
         return {name: value for name, value in vars(self).items() if name != "cosines"}
 
 
@@ -78,21 +78,21 @@ def stem_angular_spread(
     tau: float = 0.05,
     seed: int = 0,
 ) -> AngularSpread:
-    """How the rows of one table are spread over directions, beside what random rows would give.
+    """Statistics of the cosines between rows of one table, with the baseline of random rows.
 
     Args:
         model: a loaded STEM model.
         layer: one of its STEM layers.
-        ids: tokens to look at; None for all.
-        counts: instead of `ids`, how often each token occurs in some text [vocab_size]; those with `min_count` or more
-            are looked at.
-        n_pairs: pairs of different rows to draw, with replacement; where there are no more pairs than that, all.
+        ids: tokens whose rows are compared; None for all.
+        counts: instead of `ids`, how often each token occurs in some text [vocab_size]; tokens with at least
+            `min_count` are compared.
+        n_pairs: number of pairs of different rows to sample, with replacement; if there are fewer pairs, all are used.
         center: subtract the mean row first.
         tau: bound for `frac_abs_below`.
-        seed: of the drawing.
+        seed: of the sampling.
 
     Raises:
-        HFEError: fewer than two rows that are not zero; a layer without table.
+        HFEError: fewer than two rows are not zero, or the layer has no table.
 
     Source: the pairwise cosines of STEM, arXiv:2601.10639, figure 6; baseline and participation ratio are our own.
 
@@ -139,9 +139,9 @@ class RowReport:
     Attributes:
         token, text: the token's id, and its text where a tokenizer was given.
         layer: of the table.
-        norm, norm_percentile: of the row; share of the table's rows that are shorter, in percent.
-        neighbours: rows nearest by cosine: (id, text, cosine).
-        channels: channels that weigh most in the output: (channel j, ``U_j``, ``|U_j| * |W_down[:, j]|``).
+        norm, norm_percentile: norm of the row; percentage of the table's rows with a smaller norm.
+        neighbours: the rows with the largest cosines: (id, text, cosine).
+        channels: the channels with the largest effect on the output: (channel j, ``U_j``, ``|U_j| * |W_down[:, j]|``).
     """
 
     token: int
@@ -164,13 +164,13 @@ def stem_row_report(
 
     Args:
         model: a loaded STEM model.
-        token: its id; or, with `tokenizer`, a text that is one token.
+        token: its id; or, with `tokenizer`, a text that is a single token.
         layer: a STEM layer.
-        k: rows and channels to name.
-        tokenizer: turns ids into text.
+        k: number of rows and of channels to return.
+        tokenizer: decodes ids to text.
 
     Raises:
-        HFEError: a text of several tokens, an id outside the vocabulary, a layer without table.
+        HFEError: the text is several tokens, the id is outside the vocabulary, or the layer has no table.
     """
     table = _table(model, layer)
     token_id = _one_token(token, tokenizer, len(table))
@@ -202,11 +202,11 @@ def stem_row_report(
 
 @dataclass(frozen=True)
 class DenseComparison:
-    """One layer's rows beside the up-projection that they stand for, over the tokens of a text.
+    """Comparison of one layer's rows with the up-projection that they replace, over the tokens of a text.
 
     Attributes:
         layer: of the table.
-        tokens: occurrences compared; the first of each sequence, where decoders park attention, is left out.
+        tokens: number of tokens compared; the first of each sequence, the attention sink, is left out.
         up_cosine: mean cosine of ``U[t]`` and ``u = W_up x``.
         gated_cosine: mean cosine of ``g * U[t]`` and ``g * u``, with the dense model's gate ``g``.
         norm_ratio: mean of ``|U[t]| / |u|``.
@@ -223,21 +223,21 @@ class DenseComparison:
 def stem_compare_dense(
     model: PreTrainedModel, dense: PreTrainedModel, text: str | Path | Tensor | None = None, *, tokenizer: Any = None
 ) -> list[DenseComparison]:
-    """Compare each STEM layer's rows with what the up-projection of the dense source gives, token by token.
+    """Compares each STEM layer's rows with the output of the dense source's up-projection, token by token.
 
     Args:
         model: a loaded STEM model.
         dense: the model that it was converted from, loaded by transformers.
         text: as for `stem_ablate`.
-        tokenizer: turns text into ids.
+        tokenizer: encodes the text.
 
     Raises:
-        HFEError: `dense` has other shapes, or no gated feed-forward in a layer.
+        HFEError: `dense` has other shapes, or a layer without a gated feed-forward.
     """
     ids = _token_ids(model, text, tokenizer)
     layers = {layer: _table(model, layer) for layer in model.config.stem_layers}
     inner = dense.base_model.layers
-    seen: dict[int, Tensor] = {}
+    mlp_inputs: dict[int, Tensor] = {}
     handles = []
     for layer, table in layers.items():
         mlp: Any = inner[layer].mlp if layer < len(inner) else None
@@ -246,13 +246,13 @@ def stem_compare_dense(
                 f"layer {layer} of the dense model has no up-projection of width {table.shape[1]}",
                 "compare with the model that was converted",
             )
-        handles.append(mlp.register_forward_pre_hook(lambda _, args, layer=layer: seen.__setitem__(layer, args[0])))
+        handles.append(mlp.register_forward_pre_hook(lambda _, args, i=layer: mlp_inputs.__setitem__(i, args[0])))
     sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in layers}
     try:
         for sequence in ids:
             dense(input_ids=sequence[None].to(next(dense.parameters()).device), use_cache=False)
             for layer, table in layers.items():
-                mlp, x = inner[layer].mlp, seen.pop(layer)[0, 1:]
+                mlp, x = inner[layer].mlp, mlp_inputs.pop(layer)[0, 1:]
                 u, g = mlp.up_proj(x).float(), mlp.act_fn(mlp.gate_proj(x)).float()
                 rows = table[sequence[1:].to(table.device)].to(u)
                 parts = (
@@ -270,14 +270,14 @@ def stem_compare_dense(
 
 @dataclass(frozen=True)
 class Ablation:
-    """What the loss rises by when the rows of these layers give way to one row.
+    """Rise of the loss when all rows of some layers are replaced by one row.
 
     Attributes:
-        layers: whose rows were taken away.
+        layers: the layers whose rows are replaced.
         mode: ``zero`` or ``mean``.
-        nll: loss of the whole model, nats per token.
+        nll: loss of the unchanged model, nats per token.
         delta_nll: the rise, with its confidence interval over sequences.
-        by_role: the rise by what the token is whose row was taken away: role -> (mean rise at its position, tokens).
+        by_role: the rise by the role of the token at the position: role -> (mean rise, number of tokens).
     """
 
     layers: list[int]
@@ -300,19 +300,21 @@ def stem_ablate(
     *,
     tokenizer: Any = None,
 ) -> list[Ablation]:
-    """What the tables are worth: the rise of the loss without them, layer by layer and by the token's role.
+    """Rise of the loss without the tables, layer by layer and by the token's role.
 
     Args:
         model: a loaded STEM model; its weights stay as they are.
         text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of documentation (the
             part that conversions hold out); or token ids [B, S].
         layers: layers to ablate one by one, or groups of layers; None for every STEM layer, then all together.
-        mode: ``zero``: rows of zeros, which delete the feed-forward; ``mean``: the mean row of the text's tokens.
-        tokenizer: turns text into ids, and ids into the text that tells roles: ``first`` (of a sequence), ``word``,
-            ``rest`` (of a word), ``number``, ``other``. Without it there is only ``all``.
+        mode: ``zero``: zero rows, which make the feed-forward's output zero; ``mean``: the mean row of the text's
+            tokens.
+        tokenizer: encodes the text, and decodes ids to find roles: ``first`` (of a sequence), ``word``, ``rest`` (of a
+            word), ``number``, ``other``. Without it there is only the role ``all``.
 
     Raises:
-        HFEError: another mode, a layer without table, text without tokenizer.
+        HFEError: the mode is unknown, or a layer has no table.
+        UsageError: text is given without a tokenizer.
     """
     if mode not in ("zero", "mean"):
         raise HFEError(f"mode={mode!r} is unknown", "choose 'zero' or 'mean'")
@@ -339,9 +341,12 @@ def stem_ablate(
 
 @contextmanager
 def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
-    """Let the tables of `layers` give one row for every token; hooks do it, for which the fused kernel steps aside."""
+    """In this context the tables of `layers` return one row for every token.
 
-    def give(row: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    Forward hooks do this; a table with a hook is called as a module, instead of being read by the fused kernel.
+    """
+
+    def returning(row: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
             return torch.zeros_like(rows) if row is None else row.to(rows).expand_as(rows)
 
@@ -353,7 +358,7 @@ def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Ten
             table = _table(model, layer)
             row = None if mode == "zero" else table[ids.flatten().to(table.device)].mean(0, dtype=torch.float32)
             mlp = stem_base_model(model).layers[layer].mlp
-            handles.append(mlp.stem_embed.register_forward_hook(give(row)))
+            handles.append(mlp.stem_embed.register_forward_hook(returning(row)))
         yield
     finally:
         for handle in handles:
@@ -365,7 +370,7 @@ def _table(model: PreTrainedModel, layer: int) -> Tensor:
 
 
 def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:
-    """Ids [B, S] to measure on."""
+    """Token ids [B, S] to measure on."""
     if isinstance(text, Tensor):
         if text.ndim != 2 or text.shape[1] < 2:
             raise HFEError(f"token ids of shape {list(text.shape)} are not [B, S] with S of 2 or more", "reshape them")
@@ -377,6 +382,7 @@ def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokeniz
 
 
 def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
+    """The id of a token that is given by id or by text."""
     if isinstance(token, str):
         if tokenizer is None:
             raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
@@ -390,6 +396,7 @@ def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
 
 
 def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
+    """Unique token ids [n] that `stem_angular_spread` compares, of a table with `rows` rows."""
     if ids is not None and counts is not None:
         raise HFEError("ids and counts are both given", "give one of them")
     if counts is not None:
@@ -409,7 +416,7 @@ def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
 
 
 def _pairs(n: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of different rows: all pairs of n where there are no more than `most`, else `most` drawn at random."""
+    """Indices [pairs] of the first and second row of each pair: all pairs of n rows, or `most` sampled ones."""
     if n * (n - 1) // 2 <= most:
         first, second = torch.triu_indices(n, n, offset=1)
         return first, second
@@ -419,7 +426,7 @@ def _pairs(n: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(directions: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Products of unit rows [n, F] for pairs of places; all with all where that is less work."""
+    """Cosines [pairs] of unit rows [n, F] for pairs of indices; by one matrix product if that is less work."""
     n = len(directions)
     if n * n <= 4 * len(first):
         return (directions @ directions.T)[first, second]
@@ -440,11 +447,11 @@ def _participation(rows: Tensor) -> float:
 
 
 def _roles(ids: Tensor, tokenizer: Any) -> dict[str, Tensor]:
-    """Masks [B, S - 1] of the positions whose token has a role; its next token's loss is what is counted."""
+    """For each role, a mask [B, S - 1] of the positions whose token has it; their loss is that of the next token."""
     inputs = ids[:, :-1]
     if tokenizer is None:
         return {"all": torch.ones_like(inputs, dtype=torch.bool)}
-    # Byte-level and sentence-piece vocabularies mark the space before a word, word-piece ones the lack of one.
+    # Byte-level BPE and SentencePiece mark tokens that follow a space; WordPiece marks those that do not.
     vocabulary = tokenizer.get_vocab()
     marks_spaces = "Ġ" in vocabulary or "▁" in vocabulary
     kinds = {i: _role(tokenizer, i, marks_spaces) for i in inputs.unique().tolist()}
@@ -455,6 +462,7 @@ def _roles(ids: Tensor, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def _role(tokenizer: Any, token: int, marks_spaces: bool) -> str:
+    """`word`, `rest`, `number` or `other`."""
     piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token]).strip()
     if text.isalpha() or text.removeprefix("##").isalpha():
         begins = piece[:1] in ("Ġ", "▁") if marks_spaces else piece[:2] != "##"

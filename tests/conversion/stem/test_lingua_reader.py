@@ -277,7 +277,7 @@ SHARD = "stem_shards/stem_model_mp{}.pt"
         (lambda step: (step / "params.json").write_text('{"dim": 32}'), "no section `model`"),
         (_edit_model(dim=None), "dim=None"),
         (_edit_model(n_heads=None), "neither n_heads nor head_dim"),
-        (_edit_model(stem_layers=[1, 2, 3]), r"3 STEM layers \(\[1, 2, 3\]\), the files hold 2 tables"),
+        (_edit_model(stem_layers=[1, 2, 3]), r"3 STEM layers \(\[1, 2, 3\]\), the files have 2 tables"),
         (_edit_model(stem_layers="1,3"), "stem_layers='1,3', not a list of layers"),
         (_edit_model(multiple_of=40), "128 columns in 3 shard.* feed-forward of 160"),
         (_edit_model(dim=64), "columns in 3 shard"),
@@ -285,18 +285,18 @@ SHARD = "stem_shards/stem_model_mp{}.pt"
         (_edit_model(sliding_window=8), "sliding_window to 8"),
         (_remove(SHARD.format(1)), r"lacks stem_model_mp1\.pt.*2 file"),
         (_remove(SHARD.format(2)), r"columns in 2 shard\(s\)"),
-        (_remove("stem_shards"), "2 STEM layers.*hold 0 tables"),
+        (_remove("stem_shards"), "2 STEM layers.*have 0 tables"),
         (
             _rewrite(SHARD.format(2), lambda part: {name: table[:-1] for name, table in part.items()}),
             r"61 rows in stem_model_mp0\.pt and 60 in stem_model_mp2\.pt",
         ),
-        (_rewrite(SHARD.format(1), lambda part: dict(list(part.items())[:1])), r"stem_model_mp1\.pt holds the tables"),
+        (_rewrite(SHARD.format(1), lambda part: dict(list(part.items())[:1])), r"stem_model_mp1\.pt has the tables"),
         (
             _rewrite(SHARD.format(0), lambda part: {"moments": next(iter(part.values()))}),
-            "'moments', which is no table",
+            "'moments', which is not a table",
         ),
         (_rewrite("consolidated/consolidated.pth", lambda state: {"optim": {}}), r"no tok_embeddings\.weight"),
-        (_rewrite("consolidated/consolidated.pth", lambda state: [state]), "holds a list"),
+        (_rewrite("consolidated/consolidated.pth", lambda state: [state]), "has a list"),
         (_remove("consolidated"), r"no consolidated\.pth"),
         (lambda step: (step / SHARD.format(0)).write_bytes(b"PK\3\4 torn"), r"stem_model_mp0\.pt cannot be read"),
     ],
@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(
 def test_a_pickle_that_holds_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
     step = Reference(STEM).save(tmp_path / "step")
     torch.save({"model": Anything()}, step / "consolidated" / "consolidated.pth")
-    with pytest.raises(HFEError, match=r"consolidated\.pth holds more than tensors.*any code"):
+    with pytest.raises(HFEError, match=r"consolidated\.pth has more than tensors.*any code"):
         convert(step, tmp_path / "out", **QUIET)
 
 
@@ -355,7 +355,7 @@ def test_the_width_of_a_feed_forward_follows_linguas_rule() -> None:
         (lambda state: state.update({"module.norm.weight": torch.ones(32)}), "tensor norm.weight twice"),
         (
             lambda state: state.update({"tok_embeddings.weight": torch.ones(())}),
-            "tok_embeddings.weight .* is no matrix",
+            "tok_embeddings.weight .* is not a matrix",
         ),
     ],
 )
