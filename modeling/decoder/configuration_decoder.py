@@ -132,7 +132,7 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even: the rotary embedding rotates pairs of channels")
         unknown = sorted(set(self.layer_types) - set(_LAYER_TYPES))
         if unknown:
-            raise ValueError(f"layer_types has {unknown}; this decoder supports {list(_LAYER_TYPES)}")
+            raise ValueError(f"layer_types contains {unknown}; this decoder supports {list(_LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types names sliding_attention, so sliding_window must be set")
         if self.sliding_window is not None and self.sliding_window < 1:

@@ -1,4 +1,4 @@
-"""Configuration of the decoder that takes any combination of patches, or none."""
+"""Configuration of the decoder with any combination of patches, or none."""
 
 from huggingface_hub.dataclasses import strict
 
@@ -9,7 +9,7 @@ from hf_efficient.modeling.topology.configuration_topology import TopologyConfig
 
 @strict
 class EfficientDecoderConfig(StemConfig, BhytConfig, TopologyConfig):
-    """Every patch's fields; a patch whose fields are left alone is absent."""
+    """The fields of every patch; a patch whose fields have their defaults is absent."""
 
     model_type = "hfe_decoder"
     patch_is_optional = True

@@ -1,4 +1,4 @@
-"""The decoder that takes any combination of patches, or none: the only entry file that imports them all."""
+"""The decoder with any combination of patches, or none: the only modeling file that imports all patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with captured steps: the tokens of transformers, whatever `generate` is asked for.
+"""Generation with captured steps gives the tokens of transformers for every option of `generate`.
 
 Without a GPU a few of these run in Triton's interpreter, where a step is called instead of captured.
 """
@@ -195,7 +195,7 @@ def test_a_conversation_goes_on_from_its_cache(pair: tuple[Any, Any], padded: bo
 
 @gpu
 @pytest.mark.parametrize("kind", ["dynamic", "static", "copy"])
-def test_a_cache_of_the_callers_is_filled_and_left_to_him(
+def test_a_cache_that_the_caller_passes_is_filled_and_stays_the_callers(
     llama: tuple[Any, Any], kind: str, device: torch.device
 ) -> None:
     stock, ours = llama

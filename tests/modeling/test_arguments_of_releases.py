@@ -1,4 +1,4 @@
-"""A forward takes the cache under its name of every supported transformers release, and swallows nothing like it."""
+"""A forward accepts the cache under its name of every supported transformers release, and raises for similar names."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_one_cache_under_both_names_is_one_and_two_are_an_error(
 def test_a_name_that_no_release_has_is_an_error(
     model_type: str, name: str, tiny_model: Callable, token_ids: Callable
 ) -> None:
-    """For causal model and base model; None says nothing and is taken."""
+    """For the causal model and the base model; a value of None is accepted."""
     model, ids = tiny_model(model_type), token_ids(1, 5)
     for called in (model, model.model):
         with pytest.raises(HFEError, match=rf"was given {name}.*transformers 5\.17 to 5\.24"):
@@ -109,7 +109,7 @@ def test_a_name_that_no_release_has_is_an_error(
         called(ids, **{name: None})
 
 
-# transformers 5.24 takes `cache_params` for the cache, and says so.
+# transformers 5.24 accepts `cache_params` as the cache, with a warning.
 @pytest.mark.parametrize("name", [name for name in UNKNOWN if name not in ("cache_params", "cache_position")])
 def test_generate_refuses_it_too(model_type: str, name: str, tiny_model: Callable, token_ids: Callable) -> None:
     with pytest.raises(ValueError, match=name):

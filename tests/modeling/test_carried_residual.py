@@ -1,4 +1,4 @@
-"""`carry_residual`: each addition to the stream is done with the next norm, and nobody can tell but by the clock."""
+"""`carry_residual`: each residual add is deferred into the next norm; results, hooks and gradients stay the same."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The packed masks of ``hfe_decode`` stand for the masks that transformers makes, whatever the mask functions are.
+"""The packed masks of ``hfe_decode`` equal the masks that transformers makes, for every mask function.
 
-The masks are made as on a device where the kernel runs; what they stand for is compared entry by entry.
+The masks are made as on a device where the kernel runs, unpacked, and compared entry by entry.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def both_masks(kind: str, cached: int, queries: int, cache: str, **given: Any) -
 
 
 def entries(mask: Any, kind: str, cached: int, queries: int, kv_length: int) -> Tensor:
-    """The boolean mask [B, 1, Q, K] that a mask stands for; None is plain causal attention."""
+    """A mask as bool [B, 1, Q, K]; None is plain causal attention."""
     if is_packed(mask) and mask.shape[2] == 3:  # keys past the prompt are left out
         prompt = decode_interface._unpack(mask, queries, queries, KINDS[kind][2])
         return torch.nn.functional.pad(prompt, (0, kv_length - queries))
@@ -84,14 +84,14 @@ def padding(length: int, left: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize(("cached", "queries"), [(0, 1), (0, 4), (0, 13), (5, 1), (5, 6), (11, 1), (12, 1), (10, 9)])
 @pytest.mark.parametrize("left", [(0, 0), (0, 3)], ids=["plain", "padded"])
 @pytest.mark.parametrize("cache", ["none", "dynamic", "sliding", "static"])
-def test_masks_stand_for_those_of_transformers(
+def test_masks_equal_those_of_transformers(
     kind: str, cached: int, queries: int, left: tuple[int, int], cache: str
 ) -> None:
     if (cache == "none" and cached) or (cache == "sliding" and kind != "window"):
-        return  # there are no such calls
+        return  # such calls do not exist
     mask = padding(cached + queries, left) if any(left) else None
     ours, theirs, kv_length = both_masks(kind, cached, queries, cache, attention_mask=mask)
-    real = slice(max(max(left) - cached, 0), None)  # queries that are padding see nothing that matters
+    real = slice(max(max(left) - cached, 0), None)  # the outputs of padding are not read
     found, expected = (entries(m, kind, cached, queries, kv_length)[:, :, real] for m in (ours, theirs))
     assert torch.equal(found, expected)
 

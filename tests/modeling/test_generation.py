@@ -108,7 +108,7 @@ def test_left_padded_batch_generates_what_each_prompt_does_alone(
 def test_generation_continues_from_a_cache(model_type: str, tiny_model: Callable, token_ids: Callable) -> None:
     model, ids = tiny_model(model_type), token_ids(2, PROMPT)
     part = generate(model, ids, max_new_tokens=4, return_dict_in_generate=True)
-    # Without a mask transformers takes a generated token with the id of padding for padding.
+    # Without a mask transformers would treat a generated token with the id of padding as padding.
     given = {"past_key_values": part.past_key_values, "attention_mask": torch.ones_like(part.sequences)}
     rest = generate(model, part.sequences, **given, max_new_tokens=NEW - 4)
     assert torch.equal(rest, generate(model, ids))

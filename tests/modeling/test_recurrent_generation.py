@@ -1,4 +1,4 @@
-"""Generation with recurrent state: what the loop computes ahead leaves no trace in a cache that cannot be truncated.
+"""Generation with recurrent state: tokens computed past the end do not change a cache that cannot be truncated.
 
 On the CPU the steps of the loop are called, not captured; a stand-in for the graph runs them again when it is replayed.
 """
@@ -190,7 +190,7 @@ def test_which_caches_can_be_truncated(model: Any) -> None:
     assert branches.memory()[0] is branches.segments and branches.state_tensors() == []
 
 
-def test_a_static_cache_of_the_callers_keeps_the_contract_and_others_do_not(model: Any) -> None:
+def test_which_caches_of_transformers_keep_the_contract(model: Any) -> None:
     static = StaticCache(config=model.config, max_cache_len=16)
     contract = contract_of(static)
     assert contract.capacity == 16 and not find_contract(DynamicCache(config=model.config))

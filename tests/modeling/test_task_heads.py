@@ -90,7 +90,7 @@ def test_heads_compute_what_those_of_stock_llama_compute(task: str, tiny_config:
     assert torch.equal(ours(input_ids=ids, **TASKS[task]).loss, stock(input_ids=ids, **TASKS[task]).loss)
 
 
-@pytest.mark.parametrize("model_type", ["hfe_decoder"])  # whose code holds that of all
+@pytest.mark.parametrize("model_type", ["hfe_decoder"])  # whose exported code includes all patches
 def test_exported_code_has_the_heads_too(folder: Path, token_ids: Callable, tmp_path: Path) -> None:
     """In a process that has never seen the package."""
     assert {f"AutoModelFor{task}" for task in TASKS} < json.loads((folder / "config.json").read_text())[

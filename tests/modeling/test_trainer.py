@@ -1,4 +1,4 @@
-"""The stock Trainer on every architecture: precision, checkpointing, a run that is taken up again, Liger."""
+"""The stock Trainer on every architecture: precision, checkpointing, a resumed run, Liger."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_is_taken_up_from_its_checkpoint(
 def test_liger_is_accepted_and_said_to_change_nothing(
     tiny_model: Callable, token_ids: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """A stand-in for the package, which passes over a model type that it does not know, as Liger does."""
+    """A stand-in for the package, which ignores unknown model types as Liger does."""
     package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
     package._apply_liger_kernel_to_instance = lambda model, **options: None  # type: ignore[attr-defined]
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)

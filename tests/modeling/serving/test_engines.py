@@ -76,11 +76,11 @@ class EngineAttention:
             past = self.memory.get(name)
             keys, values = new if past is None else (torch.cat(pair, 2) for pair in zip(past, new, strict=True))
             self.memory[name] = [keys, values]
-            columns = torch.arange(keys.shape[2])
-            rows = columns[-length:, None]
-            visible = columns <= rows
+            kv_indices = torch.arange(keys.shape[2])
+            query_indices = kv_indices[-length:, None]
+            visible = kv_indices <= query_indices
             if self.window is not None:
-                visible = visible & (columns > rows - self.window)
+                visible = visible & (kv_indices > query_indices - self.window)
             groups = q.shape[1] // keys.shape[1]
             keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
             part = q[:, :, start : start + length]
@@ -94,7 +94,7 @@ class EngineAttention:
 def engine_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    assert attention_mask is None, "an engine's attention knows itself who sees whom"
+    assert attention_mask is None, "an engine's attention has its own causal mask"
     attention = kwargs["attention_instances"][module.layer_idx]
     return attention(query, key, value, kwargs["forward_batch"], scaling), None
 
@@ -132,7 +132,7 @@ class EngineLinear(nn.Module):
 
 
 class EngineNorm(nn.Module):
-    """An engine's RMSNorm, which knows the width and epsilon of the one it replaces."""
+    """An engine's RMSNorm, with the width and epsilon of the one it replaces."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
