@@ -224,7 +224,7 @@ def test_packed_texts_are_learnt_as_separate_ones(grammar: str, tokenizer: Any) 
     assert len(separate["input_ids"]) == 4 and len(packed["input_ids"]) < 4
     a, b = (token_losses(model, batch).sort().values for batch in (separate, packed))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    # Somebody who saw the row before would predict the first token of a packed text from it.
+    # The first token of a packed text must not be predicted from the text before it.
     features = [{"input_ids": tokenizer(text).input_ids} for text in ("one", "two")]
     row = TopologyDataCollator(tokenizer, grammar, packing=True, max_length=64)(features)
     assert row["labels"].tolist() == [[*features[0]["input_ids"], IGNORED, *features[1]["input_ids"][1:]]]

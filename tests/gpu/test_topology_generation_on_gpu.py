@@ -83,7 +83,7 @@ def prompts(tokenizer: Characters, texts: Sequence[str], device: torch.device) -
 
 
 class Guided(ScriptedSampler):
-    """A script in which ~ stands for the model's own choice, so that the text tells whether the model is right."""
+    """A script in which ~ means the model's own choice, so that the text shows whether the model is right."""
 
     own = 16 + ord("~")
 
@@ -163,18 +163,18 @@ def test_captured_steps_are_the_called_ones_bit_for_bit(
 
 
 @gpu
-def test_passes_begun_ahead_are_those_that_waited(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Branches side by side that go on with tokens which the host has not seen, in two rows."""
+def test_speculative_steps_give_what_sequential_steps_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parallel branches that continue with tokens which the host does not know, in two sequences."""
     model, tokenizer = build("multiverse", device, torch.bfloat16)
     inputs = prompts(tokenizer, [f"Q{BLOCK}", f"A longer one{BLOCK}"], device)
     options: dict[str, Any] = {"branch_max_new_tokens": 200, "output_scores": True}
     for _ in range(3):  # the first captures its steps
-        ahead = generate(model, tokenizer, inputs, **options)
+        speculative = generate(model, tokenizer, inputs, **options)
     with monkeypatch.context() as patched:
         patched.setattr(topology_step.TopologySession, "can_speculate", lambda session: False)
         waited = generate(model, tokenizer, inputs, **options)
-    assert torch.equal(ahead.sequences, waited.sequences) and ahead.branch_info == waited.branch_info
-    assert ahead.num_forward_passes > waited.num_forward_passes, "some passes were begun in vain"
+    assert torch.equal(speculative.sequences, waited.sequences) and speculative.branch_info == waited.branch_info
+    assert speculative.num_forward_passes > waited.num_forward_passes, "some speculations failed"
 
 
 @gpu

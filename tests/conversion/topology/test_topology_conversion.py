@@ -42,18 +42,20 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_equal_logits(converted: Path, stock: Any, ids: Tensor, columns: int) -> None:
+def check_equal_logits(converted: Path, stock: Any, ids: Tensor, vocabulary: int) -> None:
     """The same bits in the head's input and in its rows for the stock tokens; the logits then are the stock model's."""
     model = AutoModelForCausalLM.from_pretrained(converted).eval()
     ours, theirs = (m(ids, output_hidden_states=True) for m in (model, stock.eval()))
     assert torch.equal(ours.hidden_states[-1], theirs.hidden_states[-1])
-    head = model.get_output_embeddings().weight[:columns]
-    assert torch.equal(head, stock.get_output_embeddings().weight[:columns])
-    expected = theirs.logits[..., :columns]
-    if columns == stock.config.vocab_size:
+    head = model.get_output_embeddings().weight[:vocabulary]
+    assert torch.equal(head, stock.get_output_embeddings().weight[:vocabulary])
+    expected = theirs.logits[..., :vocabulary]
+    if vocabulary == stock.config.vocab_size:
         assert torch.equal(nn.functional.linear(ours.hidden_states[-1], head), expected)
     # A product of another width may be summed in another order.
-    torch.testing.assert_close(ours.logits[..., :columns], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        ours.logits[..., :vocabulary], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 # Equal to the source
@@ -360,9 +362,9 @@ def test_a_stem_checkpoint_takes_the_patch(stem_only: Path, stock: Stock, text: 
     convert(stock(), tmp_path / "at once", patches, calibration=text, calibration_tokens=1024, **QUIET)
     report = convert(stem_only, tmp_path / "one by one", [Multiverse()], **QUIET)
     assert report.model_type == "hfe_decoder"
-    at_once, one_by_one = weights(tmp_path / "at once"), weights(tmp_path / "one by one")
-    assert at_once.keys() == one_by_one.keys()
-    assert all(torch.equal(at_once[name], one_by_one[name]) for name in at_once)
+    together, one_by_one = weights(tmp_path / "at once"), weights(tmp_path / "one by one")
+    assert together.keys() == one_by_one.keys()
+    assert all(torch.equal(together[name], one_by_one[name]) for name in together)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -407,7 +409,7 @@ def test_an_interrupted_conversion_ends_in_the_same_bytes(
     assert report.patches[0]["choices"]["topology"]["grammar"] == "multiverse"
 
 
-def test_a_dry_run_tells_what_it_would_add(stock: Stock, tmp_path: Path) -> None:
+def test_a_dry_run_reports_what_it_would_add(stock: Stock, tmp_path: Path) -> None:
     report = convert(stock(), tmp_path / "out", [Multiverse()], dry_run=True, **QUIET)
     assert not list(tmp_path.iterdir())
     size = AutoModelForCausalLM.from_pretrained(stock()).config.vocab_size

@@ -59,7 +59,7 @@ def test_a_tokenizer_that_still_splits_added_tokens(
 
 
 def test_a_tokenizer_with_a_token_that_eats_into_a_tag(stock: Stock, tmp_path: Path) -> None:
-    """Alone each tag is one token, but after a line break, where it mostly stands, `<Path>` is not."""
+    """Alone each tag is one token, but after a line break, where it usually is, `<Path>` is not."""
     source = tmp_path / "source"
     shutil.copytree(stock(), source)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""A toy vocabulary for both grammars, random texts of them, and rules that are written down a second time."""
+"""A toy vocabulary for both grammars, random texts, oracles of visibility and positions, and a scheduler to run."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def toy() -> Callable[[str], ToyVocabulary]:
 
 @pytest.fixture(scope="session")
 def random_text() -> Callable[..., str]:
-    """A random text of a grammar, from a seed: glue says whether separators stand between the tags."""
+    """A random text of a grammar, from a seed; `glue` puts separators between the tags."""
 
     def make(grammar: str, seed: int, glue: bool, size: int = 3) -> str:
         rng = random.Random(seed)
@@ -156,7 +156,7 @@ def plan_text() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def by_hand() -> Callable[[Topology], np.ndarray]:
-    """Who sees whom in a topology, pair by pair, by a search over the parents."""
+    """Visibility in a topology, pair by pair, by a search over the parents."""
     return brute_force_mask
 
 
@@ -175,7 +175,7 @@ def branching() -> tuple[Topology, Tensor]:
 
 
 class ToyTokenizer:
-    """The toy vocabulary as generation asks a tokenizer."""
+    """The toy vocabulary with the interface of a tokenizer."""
 
     def __init__(self, grammar: str) -> None:
         self.vocabulary = ToyVocabulary(grammar)
@@ -185,7 +185,7 @@ class ToyTokenizer:
         return self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int], **_: object) -> str:
-        # Ids of no character are the text's end and padding.
+        # Ids without a character are EOS and padding.
         return "".join("" if i < 3 or i == 15 else self.vocabulary.decode([i]) for i in map(int, ids))
 
 
@@ -215,7 +215,7 @@ def small_shape() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def model_of(toy: Callable, small_shape: dict[str, Any]) -> Callable[..., Any]:
-    """Such a model of a grammar."""
+    """Makes a small model of a grammar."""
 
     def make(grammar: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
         config, model = {
@@ -270,7 +270,7 @@ def generate(model: Any, tokenizer: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def nested(tokenizer: Any) -> Callable[[], ScriptedSampler]:
-    """A sampler for one path and one with a block of its own."""
+    """A sampler that replays two paths, the second with a nested block."""
     texts = {
         (): f"t{BLOCK}so</Conclusion></Parallel>end",
         PATHS["1"]: " first</Path>",
@@ -370,7 +370,7 @@ def decode_with_eos(vocabulary: Any, ids: Sequence[int]) -> str:
 def check_run(run: Run, vocabulary: Any, mode: str) -> None:
     """Invariants of every sequence: reading its text gives the topology it was generated with, within limits."""
     row = run.row
-    assert sorted(run.slots) == list(range(len(row.tokens))), "each slot stands in the text once"
+    assert sorted(run.slots) == list(range(len(row.tokens))), "each slot occurs once in the text"
     read = Topology.from_token_ids(
         [row.tokens[c] for c in run.slots],
         vocabulary.grammar,

@@ -1,4 +1,4 @@
-"""The state machine: every token has the segment and the position that the rules give it, read at once or decoded."""
+"""The builder: segments, positions and visibility of whole texts, against oracles."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_the_kernels_read_the_bitmaps_as_they_are_meant(grammar: str, toy: Calla
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_what_a_token_sees_stands_before_it(
-    grammar: str, toy: Callable, random_text: Callable, by_hand: Callable
-) -> None:
+def test_a_token_sees_only_earlier_ones(grammar: str, toy: Callable, random_text: Callable, by_hand: Callable) -> None:
     """Otherwise a causal layout would hide a part of an ancestor."""
     for topology, text in parsed(toy, random_text, grammar):
         segments = topology.segment_ids
@@ -229,7 +227,7 @@ def test_more_segments_than_a_word_has_bits(toy: Callable, by_hand: Callable, po
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_a_text_may_be_read_in_parts(grammar: str, toy: Callable, random_text: Callable) -> None:
-    """A prompt in parts gives the same as at once, if no part ends within a header."""
+    """A text fed in parts gives the same as in one call, if no part ends within a header."""
     vocabulary = toy(grammar)
     for seed in range(60):
         ids = vocabulary.encode(random_text(grammar, seed, True))

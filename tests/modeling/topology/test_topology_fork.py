@@ -19,7 +19,7 @@ GRAMMARS = list(CONTROL_TOKENS)
 TEXTS = 500
 
 
-def decode_beside(builder: TopologyBuilder, ids: list[int], tags: dict[str, int]) -> Iterator[tuple[int, Any]]:
+def decode_in_parallel(builder: TopologyBuilder, ids: list[int], tags: dict[str, int]) -> Iterator[tuple[int, Any]]:
     """Feed a text as a generator does: every branch a cursor, all of them in turn. Yields (index, placement)."""
     names = {token: tag for tag, token in tags.items()}
     steps = "<Step>" in tags
@@ -48,17 +48,17 @@ def decode_beside(builder: TopologyBuilder, ids: list[int], tags: dict[str, int]
             yield from _frontier(builder, children, branches, ids)
         else:
             spans = zip(children, branches, strict=True)
-            yield from _in_turn([_feed_branch(child, first, ids[first:stop], tags) for child, (first, stop) in spans])
+            yield from _in_turns([_feed_branch(child, first, ids[first:stop], tags) for child, (first, stop) in spans])
         builder.join(children)
 
 
 def _feed_branch(child: TopologyBuilder, first: int, ids: list[int], tags: dict[str, int]) -> Iterator[tuple[int, Any]]:
     yield first, child.feed(ids[0])
-    for k, placed in decode_beside(child, ids[1:], tags):
+    for k, placed in decode_in_parallel(child, ids[1:], tags):
         yield first + 1 + k, placed
 
 
-def _in_turn(running: list[Any]) -> Iterator[tuple[int, Any]]:
+def _in_turns(running: list[Any]) -> Iterator[tuple[int, Any]]:
     while running:
         for one in list(running):
             step = next(one, None)
@@ -88,7 +88,7 @@ def _frontier(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_decoding_beside_each_other_places_tokens_as_reading_does(
+def test_decoding_in_parallel_places_tokens_as_reading_does(
     grammar: str, mode: str, toy: Callable, random_text: Callable
 ) -> None:
     """Segments may be numbered otherwise; positions, and who sees whom, may not differ."""
@@ -98,7 +98,7 @@ def test_decoding_beside_each_other_places_tokens_as_reading_does(
         ids = vocabulary.encode(text)
         expected = vocabulary.parse_ids(ids, mode=mode)
         builder = TopologyBuilder(grammar, vocabulary.token_ids, mode=mode, decode=vocabulary.decode)
-        placed = dict(decode_beside(builder, ids, vocabulary.token_ids))
+        placed = dict(decode_in_parallel(builder, ids, vocabulary.token_ids))
         assert sorted(placed) == list(range(len(ids)))
         assert [placed[i].position for i in range(len(ids))] == expected.position_ids.tolist(), text
         same = dict(zip(expected.segment_ids.tolist(), (placed[i].segment for i in range(len(ids))), strict=True))
@@ -117,7 +117,7 @@ def test_a_broken_plan_is_scheduled_as_it_is_read(toy: Callable, plan_text: Call
     for mode in MODES:
         expected = vocabulary.parse_ids(ids, mode=mode, strict=False)
         builder = TopologyBuilder("medverse", vocabulary.token_ids, mode=mode, strict=False, decode=vocabulary.decode)
-        placed = dict(decode_beside(builder, ids, vocabulary.token_ids))
+        placed = dict(decode_in_parallel(builder, ids, vocabulary.token_ids))
         assert [placed[i].position for i in range(len(ids))] == expected.position_ids.tolist()
         same = dict(zip(expected.segment_ids.tolist(), (placed[i].segment for i in range(len(ids))), strict=True))
         for segment, parents in enumerate(expected.parents):

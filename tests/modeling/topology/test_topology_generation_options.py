@@ -59,8 +59,8 @@ def test_draws_follow_the_distribution_and_never_take_what_is_excluded() -> None
     assert edges.tokens.tolist() == [1, 4]
 
 
-def test_samples_do_not_depend_on_what_runs_beside_them(generate: Callable) -> None:
-    """However many branches run at once."""
+def test_samples_do_not_depend_on_other_branches(generate: Callable) -> None:
+    """For any number of active branches."""
     options = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "seed": 11}
     first = generate(**options)
     for limit in (1, 2):
@@ -73,8 +73,8 @@ def test_samples_of_a_row_do_not_depend_on_its_neighbours(generate: Callable, to
     other = torch.tensor([tokenizer.encode(f"R{BLOCK}")])
     options = {"do_sample": True, "seed": 5, "suppress_tokens": [*range(3, 15)]}
     alone = generate(ids, **options).sequences[0]
-    beside = generate(torch.cat((ids, other)), **options).sequences[0]
-    assert torch.equal(beside[: len(alone)], alone)
+    together = generate(torch.cat((ids, other)), **options).sequences[0]
+    assert torch.equal(together[: len(alone)], alone)
 
 
 def test_several_samples_of_a_prompt_differ(generate: Callable) -> None:
@@ -274,13 +274,13 @@ def test_autocast_generates_what_a_model_of_that_type_nearly_would(
             output = model.generate(
                 ids, **settings, sampler=nested(), return_dict_in_generate=True, output_scores=True
             )  # fmt: skip
-        found.append([chance for branch in output.branch_info[0] for chance in branch.logprobs])
+        found.append([logprob for branch in output.branch_info[0] for logprob in branch.logprobs])
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), atol=0.5, rtol=0)
     assert found[1] != found[0]
 
 
 def test_what_a_branch_sees_has_one_order_whatever_the_schedule(generate: Callable, tokenizer: Any) -> None:
-    """A block inside the first path, beside which the second path has begun or not."""
+    """A block inside the first path, with the second path started or not."""
     texts = {
         (): f"t{BLOCK}so</Conclusion></Parallel>end",
         PATHS["1"]: f" v{INNER}inner</Conclusion></Parallel>y</Path>",

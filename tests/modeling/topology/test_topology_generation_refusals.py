@@ -84,7 +84,7 @@ def test_a_model_without_a_tokenizer_says_so(model: Any) -> None:
         model.generate(torch.tensor([[20]]), parallel=True, max_new_tokens=3)
 
 
-def test_the_tokenizer_beside_the_weights_is_read_once(
+def test_the_tokenizer_of_the_weights_is_loaded_once(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -177,7 +177,7 @@ def test_training_with_checkpoints_fills_no_cache(model: Any, tokenizer: Any) ->
 
 @pytest.mark.parametrize("name", ["max_branches", "max_depth", "min_fork_budget", "branch_max_new_tokens"])
 @pytest.mark.parametrize("value", ["3", 2.5, True])
-def test_limits_are_whole_numbers(generate: Callable, name: str, value: Any) -> None:
+def test_limits_are_integers(generate: Callable, name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name):
         generate(**{name: value})
 

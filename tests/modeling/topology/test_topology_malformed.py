@@ -1,4 +1,4 @@
-"""Malformed texts: strict reading names the tag and the place, lenient reading makes the best of it and says so."""
+"""Malformed texts: strict reading raises with the tag and its index, lenient reading warns and continues."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ CASES = [("multiverse", *case) for case in MULTIVERSE.values()] + [("medverse", 
 @pytest.mark.parametrize(
     "case", CASES, ids=[f"multiverse-{n}" for n in MULTIVERSE] + [f"medverse-{n}" for n in MEDVERSE]
 )
-def test_malformed_text_is_named_or_made_the_best_of(case: tuple[Any, ...], toy: Callable) -> None:
+def test_malformed_text_raises_or_is_read_leniently(case: tuple[Any, ...], toy: Callable) -> None:
     grammar, text, before, tag, message, parents = case
     vocabulary = toy(grammar)
     with pytest.raises(TopologyError) as raised:
@@ -290,7 +290,7 @@ def test_malformed_text_is_named_or_made_the_best_of(case: tuple[Any, ...], toy:
 def test_a_barrier_ends_a_layer_and_flat_steps_see_no_step(mode: str, toy: Callable) -> None:
     text, _ = executed(plan(_1="", _2="9", _3="", _4="1"), 1, 2, 3, 4)
     expected = {
-        # 2 is broken, so it waits for 1; 3 is beside it; 4 needs 1, of an earlier layer.
+        # 2 is broken, so it waits for 1; 3 is in its layer; 4 needs 1, of an earlier layer.
         "layers": [[], [0], [1], [1], [1], [1, 2, 3, 4]],
         "flat": [[], [0], [0], [0], [0], [1, 2, 3, 4]],
     }
@@ -339,7 +339,7 @@ def test_text_is_not_nested_without_end(toy: Callable) -> None:
     with pytest.raises(TopologyError, match=f"deeper than {MAX_DEPTH}"):
         vocabulary.parse(text, allow_truncated=True)
     topology = vocabulary.parse(text, strict=False)
-    assert topology.n_segments == 1 + MAX_DEPTH + 1  # the last path opens beside the one before it
+    assert topology.n_segments == 1 + MAX_DEPTH + 1  # the last path is a sibling of the one before it
     # Cursors count what is open above them.
     builder = TopologyBuilder("multiverse", vocabulary.token_ids, decode=vocabulary.decode)
     for _ in range(MAX_DEPTH):

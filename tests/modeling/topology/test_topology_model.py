@@ -98,7 +98,7 @@ def test_a_window_and_dynamic_frequencies_are_refused_only_with_a_topology() -> 
     MultiverseConfig(sliding_window=8, layer_types=["full_attention"] * 32)
 
 
-def test_the_attention_is_ours_where_nobody_asks_for_another(tiny_config: Callable, tmp_path: Path) -> None:
+def test_the_default_attention_is_topology_attention(tiny_config: Callable, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("hfe_multiverse"))
     assert model.config._attn_implementation == TOPOLOGY_ATTENTION
     model.save_pretrained(tmp_path)
@@ -166,7 +166,7 @@ def test_eager_attention_gets_no_boolean_mask(tiny_model: Callable, branching: t
 
 
 def test_padding_is_honoured_without_a_topology(branching: tuple[Topology, Tensor]) -> None:
-    """An implementation without a mask function of its own would get no mask at all."""
+    """An attention implementation without a registered mask function would get no mask."""
     ids = branching[1][:, :9]
     for model in (stock_llama(), MultiverseForCausalLM(MultiverseConfig(**_small())).eval()):
         model.set_attn_implementation("hfe_topology")
@@ -186,7 +186,7 @@ def test_plain_text_is_the_plain_decoder(tiny_model: Callable, token_ids: Callab
     assert torch.equal(run(model, {"input_ids": ids}), plain) and torch.equal(model.generate(ids, **settings), tokens)
 
 
-def test_a_padding_mask_beside_a_topology_makes_holes(tiny_model: Callable, branching: tuple[Topology, Tensor]) -> None:
+def test_a_padding_mask_with_a_topology_makes_holes(tiny_model: Callable, branching: tuple[Topology, Tensor]) -> None:
     """The collator's own padding says so already; a mask that hides more is not ignored."""
     model = tiny_model("hfe_multiverse")
     mask = torch.ones_like(branching[1])
@@ -260,14 +260,14 @@ def test_a_whole_text_does_not_follow_a_cache(tiny_model: Callable, branching: t
     with pytest.raises(HFEError, match="has 23 tokens, with 23 queries and 27 keys"):
         model(**inputs(branching, past_key_values=cache, use_cache=True))
     with pytest.raises(HFEError, match="inference"):
-        columns = torch.arange(4, 8, dtype=torch.int32)[None]
+        cache_position = torch.arange(4, 8, dtype=torch.int32)[None]
         queries = TopologyQueries(
-            columns,
+            cache_position,
             torch.tensor([8], dtype=torch.int32),
             torch.zeros(1, 8, dtype=torch.int32),
             torch.ones(1, 4, 1, dtype=torch.long),
         )
-        model(ids[:, :4], position_ids=columns.long(), topology=queries, past_key_values=cache)
+        model(ids[:, :4], position_ids=cache_position.long(), topology=queries, past_key_values=cache)
 
 
 def test_a_stock_model_with_a_window_is_refused(branching: tuple[Topology, Tensor]) -> None:
@@ -279,7 +279,7 @@ def test_a_stock_model_with_a_window_is_refused(branching: tuple[Topology, Tenso
         model.eval()(ids, position_ids=torch.from_numpy(topology.position_ids)[None], topology=topology.to_mask())
 
 
-def test_positions_beyond_the_model_are_told(
+def test_positions_beyond_the_model_give_a_warning(
     tiny_model: Callable, branching: tuple[Topology, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = inputs(branching)

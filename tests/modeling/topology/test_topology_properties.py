@@ -134,8 +134,8 @@ def test_the_implementations_agree(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_tokens_decoded_side_by_side_over_one_cache_are_those_of_one_pass(model: Any) -> None:
-    """P4: columns stand in the order of decoding, nothing is copied or computed again, and the join is exact."""
+def test_tokens_decoded_in_parallel_over_one_cache_equal_one_pass(model: Any) -> None:
+    """P4: cache slots are in the order of decoding, nothing is copied or computed twice, and the join is exact."""
     topology, ids = Topology.from_spec(SPEC), tokens(32)
     expected = logits(model, ids, topology)
     model.set_attn_implementation("hfe_topology")
@@ -153,10 +153,10 @@ def test_tokens_decoded_side_by_side_over_one_cache_are_those_of_one_pass(model:
     for call in calls:
         segments = torch.from_numpy(topology.segment_ids[call])
         kv_segment_ids[0, filled : filled + len(call)] = segments
-        columns = torch.arange(filled, filled + len(call), dtype=torch.int32)[None]
+        cache_position = torch.arange(filled, filled + len(call), dtype=torch.int32)[None]
         filled += len(call)
         queries = TopologyQueries(
-            columns, torch.tensor([filled], dtype=torch.int32), kv_segment_ids, bitmaps[segments.long()][None]
+            cache_position, torch.tensor([filled], dtype=torch.int32), kv_segment_ids, bitmaps[segments.long()][None]
         )
         inputs: dict[str, Any] = {"topology": queries, "position_ids": positions[call][None]}
         if not isinstance(model, EfficientDecoderForCausalLM):

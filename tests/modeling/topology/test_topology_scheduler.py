@@ -1,4 +1,4 @@
-"""The course of a generated row, from scripted tokens alone: forks, frontiers, joins, budgets, and every odd event."""
+"""The scheduler with scripted tokens: forks, joins, dependencies, refused forks and random tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_paths_fork_and_join_with_their_headers_and_conclusion(course: Callable[
 def test_a_fork_takes_one_pass_and_a_join_goes_with_the_last_closing_tag(course: Callable[..., Any]) -> None:
     found = course("multiverse", {(): f"{BLOCK}s", ("1",): "</Path>", ("2",): "</Path>"})
     header, tail = len("\n") + 2 * (2 + len("1:")), 2 * len(["</Path>", "\n"]) + len(["<Conclusion>", "\n"])
-    fork = next(i for i, columns in enumerate(found.computed) if i > 0 and len(columns) > 1)
+    fork = next(i for i, slots in enumerate(found.computed) if i > 0 and len(slots) > 1)
     assert len(found.computed[fork]) == 1 + header
     assert len(found.computed[fork + 1]) == tail
 
@@ -129,7 +129,7 @@ def test_a_prompt_inside_an_open_path_goes_on_in_it(course: Callable[..., Any]) 
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "warned"),
     [
         (BLOCK, False),
         (f"{BLOCK}<Path>1: x", True),
@@ -139,10 +139,10 @@ def test_a_prompt_inside_an_open_path_goes_on_in_it(course: Callable[..., Any]) 
         (f"{BLOCK}{PATH}<Path>2: {INNER}", True),
     ],
 )
-def test_a_prompt_that_ends_among_branches_is_told(course: Callable[..., Any], end: str, told: bool) -> None:
-    """Nothing is forced in what is left of such a block, so a trained model loses its way there."""
+def test_a_prompt_that_ends_among_branches_gives_a_warning(course: Callable[..., Any], end: str, warned: bool) -> None:
+    """Nothing is forced in the rest of such a block, although a trained model needs the forced tokens."""
     warnings = course("multiverse", {}, prompt=f"Q{end}", max_new_tokens=60).row.trunk.builder.warnings
-    assert any("ends inside the branches" in warning for warning in warnings) is told
+    assert any("ends inside the branches" in warning for warning in warnings) is warned
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
@@ -155,11 +155,11 @@ def test_a_prompt_may_end_where_steps_begin_and_not_where_they_are_joined(
     found = course("medverse", scripts, prompt=f"Q{begun}{between}")
     assert found.text == f"Q{whole[whole.index(DIAMOND) :]}" and not found.row.trunk.builder.warnings
     ended = whole[: whole.index("</Execution>")] + "</Execution>"
-    told = course("medverse", {}, prompt=f"{ended}{between}", max_new_tokens=60).row.trunk.builder.warnings
-    assert any("ends inside the branches" in warning for warning in told)
+    warnings = course("medverse", {}, prompt=f"{ended}{between}", max_new_tokens=60).row.trunk.builder.warnings
+    assert any("ends inside the branches" in warning for warning in warnings)
 
 
-# Refusals and odd events
+# Refused forks and unexpected tokens
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_bitmaps_of_many_segments(course: Callable[..., Any]) -> None:
     assert np.array_equal(seen, expected)
 
 
-# Anything at all
+# Random tokens
 
 
 @settings(max_examples=250, deadline=None)
@@ -297,7 +297,7 @@ def test_bitmaps_of_many_segments(course: Callable[..., Any]) -> None:
     min_fork_budget=st.integers(0, 30),
     branch_max_new_tokens=st.one_of(st.none(), st.integers(1, 20)),
 )
-def test_whatever_a_model_writes_the_row_ends_in_order(
+def test_random_tokens_keep_the_invariants(
     course: Callable[..., Any], toy: Callable, seed: int, grammar: str, mode: str, **limits: Any
 ) -> None:
     """Tags in any order, forks among them: what `check_run` of conftest.py tests holds."""

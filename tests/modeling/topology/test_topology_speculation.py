@@ -1,6 +1,6 @@
-"""Passes that begin before the host knows the tokens of the last give what passes one by one give.
+"""Speculative steps give the same output as sequential ones.
 
-They run ahead where steps are replayed from CUDA graphs; here, on the CPU, they are made to.
+Steps are speculative where they are replayed from CUDA graphs; here speculation is turned on on the CPU.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def guesses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Passes run ahead; of each, whether it was the one that was needed."""
+def speculations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Turns speculation on; for each speculative step, whether its assumptions held."""
     found: list[bool] = []
     speculation_holds = ParallelDecodeLoop.speculation_holds
 
-    def watched(loop: ParallelDecodeLoop, ahead: Any) -> bool:
-        found.append(speculation_holds(loop, ahead))
+    def watched(loop: ParallelDecodeLoop, speculative: Any) -> bool:
+        found.append(speculation_holds(loop, speculative))
         return found[-1]
 
     monkeypatch.setattr(TopologySession, "can_speculate", lambda session: True)
@@ -61,45 +61,45 @@ def _same(first: Any, second: Any) -> None:
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-9, atol=1e-9)
 
 
-def test_branches_and_joins_whose_tokens_are_known_beforehand(
-    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_branches_and_joins_with_proposed_tokens(
+    model_of: Callable, toy_tokenizer: Callable, speculations: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     ids = torch.tensor([tokenizer.encode("Q"), tokenizer.encode("R")])
     sampler = ScriptedSampler({key: tokenizer.encode(text) for key, text in SCRIPTS.items()}, after=EOS)
-    ahead = _run(model, tokenizer, ids, sampler=sampler)
-    assert True in guesses and False in guesses
+    speculative = _run(model, tokenizer, ids, sampler=sampler)
+    assert True in speculations and False in speculations
     with monkeypatch.context() as patched:
         patched.setattr(TopologySession, "can_speculate", lambda session: False)
-        one_by_one = _run(model, tokenizer, ids, sampler=sampler)
-    _same(ahead, one_by_one)
-    # Each pass in vain is one pass more, and there is nothing else to pay.
-    assert ahead.num_forward_passes == one_by_one.num_forward_passes + guesses.count(False)
+        sequential = _run(model, tokenizer, ids, sampler=sampler)
+    _same(speculative, sequential)
+    # Each failed speculation costs one forward pass.
+    assert speculative.num_forward_passes == sequential.num_forward_passes + speculations.count(False)
 
 
-def test_a_prompt_that_ends_where_branches_begin_goes_on_with_the_device_s_own_tokens(
-    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_branches_speculate_with_tokens_on_the_device(
+    model_of: Callable, toy_tokenizer: Callable, speculations: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several branches side by side, none of whose tokens the host knows when the next pass begins."""
+    """Parallel branches whose tokens the host does not know when the next step is dispatched."""
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}"), tokenizer.encode(f"R{BLOCK}")])
-    ahead = _run(model, tokenizer, ids, branch_max_new_tokens=9)
-    assert guesses.count(True) > 8 and False in guesses
+    speculative = _run(model, tokenizer, ids, branch_max_new_tokens=9)
+    assert speculations.count(True) > 8 and False in speculations
     with monkeypatch.context() as patched:
         patched.setattr(TopologySession, "can_speculate", lambda session: False)
-        _same(ahead, _run(model, tokenizer, ids, branch_max_new_tokens=9))
+        _same(speculative, _run(model, tokenizer, ids, branch_max_new_tokens=9))
 
 
 @pytest.mark.parametrize("grammar", ["multiverse", "medverse"])
-def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
+def test_random_prompts_limits_and_cache_sizes(
     grammar: str,
     model_of: Callable,
     toy_tokenizer: Callable,
     random_text: Callable,
-    guesses: list[bool],
+    speculations: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Random prompts that end where branches begin; ends, joins, queues and growth meet passes that are under way."""
+    """Random prompts that end where branches begin: ends, joins, queues and growth happen during speculative steps."""
     model, tokenizer, rng = model_of(grammar), toy_tokenizer(grammar), random.Random(7)
     model.lm_head.weight.data[list(tokenizer.token_ids.values())] *= 1.5  # so that tags are chosen now and then
     fork = {"multiverse": "</Goal>", "medverse": "</Plan>"}[grammar]
@@ -118,15 +118,15 @@ def test_whatever_the_rows_branches_budgets_and_the_cache_s_room(
             "min_fork_budget": 0,
             "branch_max_new_tokens": rng.choice((None, 5, 9)),
         }
-        ahead = _run(model, tokenizer, ids, **options)
+        speculative = _run(model, tokenizer, ids, **options)
         with monkeypatch.context() as patched:
             patched.setattr(TopologySession, "can_speculate", lambda session: False)
-            _same(ahead, _run(model, tokenizer, ids, **options))
-    assert guesses.count(True) > 50 and guesses.count(False) > 5
+            _same(speculative, _run(model, tokenizer, ids, **options))
+    assert speculations.count(True) > 50 and speculations.count(False) > 5
 
 
-def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
-    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
+def test_no_speculation_with_a_sampler_that_changes_tokens(
+    model_of: Callable, toy_tokenizer: Callable, speculations: list[bool]
 ) -> None:
     class Stubborn(ScriptedSampler):
         def propose(self, branches: Any) -> None:
@@ -135,35 +135,35 @@ def test_nothing_runs_ahead_of_a_sampler_that_has_the_last_word(
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     scripts = {key: tokenizer.encode(text) for key, text in SCRIPTS.items() if key[0] == 0}
     output = _run(model, tokenizer, torch.tensor([tokenizer.encode("Q")]), sampler=Stubborn(scripts, after=EOS))
-    assert guesses == [] and output.parallelism > 1
+    assert speculations == [] and output.parallelism > 1
     sampled = _run(model, tokenizer, torch.tensor([tokenizer.encode("Q")]), do_sample=True, seed=3)
-    assert guesses == [] and sampled.sequences.shape[1] > 1
+    assert speculations == [] and sampled.sequences.shape[1] > 1
 
 
-def test_a_sampler_that_foretells_other_tokens_than_it_settles_on_gets_its_own(
-    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_a_sampler_that_proposes_other_tokens_than_it_returns(
+    model_of: Callable, toy_tokenizer: Callable, speculations: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass begun with foretold tokens must not stay when others are taken: its keys are those of other words."""
+    """A step of proposed tokens is dropped when other tokens are returned: it computed the wrong keys."""
 
     class Louder(ScriptedSampler):
         def finalize(self, branches: Any, tokens: list[int]) -> list[int]:
-            settled = super().finalize(branches, tokens)
-            return [ord(chr(token - 16).upper()) + 16 if token > 100 else token for token in settled]
+            replayed = super().finalize(branches, tokens)
+            return [ord(chr(token - 16).upper()) + 16 if token > 100 else token for token in replayed]
 
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
     sampler = Louder({key: tokenizer.encode(text) for key, text in SCRIPTS.items()}, after=EOS)
-    ahead = _run(model, tokenizer, ids, sampler=sampler)
-    assert False in guesses
+    speculative = _run(model, tokenizer, ids, sampler=sampler)
+    assert False in speculations
     with monkeypatch.context() as patched:
         patched.setattr(TopologySession, "can_speculate", lambda session: False)
-        _same(ahead, _run(model, tokenizer, ids, sampler=sampler))
+        _same(speculative, _run(model, tokenizer, ids, sampler=sampler))
 
 
-def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the_last(
+def test_a_step_without_memory_for_its_graph_reads_the_tokens_of_the_last_step(
     model_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recording runs the step once, and the device keeps the tokens that a step chose where it begins with them."""
+    """Capturing runs the step once, which must not overwrite the tokens that the step reads."""
 
     def record_and_fail(run: Callable[[], Tensor], device: torch.device, state: Sequence[Tensor]) -> None:
         with restored(state):
@@ -188,23 +188,23 @@ def test_a_step_for_whose_graph_there_is_no_memory_begins_with_the_tokens_of_the
         assert torch.equal(logits_of(session), expected) and not session.may_capture
 
 
-def test_tokens_that_are_never_to_be_chosen_are_left_out_by_the_step_itself(
-    model_of: Callable, toy_tokenizer: Callable, guesses: list[bool]
+def test_suppressed_tokens_are_suppressed_by_the_step_itself(
+    model_of: Callable, toy_tokenizer: Callable, speculations: list[bool]
 ) -> None:
-    """As every conversion has some, which must not cost it what runs ahead."""
+    """Every converted checkpoint has such tokens, and they must not turn speculation off."""
     model, tokenizer = model_of("multiverse"), toy_tokenizer("multiverse")
     ids = torch.tensor([tokenizer.encode(f"Q{BLOCK}")])
     free = _run(model, tokenizer, ids, branch_max_new_tokens=9)
     seen = [int(token) for token in free.sequences[0, ids.shape[1] :].unique() if token >= 16]
-    guesses.clear()
+    speculations.clear()
     without = _run(model, tokenizer, ids, branch_max_new_tokens=9, suppress_tokens=seen)
-    assert True in guesses
+    assert True in speculations
     assert not set(without.sequences[0, ids.shape[1] :].tolist()) & set(seen) - set(tokenizer.encode("\n12:"))
-    guesses.clear()
-    # The same by a processor of its own kind, which looks at logits.
+    speculations.clear()
+    # The same with a custom logits processor, which needs the logits.
     processors = LogitsProcessorList([_Without(seen)])
     looked_at = _run(model, tokenizer, ids, branch_max_new_tokens=9, logits_processor=processors)
-    assert guesses == []
+    assert speculations == []
     _same(without, looked_at)
     _same(free, _run(model, tokenizer, ids, branch_max_new_tokens=9))  # what was left out is back
     # Ids that the vocabulary does not have are no ids of it: neither an error nor, counted from behind, others.
