@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.harness import RESULTS, describe_machine, time_interleaved
 from benchmarks.plot import load_pyplot
 from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.modeling.decoder.decode_cache import DecodeCache
@@ -154,7 +154,7 @@ def decode_steps(
 
 def time_steps(step: Step, steps: int, rounds: int = 5) -> float:
     """Milliseconds of a step: median over rounds, after one round that does not count."""
-    return statistics.median(time_in_turns({"step": step}, rounds, steps)["step"])
+    return statistics.median(time_interleaved({"step": step}, rounds, steps)["step"])
 
 
 # Parts: each yields the cells it is made of, as (what identifies the cell, providers, how to measure one)

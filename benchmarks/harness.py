@@ -166,7 +166,7 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
     return Timing.of(samples)
 
 
-def time_in_turns(
+def time_interleaved(
     calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """Milliseconds of each call as called from Python, one figure a round: `repeats` calls queued one behind another.
@@ -190,9 +190,9 @@ def time_in_turns(
 def times(
     calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, device: torch.device, warm_up: int
 ) -> dict[str, list[float]]:
-    """As `time_in_turns`; on the CPU, where a benchmark is only tried, the milliseconds of one call of each."""
+    """As `time_interleaved`; on the CPU, where a benchmark is only tried, the milliseconds of one call of each."""
     if device.type == "cuda":
-        return time_in_turns(calls, rounds, repeats, warm_up)
+        return time_interleaved(calls, rounds, repeats, warm_up)
     found = {}
     for name, call in calls.items():
         began = time.perf_counter()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.generation import SHAPE as LLAMA_1B
 from benchmarks.generation import fill
-from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.harness import RESULTS, describe_machine, time_interleaved
 from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.modeling.decoder.decode_cache import DecodeCache
@@ -98,7 +98,7 @@ def decode(models: dict[str, StemForCausalLM], device: torch.device) -> Iterator
             if step_signature(model) is not None or name != "host, through a buffer":
                 _warm_cache(model, device)
                 calls[name] = _step(model, batch, tokens, device)
-        yield from _lines("decode", {"batch": batch, "context": CONTEXT}, time_in_turns(calls, ROUNDS, STEPS))
+        yield from _lines("decode", {"batch": batch, "context": CONTEXT}, time_interleaved(calls, ROUNDS, STEPS))
 
 
 def _warm_cache(model: StemForCausalLM, device: torch.device) -> None:
@@ -140,7 +140,7 @@ def prefill(models: dict[str, StemForCausalLM], device: torch.device) -> Iterato
 
         calls[name] = call
     cell = {"batch": 1, "context": PROMPT, "distinct": int(prompts[0].unique().numel())}
-    yield from _lines("prefill", cell, time_in_turns(calls, 5, 2))
+    yield from _lines("prefill", cell, time_interleaved(calls, 5, 2))
 
 
 def memory(models: dict[str, StemForCausalLM], device: torch.device) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import RESULTS, describe_machine, time_in_turns
+from benchmarks.harness import RESULTS, describe_machine, time_interleaved
 from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.kernels.stem_gate.api import stem_gate
@@ -45,7 +45,7 @@ def _config(**options: Any) -> StemConfig:
 
 def _time(call: Callable[[], Any]) -> tuple[float, float]:
     """Median milliseconds of a call, queued behind others, and the spread between rounds."""
-    samples = time_in_turns({"call": call}, ROUNDS, REPEATS, warm_up=2)["call"]
+    samples = time_interleaved({"call": call}, ROUNDS, REPEATS, warm_up=2)["call"]
     return statistics.median(samples), max(samples) - min(samples)
 
 

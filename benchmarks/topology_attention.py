@@ -19,25 +19,29 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.harness import RESULTS, describe_machine, read, times, write
 from benchmarks.plot import load_pyplot
 from benchmarks.topology_cases import WIDTH, Layout, Problem, layouts, sample_ids
+from benchmarks.topology_providers import (
+    FLEX,
+    FLEX_NEW,
+    OURS,
+    PROVIDERS,
+    Attention,
+    Flex,
+)
 from hf_efficient.kernels.contract import relative_error
-from hf_efficient.kernels.topology_attention.api import topology_attention
 from hf_efficient.kernels.topology_attention.reference import visible_pairs
 from hf_efficient.kernels.topology_blocks.api import topology_blocks
-from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS, BlockLists
+from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, PARTIAL_KEYS
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
 PARTS = ("attention", "preparation", "builder")
@@ -46,146 +50,6 @@ IDENTITY = ("part", "case", "mode", "provider")
 ROUNDS, TURN_MS = 9, 12.0
 # Relative errors in bfloat16 that our kernel may have; peers may round in between, so they get twice as much.
 FORWARD_BOUND, GRADIENT_BOUND = 1e-2, 2e-2
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-# Providers. Each makes, of a problem, the function that is timed.
-
-
-def mask_function(segment_ids: Tensor, segment_visibility: Tensor, table: Tensor) -> Callable[..., Tensor]:
-    """FlexAttention's: one shift a pair where the ancestors fit into a narrow word, else one look-up."""
-    segments = segment_ids[0]
-    if segment_visibility.shape[1] > 31:
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return table[segments[q], segments[k]] & (k <= q)
-    else:
-        words = segment_visibility[0, :, 0].to(torch.int32)[segments]
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (((words[q] >> segments[k]) & 1) == 1) & (k <= q)
-
-    return seen
-
-
-def block_mask_of_lists(problem: Problem, blocks: BlockLists, seen: Callable[..., Tensor]) -> BlockMask:
-    """FlexAttention's mask of our block lists."""
-    return BlockMask.from_kv_blocks(
-        blocks.counts[:, None, PARTIAL_KEYS],
-        blocks.lists[:, None, PARTIAL_KEYS],
-        blocks.counts[:, None, FULL_KEYS],
-        blocks.lists[:, None, FULL_KEYS],
-        BLOCK_SIZE=BLOCK,
-        mask_mod=seen,
-        seq_lengths=(problem.length, problem.length),
-    )
-
-
-class Flex:
-    """FlexAttention, and the ways to its mask. Compiled on CUDA; on the CPU, where it is only tried, it is called."""
-
-    def __init__(self, problem: Problem) -> None:
-        on_cuda = problem.device.type == "cuda"
-        self.problem = problem
-        self.attention: Any = torch.compile(flex_attention, dynamic=False) if on_cuda else flex_attention
-        # One program for a whole block is what Triton 3.6 needs minutes to compile.
-        options = {"triton.persistent_reductions": False}
-        compiled = torch.compile(create_block_mask, dynamic=False, options=options)
-        self.create: Any = compiled if on_cuda else create_block_mask
-        self.grouped = problem.layout.heads[0] != problem.layout.heads[1]
-
-    def seen(self) -> Callable[..., Tensor]:
-        problem = self.problem
-        return mask_function(problem.segment_ids, problem.segment_visibility, problem.table)
-
-    def created(self, create: Any) -> BlockMask:
-        problem = self.problem
-        return create(self.seen(), None, None, problem.length, problem.length, device=problem.device, BLOCK_SIZE=BLOCK)
-
-    def of_lists(self, blocks: BlockLists) -> BlockMask:
-        return block_mask_of_lists(self.problem, blocks, self.seen())
-
-    def new_lists(self) -> BlockMask:
-        return self.of_lists(topology_blocks(self.problem.segment_ids, self.problem.segment_visibility))
-
-    def with_mask(self, mask: Callable[[], BlockMask]) -> Attention:
-        return lambda q, k, v: self.attention(q, k, v, block_mask=mask(), enable_gqa=self.grouped)
-
-
-def _ours(problem: Problem, flex: Flex) -> Attention:
-    return lambda q, k, v: topology_attention(
-        q, k, v, problem.segment_ids, problem.segment_visibility, blocks=problem.blocks
-    )
-
-
-def _ours_new(problem: Problem, flex: Flex) -> Attention:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = topology_blocks(problem.segment_ids, problem.segment_visibility)
-        return topology_attention(q, k, v, problem.segment_ids, problem.segment_visibility, blocks=blocks)
-
-    return attend
-
-
-def _flex(problem: Problem, flex: Flex) -> Attention:
-    mask = flex.created(create_block_mask)
-    return flex.with_mask(lambda: mask)
-
-
-def _flex_lists(problem: Problem, flex: Flex) -> Attention:
-    mask = flex.of_lists(problem.blocks)
-    return flex.with_mask(lambda: mask)
-
-
-def _dense(problem: Problem, flex: Flex) -> Attention:
-    mask = problem.rows_seen(slice(None), causal=False)[None, None]
-    group = problem.layout.heads[0] // problem.layout.heads[1]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if group > 1:  # as transformers does where there is a mask
-            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    return attend
-
-
-def _causal(backend: SDPBackend, problem: Problem, flex: Flex) -> Attention:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend) if q.is_cuda else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=flex.grouped)
-
-    return attend
-
-
-@dataclass(frozen=True)
-class Provider:
-    """`topology`: whether masks and lists are given, made at each call, or none are needed."""
-
-    prepare: Callable[[Problem, Flex], Attention]
-    topology: str = "given"
-    captured: bool = True
-
-
-OURS, OURS_NEW, FLEX, FLEX_NEW = "hf_efficient", "hf_efficient, new topology", "flex", "flex, new topology"
-FLEX_EAGER_MASK = "flex, new topology, mask not compiled"
-PROVIDERS = {
-    OURS: Provider(_ours),
-    FLEX: Provider(_flex),
-    "flex, our lists": Provider(_flex_lists),
-    "sdpa, dense mask": Provider(_dense),
-    OURS_NEW: Provider(_ours_new, "new"),
-    FLEX_NEW: Provider(lambda problem, flex: flex.with_mask(partial(flex.created, flex.create)), "new", False),
-    # As flex's own documentation calls it; its intermediate results have the size of a dense mask, several times.
-    FLEX_EAGER_MASK: Provider(
-        lambda problem, flex: flex.with_mask(partial(flex.created, create_block_mask)), "new", False
-    ),
-    "flex, our lists, new topology": Provider(
-        lambda problem, flex: flex.with_mask(flex.new_lists), "new", captured=False
-    ),
-    "causal, cuDNN": Provider(partial(_causal, SDPBackend.CUDNN_ATTENTION), "none"),
-    "causal, flash": Provider(partial(_causal, SDPBackend.FLASH_ATTENTION), "none"),
-}
-
 
 # Measuring
 
@@ -242,7 +106,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: (graph.replay(), kept, call)
 
 
-def in_turns(
+def interleaved(
     calls: dict[str, Callable[[], Any]], number: int, device: torch.device
 ) -> dict[str, tuple[float, float, float]]:
     """Median, least and most milliseconds of each, where every call stands for `number` of them."""
@@ -317,7 +181,7 @@ def measure(
                     before = torch.cuda.memory_allocated(device)
                     calls[name]()
                     peaks[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
-        launched = in_turns(calls, len(problem.inputs), device)
+        launched = interleaved(calls, len(problem.inputs), device)
         graphs, refused = {}, {}
         for name, call in calls.items() if device.type == "cuda" else ():
             if PROVIDERS[name].captured:
@@ -325,7 +189,7 @@ def measure(
                     graphs[name] = captured(call)
                 except RuntimeError as error:
                     refused[name] = str(error).splitlines()[0]
-        replayed = in_turns(graphs, len(problem.inputs), device)
+        replayed = interleaved(graphs, len(problem.inputs), device)
         graphs.clear()
         release(device)
         timed = {name: replayed.get(name, launched[name]) for name in calls}
@@ -392,10 +256,10 @@ def measure_preparation(layout: Layout, device: torch.device) -> list[dict[str, 
         line = {"part": "preparation", "case": layout.label, "mode": "preparation", "provider": name}
         line |= {"length": layout.length, "segments": len(layout.segments)}
         try:
-            line["ms_launched"] = _rounded(in_turns({name: call}, 1, device)[name][0])
+            line["ms_launched"] = _rounded(interleaved({name: call}, 1, device)[name][0])
             line["ms_wall"] = _rounded(wall(call, device))
             if device.type == "cuda" and name == "topology_blocks":
-                line["ms"] = _rounded(in_turns({name: captured(call)}, 1, device)[name][0])
+                line["ms"] = _rounded(interleaved({name: captured(call)}, 1, device)[name][0])
         except torch.OutOfMemoryError:
             line["out_of_memory"] = True
         release(device)

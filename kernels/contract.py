@@ -1,7 +1,8 @@
-"""What every operation states about itself: one record drives its tests, its benchmarks and `hf-efficient env`.
+"""The record of an operation, which drives its tests and benchmarks.
 
-A record lives in `record.py` of the operation's folder and is called `RECORD`. Adding an operation touches no list: the
-folders are searched. Nothing that runs in a model imports this module, so no checkpoint carries it.
+It is called `RECORD` and lies in `record.py` of the operation's folder; `all_records` searches the folders, so that a
+new operation needs no entry in a list. Only tests, benchmarks and records import this module: neither a wheel nor an
+exported checkpoint contains it or a record.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call, by name; `label` says what is special about them."""
+    """Arguments of one call, by name; `label` says what they test."""
 
     label: str
     arguments: Arguments
@@ -37,8 +38,8 @@ class BadInput:
     words: tuple[str, ...]
 
 
-# Elements of the largest upstream gradient that is.
-_DRAWN_ON_THE_CPU = 1 << 20
+# Upstream gradients of at most this many elements are drawn on the CPU.
+_MAX_DRAWN_ON_CPU = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Compilation:
     Attributes:
         label: readable name of the configuration.
         kernel: the jitted function.
-        types: type of each argument in Triton's spelling (`*bf16`, `i32`), constants left out.
+        types: type of each argument that is no constant, as Triton spells it (`*bf16`, `i32`).
         constants: compile-time arguments.
         num_warps: warps of a program.
-        num_stages: depth of the pipelined loops; None for Triton's own choice.
-        aligned: arguments whose value is a multiple of 16, as the launcher sees it for well-shaped tensors.
+        num_stages: pipeline stages of the loops; None for Triton's default.
+        aligned: arguments whose value is a multiple of 16, as Triton specialises them for well-shaped tensors.
     """
 
     label: str
@@ -81,7 +82,7 @@ class Compilation:
 
 
 def no_backward_cost(arguments: Arguments) -> Cost:
-    """Of an inference-only operation."""
+    """Cost of the backward pass of an inference-only operation: none."""
     return Cost(bytes=0, flops=0)
 
 
@@ -98,18 +99,18 @@ class KernelRecord:
             odd sizes, strides, empty and size-1 tensors, and every branch of the kernels.
         bad_inputs: arguments that must be refused.
         tolerances: bounds for each dtype that the kernels take.
-        operators: (operator, arguments) of every PyTorch operator that a call with these arguments may reach.
+        operators: (operator, arguments) of every PyTorch operator that a call with these arguments may run.
         compilations: every kernel configuration that a device of this capability (80, 86, …) may pick.
-        forward_cost, backward_cost: byte and operation model of a call with these arguments; inference-only operations
-            leave the second out.
-        peers: other ways to get the same result, by name: what a user would write without us.
+        forward_cost, backward_cost: byte and operation model of a call with these arguments; an inference-only
+            operation has no backward cost.
+        peers: other functions with the same result, by name: what a user would write without this package.
         differentiable: names of the arguments that get a gradient, where a call has them; empty for inference-only
-            operations, which refuse tensors that want one.
-        mutates: names of the arguments that a call changes in place; what they hold afterwards is a result too.
-        after_rounding: results, by name, that are computed from something rounded to the dtype of the first argument,
-            so that they are no more exact than that, whatever their own dtype.
-        interpreted: dtypes that Triton's interpreter computes rightly: not bfloat16, which it truncates where a GPU
-            rounds, and has altogether wrong in `tl.dot`.
+            operations, which raise for tensors that require one.
+        mutates: names of the arguments that a call changes in place; their new contents are results too.
+        after_rounding: names of results that are computed from a value rounded to the dtype of the first argument,
+            so that they are only as accurate as that dtype.
+        interpreted: dtypes that Triton's interpreter computes correctly: not bfloat16, which it truncates where a GPU
+            rounds, and for which its `tl.dot` is wrong.
     """
 
     name: str
@@ -131,13 +132,13 @@ class KernelRecord:
 
 @functools.cache
 def all_records() -> tuple[KernelRecord, ...]:
-    """The records of all operations, in the order of their names."""
+    """The records of all operations, sorted by name."""
     folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/record.py"))
     return tuple(import_module(f"hf_efficient.kernels.{folder}.record").RECORD for folder in folders)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖`` in float64; infinite where anything is not finite or a zero is missed."""
+    """``‖actual - expected‖ / ‖expected‖`` in float64; infinite for NaN, infinity, and non-zeros in place of zero."""
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.double()
@@ -173,7 +174,7 @@ def named_outputs(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def present(arguments: Arguments, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the names that a call gives a tensor."""
+    """Those of `names` for which `arguments` holds a tensor."""
     return tuple(name for name in names if isinstance(arguments.get(name), Tensor))
 
 
@@ -186,7 +187,7 @@ def run(
     """Outputs of `function`, named by `named_outputs`, then the gradients of its differentiable arguments and the
     contents of those that it changes, both under the arguments' names.
 
-    Arguments that the function changes are handed over as copies. The gradients that flow into the outputs are drawn
+    Arguments that the function changes are passed as copies. The gradients that flow into the outputs are drawn
     from a fixed seed, rounded to the outputs' dtypes.
     """
     differentiable = present(arguments, differentiable)
@@ -212,13 +213,13 @@ def run(
 def upstream_gradient(out: Tensor) -> Tensor:
     """A fixed random gradient for `out`: the same values for every dtype, up to rounding.
 
-    Mostly of one sign: a parameter's gradient, which is a sum over all rows, would cancel under one of either sign, and
-    its relative error would be that of the cancellation.
+    Mostly positive: with mixed signs a parameter's gradient, a sum over all rows, would cancel, and its relative error
+    would be that of the cancellation.
     """
-    # A small one is drawn on the CPU, so that every device sees the same numbers.
-    device = torch.device("cpu") if out.numel() <= _DRAWN_ON_THE_CPU else out.device
+    # Small ones are drawn on the CPU, so that every device sees the same numbers.
+    device = torch.device("cpu") if out.numel() <= _MAX_DRAWN_ON_CPU else out.device
     generator = torch.Generator(device).manual_seed(0)
-    # Drawn in bfloat16, which every other dtype holds exactly, so that all see the same numbers.
+    # Drawn in bfloat16, which the other dtypes represent exactly, so that all see the same numbers.
     values = torch.empty(out.shape, dtype=torch.bfloat16, device=device).normal_(1.0, 0.75, generator=generator)
     return values.to(out.device, out.dtype)
 
@@ -249,7 +250,7 @@ def deviations(
     expected = run(record.reference, in_float64(arguments), differentiable, record.mutates)
     found = []
     for name, actual in run(function, arguments, differentiable, record.mutates).items():
-        bound = 0.0  # integers are right or wrong
+        bound = 0.0  # integers must be equal
         if actual.is_floating_point():
             first = next(iter(arguments.values())) if name in record.after_rounding else actual
             tolerance = record.tolerances[first.dtype]

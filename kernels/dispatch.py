@@ -1,8 +1,8 @@
 """Which backend an operation runs on, and why.
 
 Order: the `backend` argument, then `HFE_BACKEND`, then Triton on a CUDA device of compute capability 8.0 or newer, then
-the reference. A backend that was asked for and cannot run is an error; one that was only preferred gives way to the
-reference, with a warning where that is a surprise.
+the reference. A requested backend that cannot run is an error; without a request the reference is the fallback, with a
+warning on a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and the reason for it. `problem` says why Triton was passed over, or is empty."""
+    """A backend and the reason for it. `problem` says why Triton cannot run, or is empty."""
 
     backend: str
     reason: str
@@ -31,10 +31,10 @@ class Choice:
 
 @functools.cache
 def triton_import_problem() -> str:
-    """The error that importing Triton gives, as text; empty when it imports."""
+    """The error of importing Triton, as text; empty when it imports."""
     try:
         import triton  # noqa: F401
-    except Exception as error:  # a broken installation can raise anything; whatever it is, the user must see it
+    except Exception as error:  # a broken installation can raise any exception, which the user must see
         return f"importing triton failed with {type(error).__name__}: {error}"
     return ""
 
@@ -59,16 +59,16 @@ def triton_problem(device: torch.device) -> str:
 
 @functools.cache
 def preferred_backend(device: torch.device) -> Choice:
-    """What tensors on `device` get when nobody asks for anything."""
+    """The backend for tensors on `device` when none is requested."""
     problem = triton_problem(device)
     if device.type == "cuda" and not problem:
         return Choice("triton", "the tensors are on cuda")
-    # Triton's interpreter runs on the CPU, but only for those who ask: it is for tests, and slow.
+    # Triton's interpreter runs on the CPU only on request: it is slow, and meant for tests.
     return Choice("reference", problem or "the tensors are on cpu", problem)
 
 
 def requested_backend(name: str, origin: str, device: torch.device) -> Choice:
-    """The backend called `name`, which `origin` (the argument, or an environment variable) asks for.
+    """The backend `name`, requested by `origin` (the argument, or an environment variable).
 
     Raises:
         BackendError: there is no such backend, or it cannot run on `device`.
@@ -92,7 +92,7 @@ def choose_backend(requested: str | None, device: torch.device) -> Choice:
     return preferred_backend(device) if override is None else requested_backend(override, "HFE_BACKEND", device)
 
 
-@torch.compiler.assume_constant_result  # a choice reads the environment and imports Triton: neither belongs in a graph
+@torch.compiler.assume_constant_result  # a choice reads the environment and imports Triton, which cannot be traced
 def _select(op: str, requested: str | None, device_type: str, device_index: int | None) -> str:
     choice = choose_backend(
         requested, torch.device(device_type if device_index is None else f"{device_type}:{device_index}")

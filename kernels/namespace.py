@@ -8,6 +8,6 @@ import zlib
 
 NS = "hf_efficient"
 if not __name__.startswith("hf_efficient."):
-    # Two checkpoints of one release carry the same code. An op that is registered twice is freed under the first
-    # copy's feet, and the next call of it can crash the process, so each copy adds the name that it was loaded by.
+    # Two checkpoints of one release carry the same code. Registering an op twice frees the first registration while the
+    # first copy still uses it, which can crash the process, so each copy adds its module name.
     NS += f"_{zlib.crc32(__name__.encode()):08x}"

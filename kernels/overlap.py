@@ -1,22 +1,22 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before it in the stream still runs.
 
-It hides the launch, and the wait for the first weights. It pays where a step is a chain of short kernels whose programs
-leave room beside each other, that is with one row of activations; with more rows, programs that wait hold shared memory
-which those at work need, and a step gets slower. So the default is: one row on, more rows off, and nothing before
-compute capability 9.0. `HFE_OVERLAP=1` or `0` overrides it.
+It hides the launch latency and the load of the first weights. It pays where a step is a chain of short kernels that fit
+on the device together, that is with one row of activations; with more rows, waiting programs occupy shared memory that
+running ones need, and a step gets slower. So the default is on for one row, off for more rows, and off before compute
+capability 9.0. `HFE_OVERLAP=1` or `0` overrides it.
 
-Why no result can change. A kernel that is launched so may run beside its predecessor, and beside kernels before that
-one, as it may itself have started early. Four rules follow, which the kernels keep on every path:
+Why no result can change. A kernel launched this way may run concurrently with its predecessor, and with kernels before
+that one, which may have started early too. The kernels follow four rules on every path:
 
-1. Every load and every store comes after `gdc_wait()`, weights included: CUDA promises that what earlier kernels wrote
-   is visible after the wait, and not before, not even where the predecessor knows nothing of early launches and counts
-   as having signalled when its last block is done. A weight may have been written right before, by an optimiser.
-2. Before the wait there is only `prefetch`. It brings lines of weights to the L2 cache, which every write on the device
-   goes through, and returns nothing: a line written afterwards is right there.
-3. Every program waits. So a kernel cannot finish before all kernels ahead of it have; to wait for the predecessor is to
-   wait for all of them, and what is written after the wait is read by none of them any more.
-4. `gdc_launch_dependents()` only invites the next kernel, which heeds it only if it was launched so. PyTorch's kernels
-   are not, and start when all is finished.
+1. Every load and every store comes after `gdc_wait()`, weights included: CUDA guarantees that the writes of earlier
+   kernels are visible only after the wait, even where the predecessor does not use dependent launch and signals
+   implicitly when its last block ends. A weight may have been written by the previous kernel, in an optimizer step.
+2. Before the wait there is only `prefetch`. It loads lines of weights into the L2 cache and returns nothing. Every
+   write on the device goes through the L2 cache, so a line written afterwards is up to date.
+3. Every program waits. So a kernel cannot finish before all kernels ahead of it have finished: waiting for the
+   predecessor is waiting for all of them, and none of them still reads what is written after the wait.
+4. `gdc_launch_dependents()` only allows the next kernel to start early, which it does only if it was launched with the
+   attribute. PyTorch's kernels are not, and start when all programs have finished.
 
 Sources: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol` and
 `prefetch`.
@@ -44,12 +44,12 @@ MOST_ROWS = 1
 
 
 if HAVE_TRITON:
-    # Bytes that one prefetch surely brings, a sector of the cache.
+    # Bytes that one prefetch loads at least: a sector of the cache.
     SECTOR: tl.constexpr = tl.constexpr(32)
 
     @triton.jit
     def prefetch(pointers):
-        """Ask for the sectors that these addresses are in to come to the L2 cache; no effect on any result."""
+        """Prefetch the sectors of these addresses into the L2 cache; no effect on any result."""
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",
@@ -69,12 +69,12 @@ def _options(device: torch.device, few: bool) -> dict[str, bool]:
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
     )
-    # Versions of Triton that do not know the switch still launch without it.
+    # Without overlap `launch_pdl` is left out, so that versions of Triton without the option work.
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 def overlap_options(device: torch.device, rows: int) -> dict[str, bool]:
-    """Keyword arguments of a launch on `device`: the kernel's constant `OVERLAP`, and Triton's own switch with it.
+    """Keyword arguments of a launch on `device`: the kernel's constant `OVERLAP`, and Triton's `launch_pdl` with it.
 
     Args:
         device: the tensors' device.

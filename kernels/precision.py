@@ -1,4 +1,4 @@
-"""Products in the dtype they are written in."""
+"""Matrix products in the dtype of their operands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Products stay in the dtype they are written in, as the kernels' do."""
-    if not torch.amp.is_autocast_available(device_type):  # of tensors without data, for one
+    """A context in which autocast does not change the dtype of matrix products, as in the kernels."""
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

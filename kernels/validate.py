@@ -1,6 +1,6 @@
-"""Checks of an operation's arguments, with one wording for all operations, and what is mended in passing.
+"""Checks of an operation's arguments, with the same error texts for all operations.
 
-Nothing here looks at data, except `check_ids`; shapes, dtypes and devices are known without waiting for the device.
+Only `check_ids` reads data; shapes, dtypes and devices are known without a device synchronisation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
-    """Every value is a tensor, and all are on one device."""
+    """Raise HFEError unless every value is a tensor and all are on one device."""
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -30,14 +30,14 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """`tensor` has one of the dtypes in `allowed`."""
+    """Raise HFEError unless `tensor` has one of the dtypes in `allowed`."""
     if tensor.dtype not in allowed:
         found, *names = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *allowed))
         raise HFEError(f"{op}: `{name}` has dtype {found}", f"convert it to one of {', '.join(names)}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], layout: str) -> None:
-    """`tensor` has exactly the shape `expected`; `layout` says in words where that shape comes from."""
+    """Raise HFEError unless `tensor` has the shape `expected`; `layout` describes it in the error."""
     if tensor.shape != expected:
         raise HFEError(
             f"{op}: `{name}` has shape {tuple(tensor.shape)} where {expected} is needed", f"its shape must be {layout}"
@@ -45,13 +45,13 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], l
 
 
 def check_rank(op: str, name: str, tensor: Tensor, least: int, most: int | None, layout: str) -> None:
-    """`tensor` has between `least` and `most` dimensions (no upper bound when None)."""
+    """Raise HFEError unless `tensor` has between `least` and `most` dimensions (no upper bound when None)."""
     if tensor.dim() < least or (most is not None and tensor.dim() > most):
         raise HFEError(f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its shape must be {layout}")
 
 
 def check_not_empty(op: str, name: str, tensor: Tensor, dimension: int) -> None:
-    """`tensor` has at least one element along `dimension`."""
+    """Raise HFEError unless `tensor` has at least one element along `dimension`."""
     if tensor.shape[dimension] == 0:
         raise HFEError(
             f"{op}: `{name}` has shape {tuple(tensor.shape)}", f"its dimension {dimension} must not be empty"
@@ -59,9 +59,9 @@ def check_not_empty(op: str, name: str, tensor: Tensor, dimension: int) -> None:
 
 
 def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
-    """Neighbours in the last dimension of `tensor` are neighbours in memory; other strides are free.
+    """Raise HFEError unless the last dimension of `tensor` is contiguous; other strides are free.
 
-    For tensors too large to be copied in passing; smaller ones are made contiguous by the operation itself.
+    For tensors too large to copy; the operation itself makes smaller ones contiguous.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise HFEError(
@@ -71,28 +71,31 @@ def check_rows_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where its last dimension is strided: kernels read rows as runs of memory."""
+    """`x`, or a contiguous copy of it where its last dimension is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def check_no_gradient(op: str, tensors: Mapping[str, Tensor]) -> None:
-    """No tensor wants a gradient, which the operation, being for inference only, could not give."""
+    """Raise HFEError if a tensor requires a gradient, for operations without a backward pass."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise HFEError(
                 f"{op}: `{name}` requires a gradient, and this operation is for inference only",
-                "call it under torch.no_grad(), or use the modules it stands for",
+                "call it under torch.no_grad(), or use the PyTorch modules instead",
             )
 
 
 def check_ids(op: str, ids: Tensor, rows: int) -> None:
-    """Every id lies in [0, rows). Looked at on the CPU always, elsewhere with HFE_CHECK=1: it waits for the device."""
+    """Raise TokenIdError unless every id lies in [0, rows).
+
+    Checked on the CPU always, elsewhere only with HFE_CHECK=1, since it synchronises with the device.
+    """
     if ids.device.type != "cpu" and not check_data():
         return
     if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.is_meta or ids.numel() == 0:
-        return  # no values to look at: a traced, fake or empty tensor
+        return  # a traced, fake or empty tensor has no values
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= rows:
         position = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()

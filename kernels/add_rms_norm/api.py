@@ -24,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def add_rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and RMS normalisation in one pass over the rows.
+    """Residual addition and RMSNorm in one kernel.
 
     ``summed = x + residual``, rounded to the dtype of `x`, and ``normed = weight * round(summed * r)`` with
     ``r = 1 / sqrt(mean(summed^2) + eps)`` over the last dimension. Computed in float32 and rounded where the stock
@@ -34,7 +34,7 @@ def add_rms_norm(
         x: [..., D], D up to 65,536; float16, bfloat16 or float32; any strides.
         weight: [D], in the dtype of `x`.
         eps: added to the mean square, positive or zero.
-        residual: as `x`; None for a normalisation alone.
+        residual: as `x`; None for RMSNorm alone.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
 

@@ -14,7 +14,7 @@ _ELEMENTS_A_WARP = 512
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of one program, in rows and columns, and its warps; a wider row is read twice, tile by tile."""
+    """Tile of one program, BLOCK_ROWS by BLOCK_WIDTH, and its warps; a wider row is read twice, tile by tile."""
 
     block_rows: int
     block_width: int
@@ -22,9 +22,9 @@ class LaunchConfig:
 
 
 def launch_config(rows: int, width: int) -> LaunchConfig:
-    """For so many rows of this width."""
+    """For `rows` rows of `width` elements."""
     block_width = max(32, min(_WHOLE_WIDTH, 1 << (width - 1).bit_length()))
-    # Few rows: one a program, to occupy the device.
+    # Few rows: one per program, to occupy the device.
     block_rows = 1 if rows <= 1024 else max(1, _TILE // block_width)
     warps = block_rows * block_width // _ELEMENTS_A_WARP
     return LaunchConfig(block_rows, block_width, min(16, max(1, warps)))

@@ -1,4 +1,4 @@
-"""What add_rms_norm states about itself; see `contract.py`."""
+"""The record of add_rms_norm for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 

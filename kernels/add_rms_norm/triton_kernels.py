@@ -1,4 +1,4 @@
-"""Triton kernel of add_rms_norm and the functions that launch it. No checks of arguments: `api.py` sees to those."""
+"""Triton kernel of add_rms_norm and its launchers. Arguments are checked by `api.py`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ except ImportError:
 if HAVE_TRITON:
 
     @triton.jit
-    def _sum_tile(x, residual, at, residual_at, mask):
-        """Tile of x + residual, rounded as it is kept, in float32."""
-        tile = tl.load(x + at, mask=mask, other=0.0)
+    def _sum_tile(x, residual, offsets, residual_offsets, mask):
+        """Tile of x + residual, rounded to the dtype of x as it is stored, in float32."""
+        tile = tl.load(x + offsets, mask=mask, other=0.0)
         if residual is not None:
-            addend = tl.load(residual + residual_at, mask=mask, other=0.0)
-            tile = (tile.to(tl.float32) + addend.to(tl.float32)).to(x.dtype.element_ty)
+            residual_tile = tl.load(residual + residual_offsets, mask=mask, other=0.0)
+            tile = (tile.to(tl.float32) + residual_tile.to(tl.float32)).to(x.dtype.element_ty)
         return tile.to(tl.float32)
 
     @triton.jit
-    def _scaled(tile, scale, weight):
-        """Rounded between the two products, as the stock families do."""
-        normalised = (tile * scale[:, None]).to(weight.dtype)
+    def _normalise(tile, rstd, weight):
+        """tile * rstd * weight, rounded between the two products, as the stock families do."""
+        normalised = (tile * rstd[:, None]).to(weight.dtype)
         return (normalised.to(tl.float32) * weight.to(tl.float32)[None, :]).to(weight.dtype)
 
     @triton.jit(do_not_specialize=["rows"])
@@ -59,39 +59,39 @@ if HAVE_TRITON:
         row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = (row < rows)[:, None]
         x_row, residual_row, out_row = row[:, None] * x_stride, row[:, None] * residual_stride, row[:, None] * width
-        column = tl.arange(0, BLOCK_WIDTH)
+        offs_d = tl.arange(0, BLOCK_WIDTH)
         if WHOLE_ROW:
-            inside = column < width
+            inside = offs_d < width
             mask = in_rows & inside[None, :]
             if OVERLAP:
-                # The weight is on its way before the kernel that makes x has finished.
-                prefetch(weight + tl.where(inside, column, 0))
+                # Prefetch the weight while the kernel that writes x is still running.
+                prefetch(weight + tl.where(inside, offs_d, 0))
                 tl.extra.cuda.gdc_wait()
-            w = tl.load(weight + column, mask=inside, other=0.0)
-            tile = _sum_tile(x, residual, x_row + column[None, :], residual_row + column[None, :], mask)
+            w = tl.load(weight + offs_d, mask=inside, other=0.0)
+            tile = _sum_tile(x, residual, x_row + offs_d[None, :], residual_row + offs_d[None, :], mask)
             if summed is not None:
-                tl.store(summed + out_row + column[None, :], tile.to(summed.dtype.element_ty), mask=mask)
-            scale = tl.rsqrt(tl.sum(tile * tile, axis=1) / width + eps)
-            tl.store(normed + out_row + column[None, :], _scaled(tile, scale, w), mask=mask)
+                tl.store(summed + out_row + offs_d[None, :], tile.to(summed.dtype.element_ty), mask=mask)
+            rstd = tl.rsqrt(tl.sum(tile * tile, axis=1) / width + eps)
+            tl.store(normed + out_row + offs_d[None, :], _normalise(tile, rstd, w), mask=mask)
         else:
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
             squares = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], dtype=tl.float32)
             for start in range(0, width, BLOCK_WIDTH):
-                at = start + column[None, :]
-                mask = in_rows & (at < width)
-                tile = _sum_tile(x, residual, x_row + at, residual_row + at, mask)
+                offsets = start + offs_d[None, :]
+                mask = in_rows & (offsets < width)
+                tile = _sum_tile(x, residual, x_row + offsets, residual_row + offsets, mask)
                 if summed is not None:
-                    tl.store(summed + out_row + at, tile.to(summed.dtype.element_ty), mask=mask)
+                    tl.store(summed + out_row + offsets, tile.to(summed.dtype.element_ty), mask=mask)
                 squares += tile * tile
-            scale = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)
+            rstd = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)
             for start in range(0, width, BLOCK_WIDTH):
-                at = start + column[None, :]
-                mask = in_rows & (at < width)
-                # Read and added again instead of kept: the cache has it, the registers would not.
-                tile = _sum_tile(x, residual, x_row + at, residual_row + at, mask)
-                w = tl.load(weight + start + column, mask=start + column < width, other=0.0)
-                tl.store(normed + out_row + at, _scaled(tile, scale, w), mask=mask)
+                offsets = start + offs_d[None, :]
+                mask = in_rows & (offsets < width)
+                # Read and added again, from the cache: so wide a row does not fit in registers.
+                tile = _sum_tile(x, residual, x_row + offsets, residual_row + offsets, mask)
+                w = tl.load(weight + start + offs_d, mask=start + offs_d < width, other=0.0)
+                tl.store(normed + out_row + offsets, _normalise(tile, rstd, w), mask=mask)
 
 
 def _launch(

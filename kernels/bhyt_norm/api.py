@@ -29,7 +29,7 @@ def bhyt_norm(
     out_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounded hyperbolic tangent in place of a normalisation, with the residual addition before it.
+    """Bounded hyperbolic tangent in place of RMSNorm, with the residual addition before it.
 
     With ``s = x + residual``, rounded to the dtype of `residual`, and its mean square ``v`` over the last dimension::
 
@@ -43,11 +43,11 @@ def bhyt_norm(
         term = 1                                           with `affine` alone
 
     and ``v' = variance`` with neither. Computed in float32 (float64 where an argument has it) and rounded once; where
-    `normed` is of half precision, tanh is the device's own, right to 2^-11.
+    `normed` is of half precision, tanh is the device's instruction, with an error of at most 2^-11.
 
     Differentiable in `x`, `residual`, `weight`, `bound`, `variance` and `affine`, and through the returned ``v``. The
-    gradients of the parameters are summed in a fixed order: two runs agree bit for bit. Kept for the backward pass: the
-    sum, which is the residual stream anyway, and ``v``.
+    gradients of the parameters are summed in a fixed order: two runs agree bit for bit. The backward pass saves
+    the sum, which is the residual stream anyway, and ``v``.
 
     Args:
         x: [..., D], D up to 16,384; float16, bfloat16, float32 or float64; any strides.
@@ -55,7 +55,7 @@ def bhyt_norm(
         bound: [1], the lambda of the source; of any sign.
         eps: added to the mean square, positive.
         kappa: coverage constant of Chebyshev's inequality, positive.
-        residual: [..., D], in the dtype of `x` or a wider one; None for a normalisation alone.
+        residual: [..., D], in the dtype of `x` or a wider one; None for no addition.
         variance: [...], float32 (float64 beside float64), the mean square of an earlier site; None for an exact one.
         affine: [2], goes with `variance`.
         branch: [2], goes with `variance` and `first_bound`: what the branch between the sites adds. No gradient.
@@ -115,7 +115,8 @@ def bhyt_norm(
             check_shape("bhyt_norm", name, given[name], (2,), "[2]")
             if variance is None:
                 raise HFEError(
-                    f"bhyt_norm: `{name}` came without `variance`", "pass the mean square that the estimate starts from"
+                    f"bhyt_norm: `{name}` is given without `variance`",
+                    "pass the mean square that the estimate starts from",
                 )
     if (branch is None) != (first_bound is None):
         raise HFEError("bhyt_norm: `branch` and `first_bound` go together", "pass both or neither")
@@ -132,7 +133,7 @@ def bhyt_norm(
         return normed.contiguous(), summed if residual is None else summed.contiguous(), v
     from hf_efficient.kernels.bhyt_norm.op import bhyt_norm_rows
 
-    # Always of rank 2, so that a change of the number of leading dimensions compiles nothing anew.
+    # Always of rank 2, so that another number of leading dimensions does not recompile.
     normed, summed, v = bhyt_norm_rows(
         x.reshape(-1, width),
         None if residual is None else residual.reshape(-1, width),

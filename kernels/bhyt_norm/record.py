@@ -1,4 +1,4 @@
-"""What bhyt_norm states about itself; see `contract.py`."""
+"""The record of bhyt_norm for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
-from hf_efficient.kernels.bhyt_norm.configs import FINISH_COLUMNS, MAX_WIDTH, backward_config, forward_config
+from hf_efficient.kernels.bhyt_norm.configs import MAX_WIDTH, REDUCE_COLUMNS, backward_config, forward_config
 from hf_efficient.kernels.bhyt_norm.op import bhyt_norm_backward, bhyt_norm_forward
 from hf_efficient.kernels.bhyt_norm.reference import LEAST_SHARE
 from hf_efficient.kernels.bhyt_norm.reference import bhyt_norm as reference_bhyt_norm
@@ -145,7 +145,7 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
 
 
 _STATISTICS = ("variance", "dvariance", "dv", "partial")
-_INTEGERS = ("rows", "turns", "programs", "width")
+_INTEGERS = ("rows", "row_steps", "programs", "width")
 # Arguments of an estimated site, and those that a call may leave out.
 _OF_ESTIMATES = ("affine", "branch", "first_bound")
 _LEFT_OUT = ("residual", "summed", "dsummed", "dv", "out_scale")
@@ -155,7 +155,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
     """Exact and estimating sites, with and without the optional parts, for narrow and wide rows."""
     import triton.language as tl
 
-    from hf_efficient.kernels.bhyt_norm.triton_kernels import backward_kernel, finish_kernel, forward_kernel
+    from hf_efficient.kernels.bhyt_norm.triton_kernels import backward_kernel, forward_kernel, reduce_partials_kernel
 
     def compilation(
         kernel: Any, label: str, dtype: str, absent: tuple[str, ...], launch: dict[str, Any]
@@ -170,7 +170,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             "EPS": 1e-6,
             "KAPPA": 10.0,
             "LEAST": LEAST_SHARE,
-            "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
+            "COMPUTE_DTYPE": tl.float64 if dtype == "fp64" else tl.float32,
             "APPROXIMATE": dtype in ("bf16", "fp16"),
             "ESTIMATED": "affine" in types,
             "OVERLAP": False,
@@ -178,7 +178,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         }
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         # A scale of one number has stride 0, which is a constant to the launcher only where it is 1.
-        aligned = tuple(n for n in types if n not in ("rows", "turns", "programs", "scale_stride"))
+        aligned = tuple(n for n in types if n not in ("rows", "row_steps", "programs", "scale_stride"))
         return Compilation(label, kernel, types, {**dict.fromkeys(gone), **constants}, warps, aligned)
 
     for dtype, exact, width, full in (
@@ -201,13 +201,13 @@ def compilations(capability: int) -> Iterator[Compilation]:
             yield compilation(forward_kernel, f"forward {label}{early}", dtype, absent, launch)
         backward = backward_config(4096, width, row_bytes)
         launch = {"BLOCK_ROWS": backward.block_rows, "BLOCK_WIDTH": backward.block_width}
-        launch |= {"STAGES": backward.num_stages, "num_warps": backward.num_warps, "EXACT": exact}
+        launch |= {"NUM_STAGES": backward.num_stages, "num_warps": backward.num_warps, "EXACT": exact}
         # Without a residual the forward pass writes no sum, but the backward pass still reads the input.
         kept = tuple(name for name in absent if name != "summed")
         yield compilation(backward_kernel, f"backward {label}", dtype, kept, launch)
     for dtype in ("bf16", "fp64"):
-        launch = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": FINISH_COLUMNS, "num_warps": 4}
-        yield compilation(finish_kernel, f"finish {dtype}", dtype, (), launch)
+        launch = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": REDUCE_COLUMNS, "num_warps": 4}
+        yield compilation(reduce_partials_kernel, f"reduce {dtype}", dtype, (), launch)
 
 
 def _bytes_of_rows(arguments: Arguments) -> tuple[int, int]:

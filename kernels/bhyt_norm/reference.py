@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# An estimated mean square is never taken below this share of the one that it was estimated from.
+# An estimated mean square is clamped to at least this share of the one that it is estimated from.
 LEAST_SHARE = 1e-3
 
 
@@ -18,7 +18,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def estimate(
     variance: Tensor, kappa: float, affine: Tensor | None, branch: Tensor | None, first_bound: Tensor | None
 ) -> Tensor:
-    """A site's mean square from that of an earlier site, both [...]; see `api.py` for the formula."""
+    """Mean square of a site estimated from that of an earlier site, both [...]; see `api.py` for the formula."""
     if affine is None and branch is None:
         return variance
     slope, intercept = (1.0, 1.0) if affine is None else affine.to(variance.dtype).unbind()
@@ -49,7 +49,7 @@ def bhyt_norm(
     if variance is None:
         variance = mean_square = s.square().mean(-1)
     else:
-        # Neither changes by a gradient: the source holds both constant.
+        # No gradient for these two: the source treats both as constants.
         branch, first_bound = (None if t is None else t.detach() for t in (branch, first_bound))
         mean_square = estimate(variance.to(wide), kappa, affine, branch, first_bound)
     scale = bound.to(wide)[0] / kappa * torch.rsqrt(mean_square + eps)

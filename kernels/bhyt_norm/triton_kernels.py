@@ -1,6 +1,6 @@
-"""Triton kernels of bhyt_norm and the functions that launch them.
+"""Triton kernels of bhyt_norm and their launchers. Arguments are checked by `api.py`, autograd is in `op.py`.
 
-No checks of arguments and no autograd: `api.py` and `op.py` see to those.
+The symbols of the formulas are those of `README.md`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.environment import triton_interpreted
-from hf_efficient.kernels.bhyt_norm.configs import FINISH_COLUMNS, backward_config, forward_config
+from hf_efficient.kernels.bhyt_norm.configs import REDUCE_COLUMNS, backward_config, forward_config
 from hf_efficient.kernels.bhyt_norm.reference import LEAST_SHARE, compute_dtype
 from hf_efficient.kernels.overlap import overlap_options
 from hf_efficient.kernels.validate import rows_contiguous
@@ -32,18 +32,19 @@ if HAVE_TRITON:
 
     @triton.jit
     def _tanh_approx(u):
-        """One instruction, relative error 2^-11 at most."""
+        """The tanh instruction; its relative error is at most 2^-11."""
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
 
     @triton.jit
     def _reciprocal_approx(x):
+        """The reciprocal instruction."""
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
     @triton.jit
     def _tanh(u, APPROXIMATE: tl.constexpr):
-        """Right to the last digits unless approximate; (1 - e) / (1 + e) would lose those of a small u."""
+        """Accurate to the last digits unless APPROXIMATE; a series for small u, where (1 - e) / (1 + e) cancels."""
         if APPROXIMATE:
             return _tanh_approx(u)
         else:
@@ -55,8 +56,8 @@ if HAVE_TRITON:
             return tl.where(tl.abs(u) < 0.25, u + u * series, tl.where(u < 0.0, -large, large))
 
     @triton.jit
-    def _tanh_slope(u, APPROXIMATE: tl.constexpr):
-        """Derivative of tanh as 4 e / (1 + e)^2; 1 - tanh^2 would lose that of a large u."""
+    def _tanh_derivative(u, APPROXIMATE: tl.constexpr):
+        """Derivative of tanh as 4 e / (1 + e)^2; 1 - tanh^2 would cancel for a large u."""
         e = tl.exp(-2.0 * tl.abs(u))
         if APPROXIMATE:
             r = _reciprocal_approx(1.0 + e)
@@ -65,24 +66,28 @@ if HAVE_TRITON:
             return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
     @triton.jit
-    def _line(affine, branch, first_bound, KAPPA: tl.constexpr, WIDE: tl.constexpr):
-        """Slope and intercept of the estimate, and what the intercept is a multiple of."""
-        slope, intercept, term = tl.full([], 1.0, WIDE), tl.full([], 1.0, WIDE), tl.full([], 1.0, WIDE)
+    def _affine_estimate(affine, branch, first_bound, KAPPA: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+        """Slope, intercept and term of the estimate ``slope * v + intercept * term``."""
+        slope, intercept, term = (
+            tl.full([], 1.0, COMPUTE_DTYPE),
+            tl.full([], 1.0, COMPUTE_DTYPE),
+            tl.full([], 1.0, COMPUTE_DTYPE),
+        )
         if affine is not None:
-            slope, intercept = tl.load(affine).to(WIDE), tl.load(affine + 1).to(WIDE)
+            slope, intercept = tl.load(affine).to(COMPUTE_DTYPE), tl.load(affine + 1).to(COMPUTE_DTYPE)
         if branch is not None:
-            ratio = tl.load(first_bound).to(WIDE) / KAPPA
-            term = tl.load(branch).to(WIDE) * ratio * ratio + tl.load(branch + 1).to(WIDE)
+            ratio = tl.load(first_bound).to(COMPUTE_DTYPE) / KAPPA
+            term = tl.load(branch).to(COMPUTE_DTYPE) * ratio * ratio + tl.load(branch + 1).to(COMPUTE_DTYPE)
         return slope, intercept, term
 
     @triton.jit
     def _mean_square(v, slope, intercept, term, ESTIMATED: tl.constexpr, LEAST: tl.constexpr):
-        """What is made of given mean squares; its derivative by them; and where it follows slope and intercept."""
+        """Mean square estimated from v, its derivative by v, and 1 where it is not clamped (0 where it is)."""
         if ESTIMATED:
             estimate = slope * v + intercept * term
-            # Not a number goes on as it is.
-            held = estimate < LEAST * v
-            return tl.where(held, LEAST * v, estimate), tl.where(held, LEAST, slope), tl.where(held, 0.0, 1.0)
+            # NaN is not clamped, so that it propagates.
+            clamped = estimate < LEAST * v
+            return tl.where(clamped, LEAST * v, estimate), tl.where(clamped, LEAST, slope), tl.where(clamped, 0.0, 1.0)
         else:
             return v, v * 0.0 + 1.0, v * 0.0 + 1.0
 
@@ -109,7 +114,7 @@ if HAVE_TRITON:
         EXACT: tl.constexpr,
         ESTIMATED: tl.constexpr,
         LEAST: tl.constexpr,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         APPROXIMATE: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
@@ -118,28 +123,28 @@ if HAVE_TRITON:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        inside = column < width
+        offs_d = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        inside = offs_d < width
         mask = (row < rows)[:, None] & inside[None, :]
         if OVERLAP:
-            # The weight is on its way before the kernel that makes x has finished.
-            prefetch(weight + tl.where(inside, column, 0))
+            # Prefetch the weight while the kernel that writes x is still running.
+            prefetch(weight + tl.where(inside, offs_d, 0))
             tl.extra.cuda.gdc_wait()
-        # All that does not wait for the sum of the row comes first: with few rows, each load after it is a wait.
-        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        # Load everything that does not depend on the row's sum first: with few rows, each later load adds its latency.
+        w = tl.load(weight + offs_d, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         if out_scale is not None:
-            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
-        lam = tl.load(bound).to(WIDE)
+            w = w * tl.load(out_scale + offs_d * scale_stride, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+        lam = tl.load(bound).to(COMPUTE_DTYPE)
         if not EXACT:
-            v = tl.load(variance + row, mask=row < rows, other=1.0).to(WIDE)
-            slope, intercept, term = _line(affine, branch, first_bound, KAPPA, WIDE)
-        s = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+            v = tl.load(variance + row, mask=row < rows, other=1.0).to(COMPUTE_DTYPE)
+            slope, intercept, term = _affine_estimate(affine, branch, first_bound, KAPPA, COMPUTE_DTYPE)
+        s = tl.load(x + row[:, None] * x_stride + offs_d[None, :], mask=mask, other=0.0)
         if residual is not None:
-            addend = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
-            # Rounded as it is kept, so that the mean square is that of what the next reader sees.
-            s = (s.to(WIDE) + addend.to(WIDE)).to(summed.dtype.element_ty)
-            tl.store(summed + row[:, None] * width + column[None, :], s, mask=mask)
-        s = s.to(WIDE)
+            residual_tile = tl.load(residual + row[:, None] * residual_stride + offs_d[None, :], mask=mask, other=0.0)
+            # Rounded to the stored dtype, so that the mean square is that of the stored values.
+            s = (s.to(COMPUTE_DTYPE) + residual_tile.to(COMPUTE_DTYPE)).to(summed.dtype.element_ty)
+            tl.store(summed + row[:, None] * width + offs_d[None, :], s, mask=mask)
+        s = s.to(COMPUTE_DTYPE)
         if EXACT:
             mean_square = tl.sum(s * s, axis=1) / width
             tl.store(variance + row, mean_square, mask=row < rows)
@@ -147,9 +152,9 @@ if HAVE_TRITON:
             mean_square, _, _ = _mean_square(v, slope, intercept, term, ESTIMATED, LEAST)
         scale = lam / KAPPA / tl.sqrt(mean_square + EPS)
         out = w[None, :] * _tanh(scale[:, None] * s, APPROXIMATE)
-        tl.store(normed + row[:, None] * width + column[None, :], out.to(normed.dtype.element_ty), mask=mask)
+        tl.store(normed + row[:, None] * width + offs_d[None, :], out.to(normed.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["rows", "turns"])
+    @triton.jit(do_not_specialize=["rows", "row_steps"])
     def backward_kernel(
         dx,
         dvariance,
@@ -166,7 +171,7 @@ if HAVE_TRITON:
         first_bound,
         out_scale,
         rows,
-        turns,
+        row_steps,
         width,
         partial_stride,
         dnormed_stride,
@@ -178,62 +183,64 @@ if HAVE_TRITON:
         EXACT: tl.constexpr,
         ESTIMATED: tl.constexpr,
         LEAST: tl.constexpr,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         APPROXIMATE: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
-        STAGES: tl.constexpr,
+        NUM_STAGES: tl.constexpr,
     ):
-        # A program takes rows that lie a whole round of programs apart, so that neighbours read neighbouring memory.
+        # Programs take interleaved rows, so that neighbouring programs read neighbouring memory.
         program, programs = tl.program_id(0), tl.num_programs(0)
-        column = tl.arange(0, BLOCK_WIDTH)
-        inside = column < width
-        w = tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        offs_d = tl.arange(0, BLOCK_WIDTH)
+        inside = offs_d < width
+        w = tl.load(weight + offs_d, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         if out_scale is not None:
-            w = w * tl.load(out_scale + column * scale_stride, mask=inside, other=0.0).to(WIDE)
-        lam = tl.load(bound).to(WIDE)
-        slope, intercept, term = _line(affine, branch, first_bound, KAPPA, WIDE)
-        weight_sum = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
-        bound_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
-        slope_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
-        intercept_sum = tl.zeros([BLOCK_ROWS], dtype=WIDE)
-        # Staged: the rows of the next turns are on their way while this one is computed.
-        for turn in tl.range(0, turns, num_stages=STAGES):
-            row = (turn * programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            w = w * tl.load(out_scale + offs_d * scale_stride, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+        lam = tl.load(bound).to(COMPUTE_DTYPE)
+        slope, intercept, term = _affine_estimate(affine, branch, first_bound, KAPPA, COMPUTE_DTYPE)
+        weight_sum = tl.zeros([BLOCK_WIDTH], dtype=COMPUTE_DTYPE)
+        bound_sum = tl.zeros([BLOCK_ROWS], dtype=COMPUTE_DTYPE)
+        slope_sum = tl.zeros([BLOCK_ROWS], dtype=COMPUTE_DTYPE)
+        intercept_sum = tl.zeros([BLOCK_ROWS], dtype=COMPUTE_DTYPE)
+        # Pipelined: the rows of the next steps are loaded while this one is computed.
+        for step in tl.range(0, row_steps, num_stages=NUM_STAGES):
+            row = (step * programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             in_rows = row < rows
             mask = in_rows[:, None] & inside[None, :]
-            s = tl.load(summed + row[:, None] * summed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
-            g = tl.load(dnormed + row[:, None] * dnormed_stride + column[None, :], mask=mask, other=0.0).to(WIDE)
-            v = tl.load(variance + row, mask=in_rows, other=1.0).to(WIDE)
-            mean_square, by_given, free = _mean_square(v, slope, intercept, term, ESTIMATED, LEAST)
+            s = tl.load(summed + row[:, None] * summed_stride + offs_d[None, :], mask=mask, other=0.0).to(COMPUTE_DTYPE)
+            g = tl.load(dnormed + row[:, None] * dnormed_stride + offs_d[None, :], mask=mask, other=0.0).to(
+                COMPUTE_DTYPE
+            )
+            v = tl.load(variance + row, mask=in_rows, other=1.0).to(COMPUTE_DTYPE)
+            mean_square, dmean_square_dv, unclamped = _mean_square(v, slope, intercept, term, ESTIMATED, LEAST)
             r = 1.0 / (KAPPA * tl.sqrt(mean_square + EPS))
             u = (lam * r)[:, None] * s
             weight_sum += tl.sum(g * _tanh(u, APPROXIMATE), axis=0)
-            q = g * w[None, :] * _tanh_slope(u, APPROXIMATE)
-            along = tl.sum(q * s, axis=1)
-            bound_sum += r * along
-            dmean_square = -0.5 * lam * r * along / (mean_square + EPS)
+            q = g * w[None, :] * _tanh_derivative(u, APPROXIMATE)
+            a = tl.sum(q * s, axis=1)
+            bound_sum += r * a
+            dmean_square = -0.5 * lam * r * a / (mean_square + EPS)
             d = (lam * r)[:, None] * q
             if EXACT:
                 if dv is not None:
-                    dmean_square += tl.load(dv + row, mask=in_rows, other=0.0).to(WIDE)
+                    dmean_square += tl.load(dv + row, mask=in_rows, other=0.0).to(COMPUTE_DTYPE)
                 d += (2.0 * dmean_square / width)[:, None] * s
             else:
-                tl.store(dvariance + row, by_given * dmean_square, mask=in_rows)
-                slope_sum += tl.where(in_rows, free * dmean_square * v, 0.0)
-                intercept_sum += tl.where(in_rows, free * dmean_square * term, 0.0)
+                tl.store(dvariance + row, dmean_square_dv * dmean_square, mask=in_rows)
+                slope_sum += tl.where(in_rows, unclamped * dmean_square * v, 0.0)
+                intercept_sum += tl.where(in_rows, unclamped * dmean_square * term, 0.0)
             if dsummed is not None:
-                at = row[:, None] * dsummed_stride + column[None, :]
-                d += tl.load(dsummed + at, mask=mask, other=0.0).to(WIDE)
-            tl.store(dx + row[:, None] * width + column[None, :], d.to(dx.dtype.element_ty), mask=mask)
+                offsets = row[:, None] * dsummed_stride + offs_d[None, :]
+                d += tl.load(dsummed + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+            tl.store(dx + row[:, None] * width + offs_d[None, :], d.to(dx.dtype.element_ty), mask=mask)
         partial += program.to(tl.int64) * partial_stride
-        tl.store(partial + column, weight_sum, mask=inside)
+        tl.store(partial + offs_d, weight_sum, mask=inside)
         tl.store(partial + width, tl.sum(bound_sum, axis=0))
         tl.store(partial + width + 1, tl.sum(slope_sum, axis=0))
         tl.store(partial + width + 2, tl.sum(intercept_sum, axis=0))
 
     @triton.jit(do_not_specialize=["programs"])
-    def finish_kernel(
+    def reduce_partials_kernel(
         dweight,
         dbound,
         daffine,
@@ -243,30 +250,30 @@ if HAVE_TRITON:
         width,
         partial_stride,
         scale_stride,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        """Partial sums of all programs, added in a fixed order."""
-        column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        inside = column < width + 3
-        total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+        """Sums of the programs' partial gradients, in a fixed order."""
+        offs_d = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        inside = offs_d < width + 3
+        total = tl.zeros([BLOCK_WIDTH], dtype=COMPUTE_DTYPE)
         for start in range(0, programs, BLOCK_ROWS):
             program = start + tl.arange(0, BLOCK_ROWS)
-            at = program[:, None].to(tl.int64) * partial_stride + column[None, :]
+            offsets = program[:, None].to(tl.int64) * partial_stride + offs_d[None, :]
             total += tl.sum(
-                tl.load(partial + at, mask=(program < programs)[:, None] & inside[None, :], other=0.0), axis=0
+                tl.load(partial + offsets, mask=(program < programs)[:, None] & inside[None, :], other=0.0), axis=0
             )
-        bound_part = tl.sum(tl.where(column == width, total, 0.0), axis=0)
+        bound_part = tl.sum(tl.where(offs_d == width, total, 0.0), axis=0)
         if daffine is not None:
-            own = (column > width) & (column < width + 3)
-            tl.store(daffine + (column - width - 1), total.to(daffine.dtype.element_ty), mask=own)
+            is_affine = (offs_d > width) & (offs_d < width + 3)
+            tl.store(daffine + (offs_d - width - 1), total.to(daffine.dtype.element_ty), mask=is_affine)
         if width // BLOCK_WIDTH == tl.program_id(0):
             tl.store(dbound, bound_part.to(dbound.dtype.element_ty))
         if out_scale is not None:
-            scale = tl.load(out_scale + column * scale_stride, mask=column < width, other=0.0)
-            total = total * scale.to(WIDE)
-        tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < width)
+            scale = tl.load(out_scale + offs_d * scale_stride, mask=offs_d < width, other=0.0)
+            total = total * scale.to(COMPUTE_DTYPE)
+        tl.store(dweight + offs_d, total.to(dweight.dtype.element_ty), mask=offs_d < width)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -274,14 +281,14 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _may_approximate(x: Tensor, wide: torch.dtype) -> bool:
-    """True where the device has an instruction for tanh and the result is rounded more coarsely than it."""
+    """True where the device has a tanh instruction and the result is rounded more coarsely than its error."""
     on_nvidia = x.device.type == "cuda" and torch.version.hip is None and not triton_interpreted()
     return on_nvidia and wide == torch.float32 and x.dtype.itemsize == 2
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # The interpreter gets two, so that programs take several turns there too.
+    # Two for the interpreter, so that programs take several steps there too.
     return 2 if triton_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -332,7 +339,7 @@ def launch_forward(
         EXACT=variance is None,
         ESTIMATED=affine is not None or branch is not None,
         LEAST=LEAST_SHARE,
-        WIDE=_TRITON_DTYPE[wide],
+        COMPUTE_DTYPE=_TRITON_DTYPE[wide],
         APPROXIMATE=_may_approximate(x, wide),
         BLOCK_ROWS=config.block_rows,
         BLOCK_WIDTH=config.block_width,
@@ -360,7 +367,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum [rows, D], of weight [D] and bound [1], of a given variance [rows] and affine [2].
 
-    The last two are empty where they do not apply. The same bits at every run on one device.
+    The last two are empty where they do not apply. Deterministic on one device.
     """
     rows, width = summed.shape
     wide = compute_dtype(summed, weight, bound, variance, dnormed)
@@ -379,7 +386,7 @@ def launch_backward(
     config = backward_config(rows, width, sum(width * tensor.element_size() for tensor in read))
     blocks = triton.cdiv(rows, config.block_rows)
     programs = min(blocks, config.programs * _multiprocessors(summed.device))
-    # Of each program: the weight's gradient, the bound's, and those of slope and intercept.
+    # For each program: partial gradients of the weight, the bound, the slope and the intercept.
     partial_stride = 4 * triton.cdiv(width + 3, 4)
     partial = summed.new_empty((programs, partial_stride), dtype=wide)
     backward_kernel[(programs,)](
@@ -410,14 +417,14 @@ def launch_backward(
         EXACT=exact,
         ESTIMATED=affine is not None or branch is not None,
         LEAST=LEAST_SHARE,
-        WIDE=_TRITON_DTYPE[wide],
+        COMPUTE_DTYPE=_TRITON_DTYPE[wide],
         APPROXIMATE=_may_approximate(dnormed, wide),
         BLOCK_ROWS=config.block_rows,
         BLOCK_WIDTH=config.block_width,
-        STAGES=config.num_stages,
+        NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    finish_kernel[(triton.cdiv(width + 3, FINISH_COLUMNS),)](
+    reduce_partials_kernel[(triton.cdiv(width + 3, REDUCE_COLUMNS),)](
         dweight,
         dbound,
         None if affine is None else daffine,
@@ -427,9 +434,9 @@ def launch_backward(
         width,
         partial_stride,
         scale_stride,
-        WIDE=_TRITON_DTYPE[wide],
+        COMPUTE_DTYPE=_TRITON_DTYPE[wide],
         BLOCK_ROWS=64,
-        BLOCK_WIDTH=FINISH_COLUMNS,
+        BLOCK_WIDTH=REDUCE_COLUMNS,
         num_warps=4,
     )
     return dx, dweight, dbound, dvariance, daffine

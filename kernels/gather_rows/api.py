@@ -31,20 +31,20 @@ def gather_rows(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Rows of a table, which may lie in host memory: ``out[i] = cache[s] if s >= 0 else table[ids[i]]``, where
+    """Rows of a table, which may be in host memory: ``out[i] = cache[s] if s >= 0 else table[ids[i]]``, where
     ``s = cache_slots[ids[i]]``.
 
     The rows are copied bit for bit. With the table in pinned host memory and the ids on a GPU, the kernel reads the
-    rows over the bus itself, with no work for the processor and no waiting, so a CUDA graph can capture the call; few
-    programs do it, so that it can run on a stream of its own beside other work. For inference only.
+    rows over the bus itself, without work for the CPU and without synchronisation, so a CUDA graph can capture the
+    call; it uses few programs, so that it can run on a stream of its own beside other work. For inference only.
 
     Args:
         table: [V, F], float16, bfloat16, float32 or float64, its last dimension contiguous; on the device of `ids`, or
-            in pinned host memory where `ids` is on a GPU. What the call reads there must not change until it is done.
+            in pinned host memory where `ids` is on a GPU. It must not change until the call is done.
         ids: [u], int32 or int64, each in [0, V).
-        cache: [K, F], rows of the table that are on the device of `ids` already, in the table's dtype.
-        cache_slots: [V], int32, the place of each row in `cache`, or -1 (any number outside [0, K)) where it has none.
-            Goes with `cache`.
+        cache: [K, F], copies of table rows on the device of `ids`, in the table's dtype.
+        cache_slots: [V], int32, the slot of each table row in `cache`, or -1 (any number outside [0, K)) where it has
+            none. Required with `cache`.
         out: [u, F], filled and returned; a new tensor where None.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
@@ -55,7 +55,7 @@ def gather_rows(
     Raises:
         HFEError: wrong shape, dtype, device or layout, a table in host memory that is not pinned, or a tensor that
             requires a gradient.
-        TokenIdError: an id outside [0, V). Looked for on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
+        TokenIdError: an id outside [0, V). Checked on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
             Triton kernel gives zeros there and never reads outside the table.
         BackendError: the named backend cannot run here.
 
@@ -86,7 +86,7 @@ def _check(table: Tensor, ids: Tensor, cache: Tensor | None, cache_slots: Tensor
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_tensors(op, {"table": table})
     check_tensors(op, {"ids": ids, **given})
-    _check_within_reach(op, table, ids)
+    _check_table_readable(op, table, ids)
     rows_of = {"table": table, **{name: tensor for name, tensor in given.items() if name != "cache_slots"}}
     check_no_gradient(op, rows_of)
     check_dtype(op, "table", table, FLOATS)
@@ -113,13 +113,13 @@ def _check(table: Tensor, ids: Tensor, cache: Tensor | None, cache_slots: Tensor
     check_ids(op, ids, rows)
 
 
-def _check_within_reach(op: str, table: Tensor, ids: Tensor) -> None:
-    """`table` is where `ids` is, or in host memory that the GPU of `ids` can read."""
+def _check_table_readable(op: str, table: Tensor, ids: Tensor) -> None:
+    """Raise HFEError unless `table` is on the device of `ids`, or in pinned host memory and `ids` on a GPU."""
     if table.device == ids.device:
         return
     if table.device.type != "cpu" or ids.device.type != "cuda":
         raise HFEError(f"{op}: `table` is on {table.device} and `ids` on {ids.device}", "move them to one device")
-    # Tensors that are traced do not know whether they are pinned; the launch itself refuses those that are not.
+    # A traced tensor does not know whether it is pinned; the launch fails for one that is not.
     if torch.compiler.is_compiling() or type(ids) is not Tensor:
         return
     if not table.is_pinned():

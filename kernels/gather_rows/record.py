@@ -1,4 +1,4 @@
-"""What gather_rows states about itself; see `contract.py`."""
+"""The record of gather_rows for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 

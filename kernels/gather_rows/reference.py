@@ -14,7 +14,7 @@ def gather_rows(
     cache_slots: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rows [u, F] of `table`, those that the cache holds from there; zeros for ids outside the table."""
+    """Rows [u, F] of `table`, cached ones from `cache`; zeros for ids outside the table."""
     inside = (ids >= 0) & (ids < table.shape[0])
     safe = torch.where(inside, ids, 0)
     found = table.index_select(0, safe.to(table.device)).to(ids.device)

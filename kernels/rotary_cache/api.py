@@ -134,12 +134,12 @@ def _check(
         check_shape(op, name, tensor, (rows, queries, width), "[B, Q, D] or [1, Q, D] for `q` [B, Q, Hq, D]")
     check_shape(op, "sin", sin, tuple(cos.shape), "that of `cos`")
     caches = [(name, tensor) for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache))]
-    held = key_cache if key_cache is not None else value_cache
+    given = key_cache if key_cache is not None else value_cache
     for name, cache in caches:
-        if cache is not None and held is not None:
+        if cache is not None and given is not None:
             check_rank(op, name, cache, 4, 4, "[B, Hkv, C, D]")
             layout = "[B, Hkv, C, D] for `k` [B, Q, Hkv, D], with one C"
-            check_shape(op, name, cache, (batch, heads, held.shape[2], width), layout)
+            check_shape(op, name, cache, (batch, heads, given.shape[2], width), layout)
             check_rows_contiguous(op, name, cache)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_rows_contiguous(op, name, tensor)

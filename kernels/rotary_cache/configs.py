@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Up to this many tokens a call is decoding: so few programs that each takes little.
+# Up to this many tokens a call counts as decoding: with few programs, each takes fewer heads.
 DECODE_TOKENS = 64
 
 
@@ -17,5 +17,5 @@ class LaunchConfig:
 
 
 def launch_config(tokens: int) -> LaunchConfig:
-    """For so many tokens in all."""
+    """For `tokens` tokens in total."""
     return LaunchConfig(4, 1) if tokens <= DECODE_TOKENS else LaunchConfig(8, 2)

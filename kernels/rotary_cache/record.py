@@ -1,4 +1,4 @@
-"""What rotary_cache states about itself; see `contract.py`."""
+"""The record of rotary_cache for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernel of rotary_cache and the function that launches it. No checks of arguments: `api.py` sees to those."""
+"""Triton kernel of rotary_cache and its launcher. Arguments are checked by `api.py`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ if HAVE_TRITON:
 
     @triton.jit
     def _load_half(start, d, mask):
+        """Elements `d` from `start` on, in float32."""
         return tl.load(start + d, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _scaled(x, scale, weight, d, inside, DTYPE: tl.constexpr):
-        """Rounded between the two products and after, as the stock families do."""
+    def _normalise(x, rstd, weight, d, inside, DTYPE: tl.constexpr):
+        """x * rstd * weight, rounded after each product, as the stock families do."""
         w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-        return ((x * scale[:, None]).to(DTYPE).to(tl.float32) * w[None, :]).to(DTYPE).to(tl.float32)
+        return ((x * rstd[:, None]).to(DTYPE).to(tl.float32) * w[None, :]).to(DTYPE).to(tl.float32)
 
     @triton.jit
     def _rotate(target, source, target_stride, source_stride, head, mask, cos, sin, weight, eps, half, d):
@@ -37,9 +38,9 @@ if HAVE_TRITON:
         from_mask = mask & inside[None, :]
         x1, x2 = _load_half(start, d[None, :], from_mask), _load_half(start, half + d[None, :], from_mask)
         if weight is not None:
-            scale = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * half) + eps)
-            x1 = _scaled(x1, scale, weight, d, inside, source.dtype.element_ty)
-            x2 = _scaled(x2, scale, weight, half + d, inside, source.dtype.element_ty)
+            rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * half) + eps)
+            x1 = _normalise(x1, rstd, weight, d, inside, source.dtype.element_ty)
+            x2 = _normalise(x2, rstd, weight, half + d, inside, source.dtype.element_ty)
         cos1, cos2 = _load_half(cos, d, inside)[None, :], _load_half(cos, half + d, inside)[None, :]
         sin1, sin2 = _load_half(sin, d, inside)[None, :], _load_half(sin, half + d, inside)[None, :]
         ptrs = target + head[:, None] * target_stride + d[None, :]
@@ -96,7 +97,7 @@ if HAVE_TRITON:
         b, t = (token // queries).to(tl.int64), (token % queries).to(tl.int64)
         q_groups, kv_groups = tl.cdiv(q_heads, BLOCK_HEADS), tl.cdiv(kv_heads, BLOCK_HEADS)
         d = tl.arange(0, BLOCK_HALF)
-        one = tl.arange(0, 1)  # the interpreter has no masks from scalars: what becomes one must be a block
+        one = tl.arange(0, 1)  # the interpreter has no masks from scalars, so masks come from blocks of one element
         cos += b * rotary_batch_stride + t * rotary_token_stride
         sin += b * rotary_batch_stride + t * rotary_token_stride
         if OVERLAP:
@@ -104,8 +105,8 @@ if HAVE_TRITON:
         slot = t + one
         if cache_position is not None:
             slot = tl.load(cache_position + b * position_batch_stride + t * position_token_stride + one).to(tl.int64)
-        if length is not None:  # noqa: SIM102 - known when compiling, the other is not
-            if token == tl.num_programs(0) - 1 and group == 0:  # no other program reads or writes it
+        if length is not None:  # noqa: SIM102 - the outer condition is known when compiling, the inner one is not
+            if token == tl.num_programs(0) - 1 and group == 0:  # `length` is accessed by this program only
                 tl.store(length + one, (slot + 1).to(length.dtype.element_ty))
         in_cache = ((slot >= 0) & (slot < cache_slots))[:, None]
         offset = tl.arange(0, BLOCK_HEADS).to(tl.int64)
@@ -165,10 +166,10 @@ def launch(
             cache_position.stride(0) if cache_position.dim() == 2 and cache_position.shape[0] > 1 else 0,
             cache_position.stride(-1),
         )
-    held = key_cache if key_cache is not None else value_cache
+    cache = key_cache if key_cache is not None else value_cache
     config = launch_config(tokens)
     kv_groups = triton.cdiv(kv_heads, config.block_heads)
-    groups = triton.cdiv(q_heads, config.block_heads) + (0 if held is None else 2 * kv_groups)
+    groups = triton.cdiv(q_heads, config.block_heads) + (0 if cache is None else 2 * kv_groups)
     rotary_cache_kernel[(tokens, groups)](
         out,
         q,
@@ -184,7 +185,7 @@ def launch(
         None if k_weight is None else k_weight.contiguous(),
         eps,
         queries,
-        0 if held is None else held.shape[2],
+        0 if cache is None else cache.shape[2],
         q_heads,
         kv_heads,
         width // 2,

@@ -49,9 +49,9 @@ def row_adamw(
         param[r] = exp(log_decay - log_decays[r]) param[r] - lr / (1 - β1^t) * m / (sqrt(v / (1 - β2^t)) + eps)
         log_decays[r] = log_decay
 
-    `log_decay` is the sum of log(1 - lr weight_decay) over all steps so far, this one included, so that a row makes up
-    for the decay of the steps that it missed. A row that takes part in every step gets what torch.optim.AdamW gives.
-    Computed in float32 (float64 where the moments have it), what belongs to a row in float64. A half-precision
+    `log_decay` is the sum of log(1 - lr weight_decay) over all steps so far, this one included, so that a row makes
+    up the decay of the steps that it missed. A row that takes part in every step gets what torch.optim.AdamW gives.
+    Computed in float32 (float64 where the moments have it), per-row scalars in float64. A half-precision
     parameter is rounded to nearest once a step: changes of less than half a unit in its last place are lost.
     For use under `torch.no_grad()`.
 
@@ -61,12 +61,12 @@ def row_adamw(
         exp_avg, exp_avg_sq: [V, F], float32; float64 for a parameter in float64.
         steps: [V], int32, the steps in which each row has taken part.
         log_decays: [V], float64, `log_decay` of each row's last step.
-        ids: [u], int32 or int64, each in [0, V), **none twice** (looked for with `HFE_CHECK=1`): else the result is
-            undefined.
+        ids: [u], int32 or int64, each in [0, V), **none twice** (checked with `HFE_CHECK=1`): otherwise the result
+            is undefined.
         grad: [u, F], float16, bfloat16, float32 or float64; any strides.
         lr, betas, eps: as in torch.optim.AdamW.
         log_decay: see above; 0.0 for no weight decay.
-        scale: float32 tensor without dimensions, a factor of the gradient such as that of clipping; None for 1.
+        scale: float32 tensor without dimensions, a factor of the gradient, as from gradient clipping; None for 1.
         backend: ``"reference"``, ``"triton"``, or None: what `HFE_BACKEND` names, else Triton on CUDA and the reference
             elsewhere.
 
@@ -76,11 +76,11 @@ def row_adamw(
     Raises:
         HFEError: wrong shape, dtype, device or layout, an id that occurs twice (`HFE_CHECK=1`), or a tensor that
             requires a gradient while gradients are on.
-        TokenIdError: an id outside [0, V). Looked for on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
-            Triton kernel leaves it out.
+        TokenIdError: an id outside [0, V). Checked on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
+            Triton kernel skips it.
         BackendError: the named backend cannot run here.
 
-    Source: AdamW, arXiv:1711.05101, algorithm 2; rows of their own are ours (`README.md` beside this file).
+    Source: AdamW, arXiv:1711.05101, algorithm 2; the row-wise form is our own (`README.md` beside this file).
 
     Example:
         >>> import torch

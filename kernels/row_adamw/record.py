@@ -1,4 +1,4 @@
-"""What row_adamw states about itself; see `contract.py`."""
+"""The record of row_adamw for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
 
     from hf_efficient.kernels.row_adamw.triton_kernels import row_adamw_kernel as kernel
 
-    numbers = ("lr", "beta1", "beta2", "rest1", "rest2", "log_beta1", "log_beta2", "eps", "log_decay")
+    numbers = ("lr", *(f"{form}beta{i}" for form in ("", "one_minus_", "log_") for i in (1, 2)), "eps", "log_decay")
     pairs = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp16", "fp16"), ("fp64", "fp64")]
     for param, grad in pairs:
         wide, wide_type = ("fp64", tl.float64) if param == "fp64" else ("fp32", tl.float32)
@@ -152,7 +152,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 label=f"{param} parameter {grad} gradient width {width}{' scaled' * scaled}",
                 kernel=kernel,
                 types=types,
-                constants={**absent, "WIDE": wide_type, "BLOCK_WIDTH": config.block_width},
+                constants={**absent, "COMPUTE_DTYPE": wide_type, "BLOCK_WIDTH": config.block_width},
                 num_warps=config.num_warps,
                 aligned=tuple(name for name in types if name not in (*numbers, "rows")),
             )

@@ -1,4 +1,4 @@
-"""Triton kernel of row_adamw and the function that launches it. No checks of arguments: `api.py` sees to those."""
+"""Triton kernel of row_adamw and its launcher. Arguments are checked by `api.py`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if HAVE_TRITON:
         lr: tl.float64,
         beta1: tl.float64,
         beta2: tl.float64,
-        rest1: tl.float64,
-        rest2: tl.float64,
+        one_minus_beta1: tl.float64,
+        one_minus_beta2: tl.float64,
         log_beta1: tl.float64,
         log_beta2: tl.float64,
         eps: tl.float64,
@@ -46,45 +46,49 @@ if HAVE_TRITON:
         exp_avg_stride,
         exp_avg_sq_stride,
         grad_stride,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        """One program a row: only so can it count the row's steps without a second launch."""
+        """AdamW (arXiv:1711.05101, algorithm 2) of one row, with m = exp_avg and v = exp_avg_sq.
+
+        One program per row, so that it can update the row's step count without a second launch.
+        """
         position = tl.program_id(0).to(tl.int64)
         row = tl.load(ids + position).to(tl.int64)
         if (row >= 0) & (row < rows):
             step = tl.load(steps + row) + 1
-            total = tl.full((), log_decay, tl.float64)
-            decayed = tl.exp(total - tl.load(log_decays + row)).to(WIDE)
-            count = step.to(tl.float64)
-            step_size = (lr / (1.0 - tl.exp(count * log_beta1))).to(WIDE)
-            root = tl.sqrt(1.0 - tl.exp(count * log_beta2)).to(WIDE)
-            new1, keep2 = tl.full((), rest1, WIDE), tl.full((), beta2, WIDE)
-            new2, small = tl.full((), rest2, WIDE), tl.full((), eps, WIDE)
-            factor = tl.full((), 1.0, WIDE)
+            log_decay_now = tl.full((), log_decay, tl.float64)
+            decay = tl.exp(log_decay_now - tl.load(log_decays + row)).to(COMPUTE_DTYPE)
+            t = step.to(tl.float64)
+            # beta ** t as exp(t * log(beta)); step_size = lr / bias_correction1.
+            step_size = (lr / (1.0 - tl.exp(t * log_beta1))).to(COMPUTE_DTYPE)
+            bias_correction2_sqrt = tl.sqrt(1.0 - tl.exp(t * log_beta2)).to(COMPUTE_DTYPE)
+            c1, b2 = tl.full((), one_minus_beta1, COMPUTE_DTYPE), tl.full((), beta2, COMPUTE_DTYPE)
+            c2, epsilon = tl.full((), one_minus_beta2, COMPUTE_DTYPE), tl.full((), eps, COMPUTE_DTYPE)
+            grad_scale = tl.full((), 1.0, COMPUTE_DTYPE)
             if scale is not None:
-                factor = tl.load(scale).to(WIDE)
-            # Every thread reads the numbers of the row, one writes them: not before all have read.
+                grad_scale = tl.load(scale).to(COMPUTE_DTYPE)
+            # All threads read the row's step and decay, one writes them: wait until all have read.
             tl.debug_barrier()
             tl.store(steps + row, step)
-            tl.store(log_decays + row, total)
+            tl.store(log_decays + row, log_decay_now)
             param += row * param_stride
             exp_avg += row * exp_avg_stride
             exp_avg_sq += row * exp_avg_sq_stride
             grad += position * grad_stride
             for start in range(0, width, BLOCK_WIDTH):
-                column = start + tl.arange(0, BLOCK_WIDTH)
-                inside = column < width
-                g = tl.load(grad + column, mask=inside, other=0.0).to(WIDE) * factor
-                m = tl.load(exp_avg + column, mask=inside, other=0.0)
-                v = tl.load(exp_avg_sq + column, mask=inside, other=0.0)
-                p = tl.load(param + column, mask=inside, other=0.0).to(WIDE)
-                m += new1 * (g - m)
-                v = v * keep2 + new2 * g * g
-                p = p * decayed - step_size * m / (tl.sqrt(v) / root + small)
-                tl.store(exp_avg + column, m, mask=inside)
-                tl.store(exp_avg_sq + column, v, mask=inside)
-                tl.store(param + column, p.to(param.dtype.element_ty), mask=inside)
+                offs = start + tl.arange(0, BLOCK_WIDTH)
+                inside = offs < width
+                g = tl.load(grad + offs, mask=inside, other=0.0).to(COMPUTE_DTYPE) * grad_scale
+                m = tl.load(exp_avg + offs, mask=inside, other=0.0)
+                v = tl.load(exp_avg_sq + offs, mask=inside, other=0.0)
+                p = tl.load(param + offs, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+                m += c1 * (g - m)
+                v = v * b2 + c2 * g * g
+                p = p * decay - step_size * m / (tl.sqrt(v) / bias_correction2_sqrt + epsilon)
+                tl.store(exp_avg + offs, m, mask=inside)
+                tl.store(exp_avg_sq + offs, v, mask=inside)
+                tl.store(param + offs, p.to(param.dtype.element_ty), mask=inside)
 
 
 def launch(
@@ -103,7 +107,7 @@ def launch(
     log_decay: float,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Changes rows `ids` [u] of the first five in place."""
+    """Updates rows `ids` [u] of parameter, moments, steps and decays in place."""
     if grad.numel() == 0:
         return
     rows, width = param.shape
@@ -135,7 +139,7 @@ def launch(
         exp_avg.stride(0),
         exp_avg_sq.stride(0),
         grad.stride(0),
-        WIDE=_TRITON_DTYPE[exp_avg.dtype],
+        COMPUTE_DTYPE=_TRITON_DTYPE[exp_avg.dtype],
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
     )

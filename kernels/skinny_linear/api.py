@@ -33,15 +33,15 @@ def skinny_linear(
     gated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear layers on the few rows of a decoding step: weights are read once, at the speed of memory, in one launch.
+    """Linear layers on the few rows of a decoding step: weights are read once, at memory bandwidth, in one launch.
 
     Side by side: ``out = concat_i(x W_i^T + b_i) + residual``. Gated: ``out = silu(x W_0^T + b_0) * (x W_1^T + b_1)``.
-    Accumulated in float32, in which everything else is computed too, and rounded once. For inference only.
+    Computed in float32 and rounded once. For inference only.
 
     Args:
         x: [..., K], at most 64 rows in all; float16, bfloat16 or float32.
         weights: one to three tensors [N_i, K], as `torch.nn.Linear` keeps them, in the dtype of `x`; rows contiguous.
-            They are read where they are, never copied together.
+            They are not packed into one.
         biases: for each weight a tensor [N_i] in the same dtype, or None; None for no bias at all.
         residual: [..., sum N_i], in the dtype of `x`, added before rounding; not with `gated`.
         gated: exactly two weights of one shape are the gate and the up projection of a gated feed-forward.
@@ -49,8 +49,8 @@ def skinny_linear(
             elsewhere.
 
     Returns:
-        [..., sum N_i], or [..., N_0] when gated; contiguous, in the dtype of `x`. The same bits at every run, but
-        not for every number of rows: other kernels add up in another order.
+        [..., sum N_i], or [..., N_0] when gated; contiguous, in the dtype of `x`. Deterministic for one number
+        of rows; for another one, other kernels may add in another order.
 
     Raises:
         HFEError: wrong shape, dtype, device or layout, more than 64 rows, or a tensor that requires a gradient.
@@ -110,7 +110,7 @@ def _check(
     if rows > MAX_ROWS:
         raise HFEError(
             f"skinny_linear: `x` has {rows} rows, and {MAX_ROWS} are the most",
-            "use torch.nn.functional.linear, which is the better way for many rows",
+            "use torch.nn.functional.linear, which is faster for many rows",
         )
     width = 0
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

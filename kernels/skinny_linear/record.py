@@ -1,4 +1,4 @@
-"""What skinny_linear states about itself; see `contract.py`."""
+"""The record of skinny_linear for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
 from hf_efficient.kernels.skinny_linear.configs import (
     MAX_ROWS,
+    REDUCE_COLUMNS,
+    REDUCE_WARPS,
     ROW_CLASSES,
-    SUM_COLUMNS,
-    SUM_WARPS,
+    k_per_split,
     launch_config,
-    part_depth,
 )
 from hf_efficient.kernels.skinny_linear.op import skinny_linear_rows
 from hf_efficient.kernels.skinny_linear.reference import skinny_linear as reference_skinny_linear
@@ -153,7 +153,7 @@ _TABLES = (86, 90)
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every configuration that these shapes may pick; with biases, a residual and masks where nothing else differs."""
-    from hf_efficient.kernels.skinny_linear.triton_kernels import matrix_kernel, vector_kernel
+    from hf_efficient.kernels.skinny_linear.triton_kernels import gemm_kernel, gemv_kernel
 
     seen = set()
     for outputs, depth, gated in _SHAPES:
@@ -170,7 +170,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 if key in seen or (once and outputs != 3072) or (dtype != "bf16" and not once):
                     continue
                 seen.add(key)
-                kernel = vector_kernel if rows == 1 else matrix_kernel
+                kernel = gemv_kernel if rows == 1 else gemm_kernel
                 pointer = f"*{dtype}"
                 absent = ("w2", "b2", "residual") if gated else ("b0", "b1", "b2", "residual") if plain else ()
                 sizes = ("rows", "n0", "n1", "n2", "x_stride", "stride0", "stride1", "stride2")
@@ -179,16 +179,16 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 constants = {
                     **dict.fromkeys(absent),
                     "GATED": gated,
-                    "DEPTH": depth if dtype == "bf16" else depth - 16,
+                    "K": depth if dtype == "bf16" else depth - 16,
                     "BLOCK_N": config.block_n,
                     "BLOCK_K": config.block_k,
                     "OVERLAP": capability >= 90,
                 }
                 if rows > 1:
-                    constants["ROWS"], constants["PART"] = rows, part_depth(config, depth)
+                    constants["BLOCK_M"], constants["K_PER_SPLIT"] = rows, k_per_split(config, depth)
                 if config.splits > 1:
-                    yield _sum_compilation(dtype, config.splits, capability)
-                    # The parts get neither biases nor a residual, and are in float32.
+                    yield _reduce_compilation(dtype, config.splits, capability)
+                    # Partial sums have neither biases nor a residual, and are in float32.
                     absent = ("b0", "b1", "b2", "residual")
                     constants.update(dict.fromkeys(absent))
                     types = {name: type_ for name, type_ in types.items() if name not in absent} | {"out": "*fp32"}
@@ -203,17 +203,21 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 )
 
 
-def _sum_compilation(dtype: str, splits: int, capability: int) -> Compilation:
-    from hf_efficient.kernels.skinny_linear.triton_kernels import sum_kernel
+def _reduce_compilation(dtype: str, splits: int, capability: int) -> Compilation:
+    from hf_efficient.kernels.skinny_linear.triton_kernels import reduce_splits_kernel
 
-    types = {name: "i32" if name.startswith("n") else f"*{dtype}" for name in sum_kernel.arg_names if name.islower()}
-    types["parts"] = "*fp32"
+    types = {
+        name: "i32" if name.startswith("n") else f"*{dtype}"
+        for name in reduce_splits_kernel.arg_names
+        if name.islower()
+    }
+    types["partial"] = "*fp32"
     return Compilation(
-        label=f"sum_kernel {dtype} {splits} parts",
-        kernel=sum_kernel,
+        label=f"reduce_splits_kernel {dtype} {splits} splits",
+        kernel=reduce_splits_kernel,
         types=types,
-        constants={"SPLITS": splits, "BLOCK_N": SUM_COLUMNS, "OVERLAP": capability >= 90},
-        num_warps=SUM_WARPS,
+        constants={"SPLITS": splits, "BLOCK_N": REDUCE_COLUMNS, "OVERLAP": capability >= 90},
+        num_warps=REDUCE_WARPS,
         aligned=tuple(types),
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hf_efficient.kernels.precision import without_autocast
 
 
 def skinny_linear(
@@ -18,11 +19,9 @@ def skinny_linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Linear maps of one x, side by side or as a gated pair, plus a residual; rounded once, to x's dtype."""
+    """Linear layers of one x, concatenated or as a gated pair, plus a residual; rounded once, to the dtype of x."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # Autocast would take the products to half precision; some devices, like meta, do not know it.
-    castable = torch.amp.is_autocast_available(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if castable else contextlib.nullcontext():
+    with without_autocast(x.device.type):
         parts = [
             F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
             for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)

@@ -1,8 +1,8 @@
-"""Triton kernels of skinny_linear and the function that launches them.
+"""Triton kernels of skinny_linear and their launcher. Arguments are checked by `api.py`.
 
-No checks of arguments: `api.py` sees to those. The weights stay where they are: a program finds out from its number
-which of up to three matrices its rows of weights are in. A weight is read once, by one program. Where the depth is cut
-into parts, the programs leave sums in float32, and `sum_kernel` adds them, always in the order of the parts.
+A GEMV for one row of x; a GEMM for more, split along K where that makes too few programs otherwise (split-K). The
+weights are not packed: the program id selects one of up to three matrices. Each weight is read once, by one program.
+With split-K the programs store partial sums in float32, and `reduce_splits_kernel` adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hf_efficient.kernels.overlap import overlap_options
 from hf_efficient.kernels.skinny_linear.configs import (
-    SUM_COLUMNS,
-    SUM_WARPS,
+    REDUCE_COLUMNS,
+    REDUCE_WARPS,
     LaunchConfig,
+    k_per_split,
     launch_config,
-    part_depth,
     row_class,
 )
 
@@ -37,7 +37,7 @@ if HAVE_TRITON:
 
     @triton.jit
     def _locate(program, n0, n1, BLOCK_N: tl.constexpr):
-        """Matrix that a program works on, its first row there, and the column of the output where the matrix begins."""
+        """Matrix of a program, the program's first row in it, and the output column where the matrix begins."""
         blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
         in_second = (program >= blocks0).to(tl.int32)
         in_third = (program >= blocks0 + blocks1).to(tl.int32)
@@ -46,7 +46,7 @@ if HAVE_TRITON:
 
     @triton.jit
     def _pick(matrix, of0, of1, of2):
-        """The value that belongs to the matrix; those of absent matrices are None."""
+        """The value for `matrix` of those for the three matrices; None for absent ones."""
         picked = of0
         if of1 is not None:
             picked = tl.where(matrix == 1, of1, picked)
@@ -55,40 +55,40 @@ if HAVE_TRITON:
         return picked
 
     @triton.jit
-    def _bias(b, n, size, BLOCK_N: tl.constexpr):
-        """Biases of rows n of a matrix with `size` rows, in float32; zero where there is none."""
+    def _bias(b, offs_n, size, BLOCK_N: tl.constexpr):
+        """Biases of rows `offs_n` of a matrix with `size` rows, in float32; zero where there is none."""
         bias = tl.zeros([BLOCK_N], dtype=tl.float32)
         if b is not None:
-            bias = tl.load(b + n, mask=n < size, other=0.0).to(tl.float32)
+            bias = tl.load(b + offs_n, mask=offs_n < size, other=0.0).to(tl.float32)
         return bias
 
     @triton.jit
-    def _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N: tl.constexpr):
-        """Biases of rows n of the matrix that the program works on; any of the three may be None."""
-        bias = _bias(b0, n, tl.where(matrix == 0, size, 0), BLOCK_N)
-        bias += _bias(b1, n, tl.where(matrix == 1, size, 0), BLOCK_N)
-        return bias + _bias(b2, n, tl.where(matrix == 2, size, 0), BLOCK_N)
+    def _picked_bias(matrix, b0, b1, b2, offs_n, size, BLOCK_N: tl.constexpr):
+        """Biases of rows `offs_n` of `matrix`; any of the three biases may be None."""
+        bias = _bias(b0, offs_n, tl.where(matrix == 0, size, 0), BLOCK_N)
+        bias += _bias(b1, offs_n, tl.where(matrix == 1, size, 0), BLOCK_N)
+        return bias + _bias(b2, offs_n, tl.where(matrix == 2, size, 0), BLOCK_N)
 
     @triton.jit
     def _silu(x):
         return x / (1.0 + tl.exp(-x))
 
     @triton.jit
-    def _weight_tile(row_start, k, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-        """[BLOCK_N, BLOCK_K] of a weight, whose rows start at the pointers `row_start`. Read once, so first to go."""
-        mask = inside[:, None] if DEPTH % BLOCK_K == 0 else inside[:, None] & (k < DEPTH)[None, :]
-        return tl.load(row_start[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    def _weight_tile(w_rows, offs_k, mask_n, K: tl.constexpr, BLOCK_K: tl.constexpr):
+        """[BLOCK_N, BLOCK_K] of a weight, whose rows start at the pointers `w_rows`. Read once, so evicted first."""
+        mask = mask_n[:, None] if K % BLOCK_K == 0 else mask_n[:, None] & (offs_k < K)[None, :]
+        return tl.load(w_rows[:, None] + offs_k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
-    def _prefetch_tile(w, n, size, stride, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-        """Rows n of a weight, their first BLOCK_K columns; the first row or column in place of what is not there."""
+    def _prefetch_tile(w, offs_n, size, stride, K: tl.constexpr, BLOCK_K: tl.constexpr):
+        """Prefetch the first BLOCK_K elements of rows `offs_n` of a weight; out-of-range indices are replaced by 0."""
         STEP: tl.constexpr = SECTOR // (w.dtype.element_ty.primitive_bitwidth // 8)
-        row = tl.where(n < size, n, 0).to(tl.int64)
-        k = tl.arange(0, BLOCK_K // STEP) * STEP
-        prefetch(w + row[:, None] * stride + tl.where(k < DEPTH, k, 0)[None, :])
+        row = tl.where(offs_n < size, offs_n, 0).to(tl.int64)
+        offs_k = tl.arange(0, BLOCK_K // STEP) * STEP
+        prefetch(w + row[:, None] * stride + tl.where(offs_k < K, offs_k, 0)[None, :])
 
     @triton.jit
-    def vector_kernel(
+    def gemv_kernel(
         out,
         x,
         w0,
@@ -105,12 +105,12 @@ if HAVE_TRITON:
         stride1,
         stride2,
         GATED: tl.constexpr,
-        DEPTH: tl.constexpr,
+        K: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One row of x. The products are added up in place; lanes are summed once, at the end."""
+        """GEMV: one row of x. Products accumulate element by element; threads are reduced once, after the loop."""
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
         if GATED:
@@ -120,47 +120,48 @@ if HAVE_TRITON:
             matrix, first, base = _locate(tl.program_id(0), n0, n1, BLOCK_N)
             w, size = _pick(matrix, w0, w1, w2), _pick(matrix, n0, n1, n2)
             stride = _pick(matrix, stride0, stride1, stride2)
-        n = first + tl.arange(0, BLOCK_N)
-        inside = n < size
-        row_start = w + n.to(tl.int64) * stride
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < size
+        w_rows = w + offs_n.to(tl.int64) * stride
         if GATED:
-            up_start = w1 + n.to(tl.int64) * stride1
-            up_total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+            up_rows = w1 + offs_n.to(tl.int64) * stride1
+            up_acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         if OVERLAP:
-            # The first weights are on their way before the kernel that makes x has finished.
-            _prefetch_tile(w, n, size, stride, DEPTH, BLOCK_K)
+            # Prefetch the first weights while the kernel that writes x is still running.
+            _prefetch_tile(w, offs_n, size, stride, K, BLOCK_K)
             if GATED:
-                _prefetch_tile(w1, n, size, stride1, DEPTH, BLOCK_K)
+                _prefetch_tile(w1, offs_n, size, stride1, K, BLOCK_K)
             tl.extra.cuda.gdc_wait()
-        k = tl.arange(0, BLOCK_K)
-        tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
+        offs_k = tl.arange(0, BLOCK_K)
+        tile = _weight_tile(w_rows, offs_k, mask_n, K, BLOCK_K)
         if GATED:
-            up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
-        total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-        for start in range(0, DEPTH, BLOCK_K):
-            xs = tl.load(x + start + k, mask=start + k < DEPTH, other=0.0).to(tl.float32)[None, :]
-            # The next tile is fetched while this one is worked on; past the end nothing is.
-            ahead = start + BLOCK_K + k
-            more = inside & (start + BLOCK_K + tl.arange(0, 1) < DEPTH)  # the interpreter has no masks from scalars
-            next_tile = _weight_tile(row_start, ahead, more, DEPTH, BLOCK_K)
+            up_tile = _weight_tile(up_rows, offs_k, mask_n, K, BLOCK_K)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for start_k in range(0, K, BLOCK_K):
+            x_tile = tl.load(x + start_k + offs_k, mask=start_k + offs_k < K, other=0.0).to(tl.float32)[None, :]
+            # Software pipelining: the next tile is loaded before this one is used; past K everything is masked.
+            next_k = start_k + BLOCK_K + offs_k
+            # Masks come from blocks of one element: the interpreter has none from scalars.
+            next_mask = mask_n & (start_k + BLOCK_K + tl.arange(0, 1) < K)
+            next_tile = _weight_tile(w_rows, next_k, next_mask, K, BLOCK_K)
             if GATED:
-                next_up_tile = _weight_tile(up_start, ahead, more, DEPTH, BLOCK_K)
-                up_total += up_tile.to(tl.float32) * xs
+                next_up_tile = _weight_tile(up_rows, next_k, next_mask, K, BLOCK_K)
+                up_acc += up_tile.to(tl.float32) * x_tile
                 up_tile = next_up_tile
-            total += tile.to(tl.float32) * xs
+            acc += tile.to(tl.float32) * x_tile
             tile = next_tile
-        result = tl.sum(total, axis=1)
+        result = tl.sum(acc, axis=1)
         if GATED:
-            gate = result + _bias(b0, n, n0, BLOCK_N)
-            result = _silu(gate) * (tl.sum(up_total, axis=1) + _bias(b1, n, n0, BLOCK_N))
+            gate = result + _bias(b0, offs_n, n0, BLOCK_N)
+            result = _silu(gate) * (tl.sum(up_acc, axis=1) + _bias(b1, offs_n, n0, BLOCK_N))
         else:
-            result += _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N)
+            result += _picked_bias(matrix, b0, b1, b2, offs_n, size, BLOCK_N)
         if residual is not None:
-            result += tl.load(residual + base + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + base + n, result.to(out.dtype.element_ty), mask=inside)
+            result += tl.load(residual + base + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(out + base + offs_n, result.to(out.dtype.element_ty), mask=mask_n)
 
     @triton.jit(do_not_specialize=["rows"])
-    def matrix_kernel(
+    def gemm_kernel(
         out,
         x,
         w0,
@@ -179,16 +180,16 @@ if HAVE_TRITON:
         stride1,
         stride2,
         GATED: tl.constexpr,
-        DEPTH: tl.constexpr,
-        PART: tl.constexpr,
-        ROWS: tl.constexpr,
+        K: tl.constexpr,
+        K_PER_SPLIT: tl.constexpr,
+        BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """Up to ROWS rows of x. The weight is the left factor, so that the few rows are the short side.
+        """GEMM: up to BLOCK_M rows of x. The weight is the left operand, so that x is the short side of the product.
 
-        With PART below DEPTH, programs (., i) take the i-th part of the depth, and `out` is [parts, rows, N].
+        With K_PER_SPLIT below K (split-K), programs (., i) take the i-th split of K, and `out` is [splits, rows, N].
         """
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
@@ -200,49 +201,50 @@ if HAVE_TRITON:
             w, size = _pick(matrix, w0, w1, w2), _pick(matrix, n0, n1, n2)
             stride = _pick(matrix, stride0, stride1, stride2)
             width = n0 + n1 + n2
-        n = first + tl.arange(0, BLOCK_N)
-        inside = n < size
-        row_start = w + n.to(tl.int64) * stride
-        total = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < size
+        w_rows = w + offs_n.to(tl.int64) * stride
+        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if GATED:
-            up_start = w1 + n.to(tl.int64) * stride1
-            up_total = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
-        row = tl.arange(0, ROWS)
-        x_start = x + row.to(tl.int64) * x_stride
+            up_rows = w1 + offs_n.to(tl.int64) * stride1
+            up_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        offs_m = tl.arange(0, BLOCK_M)
+        x_rows = x + offs_m.to(tl.int64) * x_stride
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        begin, end = 0, DEPTH
-        if PART < DEPTH:
-            begin = tl.program_id(1) * PART
-            end = tl.minimum(begin + PART, DEPTH)
-        for start in range(begin, end, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x_mask = (row < rows)[None, :] if DEPTH % BLOCK_K == 0 else (row < rows)[None, :] & (k < DEPTH)[:, None]
-            xs = tl.load(x_start[None, :] + k[:, None], mask=x_mask, other=0.0)
-            tile = _weight_tile(row_start, k, inside, DEPTH, BLOCK_K)
-            total = tl.dot(tile, xs, total, input_precision="ieee")
+        begin, end = 0, K
+        if K_PER_SPLIT < K:
+            begin = tl.program_id(1) * K_PER_SPLIT
+            end = tl.minimum(begin + K_PER_SPLIT, K)
+        for start_k in range(begin, end, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            mask_m = (offs_m < rows)[None, :]
+            x_mask = mask_m if K % BLOCK_K == 0 else mask_m & (offs_k < K)[:, None]
+            x_tile = tl.load(x_rows[None, :] + offs_k[:, None], mask=x_mask, other=0.0)
+            tile = _weight_tile(w_rows, offs_k, mask_n, K, BLOCK_K)
+            acc = tl.dot(tile, x_tile, acc, input_precision="ieee")
             if GATED:
-                up_tile = _weight_tile(up_start, k, inside, DEPTH, BLOCK_K)
-                up_total = tl.dot(up_tile, xs, up_total, input_precision="ieee")
+                up_tile = _weight_tile(up_rows, offs_k, mask_n, K, BLOCK_K)
+                up_acc = tl.dot(up_tile, x_tile, up_acc, input_precision="ieee")
         if GATED:
-            gate = total + _bias(b0, n, n0, BLOCK_N)[:, None]
-            total = _silu(gate) * (up_total + _bias(b1, n, n0, BLOCK_N)[:, None])
+            gate = acc + _bias(b0, offs_n, n0, BLOCK_N)[:, None]
+            acc = _silu(gate) * (up_acc + _bias(b1, offs_n, n0, BLOCK_N)[:, None])
         else:
-            total += _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N)[:, None]
-        result = tl.trans(total)
-        out_row = row.to(tl.int64)
-        if PART < DEPTH:
+            acc += _picked_bias(matrix, b0, b1, b2, offs_n, size, BLOCK_N)[:, None]
+        result = tl.trans(acc)
+        out_row = offs_m.to(tl.int64)
+        if K_PER_SPLIT < K:
             out_row += tl.program_id(1).to(tl.int64) * rows
-        place = out_row[:, None] * width + base + n[None, :]
-        mask = (row < rows)[:, None] & inside[None, :]
+        offsets = out_row[:, None] * width + base + offs_n[None, :]
+        mask = (offs_m < rows)[:, None] & mask_n[None, :]
         if residual is not None:
-            result += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
+            result += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def sum_kernel(
+    def reduce_splits_kernel(
         out,
-        parts,
+        partial,
         b0,
         b1,
         b2,
@@ -254,27 +256,30 @@ if HAVE_TRITON:
         BLOCK_N: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """Programs are (columns of one matrix, row): parts [SPLITS, rows, N] added up, then biases and residual."""
+        """Sum of `partial` [SPLITS, rows, N] over the splits, plus biases and residual.
+
+        Programs are (BLOCK_N columns of one matrix, row).
+        """
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         matrix, first, base = _locate(tl.program_id(0), n0, n1, BLOCK_N)
         size, width = _pick(matrix, n0, n1, n2), n0 + n1 + n2
-        n = first + tl.arange(0, BLOCK_N)
-        inside = n < size
-        place = tl.program_id(1).to(tl.int64) * width + base + n
-        distance = tl.num_programs(1).to(tl.int64) * width
-        total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < size
+        offsets = tl.program_id(1).to(tl.int64) * width + base + offs_n
+        split_stride = tl.num_programs(1).to(tl.int64) * width
+        acc = tl.zeros([BLOCK_N], dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            total += tl.load(parts + split * distance + place, mask=inside, other=0.0)
-        total += _picked_bias(matrix, b0, b1, b2, n, size, BLOCK_N)
+            acc += tl.load(partial + split * split_stride + offsets, mask=mask_n, other=0.0)
+        acc += _picked_bias(matrix, b0, b1, b2, offs_n, size, BLOCK_N)
         if residual is not None:
-            total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+            acc += tl.load(residual + offsets, mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask_n)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    # In the interpreter, which has no limits, as on the newest.
+    # The interpreter has no limits and uses the configurations of the newest devices.
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -286,9 +291,10 @@ def launch(
     gated: bool,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Linear maps of x [rows, K], see `api.py`; the configuration is the one from the table unless another is given.
+    """The operation on x [rows, K]; see `api.py`.
 
-    One with `splits` above one does not go with `gated`, nor with a single row.
+    `config` replaces that of the table, for measurements. One with `splits` above one supports neither `gated` nor a
+    single row.
     """
     rows, depth = x.shape
     sizes = [weight.shape[0] for weight in weights]
@@ -310,7 +316,7 @@ def launch(
     overlap = overlap_options(x.device, rows)
     options = {
         "GATED": gated,
-        "DEPTH": depth,  # a model has two or three, and what they divide by saves masks
+        "K": depth,  # a model has two or three values of K, and knowing their divisors saves masks
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
@@ -318,23 +324,35 @@ def launch(
         **overlap,
     }
     if padded == 1:
-        vector_kernel[(blocks,)](out, x, *matrices, *biases, residual, *numbers, *strides, **options)
+        gemv_kernel[(blocks,)](out, x, *matrices, *biases, residual, *numbers, *strides, **options)
         return out
     extent = (rows, *numbers, x.stride(0), *strides)
     if config.splits == 1:
-        matrix_kernel[(blocks,)](out, x, *matrices, *biases, residual, *extent, ROWS=padded, PART=depth, **options)
+        gemm_kernel[(blocks,)](
+            out, x, *matrices, *biases, residual, *extent, BLOCK_M=padded, K_PER_SPLIT=depth, **options
+        )
         return out
-    part = part_depth(config, depth)
-    splits = triton.cdiv(depth, part)
-    parts = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
-    nothing = (None,) * 4  # biases and residual are not for the parts
-    matrix_kernel[(blocks, splits)](parts, x, *matrices, *nothing, *extent, ROWS=padded, PART=part, **options)
-    sum_kernel[(_blocks(sizes, SUM_COLUMNS), rows)](
-        out, parts, *biases, residual, *numbers, SPLITS=splits, BLOCK_N=SUM_COLUMNS, num_warps=SUM_WARPS, **overlap
+    split_len = k_per_split(config, depth)
+    splits = triton.cdiv(depth, split_len)
+    partial = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
+    no_epilogue = (None,) * 4  # `reduce_splits_kernel` adds biases and residual
+    gemm_kernel[(blocks, splits)](
+        partial, x, *matrices, *no_epilogue, *extent, BLOCK_M=padded, K_PER_SPLIT=split_len, **options
+    )
+    reduce_splits_kernel[(_blocks(sizes, REDUCE_COLUMNS), rows)](
+        out,
+        partial,
+        *biases,
+        residual,
+        *numbers,
+        SPLITS=splits,
+        BLOCK_N=REDUCE_COLUMNS,
+        num_warps=REDUCE_WARPS,
+        **overlap,
     )
     return out
 
 
 def _blocks(sizes: Sequence[int], height: int) -> int:
-    """Programs that matrices of so many rows need when none takes rows of two."""
+    """Programs of `height` rows that cover matrices of `sizes` rows, none of them spanning two matrices."""
     return sum(triton.cdiv(size, height) for size in sizes)

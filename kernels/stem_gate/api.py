@@ -24,8 +24,8 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
 
     Computed in float32 (float64 where an argument has it) and rounded once, to the dtype of `gate`. Differentiable in
     `gate` and `table`. The table's gradient is dense, summed in float32 in the order of the positions, so that two runs
-    agree bit for bit; rows whose id does not occur are exactly zero. For the backward pass only `gate`, `table` and
-    `ids` are kept.
+    agree bit for bit; rows whose id does not occur are exactly zero. Only `gate`, `table` and `ids` are saved
+    for the backward pass.
 
     Args:
         gate: [..., F], float16, bfloat16, float32 or float64; any strides.
@@ -39,7 +39,7 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
 
     Raises:
         HFEError: wrong shape, dtype, device or layout.
-        TokenIdError: an id outside [0, R). Looked for on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
+        TokenIdError: an id outside [0, R). Checked on the CPU, and elsewhere with `HFE_CHECK=1`; without it the
             Triton kernel gives zeros there and never reads outside the table.
         BackendError: the named backend cannot run here.
 
@@ -66,5 +66,5 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor, *, backend: str | None =
         return reference_stem_gate(gate, table, ids)
     from hf_efficient.kernels.stem_gate.op import stem_gate_rows
 
-    # Always of rank 2, so that a change of the number of leading dimensions compiles nothing anew.
+    # Always of rank 2, so that another number of leading dimensions does not recompile.
     return stem_gate_rows(gate.reshape(ids.numel(), width), table, ids.reshape(-1)).view(gate.shape)

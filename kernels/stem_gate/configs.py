@@ -1,6 +1,6 @@
 """Launch configurations of the stem_gate kernels: a table, not a search, so that the first call is quick.
 
-Keys are classes of shapes, never the number of tokens itself: a growing sequence compiles nothing anew.
+Keys are classes of shapes, never the number of tokens itself: a growing sequence does not recompile.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # Positions of one token id that one program of the backward kernel sums; longer runs are summed from partial rows.
 CHUNK = 32
-# Up to this many tokens a call is decoding: so few rows that every program takes but one.
+# Up to this many tokens a call counts as decoding: with so few rows, a program takes only one.
 DECODE_TOKENS = 256
 
 
@@ -28,7 +28,7 @@ _RUNS = LaunchConfig(block_tokens=1, block_width=1024, num_warps=4)
 
 
 def _fit_width(config: LaunchConfig, width: int) -> LaunchConfig:
-    """`config` with a tile no wider than the next power of two of `width`: narrow models waste no lanes."""
+    """`config` with a tile no wider than the next power of two of `width`: narrow models waste no threads."""
     fitting = max(64, 1 << (width - 1).bit_length())
     return config if fitting >= config.block_width else LaunchConfig(config.block_tokens, fitting, config.num_warps)
 

@@ -1,4 +1,4 @@
-"""What stem_gate states about itself; see `contract.py`."""
+"""The record of stem_gate for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 for tokens in (1,) if by_runs else (1, DECODE_TOKENS + 1):
                     config = run_config(width) if by_runs else elementwise_config(tokens, width)
                     constants = {
-                        "WIDE": wide_type,
+                        "COMPUTE_DTYPE": wide_type,
                         "CHUNK": CHUNK,
                         "BLOCK_TOKENS": config.block_tokens,
                         "BLOCK_WIDTH": config.block_width,

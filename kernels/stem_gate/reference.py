@@ -16,6 +16,6 @@ def stem_gate(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """``silu(gate) * table[ids]`` for gate [..., F], table [R, F], ids [...]; rounded once, to gate's dtype."""
     wide = compute_dtype(gate.dtype, table.dtype)
     if table.requires_grad and torch.is_grad_enabled():
-        # The gradients of a repeated id are summed in the dtype of the table that is indexed, so widen before indexing.
+        # The gradients of a repeated id are summed in the dtype of the indexed table, so widen before indexing.
         table = table.to(wide)
     return (F.silu(gate.to(wide)) * F.embedding(ids, table).to(wide)).to(gate.dtype)

@@ -1,6 +1,6 @@
-"""Triton kernels of stem_gate and the functions that launch them.
+"""Triton kernels of stem_gate and their launchers.
 
-No checks of arguments and no autograd: `api.py` and `op.py` see to those. Ids outside the table are masked everywhere.
+Arguments are checked by `api.py`, autograd is in `op.py`. Loads and stores are masked for ids outside the table.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if HAVE_TRITON:
         return 1.0 / (1.0 + tl.exp(-x))
 
     @triton.jit
-    def _silu_slope(x):
+    def _silu_derivative(x):
         """Derivative of x * sigmoid(x)."""
         s = _sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
 
     @triton.jit
     def _in_table(row, column, rows, width):
-        """Mask of the elements that the table has. `row` must be a block: the interpreter has no masks from scalars."""
+        """Mask of the elements inside the table. `row` must be a block: the interpreter has no masks from scalars."""
         return (column < width) & (row >= 0) & (row < rows)
 
     @triton.jit(do_not_specialize=["tokens", "rows"])
@@ -50,22 +50,22 @@ if HAVE_TRITON:
         width,
         gate_stride,
         table_stride,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        # Token blocks run fastest: the columns of the table that are in use at one time then fit the L2 cache, and an
-        # id that comes again finds its row there.
+        # Token blocks are the fastest program axis: the table columns in use at one time then fit the L2 cache, and a
+        # repeated id finds its row there.
         token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
         row = tl.load(ids + token, mask=token < tokens, other=-1).to(tl.int64)
         inside = (token < tokens)[:, None] & (column < width)[None, :]
         in_table = _in_table(row[:, None], column[None, :], rows, width)
-        # Gate and output are touched once; marked so, they do not push table rows out of the cache.
+        # Gate and output are accessed once; evicting them first keeps table rows in the cache.
         g = tl.load(
             gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-        ).to(WIDE)
-        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(WIDE)
+        ).to(COMPUTE_DTYPE)
+        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(COMPUTE_DTYPE)
         h = g * _sigmoid(g) * u
         tl.store(
             out + token[:, None] * width + column[None, :],
@@ -87,7 +87,7 @@ if HAVE_TRITON:
         dout_stride,
         gate_stride,
         table_stride,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
@@ -98,14 +98,14 @@ if HAVE_TRITON:
         in_table = _in_table(row[:, None], column[None, :], rows, width)
         g = tl.load(
             gate + token[:, None] * gate_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-        ).to(WIDE)
+        ).to(COMPUTE_DTYPE)
         d = tl.load(
             dout + token[:, None] * dout_stride + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-        ).to(WIDE)
-        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(WIDE)
+        ).to(COMPUTE_DTYPE)
+        u = tl.load(table + row[:, None] * table_stride + column[None, :], mask=in_table, other=0.0).to(COMPUTE_DTYPE)
         tl.store(
             dgate + token[:, None] * width + column[None, :],
-            (d * u * _silu_slope(g)).to(dgate.dtype.element_ty),
+            (d * u * _silu_derivative(g)).to(dgate.dtype.element_ty),
             mask=inside,
             eviction_policy="evict_first",
         )
@@ -128,14 +128,14 @@ if HAVE_TRITON:
         dout_stride,
         gate_stride,
         table_stride,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         CHUNK: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
-        # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id; every CHUNK-th
-        # position of a run heads a chunk, and the program of a head does the whole chunk. Others have no work.
+        # Positions are in the order of sorted ids. A run [begin, end) is all positions of one id. Every CHUNK-th
+        # position of a run starts a chunk, and its program processes the whole chunk; the others return.
         position = tl.program_id(0)
-        # None of these waits for another: most runs are short, and one trip to memory is all they can hide.
+        # These loads do not depend on each other: most runs are short and can hide only one memory latency.
         begin = tl.load(first + position)
         end = tl.load(last + position)
         row = tl.load(sorted_ids + position + tl.arange(0, 1)).to(tl.int64)
@@ -144,29 +144,29 @@ if HAVE_TRITON:
             column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
             inside = column < width
             in_table = _in_table(row, column, rows, width)
-            u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(WIDE)
-            total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+            u = tl.load(table + row * table_stride + column, mask=in_table, other=0.0).to(COMPUTE_DTYPE)
+            acc = tl.zeros([BLOCK_WIDTH], dtype=COMPUTE_DTYPE)
             stop = tl.minimum(end, position + CHUNK)
             for at in range(position, stop):
-                # The place of the next token is fetched while this one is worked on.
+                # Prefetch the index of the next token.
                 next_token = tl.load(order + at + 1, mask=at + 1 < stop, other=0)
-                g = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0).to(WIDE)
-                d = tl.load(dout + token * dout_stride + column, mask=inside, other=0.0).to(WIDE)
-                dg = (d * u * _silu_slope(g)).to(dgate.dtype.element_ty)
+                g = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+                d = tl.load(dout + token * dout_stride + column, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+                dg = (d * u * _silu_derivative(g)).to(dgate.dtype.element_ty)
                 tl.store(dgate + token * width + column, dg, mask=inside)
-                total += d * g * _sigmoid(g)
+                acc += d * g * _sigmoid(g)
                 token = next_token
             if end - begin <= CHUNK:
-                tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
+                tl.store(dtable + row * width + column, acc.to(dtable.dtype.element_ty), mask=in_table)
             else:
-                tl.store(partial + _slot(position, begin, CHUNK) * width + column, total, mask=inside)
+                tl.store(partial + _partial_row(position, begin, CHUNK) * width + column, acc, mask=inside)
 
     @triton.jit
-    def _slot(position, begin, CHUNK: tl.constexpr):
-        """Row of the partial sum of the chunk that begins at `position`.
+    def _partial_row(position, begin, CHUNK: tl.constexpr):
+        """Row in `partial` of the chunk that begins at `position`.
 
         Among CHUNK neighbouring positions there is at most one first chunk of a run longer than CHUNK, and at most one
-        later chunk of such a run: two rows for every CHUNK positions are enough, and no two chunks share one.
+        later chunk of such a run: two rows for every CHUNK positions are enough, and no two chunks share a row.
         """
         return (position // CHUNK).to(tl.int64) * 2 + (position != begin).to(tl.int64)
 
@@ -180,7 +180,7 @@ if HAVE_TRITON:
         tokens,
         rows,
         width,
-        WIDE: tl.constexpr,
+        COMPUTE_DTYPE: tl.constexpr,
         CHUNK: tl.constexpr,
         BLOCK_WIDTH: tl.constexpr,
     ):
@@ -193,12 +193,12 @@ if HAVE_TRITON:
             end = tl.load(last + begin)
             row = tl.load(sorted_ids + begin + tl.arange(0, 1)).to(tl.int64)
             column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-            total = tl.zeros([BLOCK_WIDTH], dtype=WIDE)
+            acc = tl.zeros([BLOCK_WIDTH], dtype=COMPUTE_DTYPE)
             for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
-                slot = _slot(begin + chunk * CHUNK, begin, CHUNK)
-                total += tl.load(partial + slot * width + column, mask=column < width, other=0.0)
+                row_of_chunk = _partial_row(begin + chunk * CHUNK, begin, CHUNK)
+                acc += tl.load(partial + row_of_chunk * width + column, mask=column < width, other=0.0)
             in_table = _in_table(row, column, rows, width)
-            tl.store(dtable + row * width + column, total.to(dtable.dtype.element_ty), mask=in_table)
+            tl.store(dtable + row * width + column, acc.to(dtable.dtype.element_ty), mask=in_table)
 
 
 def launch_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def launch_forward(gate: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         width,
         gate.stride(0),
         table.stride(0),
-        WIDE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
+        COMPUTE_DTYPE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
         BLOCK_TOKENS=config.block_tokens,
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
@@ -249,7 +249,7 @@ def launch_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor)
         dout.stride(0),
         gate.stride(0),
         table.stride(0),
-        WIDE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
+        COMPUTE_DTYPE=_TRITON_DTYPE[compute_dtype(gate.dtype, table.dtype)],
         BLOCK_TOKENS=config.block_tokens,
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
@@ -258,7 +258,7 @@ def launch_backward_gate(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor)
 
 
 def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate [T, F] and table [R, F]; the table's is dense and the same, bit for bit, at every run."""
+    """Gradients of gate [T, F] and table [R, F]; that of the table is dense and deterministic."""
     dout, gate = rows_contiguous(dout), rows_contiguous(gate)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format)
@@ -266,11 +266,11 @@ def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> t
     if dgate.numel() == 0:
         return dgate, dtable
     wide = compute_dtype(gate.dtype, table.dtype)
-    # A sort takes time in proportion to the bytes of its keys; all ids outside the table are alike, so none is lost.
+    # Sorting time is proportional to the bytes of the keys. Ids outside the table may be merged: none of them counts.
     keys = ids.clamp(-1, table.shape[0])
     if table.shape[0] <= torch.iinfo(torch.int32).max:
         keys = keys.to(torch.int32)
-    # Stable, so that the positions of an id keep their order and the sum its bits.
+    # Stable, so that the positions of an id keep their order and the sum is deterministic.
     sorted_ids, order = torch.sort(keys, stable=True)
     first = torch.searchsorted(sorted_ids, sorted_ids, out_int32=True)
     last = torch.searchsorted(sorted_ids, sorted_ids, right=True, out_int32=True)
@@ -294,7 +294,7 @@ def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> t
         dout.stride(0),
         gate.stride(0),
         table.stride(0),
-        WIDE=_TRITON_DTYPE[wide],
+        COMPUTE_DTYPE=_TRITON_DTYPE[wide],
         CHUNK=CHUNK,
         BLOCK_WIDTH=config.block_width,
         num_warps=config.num_warps,
@@ -309,7 +309,7 @@ def launch_backward(dout: Tensor, gate: Tensor, table: Tensor, ids: Tensor) -> t
             tokens,
             table.shape[0],
             width,
-            WIDE=_TRITON_DTYPE[wide],
+            COMPUTE_DTYPE=_TRITON_DTYPE[wide],
             CHUNK=CHUNK,
             BLOCK_WIDTH=config.block_width,
             num_warps=config.num_warps,

@@ -1,4 +1,4 @@
-"""What topology_attention states about itself; see `contract.py`."""
+"""The record of topology_attention for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 

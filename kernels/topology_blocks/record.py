@@ -1,4 +1,4 @@
-"""What topology_blocks states about itself; see `contract.py`."""
+"""The record of topology_blocks for tests and benchmarks; see `contract.py`."""
 
 from __future__ import annotations
 

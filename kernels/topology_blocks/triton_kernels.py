@@ -41,7 +41,7 @@ if HAVE_TRITON:
         segment_visibility_stride,
         BLOCK: tl.constexpr,
     ):
-        """Bitmaps of a block's segments, of those that some and that every query of it sees; and whether it has a hole."""
+        """Bitmaps of a block's segments, of those that some and that every query of it sees; whether it has a hole."""
         block = tl.program_id(0)
         row = tl.program_id(1).to(tl.int64)
         token = block * BLOCK + tl.arange(0, BLOCK)

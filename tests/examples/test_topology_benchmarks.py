@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_wrong_attention_gets_no_figure(
 ) -> None:
     """Plain causal attention in the place of ours."""
     causal = attention.PROVIDERS["causal, flash"]
-    monkeypatch.setitem(attention.PROVIDERS, "hf_efficient", attention.Provider(causal.prepare, "given"))
+    monkeypatch.setitem(attention.PROVIDERS, "hf_efficient", dataclasses.replace(causal, topology="given"))
     options = ["--tiny", "--device", "cpu", "--cases", "8k, 4 paths", "--parts", "attention"]
     attention.main([*options, "--only", "hf_efficient", "--output", str(tmp_path), "--commit", "abc"])
     lines = {(line["provider"], line["mode"]): line for line in lines_of(tmp_path / "topology_attention.jsonl")}

@@ -106,28 +106,28 @@ def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
 
 
 def test_weights_of_skinny_linear_are_read_16_bytes_at_a_time() -> None:
-    """Whichever of up to three matrices a program reads: choosing must not lose what is known of the pointers."""
+    """Selecting one of up to three matrices must not lose the alignment of the pointers."""
     from hf_efficient.kernels.skinny_linear.record import RECORD
 
     checked = set()
     for compilation in RECORD.compilations(90):
         kernel = compilation.kernel.fn.__name__
-        if " bf16 " not in compilation.label or kernel == "sum_kernel":
+        if " bf16 " not in compilation.label or kernel == "reduce_splits_kernel":
             continue
-        kind = (kernel, compilation.label.endswith("gated"), compilation.constants.get("PART"))
+        kind = (kernel, compilation.label.endswith("gated"), compilation.constants.get("K_PER_SPLIT"))
         if kind in checked and "576 deep" not in compilation.label:
-            continue  # one of each kind is enough, and those whose depth is no multiple of the tile's
+            continue  # one of each kind is enough, and those whose K is no multiple of BLOCK_K
         ptx = compile_ahead(compilation, 90).asm["ptx"]
-        if kernel == "vector_kernel":
-            # The weights are what leaves the cache first.
+        if kernel == "gemv_kernel":
+            # Weights are the loads with `evict_first`.
             weights = re.findall(r"ld\.global[^;]*evict_first[^;]*", ptx)
             assert weights and all(".v4.b32" in load for load in weights), compilation.label
         else:
             assert re.search(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx), compilation.label
             assert "cp.async.ca" not in ptx, f"{compilation.label}: copies of less than 16 bytes"
         checked.add(kind)
-    assert {kind[:2] for kind in checked} == {(k, g) for k in ("vector_kernel", "matrix_kernel") for g in (False, True)}
-    assert any("PART" in compilation.constants for compilation in RECORD.compilations(90))
+    assert {kind[:2] for kind in checked} == {(k, g) for k in ("gemv_kernel", "gemm_kernel") for g in (False, True)}
+    assert any("K_PER_SPLIT" in compilation.constants for compilation in RECORD.compilations(90))
 
 
 def test_overlapped_launches_touch_no_memory_before_the_kernel_before_has_finished() -> None:
@@ -145,6 +145,6 @@ def test_overlapped_launches_touch_no_memory_before_the_kernel_before_has_finish
                 assert "st.global" in after, compilation.label
                 hints[kernel] = body.count("prefetch.global.L2")
     # A tile of 16 KiB in sectors of 32 bytes for 128 threads, and a row of 4 KiB for as many.
-    assert hints["vector_kernel"] == 4 and hints["add_rms_norm_kernel"] >= 1
-    assert {kernel for kernel, count in hints.items() if count} == {"vector_kernel", "add_rms_norm_kernel"}
+    assert hints["gemv_kernel"] == 4 and hints["add_rms_norm_kernel"] >= 1
+    assert {kernel for kernel, count in hints.items() if count} == {"gemv_kernel", "add_rms_norm_kernel"}
     assert len(hints) == 7, "of every kernel that takes the switch"

@@ -14,8 +14,8 @@ from hf_efficient.kernels.skinny_linear.api import skinny_linear
 from hf_efficient.kernels.skinny_linear.configs import (
     MAX_ROWS,
     ROW_CLASSES,
+    k_per_split,
     launch_config,
-    part_depth,
     row_class,
     shared_memory,
 )
@@ -105,15 +105,15 @@ def test_small_weights_still_occupy_the_device() -> None:
 
 
 def test_only_deep_weights_are_cut_and_into_whole_tiles() -> None:
-    """Adding up parts costs a launch; a depth of 2048 is too short for it, and one row or a gated pair never is cut."""
+    """Split-K costs a launch: K = 2048 is too short for it, and one row or a gated pair is never split."""
     for rows, outputs, depth in itertools.product(ROW_CLASSES, (64, 2048, 5120, 49152), (576, 2048, 8192, 14336)):
         for gated in (False, True):
             config = launch_config(rows, outputs, depth, 2, gated, (9, 0))
-            part = part_depth(config, depth)
-            assert part % config.block_k == 0 and part * config.splits >= depth
+            split_len = k_per_split(config, depth)
+            assert split_len % config.block_k == 0 and split_len * config.splits >= depth
             if rows == 1 or gated or depth == 2048:
                 assert config.splits == 1
-            assert config.splits == 1 or part >= 2048
+            assert config.splits == 1 or split_len >= 2048
     assert launch_config(32, 2048, 8192, 2, False, (9, 0)).splits == 4
 
 
