@@ -96,6 +96,7 @@ class ChannelGains:
 
     @property
     def report(self) -> NormMeasurements:
+        """The fitted figures, without the gains."""
         return {
             "relative_error": self.relative_error,
             "max_over_rms": self.max_over_rms,
@@ -151,6 +152,7 @@ class MeanSquareLine:
 
     @property
     def report(self) -> NormMeasurements:
+        """The fields by name."""
         return {
             "slope": self.slope,
             "intercept": self.intercept,

@@ -134,6 +134,7 @@ class Bhyt:
         return self.second_site == "affine" and self.exact_layers == "auto"
 
     def check(self, config: DecoderConfig) -> None:
+        """Raise `UsageError` if the source already has BHyT norms, or `exact_layers` names a layer that does not exist."""
         if "bhyt" in config.active_patches:
             raise UsageError(
                 f"the source is a BHyT checkpoint already ({config.model_type}, source {config.source_model_type})",
@@ -147,6 +148,7 @@ class Bhyt:
             )
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        """The configuration fields of the BHyT model; `exact_layers="auto"` measures the exact layers on text."""
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
             self._misses = _line_misses(required_calibration(calibration))
@@ -157,6 +159,7 @@ class Bhyt:
         return self._fields(config, exact)
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        """The fields that `choose` will return, with the fewest possible exact layers where it would measure them."""
         count = config.num_hidden_layers
         exact = [index for index in _ALWAYS_EXACT if index < count]
         known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
@@ -166,6 +169,7 @@ class Bhyt:
         )
 
     def _fields(self, config: DecoderConfig, exact: list[int]) -> dict[str, Any]:
+        """The configuration fields of the BHyT model, with the layers `exact`."""
         bound = self._lambda(config)
         return {
             "bhyt_layers": list(range(config.num_hidden_layers)),
@@ -184,6 +188,7 @@ class Bhyt:
         }
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        """The added tensors: `out_scale` and `lam` of every norm, `affine` where a line estimates the mean square."""
         width = (config.hidden_size,)
         origin = "1 / a" if self.bound is None else "gains fitted to text"
         added = {}
@@ -196,6 +201,7 @@ class Bhyt:
         return TensorChanges(added)
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the added tensors, in the order of `changes`."""
         # Rounded to the dtype of the checkpoint, because the gains are fitted to the stored value.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
@@ -210,6 +216,7 @@ class Bhyt:
         return {"sites": self._measured, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:
+        """The lambda of every norm: the bound, or the largest that is lossless."""
         if self.bound is not None:
             return self.bound
         # A power of two, so that multiplying a weight by 1 / a is exact.
@@ -326,6 +333,7 @@ def _norms(config: DecoderConfig) -> list[tuple[str, int]]:
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
+    """`exact_layers` as a list of indices; `UsageError` for anything but `none` and different non-negative indices."""
     if isinstance(layers, str) and layers.strip() == "none":
         return []
     parsed = layer_indices(layers)

@@ -162,6 +162,7 @@ def _method(fields: dict[str, Any]) -> str:
 
 
 def _positive(fields: dict[str, Any], name: str, default: float | None = None) -> float:
+    """The number `name` of config.json; `HFEError` unless it is positive."""
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise HFEError(f"config.json has {name}={value!r}, not a positive number", "correct config.json")
@@ -169,6 +170,7 @@ def _positive(fields: dict[str, Any], name: str, default: float | None = None) -
 
 
 def _sequence_length(fields: dict[str, Any]) -> int:
+    """`seq_len` of config.json; `HFEError` if it is missing or not a positive integer."""
     length = fields.get("seq_len")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise HFEError(
@@ -278,12 +280,14 @@ class BhytReleaseReader:
         return torch.float32 if name in self._computed else self._stored.dtype(name)
 
     def read(self, name: str) -> Tensor:
+        """The tensor `name`: computed from others, unfolded, or as stored."""
         if name in self._computed:
             index, kind = self._computed[name]
             return self._branch(index) if kind == "branch" else self._affine(index)
         return self._unfolded(name, self._stored.read(name).view(self.shape(name)))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of the first dimension of the tensor `name`."""
         if name in self._computed or self._stored.shape(name) == ():
             return self.read(name)[start:stop]
         return self._unfolded(name, self._stored.read_rows(name, start, stop))

@@ -182,6 +182,7 @@ def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[
 
 
 def _refuse_budget(max_delta: float | None, cheapest_cost: float) -> NoReturn:
+    """Raise the error for a `max_delta` that not even the cheapest layer fits in."""
     raise HFEError(
         f"stem max_delta={max_delta} allows no layer: the cheapest costs {cheapest_cost:.4f} nats", "raise it"
     )

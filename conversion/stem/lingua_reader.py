@@ -132,21 +132,25 @@ class LinguaReader:
         return self._pieces[name].parts[0].dtype
 
     def read(self, name: str) -> Tensor:
+        """The tensor `name`; rows of q_proj and k_proj are reordered for transformers' rotary embedding."""
         heads = self._interleaved_heads(name)
         tensor = self._columns(name, slice(None))
         return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of the first dimension of the tensor `name`."""
         if self._interleaved_heads(name) is not None:
             return self.read(name)[start:stop].clone()
         return self._columns(name, slice(start, stop))
 
     def _columns(self, name: str, rows: slice) -> Tensor:
+        """The `rows` of a tensor, its column slices joined; `HFEError` for NaN or infinity."""
         piece = self._pieces[name]
         parts = [part[rows] for part in piece.parts]
         return check_finite(name, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone(), piece.path)
 
     def _interleaved_heads(self, name: str) -> int | None:
+        """The number of heads of a q_proj or k_proj, which Lingua stores in interleaved rotary order; else None."""
         if ".self_attn.q_proj." in name:
             return self.config.num_attention_heads
         return self.config.num_key_value_heads if ".self_attn.k_proj." in name else None

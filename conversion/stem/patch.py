@@ -154,6 +154,7 @@ class Stem:
         return self.layers in _CHOICES
 
     def check(self, config: DecoderConfig) -> None:
+        """Raise `UsageError` if the source already has STEM layers or `layers` does not suit it; warn about layer 0."""
         count = config.num_hidden_layers
         if getattr(config, "stem_layers", None):
             raise UsageError(
@@ -174,6 +175,7 @@ class Stem:
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
+        """The fields that `choose` will return, with the largest number of layers where it would measure them."""
         most = min(self._limit(config), config.num_hidden_layers - 1)
         count = f"{most} layer{'s' if most > 1 else ''}"
         if self.max_delta is not None and most > 1:
@@ -183,6 +185,7 @@ class Stem:
         return ExpectedChoice(fields, {"stem_layers": count})
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
+        """The tables that are added, and the up-projections that are dropped."""
         changes = TensorChanges()
         shape = (config.vocab_size, config.intermediate_size)
         for index in config.stem_layers:
@@ -193,6 +196,7 @@ class Stem:
         return changes
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the tables, in the order of the layers; text runs through the model layer by layer."""
         calibration = required_calibration(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
@@ -228,6 +232,7 @@ class Stem:
                 return
 
     def report(self) -> StemMeasurements:
+        """What was measured for the choice of layers and for each table."""
         rounds = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
         return {
             "init": self.init,
@@ -261,6 +266,7 @@ class Stem:
         return self.max_layers or max(config.num_hidden_layers // 3, 1)
 
     def _choose(self, calibration: Calibration) -> list[int]:
+        """The layers by `auto` or `greedy`, sorted."""
         limit = self._limit(calibration.config)
         probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
         self._costs = probe.costs
@@ -271,6 +277,7 @@ class Stem:
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
+    """`layers` as a list of indices; `UsageError` unless it names different ones."""
     parsed = layer_indices(layers)
     if not parsed:
         raise UsageError(

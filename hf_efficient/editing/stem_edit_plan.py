@@ -134,6 +134,7 @@ def _tokens_of_span(tokenizer: Any, text: str, start: int, end: int) -> tuple[tu
 
 
 def _check_known(tokenizer: Any, target: str, ids: tuple[int, ...]) -> None:
+    """Raise `HFEError` if a token of the target is the unknown token."""
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise HFEError(
             f"the target {target!r} has tokens {list(ids)}, where {tokenizer.unk_token_id} stands for unknown ones",
@@ -197,6 +198,7 @@ def _subset(
 
 
 def _count(counts: Any, token: int) -> float:
+    """The count of a token; 0 if a mapping lacks it."""
     if isinstance(counts, Mapping):
         return counts.get(token, 0)
     if token >= len(counts):
@@ -205,6 +207,7 @@ def _count(counts: Any, token: int) -> float:
 
 
 def _pad_id(tokenizer: Any) -> int:
+    """The id of the pad token, else EOS, else BOS with a warning; `HFEError` without any of them."""
     for name in ("pad", "eos", "bos"):
         token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:

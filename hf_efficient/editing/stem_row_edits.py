@@ -136,6 +136,7 @@ class StemEdit:
         self._exchange(self.before, self.after, "apply an edit to the rows that it was made from")
 
     def _exchange(self, expected: dict[int, Tensor], wanted: dict[int, Tensor], remedy: str) -> None:
+        """Replace the rows `expected` by `wanted`, both by layer; `EditConflictError` if a table has other rows."""
         weights = table_weights(self._base_model, self.layers)
         for layer, found in self._current(weights, remedy).items():
             different = (_bits(found) != _bits(expected[layer])).any(1)

@@ -93,6 +93,7 @@ class BhytNorm(nn.Module):
             self.affine.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Any:
+        """As in PyTorch; constants stay frozen."""
         super().train(mode)
         self.freeze_constants()  # PEFT's modules_to_save sets requires_grad on every parameter of a module
         return self

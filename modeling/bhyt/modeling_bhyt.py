@@ -40,12 +40,14 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module that has no weights in the checkpoint."""
         if isinstance(module, BhytNorm):
             module.reset_parameters()
         else:
             super()._init_weights(module)
 
     def post_init(self) -> None:
+        """As in transformers; some tensors of BHyT norms are kept in float32."""
         norms = [module for module in self.modules() if isinstance(module, BhytNorm)]
         self._keep_in_fp32_modules_strict = {leaf for norm in norms for leaf in norm.float32_tensors()}
         super().post_init()
@@ -56,6 +58,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; lambdas that are constants are frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -64,6 +67,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         return loaded
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
+        """Raise `HFEError` if the checkpoint does not have the BHyT tensors that the configuration describes."""
         super().check_loaded(missing_keys, unexpected_keys)
         bounds = sorted(key for key in missing_keys if key.endswith(".lam"))
         if bounds:
@@ -149,6 +153,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         return BhytNorm(self.config, position, layer_idx) if bounded else super().build_norm(position, layer_idx)
 
     def train(self, mode: bool = True) -> Any:
+        """As in PyTorch; switching to evaluation recomputes the branch variances."""
         super().train(mode)
         if not mode:
             self._refresh(strict=True)
@@ -162,6 +167,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
+        """As in `DecoderModel`; in evaluation, recomputes branch variances if weights changed since the last call."""
         if not self.training and not torch.compiler.is_compiling():
             self._refresh_if_changed(strict=True)
         return super().prepare_token_inputs(token_ids, attention_mask, position_ids, past_key_values, kwargs)

@@ -64,6 +64,7 @@ class StemConfig(DecoderConfig):
         super().__post_init__(**kwargs)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
+        """As in `DecoderConfig`; tables are split by rows, and gates are gathered."""
         plan = super().tensor_parallel_plan()
         if not self.stem_layers:
             return plan

@@ -104,6 +104,7 @@ class StemMLP(nn.Module):
         return linear(gated, self.down_proj, residual)
 
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
+        """The stock up-projection of [B, S, hidden_size]; `HFEError` if the checkpoint does not have it."""
         if self.up_proj is None:
             raise HFEError(
                 "efficient=False needs the stock up-projection, which this checkpoint does not have",
@@ -118,6 +119,7 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module that has no weights in the checkpoint."""
         if not isinstance(module, StemTable):
             super()._init_weights(module)
         elif module.weight is None:
@@ -128,6 +130,7 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             init.normal_(module.weight, std=self.config.stem_init_std)
 
     def post_init(self) -> None:
+        """As in transformers; `HFEError` if a serving engine loads a model with offloaded tables."""
         placement, attention = self.config.stem_offload, self.config._attn_implementation
         if placement != "none" and attention in _ENGINES:
             raise HFEError(
@@ -190,6 +193,7 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             tables[name].map_from(*place)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
+        """Raise `HFEError` if the checkpoint lacks tables."""
         super().check_loaded(missing_keys, unexpected_keys)
         tables = sorted(key for key in missing_keys if key.endswith(".stem_embed.weight"))
         if tables:
@@ -345,6 +349,7 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         return TokenRows(token_ids) if any(table.sparse for table in trained) else token_ids
 
     def _fetcher(self, tables: list[StemTable], device: torch.device) -> TableFetcher:
+        """The `TableFetcher` of this model, made anew if its tables or the device changed."""
         fetcher = _FETCHERS.get(self)
         if fetcher is None or not fetcher.serves(tables, device):
             config = self.config
@@ -397,6 +402,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
         stem_input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """As in transformers; `stem_input_ids` [B, S] of the prompt are continued with the generated ids."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if stem_input_ids is None:
             return inputs

@@ -52,6 +52,7 @@ def find_tensors(
 
 
 def _weight_files(source: Any, config: Mapping[str, Any], variant: str | None, hub: dict[str, Any]) -> list[Path]:
+    """The safetensors files that `from_pretrained` loads, downloaded if `source` is a Hub id."""
     if os.path.isdir(source):
         return resolve_weight_files(Path(source), config, variant=variant, subfolder=hub.get("subfolder") or "")
     names = weight_file_names(config, variant)

@@ -201,11 +201,13 @@ class PrefetchedRows(TokenRows):
         self._fetcher.stream.wait_stream(torch.cuda.current_stream(self._fetcher.device))
 
     def _request_up_to(self, end: int) -> None:
+        """Request the rows of all tables before number `end` that were not requested yet."""
         for table_index in range(self._requested, min(end, len(self._fetcher.weights))):
             self._request(table_index)
             self._requested = table_index + 1
 
     def _request(self, table_index: int) -> None:
+        """Start the transfer of the rows of one table."""
         fetcher = self._fetcher
         weight = fetcher.weights[table_index]
         rows = torch.empty(len(self.distinct), weight.shape[1], dtype=weight.dtype, device=fetcher.device)
@@ -241,6 +243,7 @@ class PrefetchedRows(TokenRows):
         self._commit = functools.partial(cache.policy.commit, admission)
 
     def _fill_cache(self, table_index: int, rows: Tensor) -> None:
+        """Copy the admitted rows of one table into the cache; after the last table they are used."""
         cache = self._fetcher.cache
         if cache is None or self._admission is None or table_index != self._requested:
             return

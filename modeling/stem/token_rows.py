@@ -46,6 +46,7 @@ class _RowsOfTable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Returns `rows` unchanged."""
         ctx.save_for_backward(ids)
         ctx.table = table  # not by save_for_backward: the optimizer may change it before a second backward pass
         return rows
@@ -53,6 +54,7 @@ class _RowsOfTable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[None, Tensor, None]:
+        """The gradient of `rows` [u, F] as a sparse gradient of the table [V, F]."""
         (ids,) = ctx.saved_tensors
         table = ctx.table
         _check_optimizer(table)
