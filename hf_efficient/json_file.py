@@ -93,6 +93,7 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook`: the object as a dict; `ValueError` where a key comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -106,6 +107,7 @@ def _refuse_constant(text: str) -> Any:
 
 
 def _finite(text: str) -> float:
+    """`parse_float`: the number; `ValueError` where it overflows."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:80]} is out of range")
@@ -113,6 +115,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
+    """`parse_int`: the number; `ValueError` where it has more than `_MAX_DIGITS` digits."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"the number {text[:20]}… has {len(text)} digits")
     return int(text)
@@ -137,6 +140,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _can_be_encoded(text: str) -> bool:
+    """False for text with a lone surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -241,6 +241,7 @@ def object_type(name: str, types_by_key: dict[str, Any]) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a type; see `type_mismatches`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
@@ -268,6 +269,7 @@ def _key_fits(key: str, kind: Any) -> bool:
 
 
 def _described(kind: Any) -> str:
+    """A type in the words of a message."""
     if get_origin(kind) is Literal:
         return " or ".join(repr(each) for each in get_args(kind))
     if get_origin(kind) is list:

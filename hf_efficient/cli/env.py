@@ -17,6 +17,7 @@ _PACKAGES = ("hf-efficient", "torch", "transformers", "triton", "safetensors", "
 
 
 def _version(package: str) -> str:
+    """Installed version of a package, or `not installed`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

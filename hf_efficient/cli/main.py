@@ -41,6 +41,7 @@ class LazyGroup(TyperGroup):
         return list(SUBCOMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the subcommand's module and return its command; None for an unknown name."""
         if cmd_name not in SUBCOMMANDS:
             return None
         module = importlib.import_module(f"hf_efficient.cli.{cmd_name}")

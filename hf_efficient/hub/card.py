@@ -101,6 +101,7 @@ def _model_name(config: dict[str, Any], source: dict[str, Any], base: str | None
 
 
 def _metadata(config: dict[str, Any], report: dict[str, Any], base: str | None, patches: list[str], title: str) -> str:
+    """The card's YAML header."""
     source = _mapping(report.get("source"))
     model_type = str(config.get("model_type"))
     tag = _pipeline_tag(config)
@@ -143,6 +144,7 @@ def _eval_results(report: dict[str, Any], tag: str | None) -> list[EvalResult] |
 
 
 def _introduction(config: dict[str, Any], base: str | None, source: dict[str, Any], patches: list[str]) -> str:
+    """One sentence: what was converted, to which architecture, with which patches."""
     model_type = config.get("model_type")
     if not source and not patches:
         return f"A model of the architecture `{model_type}`, with its code, written by hf-efficient {__version__}."
@@ -161,6 +163,7 @@ def _all_patches(names: list[str], source: dict[str, Any]) -> list[str]:
 
 
 def _measurements(report: dict[str, Any]) -> str:
+    """The section with the measured losses; empty without a report."""
     if not report:
         return ""
     measured = _mapping(report.get("evaluation"))
@@ -180,6 +183,7 @@ def _measurements(report: dict[str, Any]) -> str:
 
 
 def _sizes(report: dict[str, Any]) -> str:
+    """The section with parameters, bytes and FLOPs before and after; empty where the report has none."""
     before, after = _mapping(report.get("before")), _mapping(report.get("after"))
     labels = {"parameters": "parameters", "bytes": "bytes of weights", "flops_per_token": "FLOPs per token"}
     rows = [
@@ -191,6 +195,7 @@ def _sizes(report: dict[str, Any]) -> str:
 
 
 def _patches(patches: list[dict[str, Any]]) -> str:
+    """The section with options and choices of each patch; empty without patches."""
     parts = []
     for patch in patches:
         settings = {**_mapping(patch.get("options")), **_mapping(patch.get("choices"))}
@@ -200,6 +205,7 @@ def _patches(patches: list[dict[str, Any]]) -> str:
 
 
 def _provenance(report: dict[str, Any], source: dict[str, Any]) -> str:
+    """The section with calibration text, fingerprint, versions, warnings and licence."""
     lines = []
     calibration = _mapping(report.get("calibration"))
     if text := _plain(calibration.get("calibration_text")):

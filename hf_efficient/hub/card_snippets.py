@@ -78,6 +78,7 @@ def auto_class_of(config: dict[str, Any]) -> str:
 
 
 def _has_chat_template(folder: Path) -> bool:
+    """True where the tokenizer in `folder` has a chat template, in a file of its own or in its settings."""
     if (folder / "chat_template.jinja").is_file():
         return True
     try:

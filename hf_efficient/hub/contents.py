@@ -88,6 +88,7 @@ def may_be_part(name: str) -> bool:
 
 
 def _is_companion(name: str) -> bool:
+    """True for a file of the model other than weights and code: configuration, tokenizer, report, card, licence."""
     # A star of the patterns does not stand for a slash.
     return is_licence(name) or any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _ALWAYS

@@ -156,6 +156,7 @@ def _refuse_unportable(module: _Module) -> None:
 
 
 def _source_text(module: str) -> str:
+    """Source code of an installed module."""
     spec = importlib.util.find_spec(module)
     loader = spec.loader if spec else None
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None

@@ -72,6 +72,7 @@ class UntrustedFolder:
             raise HFEError(f"cannot be read: {error.strerror}", "make it readable") from None
 
     def _walk(self, directory: Path, prefix: str) -> Iterator[None]:
+        """List a folder recursively into the attributes; yields after each entry, so that the caller can stop."""
         try:
             with os.scandir(directory) as scanned:
                 entries = sorted(scanned, key=lambda entry: entry.name)

@@ -58,6 +58,7 @@ def json_type(hint: Any) -> Any:
 
 
 def _report_type(patch_types: dict[str, Any]) -> Any:
+    """Type of the whole report; of each patch in it only that it is an object, since its type depends on its name."""
     hints = {name: json_type(hint) for name, hint in get_type_hints(ConversionReport).items()}
     options = get_type_hints(ConversionOptions)
     for name in ("patches", "max_shard_size"):

@@ -108,6 +108,7 @@ def download_headers(repo_id: str, folder: Path, revision: str | None, token: st
 
 
 def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
+    """The bytes at the start of a file that `verify` reads, downloaded from `url`."""
     if not may_be_part(file.path):
         return b""
     if file.path.endswith(_READ_WHOLE) and file.size <= size_limit(file.path):
@@ -119,6 +120,7 @@ def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
 
 
 def _write_sparse(target: Path, content: bytes, size: int, repo_id: str) -> None:
+    """Create a file of `size` bytes that begins with `content`; the rest is a hole, which takes no disk space."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as out:
@@ -133,6 +135,7 @@ def _write_sparse(target: Path, content: bytes, size: int, repo_id: str) -> None
 
 
 def _read_range(url: str, start: int, stop: int, token: str | None) -> bytes:
+    """Download bytes `start` to `stop` (exclusive) of a file."""
     if stop <= start:
         return b""
     headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}"}

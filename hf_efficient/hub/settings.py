@@ -129,6 +129,7 @@ def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
 
 
 def _auto_map_differences(found: Any, expected: dict[str, str]) -> Iterator[Finding]:
+    """A finding for each entry of `auto_map` that differs from what the release writes."""
     if not isinstance(found, dict):
         yield Finding(CONFIG, "has no auto_map", REMEDY_EXPORT)
         return

@@ -84,6 +84,7 @@ def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ..
 def _verify_folder(
     folder: UntrustedFolder, source: str, commit: str | None, *, only_model: bool = False
 ) -> tuple[VerificationReport, FolderContents]:
+    """The report on a folder and its sorted files; `only_model`: only files that `push` uploads can have findings."""
     findings: list[Finding] = []
     missing = [Finding(name, "is missing", REMEDY_EXPORT) for name in (CONFIG, CODE_MANIFEST) if name not in folder]
     fields = read_settings(folder, CONFIG, findings) if CONFIG in folder else {}
@@ -228,6 +229,7 @@ def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
 
 
 def _first_bytes(folder: UntrustedFolder, name: str) -> bytes:
+    """The first bytes of a listed file; empty where it cannot be read, which another finding reports."""
     try:
         return folder.read_start(name, FIRST_BYTES)
     except HFEError:

@@ -161,6 +161,7 @@ def _header_findings(name: str, path: Path) -> list[Finding]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    """The file of each tensor, from an index; `HFEError` unless all are safetensors files in the same folder."""
     mapped = read_weight_map(path)
     for name in mapped.values():
         if name != Path(name).name or not name.endswith(".safetensors"):

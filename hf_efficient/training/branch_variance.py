@@ -87,6 +87,7 @@ def _checked(every: int | None) -> int | None:
 
 
 def _refresh(model: nn.Module) -> None:
+    """Recompute the branch variances of all BHyT models in `model`; `HFEError` where trained weights cannot be read."""
     for module in model.modules():
         if not isinstance(module, BhytModel):
             continue

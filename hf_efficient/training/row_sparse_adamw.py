@@ -105,6 +105,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     # Collecting gradients
 
     def _reset_hooks(self) -> None:
+        """Begin without collected gradients and without hooks, which are removed when the optimizer is deleted."""
         self._collected: dict[Tensor, list[RowGradient]] = {}
         self._coalesced: dict[Tensor, int] = {}
         self._hooks: dict[Tensor, tuple[Any, ...]] = {}
@@ -129,6 +130,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             self._coalesced[parameter] = gradient.indices().data_ptr()
 
     def _collect(self, parameter: Tensor) -> None:
+        """Move a sparse `.grad` to the optimizer's list for this parameter; dense gradients stay."""
         known = self._coalesced.pop(parameter, 0)
         if parameter.grad is None or not parameter.grad.is_sparse:
             return
@@ -171,6 +173,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         return loss
 
     def _step_rows(self) -> None:
+        """Sum, average over processes, clip and apply the collected sparse gradients."""
         parameters = list(self._parameters())
         gradients = [add_up(self._collected[p]) if p in self._collected else None for p in parameters]
         self._collected.clear()
@@ -194,6 +197,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _step_table(
         self, parameter: Tensor, gradient: RowGradient, options: dict[str, Any], scale: Tensor | None
     ) -> None:
+        """AdamW on the rows of `gradient`; `options` is the parameter's group, `scale` the clipping factor."""
         for name in ("amsgrad", "maximize", "differentiable"):
             if options[name]:
                 raise HFEError(
@@ -231,6 +235,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             )
 
     def _state_of_rows(self, parameter: Tensor) -> dict[str, Tensor]:
+        """State of a table, created with zeros at its first sparse gradient."""
         state = self.state[parameter]
         if state and _OF_ROWS not in state:
             raise _changed_kind(parameter, "sparse")
@@ -247,6 +252,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         return state
 
     def _refuse_loss_scaling(self) -> None:
+        """Raise `HFEError` where a gradient scaler has set its attributes on this optimizer."""
         given = [self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__]
         if given:
             raise HFEError(
@@ -324,6 +330,7 @@ def _without_step_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _changed_kind(parameter: Tensor, kind: str) -> HFEError:
+    """The error for a parameter whose gradients change between sparse and dense."""
     return HFEError(
         f"a parameter of shape {tuple(parameter.shape)} has a {kind} gradient and had others before",
         "keep stem_sparse_grad (nn.Embedding's sparse) as it is during training, and in a resumed one",

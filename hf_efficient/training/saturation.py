@@ -71,6 +71,7 @@ class SaturationMonitor:
 
     @torch.no_grad()
     def _count(self, site: BhytNorm, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Forward hook: add the saturated elements of this call to the site's counter."""
         _, stream, statistic = output
         if torch.compiler.is_compiling() or statistic is None:  # a stock norm saturates nothing
             return
@@ -119,6 +120,7 @@ class SaturationCallback(TrainerCallback):
             self._monitor = SaturationMonitor(model, self.threshold).attach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Log the figures of the step, where it was measured."""
         if self._monitor is None:
             return
         self._monitor.detach()

@@ -121,6 +121,7 @@ def carried_code(config_class: type) -> SavedCode | None:
     folder = Path(inspect.getfile(config_class)).parent
 
     def read(name: str) -> str:
+        """Text of one of the checkpoint's own code files."""
         try:
             return (folder / name).read_bytes().decode()
         except OSError as error:

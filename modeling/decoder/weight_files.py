@@ -111,6 +111,7 @@ def _inside(name: Any, origin: str, suffix: str = "") -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
+    """Sorted names in a folder; `HFEError` where it cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -118,6 +119,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _absent(name: str, wanted: tuple[str, ...], present: list[str]) -> HFEError:
+    """The error for a checkpoint without the `wanted` weight files; it names pickles or variants that are there."""
     pickles = [file for file in present if file.endswith(_PICKLES) and file != "training_args.bin"]
     if pickles:
         return HFEError(

@@ -209,7 +209,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
 
 
 def test_a_dry_run_of_a_real_model_takes_seconds_whatever_is_to_be_measured(smollm_gguf: Path, tmp_path: Path) -> None:
-    """All that a patch may measure, in one command: at most 10 s of processor time, the best of two."""
+    """With every choice that can be measured, in one command: at most 10 s of processor time, the best of two."""
     patches = ["--patch", "stem", "--patch", "bhyt", "--bhyt-second-site", "affine", "--patch", "medverse"]
     command = [sys.executable, "-m", "hf_efficient.cli", "convert", str(smollm_gguf), str(tmp_path / "out"), *patches]
     seconds = []

@@ -1,4 +1,4 @@
-"""Whatever is wrong with arguments or data is one line on standard error, without a traceback and without a token."""
+"""Any fault of arguments or data is one line on standard error, without a traceback and without a token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_place_without_a_checkpoint(command: str, place: str, tmp_path: Path, 
     usage = (command, place) in {("verify", "a file"), ("generate", "a file"), ("verify", "nowhere/at/all")}
     status = 2 if usage or (command == "push" and place != "an empty folder") else 1
     if (command, place) == ("verify", "an empty folder"):
-        return  # what is wrong with a folder is a report, not an error
+        return  # the faults of a folder are in a report, not an error
     line = fails(status, command, given, *rest)
     assert place.rpartition("/")[2] in line
 

@@ -1,4 +1,4 @@
-"""`hf-efficient serve` hands a checkpoint and its options to `transformers serve`."""
+"""`hf-efficient serve` passes a checkpoint and its options to `transformers serve`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _small(architecture: ArchitectureSpec) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: Any) -> Path:
-    """A tiny random model with code and tokenizer, as a conversion leaves it."""
+    """A tiny random model with code and tokenizer, as a conversion writes it."""
     architecture = next(a for a in ARCHITECTURES if a.model_type == model_type)
     torch.manual_seed(seed)
     config = architecture.config_class(**{**_small(architecture), **PATCHED.get(model_type, {}), **changed})
@@ -119,7 +119,7 @@ def run_python(tmp_path: Path) -> Runner:
         blocked = [*([] if package else ["hf_efficient"]), *absent]
         path = [str(Path(__file__).parents[2])] if package else []
         running = str(Path(transformers.__file__).parents[1]) if python == sys.executable else None
-        # Only where it would not be found by itself, as in a folder that PYTHONPATH names.
+        # Only where Python would not find it, as in a folder that PYTHONPATH names.
         prelude = (
             f"import sys; sys.path[:0] = [p for p in [{first or running!r}] if p and p not in sys.path]; "
             f"sys.path += {path}; sys.modules.update(dict.fromkeys({blocked}))\n"
@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: StandInHub
 
     def log_message(self, *args: Any) -> None:
-        """Quiet."""
+        """Log no requests."""
 
     def _reply(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
         if repo in self.hub.commits:
             return self._reply(409, {"url": f"{self.hub.url}/{repo}"})
-        # The real Hub reads a newer and an older spelling of the same wish.
+        # The real Hub takes a newer and an older name for the visibility.
         private = wanted["visibility"] == "private" if "visibility" in wanted else bool(wanted.get("private"))
         self.hub.create(repo, private)
         return self._reply(200, {"url": f"{self.hub.url}/{repo}"})

@@ -1,4 +1,4 @@
-"""The model card: valid metadata, what was measured, and nothing of the machine that wrote it."""
+"""The model card: valid metadata, measured figures, and no path of the machine that wrote it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_no_local_path_enters_a_card(checkpoint: Path) -> None:
     assert "someone" not in text and "~" not in text and "file:" not in text
     linked = {**REPORT, "warnings": ["see https://example.org/a/b.html"]}
     assert "see https://example.org/a/b.html" in card_of(checkpoint, linked).content
-    assert "private.jsonl" in text and "held.txt" in text  # the name of a file is no place
+    assert "private.jsonl" in text and "held.txt" in text  # a file's name is not a path
     local = {**REPORT, "source": {**REPORT["source"], "base_model": "/home/someone/models", "revision": "../x"}}
     card = card_of(checkpoint, local)
     assert card.data.base_model is None and "someone" not in card.content and "../x" not in card.content
@@ -162,7 +162,7 @@ def test_what_was_not_measured_is_in_no_model_index(checkpoint: Path) -> None:
 def test_the_snippets_of_a_card_run(
     checkpoint: Path, run_python: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """As they stand, but for the repository, where the package is not; chat only with a template to chat by."""
+    """Run unchanged except for the repository, without the package; the chat snippet only with a chat template."""
     assert "Chat:" not in render_card(checkpoint)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (checkpoint / "chat_template.jinja").write_text(template)

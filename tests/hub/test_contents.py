@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder are the model's."""
+"""Which files of a checkpoint folder are part of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`convert(push_to_hub=…)`: what can be known is asked before the work; a failed upload leaves the finished folder."""
+"""`convert(push_to_hub=…)`: access is checked before the work; after a failed upload the finished folder stays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def attempt(source, output, repo_id, **options):
         return [error.exit_code, str(error)]
 
 source, output = sys.argv[1:]
-# No source is there to be read: whatever is wrong with the repository is told first.
+# The source is absent: errors of the repository come before it is read.
 refused = {
     "no owner": attempt("absent", "x", "model"),
     "no id": attempt("absent", "x", "a/b/c"),

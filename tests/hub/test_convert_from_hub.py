@@ -1,4 +1,4 @@
-"""A repository on the Hub is a source: what is needed is fetched, at the revision asked for, and errors are clear."""
+"""A Hub repository as a source: only the files needed are downloaded, at the given revision, and errors are clear."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Path:
-    """A Multiverse checkpoint that says it is trained, with a tokenizer that has the tags."""
+    """A Multiverse checkpoint marked as trained, with a tokenizer that has the control tokens."""
     folder = tmp_path_factory.mktemp("custom-generate") / "multiverse"
     tokenizer = byte_tokenizer()
     token_ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in MULTIVERSE}
@@ -70,7 +70,7 @@ def text(found):
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
-# Loaded with the checkpoint: by position, by name, and with the tokenizer that lies beside it.
+# Loaded with the checkpoint: by position, by name, and with the tokenizer beside it.
 own = load(trained)
 result = {
     "position": text(own.generate(ids, **settings)),
@@ -111,7 +111,7 @@ def test_three_ways_to_call_it_give_one_text(
 
 
 def test_the_package_itself_gives_the_same_text(trained: Path) -> None:
-    """And reads the tokenizer beside the weights when none is passed."""
+    """Without `tokenizer=`, it loads the tokenizer in the checkpoint's folder."""
     tokenizer = AutoTokenizer.from_pretrained(trained)
     model = AutoModelForCausalLM.from_pretrained(trained).eval()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""Checkpoints that were exported here generate the stock model's tokens under every transformers release at hand.
+"""Checkpoints that were exported here generate the stock model's tokens under every installed transformers release.
 
 The running release is always tested. ``HFE_TEST_TRANSFORMERS`` names others, separated like the entries of ``PATH``:
 Python executables of environments, or folders to be put first on the path (``pip install --target FOLDER
@@ -26,7 +26,7 @@ from hf_efficient.convert_checkpoint import convert
 from hf_efficient.environment import TESTED_TRANSFORMERS
 
 OTHERS = [named for named in os.environ.get("HFE_TEST_TRANSFORMERS", "").split(os.pathsep) if named]
-# A STEM table can hold all that layer 0 computes of a token when its attention adds nothing.
+# When the attention of layer 0 adds nothing, its up-projection depends on the token alone, and a table can hold it.
 PATCHES: dict[str, Callable[[], list[Any]]] = {
     "decoder": lambda: [],
     "stem": lambda: [Stem(layers=[0])],
@@ -38,7 +38,7 @@ TABLE = "model.layers.0.mlp.stem_embed.weight"
 
 
 def write_source(folder: Path) -> None:
-    """A stock Llama that chooses its tokens by a wide margin, with a tokenizer of bytes."""
+    """A stock Llama whose best logit leads by a wide margin, with a byte-level tokenizer."""
     alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -61,7 +61,7 @@ def write_source(folder: Path) -> None:
 
 
 def fill_table(source: Path, folder: Path) -> None:
-    """Give the STEM table the rows with which layer 0 computes what the source's does."""
+    """Write into the STEM table the rows for which layer 0 computes the same as the source's."""
     layer = LlamaForCausalLM.from_pretrained(source).model
     with torch.no_grad():
         rows = layer.layers[0].mlp.up_proj(layer.layers[0].post_attention_layernorm(layer.embed_tokens.weight))
@@ -72,7 +72,7 @@ def fill_table(source: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The source and what was converted from it, by name."""
+    """The source and the checkpoints converted from it, by name."""
     root = tmp_path_factory.mktemp("every-release")
     write_source(root / "source")
     for name, patches in PATCHES.items():
@@ -145,7 +145,7 @@ def test_every_release_generates_the_stock_models_tokens(
     if release == "running":
         assert found["transformers"] == transformers.__version__
     stock = found["stock"]
-    assert stock["no cache"] == stock["cache"] and len(set(stock["cache"][0])) > 10  # neither a loop nor a constant
+    assert stock["no cache"] == stock["cache"] and len(set(stock["cache"][0])) > 10  # not one token repeated
     for name in PATCHES:
         ours = found["found"][str(folders[name])]
         for mode in ("cache", "no cache", "static cache"):

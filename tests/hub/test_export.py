@@ -1,4 +1,4 @@
-"""An exported checkpoint is whole: it loads where the package is not, and gives what the package gives."""
+"""An exported checkpoint loads without the package, with the same results as with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_expected(folder: Path, target: Path) -> None:
-    """What the package's own classes answer for the checkpoint in `folder`."""
+    """Logits and tokens of the package's own classes for the checkpoint in `folder`."""
     spec = architecture_of(AutoConfig.from_pretrained(folder).model_type)
     assert spec is not None
     model = getattr(transformers, spec.main_auto_class).from_pretrained(folder).eval()
@@ -40,7 +40,7 @@ def write_expected(folder: Path, target: Path) -> None:
     save_file({"ids": ids, "logits": logits, **generated}, target)
 
 
-# Functions for the scripts that run in processes of their own.
+# Functions for the scripts, each of which runs in a new process.
 HELPERS = """
 import json, os, sys
 import torch
@@ -205,7 +205,7 @@ def test_exporting_again_changes_nothing(checkpoint: Path) -> None:
 def test_the_code_of_an_earlier_export_does_not_stay(
     checkpoint: Path, other_release: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """A file that the new release no longer has is removed; files that the manifest has no business with are not."""
+    """A file that the new release no longer has is removed; files outside the code that a manifest names are not."""
     before = contents(checkpoint)
     other_release(checkpoint)
     (checkpoint / "hfe_gone.py").write_text("")
@@ -222,7 +222,7 @@ def test_the_code_of_an_earlier_export_does_not_stay(
 def test_code_travels_from_a_wheel_as_from_a_checkout(
     checkpoint: Path, repository_root: Path, run_python: Runner, tmp_path: Path
 ) -> None:
-    """In a wheel the lower storeys lie inside the package: the exported bytes are the same."""
+    """In a wheel, kernels, modeling and conversion are inside the package: the exported bytes are the same."""
     wheel = tmp_path / "wheel" / "hf_efficient"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(repository_root / "hf_efficient", wheel, ignore=ignored)

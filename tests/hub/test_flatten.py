@@ -67,7 +67,7 @@ def test_every_architecture_can_be_exported(architecture: ArchitectureSpec) -> N
 
 @pytest.mark.parametrize("patch", ["stem", "bhyt"])
 def test_a_patch_carries_no_foreign_patch(patch: str) -> None:
-    """Only the decoder that takes any combination may drag in every architecture."""
+    """Only the export of the decoder that takes any combination may hold every architecture."""
     architecture = next(a for a in ARCHITECTURES if a.patch == patch)
     files = set(render_code(architecture).code.files)
     entries = {name for name in files if name.startswith("modeling_")}

@@ -1,4 +1,4 @@
-"""Publishing against a stand-in of the Hub, and loading from it where the package is not."""
+"""Publishing to a stand-in for the Hub, and loading from it without the package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_efficient.hub.push import push
 
 Runner = Callable[..., dict[str, Any]]
 
-# huggingface_hub reads its endpoint when it is imported, so whatever talks to the stand-in runs in its own process.
+# huggingface_hub reads its endpoint when it is imported, so scripts that use the stand-in are processes of their own.
 PUSH = """
 import json
 from hf_efficient.errors import HFEError
@@ -106,7 +106,7 @@ print(json.dumps({"equal": torch.equal(*both)}))
 def test_verification_reads_a_repository_without_its_weights(
     checkpoint: Path, run_python: Runner, hub: Any, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A changed byte and foreign files are named as in a folder; of the weights only the header crosses the wire."""
+    """A changed byte and foreign files are named as in a folder; of the weights only the header is downloaded."""
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     hub.create("tester/stem", private=False)
     sound = hub.commit("tester/stem", "main", files)
@@ -161,7 +161,7 @@ def test_a_push_replaces_what_an_earlier_one_left_or_changes_nothing(
         PUSH
         + """
 import os
-# A failed upload first: a large file that is stored already is not sent again.
+# The failed upload comes first: a large file that is stored already is not sent again.
 result = {"failed": attempt(push, folder, "tester/full")}
 result["old"] = attempt(push, folder, "tester/old")
 result["public"] = attempt(push, folder, "tester/public")
@@ -184,7 +184,7 @@ print(json.dumps(result))
     assert "tester/new" not in hub.commits
 
 
-# What training, editors and people leave in a folder, by what a push may not take with it.
+# Files of training, editors and the system that a push must not upload.
 LEFT_OUT = [
     *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt"),
     *(
@@ -234,7 +234,7 @@ def test_only_files_of_the_model_are_uploaded(checkpoint: Path, run_python: Runn
     files = hub.files("tester/stem")
     assert files is not None and files.keys() == {*local, CARD, ".gitattributes"}
     assert not any(b"hf_secret" in data for data in files.values()) and secret.read_text() == "hf_secret"
-    # git's and huggingface_hub's own records are no news to anybody.
+    # Files of git and huggingface_hub are not listed.
     silent = {name for name in LEFT_OUT if name.startswith((".git", ".cache/huggingface/"))}
     assert {*LEFT_OUT, "LICENSE"} - silent <= set(pushed["left_out"])
 

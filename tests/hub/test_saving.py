@@ -1,4 +1,4 @@
-"""What any way of saving leaves loads anywhere, with the code of the release, byte for byte."""
+"""However a model is saved, its folder loads anywhere, with the code of the release byte for byte."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_foreign_files_and_links_are_replaced_and_not_followed(tmp_path: Path) -
 
 
 def test_classes_of_others_are_saved_as_transformers_saves_them(tmp_path: Path) -> None:
-    """The base class has no code of its own; a subclass of the user's is the user's to register."""
+    """The base class has no code of its own; a user's own subclass is registered by the user."""
 
     class MyConfig(StemConfig):
         model_type = "mine"
@@ -177,7 +177,7 @@ def test_classes_of_others_are_saved_as_transformers_saves_them(tmp_path: Path) 
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Raised where the process would be killed."""
 
 
 def a_release(version: str, extra: str) -> SavedCode:
@@ -191,14 +191,14 @@ def a_release(version: str, extra: str) -> SavedCode:
 
 
 def loaded_code(folder: Path) -> dict[str, str]:
-    """The files that transformers would load by the configuration that stands there."""
+    """The code files that transformers would load by the present config.json."""
     named = json.loads((folder / CONFIG).read_text())["auto_map"]["AutoConfig"]
     entry = folder / f"{named.rpartition('.')[0]}.py"
     return saved_code.reached_files(entry.name, lambda name: (entry.parent / name).read_text())
 
 
 def test_a_killed_export_leaves_the_old_code_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before each single step on the file system; what would be loaded is one release's, never a mixture."""
+    """Killed before each operation on the file system: the files that would be loaded are of one release."""
     old, new = a_release("old", "hfe_gone"), a_release("new", "hfe_added")
     of = {
         version: {n: t for n, t in each.files.items() if "/" not in n} for version, each in (("old", old), ("new", new))
@@ -235,7 +235,7 @@ def test_a_killed_export_leaves_the_old_code_or_the_new(tmp_path: Path, monkeypa
         if (folder / GENERATE).exists():
             found = {p.relative_to(folder).as_posix(): p.read_text() for p in (folder / "custom_generate").glob("*.py")}
             assert any(found.items() <= each.files.items() for each in (old, new))
-        # Once more, and nothing tells of it.
+        # Writing again completes the update.
         new.write(folder, config)
         assert loaded_code(folder) == of["new"]
         left_over = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -245,7 +245,7 @@ def test_a_killed_export_leaves_the_old_code_or_the_new(tmp_path: Path, monkeypa
 
 
 def test_the_code_of_an_interrupted_export_loads(checkpoint: Path, run_python: Runner) -> None:
-    """From the folder in which a whole set of it stands meanwhile."""
+    """From the folder that holds the complete copy during the update."""
     exported = render_code(next(a for a in ARCHITECTURES if a.model_type == "hfe_stem"))
     for name in exported.files:
         target = checkpoint / STAGING / name

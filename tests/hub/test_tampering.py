@@ -1,4 +1,4 @@
-"""Verification is an allow-list: a tampering is refused by the name of its file or key, and what passes is the same."""
+"""Verification is an allow-list: a tampered file or key is named, and a folder that passes gives equal results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def link(name: str, target: str) -> Tampering:
 
 
 def replaced_by_link(name: str) -> Tampering:
-    """The file itself is whole, but lies elsewhere."""
+    """Move the file out of the folder, and leave a link to it."""
 
     def change(folder: Path) -> None:
         (folder / name).rename(folder.parent / "elsewhere")
@@ -122,7 +122,7 @@ def header_entry(folder: Path) -> None:
 
 
 def bind_socket(folder: Path) -> None:
-    # The path of a socket may have 108 bytes only.
+    # A socket's path has at most 108 bytes.
     before = os.getcwd()
     os.chdir(folder)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -330,7 +330,7 @@ def leftovers_of_training(folder: Path) -> None:
     file("runs/today/events.out.tfevents.1.host.2.0")(folder)
 
 
-# What passes, in the words of whoever did it; the second is what the report lists as no part of the model.
+# Changes that pass, and the number of files that the report lists as not part of the model.
 BENIGN: dict[str, tuple[Tampering, int]] = {
     "a card and a licence": (lambda f: (write_card(f), file("LICENSE")(f), file("LICENSES/MIT.txt")(f)), 0),
     "left by training": (leftovers_of_training, 6),

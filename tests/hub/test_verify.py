@@ -1,4 +1,4 @@
-"""Verification believes nothing in a checkpoint, runs nothing of it, and names what is wrong."""
+"""Verification trusts nothing in a checkpoint, runs nothing of it, and names every fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branch variances follow the weights in training, every so many steps."""
+"""Branch variances are recomputed from the weights in training, every few steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stored(model: Any) -> Tensor:
 
 
 def right(model: Any) -> Tensor:
-    """Of the weights as they are; two query heads for each head of the values, one after the other."""
+    """From the present weights; two consecutive query heads share a value head."""
     found = []
     for layer in model.model.layers:
         value, output = (getattr(layer.self_attn, name).weight.detach().double() for name in ("v_proj", "o_proj"))
@@ -51,7 +51,7 @@ def test_the_interval_is_a_fiftieth_within_bounds() -> None:
 
 
 class Watch(TrainerCallback):
-    """Notes after which steps the values are those of the weights; it comes after the callback it watches."""
+    """Records after which steps the values match the weights; it is added after the callback under test."""
 
     def __init__(self) -> None:
         self.right: list[int] = []
@@ -118,7 +118,7 @@ def test_a_bhyt_model_within_another_is_found(model: BhytForCausalLM) -> None:
 
 
 def test_weights_that_are_trained_but_cannot_be_read(model: BhytForCausalLM) -> None:
-    """Kept as it is, the value would fall behind without a word; frozen, it stays right."""
+    """Without an update the value would be outdated without an error; with frozen weights it stays right."""
     projection = model.model.layers[1].self_attn.v_proj
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     projection.weight = nn.Parameter(projection.weight.detach().flatten()[:10])

@@ -1,4 +1,4 @@
-"""The saturation monitor counts right, keeps nothing, and logs."""
+"""The saturation monitor counts correctly, keeps no activations, and logs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sites(model: nn.Module) -> dict[str, Any]:
 
 
 def counted(model: nn.Module, threshold: float = 0.9) -> dict[str, float]:
-    """From the outputs themselves."""
+    """Counted from the outputs."""
     found: dict[str, float] = {}
 
     def look(name: str) -> Any:
@@ -116,7 +116,7 @@ def test_several_calls_are_averaged_and_reading_begins_anew() -> None:
 
 
 def test_no_activation_outlives_the_call() -> None:
-    """Only one number a site stays; without the monitor as the control."""
+    """Only one counter for each site is kept; compared with a run without the monitor."""
     model = make().eval()
     alive: list[weakref.ref] = []
 
@@ -169,7 +169,7 @@ def test_checkpointing_changes_no_share_and_no_gradient(reentrant: bool) -> None
 
 
 def test_adapters_around_norms() -> None:
-    """The copy that is trained is seen, not the one at rest."""
+    """The copy that is trained is counted, not the frozen one."""
     norms = ["input_layernorm", "post_attention_layernorm"]
     model = get_peft_model(make(), LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=norms)).eval()
     with SaturationMonitor(model) as monitor:
@@ -197,7 +197,7 @@ def test_sites_switched_off_and_compiled_calls_are_not_counted() -> None:
     assert monitor.read() == {}
     for site in sites(model).values():
         site.efficient = True
-    torch._dynamo.reset()  # what other tests have compiled counts against the limit of this one
+    torch._dynamo.reset()  # compilations of other tests count towards the limit
     torch.compile(model, fullgraph=True, backend="eager")(input_ids=IDS, use_cache=False)
     assert monitor.read() == {}
 

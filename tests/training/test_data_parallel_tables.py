@@ -1,4 +1,4 @@
-"""RowSparseAdamW in two processes: the replicas stay the same, bit for bit, and go the way of one process."""
+"""RowSparseAdamW in two processes: the replicas stay bit-identical, and match training in one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tables(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, ids):
-        # The second table is not even called where no id asks for it, so it has no gradient at all there.
+        # The second table is not called where the batch has no id of it, so it has no gradient there.
         hidden = torch.tanh(self.often(ids))
         chosen = ids >= 12
         if chosen.any():
@@ -49,7 +49,7 @@ class Tables(nn.Module):
             hidden[chosen] = hidden[chosen] * self.seldom(ids[chosen])
         return F.cross_entropy(self.head(hidden), ids % 3)
 
-# In some steps a rank has no id of the second table, in some none has, in some a rank accumulates two parts.
+# In some steps one rank has no id of the second table, in some neither has, in some a rank accumulates two parts.
 BATCHES = [
     [[1, 2, 13, 3], [4, 5, 6, 7]],
     [[2, 2, 2, 2], [14, 14, 1, 15]],
@@ -97,14 +97,14 @@ optimizer.flush()
 for (name, mine), his in zip(model.named_parameters(), train_alone().parameters()):
     torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-5, msg=name)
 
-# Without averaging the replicas go different ways.
+# Without averaging the replicas differ.
 apart = Tables()
 optimizer = RowSparseAdamW(apart.parameters(), **options(), process_group=False)
 apart(torch.tensor(BATCHES[0][rank])).backward()
 optimizer.step()
 assert not same_on_all_ranks([apart.often.weight])
 
-# Sparse here, dense there: an error everywhere, and nobody waits for ever.
+# Sparse on one rank, dense on the other: an error on both, and no deadlock.
 mixed = nn.Embedding(5, 2, sparse=rank == 0)
 optimizer = RowSparseAdamW(mixed.parameters())
 mixed(torch.tensor([1])).sum().backward()
@@ -116,7 +116,7 @@ else:
     raise AssertionError("was not refused")
 print("agreed on rank", rank)
 dist.destroy_process_group()
-# All is checked; torch 2.13 sometimes aborts while the interpreter takes its communication threads down.
+# All checks are done; torch 2.13 sometimes aborts at exit, when its communication threads are stopped.
 sys.stdout.flush()
 os._exit(0)
 """
@@ -166,7 +166,7 @@ for (name, each), his in zip(mine.named_parameters(), alone.parameters()):
 assert not torch.equal(mine.model.layers[1].mlp.stem_embed.weight, tiny().model.layers[1].mlp.stem_embed.weight)
 print("agreed on rank", dist.get_rank())
 dist.destroy_process_group()
-# All is checked; torch 2.13 sometimes aborts while the interpreter takes its communication threads down.
+# All checks are done; torch 2.13 sometimes aborts at exit, when its communication threads are stopped.
 sys.stdout.flush()
 os._exit(0)
 """

@@ -1,4 +1,4 @@
-"""RowSparseAdamW against AdamW of PyTorch, and against a plain simulation of its own formula."""
+"""RowSparseAdamW compared with PyTorch's AdamW, and with a plain simulation of its documented formula."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _batches(count: int, size: int = 6, rows: int = ROWS) -> list[Tensor]:
 
 
 def _same_state(one: dict, other: dict) -> bool:
-    """Equal in every tensor, bit for bit, and in the types of them."""
+    """Equal in every tensor, bit for bit, dtypes included."""
     pairs = [(one["state"][key], other["state"][key]) for key in one["state"]]
     return one["state"].keys() == other["state"].keys() and all(
         a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a) for a, b in pairs
@@ -103,7 +103,7 @@ def test_rows_decay_at_every_step_and_move_when_they_occur() -> None:
         occurs = torch.zeros(50, dtype=torch.bool)
         occurs[ids] = True
         simulated.step(dense, occurs, lr, 0.3)
-        # A row that has just occurred is up to date; the others wait.
+        # A row that has just occurred is up to date; the decay of the others is outstanding.
         torch.testing.assert_close(table[ids].double(), simulated.table[ids], rtol=1e-5, atol=1e-6)
         if step == 40:
             optimizer.flush()
@@ -195,7 +195,7 @@ class _RowsOfTable(torch.autograd.Function):
 
 
 def test_a_coalesced_gradient_is_taken_as_it_is() -> None:
-    """Accumulating it forgets that it is coalesced: sorted again, it would be copied, and a GPU waited for."""
+    """Accumulation drops the flag that it is coalesced: coalescing it again would copy it and wait for a GPU."""
     table = nn.Parameter(torch.randn(9, 4))
     optimizer = RowSparseAdamW([table])
     ids, rows = torch.tensor([2, 5, 7]), torch.randn(3, 4)
@@ -451,7 +451,7 @@ def test_other_bad_input_is_refused() -> None:
 
 
 def test_a_gradient_that_comes_coalesced_is_not_added_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch forgets it in accumulating; sorting and adding would cost more than the update."""
+    """PyTorch drops the flag in accumulation; coalescing again would cost more than the update."""
     seen = []
     of = RowGradient.of
     monkeypatch.setattr(RowGradient, "of", lambda p, g: seen.append(g.is_coalesced()) or of(p, g))
@@ -471,7 +471,7 @@ def test_a_gradient_that_comes_coalesced_is_not_added_up_again(monkeypatch: pyte
 
 
 def test_a_step_in_pieces_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU rows are worked on a few at a time."""
+    """On the CPU a few rows are processed at a time."""
     results = []
     for elements in (1 << 19, 3 * WIDTH):
         monkeypatch.setattr("hf_efficient.training.row_sparse_adamw._CPU_ELEMENTS", elements)

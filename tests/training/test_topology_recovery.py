@@ -1,4 +1,4 @@
-"""Adapters teach a model to join what paths have found, and what a path does not see it cannot learn."""
+"""An adapter learns to combine the results of parallel paths; a path cannot learn what it does not see."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def accuracy(model: Any, task: Any, parallel: bool) -> list[float]:
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    """A model that has learnt to find a marked value again in plain text, and has never met a control token."""
+    """A model trained to recall a marked value in plain text, on texts without control tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "hfe_multiverse",
@@ -119,7 +119,7 @@ def base() -> Any:
 
 
 def test_adapters_learn_to_join_two_paths_and_no_path_learns_what_its_sibling_has(base: Any) -> None:
-    """Chance is 1 in 16, or 1 in 14 for one who rules out the values that are in sight."""
+    """Chance is 1 in 16, or 1 in 14 when the visible values are ruled out."""
     before = accuracy(base, structured, parallel=True)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

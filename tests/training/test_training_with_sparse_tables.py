@@ -86,7 +86,7 @@ def test_trainer_goes_the_way_of_dense_gradients_where_every_token_is_in_every_b
     losses, models = [], []
     for sparse, kind in ((True, RowSparseAdamW), (False, torch.optim.AdamW)):
         model = tiny_stem(sparse)
-        # Trainer clips by the norm of what it sees, which is dense gradients: keep that out of the comparison.
+        # Trainer clips by the norm of the dense gradients only: switch it off for the comparison.
         given = arguments(max_grad_norm=0.0)
         trainer = Trainer(model, given, train_dataset=sequences(12, True), optimizers=(_optimizer(model, kind), None))
         trainer.train()
@@ -115,7 +115,7 @@ def test_trainer_trains_the_rows_of_its_text_and_clips_the_rest(arguments: Calla
 
 
 def test_trainer_trains_tables_alone(arguments: Callable) -> None:
-    """No parameter has a gradient that Trainer sees, which then is asked for its norm."""
+    """No parameter has a `.grad` when Trainer computes the gradient norm."""
     model = tiny_stem()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("stem_embed" in name)
@@ -213,14 +213,14 @@ def test_sparse_gradients_that_no_optimiser_takes_are_told(forgotten: str, caplo
         optimizer = _optimizer(model)
         _backward(model)
         assert not caplog.records
-        model.to(torch.bfloat16)  # replaces the tables that the optimiser knows
+        model.to(torch.bfloat16)  # replaces the tables that the optimizer holds
     _backward(model)
     optimizer.zero_grad()
     assert [record.message for record in caplog.records if "RowSparseAdamW" in record.message]
 
 
 def test_several_processes_without_the_optimiser_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`DistributedDataParallel` leaves the tables alone: the replicas would drift apart without a word."""
+    """`DistributedDataParallel` ignores the tables: the replicas would differ without an error."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     model = tiny_stem()
