@@ -213,7 +213,7 @@ LEFT_OUT = [
         "notes.txt",
         "extra.py",
     ),
-    *("pytorch_model.bin", "model.fp16.safetensors", "adapter_model.safetensors", "custom_generate/extra.py", "a.zip"),
+    *("pytorch_model.bin", "model.fp16.bin", "adapter_model.safetensors", "custom_generate/extra.py", "a.zip"),
     *(".git/config", ".gitignore", ".modeling_stem.py.partial"),
 ]
 
