@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,13 +95,19 @@ class ShardWriter:
     """Writes one shard, tensor by tensor, under a temporary name; `close` renames it.
 
     Tensors may have any dtype: they are converted piece by piece, so that there is no second copy of a tensor.
+
+    Args:
+        folder: of the checkpoint.
+        shard: name and tensors of the file.
+
+    Raises:
+        DiskFullError: the disk is full.
     """
 
-    def __init__(self, folder: Path, shard: Shard, written: Callable[[int], None] | None = None) -> None:
+    def __init__(self, folder: Path, shard: Shard) -> None:
         self.shard = shard
         self._path = folder / shard.name
         self._temporary = folder / f".{shard.name}.partial"
-        self._written = written
         self._digest = hashlib.sha256()
         self._size = 0
         self._next = 0
@@ -161,8 +166,6 @@ class ShardWriter:
             count = self._file.write(view)
             self._digest.update(view[:count])
             self._size += count
-            if self._written:
-                self._written(count)
             view = view[count:]
 
 
