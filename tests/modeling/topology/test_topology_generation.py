@@ -62,7 +62,7 @@ def stock_of(small_shape: dict[str, Any]) -> Callable[..., Any]:
 
 
 class Recorder(Sampler):
-    """Chooses by a function of the branch and its logits, and remembers the logits of every token."""
+    """A sampler that calls a function of branch and logits, and stores the logits of every token."""
 
     needs_logits = True
 
@@ -80,7 +80,7 @@ class Recorder(Sampler):
 
 
 def scripted(vocabulary: Any, scripts: dict[tuple[str, ...], str]) -> Callable[[Branch, Tensor], int]:
-    """What each branch samples, by its labels; past its end, the end of the text."""
+    """A script of what each branch samples, by its labels; after it EOS."""
 
     def choose(branch: Branch, scores: Tensor) -> int:
         script = vocabulary.encode(scripts.get(tuple(label for _, label in branch.path), ""))
@@ -90,7 +90,7 @@ def scripted(vocabulary: Any, scripts: dict[tuple[str, ...], str]) -> Callable[[
 
 
 def chatty(vocabulary: Any, seed: int) -> Callable[[Branch, Tensor], int]:
-    """Tags in any order, with forks among them."""
+    """Random control tokens and text, with forks among them."""
     rng = random.Random(seed)
     multiverse = vocabulary.grammar == "multiverse"
     pieces = [BLOCK, INNER, "</Path>", "</Conclusion></Parallel>"] if multiverse else [PLAN, PLAN, "</Step>", "</Step>"]
@@ -123,7 +123,7 @@ def generate(model: Any, tokenizer: Any, inputs: Any, **options: Any) -> Topolog
 
 @torch.no_grad()
 def one_pass(model: PreTrainedModel, output: TopologyGenerateOutput) -> Tensor:
-    """Logits of the whole texts, from their topology and a mask of every pair."""
+    """Logits of the whole texts in one forward pass, with a dense mask of their topology."""
     segment_ids = output.segment_ids.numpy()
     assert output.parents is not None
     topologies = [
@@ -148,15 +148,15 @@ def check_logits(
     """Every token was chosen from the logits of one pass over the whole text."""
     expected = one_pass(model, output)
     places: dict[int, dict[int, int]] = {}
-    for branch, column, scores in recorder.seen:
+    for branch, slot, scores in recorder.seen:
         root = branch
         while root.parent is not None:
             root = root.parent
         if root.row not in places:
             prompt = min((c for c in slots_in_text_order(root)), default=0)
-            columns = [*range(prompt), *slots_in_text_order(root)]
-            places[root.row] = {c: offsets[root.row] + i for i, c in enumerate(columns)}
-        wanted = expected[root.row, places[root.row][column]]
+            slots = [*range(prompt), *slots_in_text_order(root)]
+            places[root.row] = {c: offsets[root.row] + i for i, c in enumerate(slots)}
+        wanted = expected[root.row, places[root.row][slot]]
         torch.testing.assert_close(scores, wanted, atol=tolerance, rtol=tolerance)
 
 
@@ -234,9 +234,9 @@ def test_stock_models_generate_in_parallel(
         expected = model(
             output.sequences, position_ids=output.position_ids, attention_mask=topology.dense_mask()[None, None]
         ).logits
-    columns = [*range(len(ids[0])), *slots_in_text_order(recorder.seen[0][0])]
-    for _, column, scores in recorder.seen:
-        torch.testing.assert_close(scores, expected[0, columns.index(column)], atol=tolerance, rtol=tolerance)
+    slots = [*range(len(ids[0])), *slots_in_text_order(recorder.seen[0][0])]
+    for _, slot, scores in recorder.seen:
+        torch.testing.assert_close(scores, expected[0, slots.index(slot)], atol=tolerance, rtol=tolerance)
 
 
 def test_other_patches_generate_in_parallel(toy_tokenizer: Callable, small_shape: dict[str, Any]) -> None:
