@@ -1,7 +1,7 @@
-"""What the package records of one registered architecture, and the list of all of them.
+"""`ArchitectureSpec`, the record of one registered architecture, and the list of all of them.
 
-`hf_efficient/registry.py` makes the entries and registers them when the package is imported. The lower storeys read
-them here, since they import nothing of that one.
+`hf_efficient/registry.py` holds the entries and registers them here when the package is imported. Files of
+`conversion/`, which may not import that file, read them here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ArchitectureSpec:
     ``module:name`` is an object of a module, imported when it is used.
 
     Attributes:
-        patch: name of the patch on the command line; None for an architecture without one of its own.
+        patch: name of the patch on the command line; None for an architecture without a patch.
         modeling: the modeling file, which also holds the configuration class.
         prefix: what its class names begin with: `X` for `XConfig`, `XModel`, `XForCausalLM`.
         tasks: heads that it defines, the main one last, e.g. `CausalLM` for `AutoModelForCausalLM`.
@@ -78,6 +78,14 @@ class ArchitectureSpec:
         return self.auto_classes["AutoConfig"]
 
     @property
+    def peft_targets(self) -> tuple[str, dict[str, list[str]]]:
+        """Stock model type whose target modules PEFT's methods take by default, and lists for single methods.
+
+        The configuration class holds both, since a checkpoint's own copy of the code registers them too.
+        """
+        return self.config_class.peft_targets, self.config_class.peft_targets_by_method
+
+    @property
     def model_type(self) -> str:
         return self.config_class.model_type
 
@@ -86,7 +94,7 @@ _ARCHITECTURES: list[ArchitectureSpec] = []
 
 
 def register_architecture(spec: ArchitectureSpec) -> None:
-    """Add an architecture to the list; again changes nothing."""
+    """Add an architecture to the list; a second call with the same one has no effect."""
     if spec not in _ARCHITECTURES:
         _ARCHITECTURES.append(spec)
 

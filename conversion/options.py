@@ -1,4 +1,4 @@
-"""What a user may ask of a conversion, checked before any source is read."""
+"""The options of a conversion, checked before any source is read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ConversionOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None stands for `auto`."""
+        """The dtype of the result; None for `auto`."""
         if self.dtype == "auto":
             return None
         found = _DTYPES.get(str(self.dtype).removeprefix("torch."))
@@ -75,7 +75,7 @@ class ConversionOptions:
         return count
 
     def to_dict(self) -> dict[str, Any]:
-        """All that decides the result, as plain values. Files are known by their names, not by their place."""
+        """Everything that determines the result, as plain values. Of a file the name counts, not the folder."""
         values = {
             name: getattr(self, name)
             for name in (

@@ -1,4 +1,4 @@
-"""What a conversion asks of a patch.
+"""The protocol of a patch: what a conversion calls.
 
 A patch is a dataclass of options. The command line generates its flags from the fields (`--<patch>-<field>`), so each
 field carries its help text in `metadata["help"]`.
@@ -94,11 +94,11 @@ class Patch(Protocol[ConfigT]):
         """Tensors added and dropped, for the patched configuration and the checkpoint's dtype. Reads no weight."""
 
     def tensors(self, config: ConfigT, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        """Every added tensor in the order of `changes`, one at a time: each is written before the next is asked for.
+        """Every added tensor in the order of `changes`, one at a time: each is written before the next is computed.
 
         One with a row for each token has all rows of the result's vocabulary; those of tokens that another patch adds
         are overwritten.
-        The same options give the same bits, since an interrupted conversion asks again.
+        The same options give the same bits, since a resumed conversion calls this again.
         """
 
     def report(self) -> Mapping[str, Any]:
@@ -115,7 +115,7 @@ class MeasuringPatch(Patch[ConfigT], Protocol[ConfigT]):
     """A patch whose `measures_choice` may be True; then a plan that is to measure nothing calls `expected_choice`."""
 
     def expected_choice(self, config: ConfigT) -> ExpectedChoice:
-        """What is known of the result of `choose`."""
+        """What is known of the result of `choose` before anything is measured."""
 
 
 @runtime_checkable

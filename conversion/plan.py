@@ -1,4 +1,4 @@
-"""What a conversion will do, tensor by tensor, and what it will cost, before any weight is read."""
+"""The plan of a conversion: every tensor, and the disk and memory it takes, before any weight is read."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Every tensor of the result and of the source, accounted for.
+    """What becomes of every tensor of the source, and where every tensor of the result comes from.
 
     Attributes:
         config: configuration of the result.
         shards: weight files of the result.
-        copied: tensors taken over from the source.
+        copied: names of the tensors that are copied from the source.
         computed: tensors that each patch computes, by the patch's name.
         dropped: source tensors that a patch replaces.
         left_out: source tensors that no checkpoint needs, each with the reason.
@@ -75,7 +75,10 @@ class ConversionPlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Bytes of weights in memory at once: the largest tensor and scratch. Calibration adds a layer and its text."""
+        """Peak bytes of weights in memory: the largest tensor and scratch.
+
+        Calibration adds the weights of one layer and the hidden states of its text.
+        """
         largest = max(tensor.elements for shard in self.shards for tensor in shard.tensors)
         return (largest + 2 * CHUNK_ELEMENTS) * torch.float32.itemsize
 
@@ -180,7 +183,7 @@ def _check_accounts(
 
 
 def _check_tied(reader: TensorReader, name: str, owner: str) -> None:
-    """A tied tensor that is stored beside its owner must equal it, or the configuration contradicts the weights."""
+    """Raise `HFEError` unless a stored tied tensor equals the tensor that it is tied to."""
     shape = reader.shape(owner)
     step = max(1, CHUNK_ELEMENTS // torch.Size(shape[1:]).numel())
     for start in range(0, shape[0], step):

@@ -1,4 +1,4 @@
-"""What a conversion did, measured and cost: for people as a table, for machines as `conversion_report.json`."""
+"""The report of a conversion: as a table for a terminal, and as `conversion_report.json`."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class PlannedSize(TypedDict, total=False):
 
 @dataclass
 class ConversionReport:
-    """The account of one conversion. Nothing in it names a place on the machine that ran it.
+    """What one conversion did and measured. It contains no path of the machine that ran it.
 
     Attributes:
-        source: `name`, `model_name` where a GGUF file tells it, `model_type`, `base_model`, `revision`, `license`, and
+        source: `name`, `model_name` from a GGUF file's metadata, `model_type`, `base_model`, `revision`, `license`, and
             `fingerprint`, the SHA-256 of the configuration, tensor headers and file sizes.
         model_type: of the result.
         patches: for each patch its `name`, `options`, `choices`, whether it was `calibrated` and what it `measured`;
@@ -67,11 +67,11 @@ class ConversionReport:
         tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
         before, after: size of source and result; `ModelSize` has the formulas.
         dtype: of new tensors, and of most others.
-        options: what the user asked for.
+        options: the options of the conversion.
         calibration: texts and their token counts; None when nothing was calibrated or measured.
-        evaluation: loss on held-out text against the source, each figure with a 95 % confidence interval, and split by
-            how often the calibration text holds the token that is read; None when not measured.
-        warnings: what the user should know.
+        evaluation: loss on held-out text, compared with the source's, each figure with a 95 % confidence interval, and
+            split by how often the calibration text holds the token that is read; None when not measured.
+        warnings: as logged during the conversion.
         versions: of the packages that took part.
         estimate: `disk_bytes` and `peak_memory_bytes` as planned.
         seconds, peak_memory_bytes: wall time and peak resident memory of the process; None for a dry run.
@@ -179,7 +179,7 @@ def _unmeasured(patch: dict[str, Any]) -> dict[str, str]:
 
 
 def _in_short(value: Any) -> str:
-    """As it prints, but for whole numbers in a row, few digits of others, and tables inside of a table."""
+    """A value as short text: runs of integers as ranges, floats with four digits, nested dictionaries by their size."""
     if isinstance(value, dict):
         parts = (f"{len(part)} {key}" if isinstance(part, dict) else f"{key} {part!r}" for key, part in value.items())
         return f"({', '.join(parts)})"

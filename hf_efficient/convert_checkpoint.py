@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint, from the name of its source to the finished folder."""
+"""`convert`: the conversion of a checkpoint, from the name of its source to the finished folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def convert(
     """Convert a checkpoint to a patched architecture, tensor by tensor.
 
     OUTPUT appears by one rename when it is complete: weights, configuration, tokenizer, code, model card and report.
-    Until then the work lies in `OUTPUT.hfe-partial` beside it, from which `resume=True` continues.
+    Until then the files are in `OUTPUT.hfe-partial` in the same folder, from which `resume=True` continues.
 
     Args:
         source: Hub id, local folder, or local `.gguf` file; the folder may also be one that the authors of an
@@ -86,27 +86,27 @@ def convert(
             architecture; none or several give the family's architecture that takes any combination.
         dtype: `auto` keeps every tensor's own (GGUF: float32), or float32, bfloat16, float16.
         revision, token: of a Hub repository.
-        device: where calibration and measurement run.
-        seed: of everything random.
+        device: on which calibration and measurement run.
+        seed: of all random numbers.
         max_shard_size: largest weight file.
-        base_model, license: for the model card; by default what the source says of itself.
-        tokenizer: folder or Hub id of a tokenizer, for a source that has none of its own, or in its place.
+        base_model, license: for the model card; by default those in the source's metadata.
+        tokenizer: folder or Hub id of a tokenizer, for a source without one, or to use in place of the source's.
         calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
             a built-in sample of English documentation.
         calibration_tokens: tokens to calibrate on, at most.
-        evaluate: measure the loss against the source on held-out text.
+        evaluate: measure the loss on held-out text and compare it with the source's.
         resume: continue an interrupted conversion with the same options.
         overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
         dry_run: plan only; nothing is written, and nothing measured: the report says what a conversion will measure.
-        measure: with `dry_run`, measure what the patches choose by, such as the layers; takes as long as that.
+        measure: with `dry_run`, also measure what the patches choose by measurement, such as the layers.
         push_to_hub: repository, OWNER/NAME, to upload OUTPUT to at the end; a new one is private. Before the source is
             read the Hub is asked whether it may be written.
         progress: show a bar, or, where standard error is no terminal, a few lines.
 
     Raises:
         UsageError: an option is wrong, or OUTPUT exists; the source was not read.
-        HFEError: the source or the machine does not allow it; OUTPUT is as it was. Or the upload failed; OUTPUT is
-            complete then.
+        HFEError: the source cannot be converted, or not on this machine; OUTPUT is unchanged. Or the upload failed;
+            then OUTPUT is complete.
     """
     started = time.perf_counter()
     if measure and not dry_run:
@@ -160,7 +160,7 @@ def convert(
 
 
 def _push(output: Path, repo_id: str, token: str | None) -> None:
-    """Upload the finished folder; an error says how to do that again."""
+    """Upload the finished folder; an error message names the command that repeats the upload."""
     try:
         result = push(output, repo_id, token=token)
     except HFEError as error:
@@ -178,7 +178,7 @@ class _Conversion:
         self.options = options
         self.patches = options.patches
         self.progress = progress
-        # Which architecture the result has; a patch that does not take the model is an error here.
+        # Raises for a patch that does not take the model.
         self.architecture = target_architecture(
             source.stock_config,
             [patch.name for patch in self.patches],
@@ -197,7 +197,7 @@ class _Conversion:
         self.choices: dict[str, dict[str, Any]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the result: a conversion is resumed only where this is the same."""
+        """Everything that determines the result: a conversion is resumed only if this is unchanged."""
         text = Path(self.options.calibration or "")
         return {
             **self.options.to_dict(),
@@ -223,7 +223,7 @@ class _Conversion:
         return prepared
 
     def plan(self, *, measure: bool = True) -> ConversionPlan:
-        """Let the patches choose, and plan every tensor. Choices of an interrupted run are taken over.
+        """Let the patches choose, and plan every tensor. Choices of an interrupted run are reused.
 
         Without `measure` no text is read, and what the patches would measure is planned as they expect it.
         """
@@ -232,7 +232,7 @@ class _Conversion:
         measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
         measures = measures and self.source.family.evaluator(self.source.config) is not None
         with self.progress.stage("reading text"):
-            # Also for what comes last: a missing tokenizer should be found now, not after the weights are written.
+            # Also for the last stage: a missing tokenizer should be found now, not after the weights are written.
             if measures or (measure and any(patch.needs_calibration for patch in undecided)):
                 _ = self.calibration
         with self.progress.stage("choosing"):
@@ -244,7 +244,7 @@ class _Conversion:
                 else:
                     text = self.calibration if measure and patch.needs_calibration else None
                     chosen = patch.choose(self.source.config, text)
-                # What was measured for the choice is lost with the process, so it is kept with the choice.
+                # Kept with the choice, since a resumed run does not measure it again.
                 found = {"fields": chosen, "measured": patch.report(), "to_measure": unmeasured}
                 self.choices[patch.name] = self._remember(f"choice:{patch.name}", found)
         plan = plan_conversion(
@@ -264,7 +264,7 @@ class _Conversion:
         """Make the checkpoint in the workspace and publish it."""
         self.workspace = workspace
         folder = workspace.checkpoint
-        # First of all, since here the source may turn out to be one that cannot be taken over.
+        # First, since the tokenizer is where a source most often cannot be converted.
         for warning in write_companions(self.source, folder, self.vocabulary):
             self.warn(warning)
         plan = self.plan()
@@ -288,7 +288,7 @@ class _Conversion:
             workspace.publish()
 
     def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any] | None:
-        """Loss of the written weights against the source on held-out text; None for a model that has none."""
+        """Loss of the written weights and of the source on held-out text; None for a model without an evaluator."""
         known = self._recall("evaluation")
         if known is not None:
             return known
@@ -310,7 +310,7 @@ class _Conversion:
         return self._remember("evaluation", {**measured.to_dict(), "dtype": PASS_DTYPE})
 
     def report(self, plan: ConversionPlan) -> ConversionReport:
-        """The account of what is planned, with what is known of the rest."""
+        """The report of the plan, and of what has been measured so far."""
         source = self.source
         return ConversionReport(
             source={
@@ -341,7 +341,7 @@ class _Conversion:
         )
 
     def warn(self, message: str) -> None:
-        """Tell the user now and in the report."""
+        """Log a warning and add it to the report."""
         get_logger().warning(message, extra={IN_REPORT: True})
         self.warnings.append(message)
 
@@ -368,11 +368,11 @@ class _Conversion:
         }
 
     def _recall(self, key: str) -> Any:
-        """What this or an interrupted run found; None when nobody did."""
+        """The result that this or an interrupted run recorded under `key`; None without one."""
         return self.workspace.result(key) if self.workspace else self._found.get(key)
 
     def _remember(self, key: str, value: Any) -> Any:
-        """Keep a finding for the report and for a resumed run, as plain JSON."""
+        """Record a result as plain JSON, for the report and for a resumed run."""
         plain = json.loads(json.dumps(value))
         if self.workspace:
             self.workspace.record_result(key, plain)
@@ -381,7 +381,7 @@ class _Conversion:
 
 
 def _versions() -> dict[Package, str]:
-    """Versions of what took part in the conversion."""
+    """Versions of Python and of the packages that the conversion used."""
     versions: dict[Package, str] = {"hf_efficient": __version__, "python": platform.python_version()}
     for package in get_args(Package):
         if package not in versions:

@@ -1,4 +1,4 @@
-"""Measured loss of a checkpoint or a model, alone or against a reference."""
+"""Measured loss of a checkpoint or a model, alone or compared with a reference."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def evaluate(
     """
     if tokens < 2:
         raise UsageError(
-            f"tokens={tokens} must be at least 2: the first of a sequence predicts nothing", "ask for more"
+            f"tokens={tokens} must be at least 2: the first token of a sequence is not predicted",
+            "give a larger number",
         )
     check_device(device)
     sources: list[Any] = [
@@ -75,7 +76,7 @@ def evaluate(
     if tokenizer is None:
         if not known:
             raise UsageError("no tokenizer is known for models in memory", "pass tokenizer=AutoTokenizer…")
-        # Of two, the one that knows no more tokens than both models have.
+        # Of two models, the tokenizer of the smaller vocabulary: it gives no id that one of them lacks.
         tokenizer = min(known, key=lambda source: source.config.vocab_size).tokenizer()
     _, held_out = load_text(None if text is None else str(text))
     ids = pack(tokenizer, held_out, tokens, size)
@@ -115,7 +116,7 @@ def _config(source: Source | nn.Module) -> PreTrainedConfig:
 
 
 def _shared_vocabulary(configs: list[Any]) -> int:
-    """How many tokens the models have in common: all, except for the tokens that a patch has added."""
+    """Number of tokens that both models have: a patch may have added tokens to one of them."""
     narrow, wide = min(configs, key=lambda c: c.vocab_size), max(configs, key=lambda c: c.vocab_size)
     added = any(spec.adds_tokens for spec in active_architectures(wide))
     if narrow.vocab_size != wide.vocab_size and not added:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its configuration and headers alone."""
+"""Architecture and size of a checkpoint, read from its configuration and tensor headers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Inspection:
     Attributes:
         model_type: transformers' name of the architecture.
         model: the model's shape by label, such as `shape`, `attention` and `vocabulary`.
-        patches: our patches it carries; empty for a stock model.
+        patches: names of the patches that are active in the checkpoint; empty for a stock model.
         patch_fields: configuration fields of these patches by label.
-        can_convert_to: patches that a conversion could still add.
+        can_convert_to: names of the patches that a conversion can add.
         parameters: number of parameters by group.
         bytes: bytes of the weights in the files' own dtype (GGUF: dequantised).
         dtypes: number of tensors by dtype.
-        warnings: what was passed over in reading it.
+        warnings: parts of the source that were ignored, each with the reason.
     """
 
     source: str
@@ -63,7 +63,7 @@ class Inspection:
 
 
 def inspect(source: str, *, revision: str | None = None, token: str | None = None) -> Inspection:
-    """Describe a checkpoint from its configuration and headers; no weight is read, no code of its is run.
+    """Describe a checkpoint from its configuration and headers; reads no weight and runs none of its code.
 
     Args:
         source: Hub id, local folder or local `.gguf` file.
@@ -115,7 +115,7 @@ def _groups(source: Source, active: list[ArchitectureSpec]) -> dict[str, tuple[s
 
 
 def _further_patches(model_type: str, active: list[ArchitectureSpec]) -> list[str]:
-    """What a conversion could add; of the patches that add tokens a checkpoint takes one."""
+    """Names of the patches that a conversion can add; a checkpoint takes only one patch that adds tokens."""
     spec = architecture_of(model_type)
     adds_tokens = any(each.adds_tokens for each in active)
     beside = [] if spec is None else architectures_beside(spec)

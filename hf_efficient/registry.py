@@ -75,7 +75,7 @@ ARCHITECTURES: tuple[ArchitectureSpec, ...] = (
 
 
 def register_architectures() -> None:
-    """Register every architecture with transformers' Auto classes. Calling it again changes nothing."""
+    """Register every architecture with transformers' Auto classes. A second call has no effect."""
     for spec in ARCHITECTURES:
         register_architecture(spec)
         transformers.AutoConfig.register(spec.model_type, spec.config_class, exist_ok=True)

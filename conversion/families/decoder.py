@@ -30,14 +30,14 @@ _SHARED_FIELDS = (
 )
 # Fields that describe a file or a class, not a model.
 _NOT_OF_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-# Buffers that old checkpoints stored beside the weights; every model computes them itself.
+# Buffers that old checkpoints store with the weights; every model computes them itself.
 _HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids", "freqs_cis")
 
 
 def _llama(config: LlamaConfig) -> dict[str, Any]:
     return {
         "head_dim": config.head_dim,
-        # Llama's flag speaks for the output projection too.
+        # Llama's flag also sets the bias of the output projection.
         "attention_bias": config.attention_bias,
         "attention_output_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
@@ -50,9 +50,9 @@ def _mistral(config: MistralConfig) -> dict[str, Any]:
 
 def _qwen2(config: Qwen2Config) -> dict[str, Any]:
     return {
-        # No field says so, but Qwen2 has biases on q, k and v, and none on the output.
+        # Not a field of Qwen2Config: the model always has biases on q, k and v, and none on the output.
         "attention_bias": True,
-        # Nor is there a field for this, but the stock model follows one that is set.
+        # Not a field either, but the stock model uses the attribute if config.json sets it.
         "head_dim": getattr(config, "head_dim", None),
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_types),
@@ -99,7 +99,7 @@ def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
 def _built(fields: dict[str, Any]) -> EfficientDecoderConfig:
     try:
         config = EfficientDecoderConfig(**fields)
-    # huggingface_hub raises errors of its own for a field of a wrong type or value.
+    # For a field of a wrong type or value huggingface_hub raises its own error classes.
     except Exception as error:
         cause = error_text(error, most=None)
         raise HFEError(f"config.json does not describe a decoder of ours: {cause}", "correct config.json") from error

@@ -23,12 +23,12 @@ _PREFIX = "bert."
 # Names of the first releases for the weight and bias of a layer norm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _HARMLESS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# Parts that pretraining leaves in a checkpoint, and that the class with another head does not have.
+# Parts of pretraining heads, which a checkpoint may hold and a class with another head does not have.
 _OTHER_HEADS = ("cls.", "bert.pooler.", "pooler.")
 
 
 class EncoderFamily(ModelFamily):
-    """Encoders whose every position sees every other."""
+    """Encoders with bidirectional self-attention."""
 
     name = "bidirectional encoders"
     config_classes = {"bert": BertConfig}
@@ -50,7 +50,7 @@ class EncoderFamily(ModelFamily):
         for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
             if fields.get(name):
                 raise HFEError(
-                    f"config.json sets {name}={fields[name]!r}; an encoder attends to all positions of its own text",
+                    f"config.json sets {name}={fields[name]!r}; an encoder attends to all positions of its input only",
                     "use a checkpoint that was trained as an encoder",
                 )
         positions = fields.get("position_embedding_type", "absolute")
@@ -71,7 +71,7 @@ class EncoderFamily(ModelFamily):
         fields["architectures"] = [spec.auto_classes[self.auto_class(stock)].__name__]
         try:
             config = spec.config_class(**fields)
-        # huggingface_hub raises errors of its own for a field of a wrong type or value.
+        # For a field of a wrong type or value huggingface_hub raises its own error classes.
         except Exception as error:
             cause = error_text(error, most=None)
             raise HFEError(

@@ -1,7 +1,7 @@
-"""What the package asks of a family of stock models, and which family a model belongs to.
+"""`ModelFamily`, what a kind of stock model must define to be converted, and the look-up of the family of a model.
 
-A family answers for one kind of stock model: causal decoders are one, bidirectional encoders another. Everything else
-(plan, report, inspect, evaluate, card, command line) asks it and does not look at the kind itself.
+Causal decoders are one family, bidirectional encoders another. Plan, report, inspect, evaluate, model card and command
+line call the family's methods and never test the model type themselves.
 
 To add a family, write one file beside this one with a subclass of `ModelFamily`, an instance of it, and the classes in
 `modeling/` that the stock models become. Then name the instance in `family=` of their entries in
@@ -32,6 +32,11 @@ from hf_efficient.errors import HFEError, UsageError, error_text
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.evaluation import Evaluator
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates/*.jinja"),
+)
 # Snippet of a model card, for every kind of model: arguments of LoraConfig are to be filled in.
 FINE_TUNING = "Fine-tuning with LoRA, and a merged checkpoint that loads in the same way:"
 LORA = """from peft import LoraConfig, get_peft_model
@@ -51,6 +56,7 @@ class ModelFamily(Protocol):
         tensor_groups: label in `inspect` -> parts of the names of its tensors; the first that matches counts.
         pipeline_tags: name of an Auto class -> the Hub's name of its task.
         generates: the models write text, so that they have generation settings and `hf-efficient generate` takes them.
+        companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result.
         not_evaluated: why a model without an `evaluator` is not measured, for the report.
     """
 
@@ -59,6 +65,7 @@ class ModelFamily(Protocol):
     tensor_groups: ClassVar[Mapping[str, tuple[str, ...]]]
     pipeline_tags: ClassVar[Mapping[str, str]]
     generates: ClassVar[bool] = False
+    companion_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES
     not_evaluated: ClassVar[str] = ""
 
     def takes(self, fields: Mapping[str, Any]) -> bool:
@@ -70,10 +77,10 @@ class ModelFamily(Protocol):
         return
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
-        """Warnings about fields of the file that change nothing and are passed over.
+        """Warnings about fields of the file that have no effect and are ignored.
 
         Raises:
-            HFEError: a field changes what the model computes, and the family does not follow it.
+            HFEError: a field changes what the model computes in a way that our model does not implement.
         """
 
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
@@ -114,6 +121,11 @@ class ModelFamily(Protocol):
 def families() -> list[ModelFamily]:
     """Every family of the registered architectures, in the order of the registry."""
     return [load(path) for path in dict.fromkeys(spec.family for spec in architectures())]
+
+
+def companion_files() -> list[str]:
+    """Glob patterns of the files of tokenizers and processors of every family."""
+    return list(dict.fromkeys(pattern for family in families() for pattern in family.companion_files))
 
 
 def family_of(model_type: Any) -> ModelFamily | None:
@@ -197,8 +209,8 @@ def target_architecture(
 ) -> ArchitectureSpec:
     """The architecture that a model becomes.
 
-    A single patch on a stock model has an architecture of its own; every other combination goes to the one of the
-    family that combines patches.
+    A single patch on a stock model gives that patch's own architecture; every other combination the architecture of
+    the family that combines patches.
 
     Args:
         stock: configuration of the source.

@@ -1,4 +1,4 @@
-"""The tensors of a source compared with its configuration."""
+"""Check that a source holds the tensors that its configuration describes."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
     named = fields.get("auto_map")
     if isinstance(named, dict) and "AutoModelForCausalLM" in named and "hfe_format" not in declared:
         warnings.append(
-            f"the source has code of its own for its model, which is not run: it was read as the stock {model_type}, "
+            f"the source comes with its own modeling code, which is not run: it was read as the stock {model_type}, "
             "as transformers reads it without trust_remote_code"
         )
     return warnings

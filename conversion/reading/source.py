@@ -102,7 +102,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration, tensor headers and file sizes: tells two sources apart without reading weights."""
+        """SHA-256 of configuration, tensor headers and file sizes, which identify a source without its weights."""
         fields = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for path in self.weight_files:
@@ -127,7 +127,7 @@ class Source:
             raise HFEError(
                 f"{self.name if self.tokenizer_files is None else self.tokenizer_files.name} has no tokenizer that can "
                 f"be loaded ({cause})",
-                "put the tokenizer's files beside the weights, or name a folder or Hub id that has them as tokenizer",
+                "put the tokenizer's files in the folder of the weights, or pass a folder or Hub id as tokenizer",
             ) from error
 
     @cached_property
@@ -154,7 +154,7 @@ def open_source(
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
 
     Args:
-        location: the source. Something that exists locally is never looked up on the Hub.
+        location: the source. A path that exists locally is never looked up on the Hub.
         revision, token: of the Hub repository.
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
 

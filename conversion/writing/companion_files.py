@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_efficient.conversion.families.family import TOKENIZER_FILES
 from hf_efficient.conversion.reading.checkpoint_files import file_inside
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
@@ -26,11 +27,6 @@ from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.json_file import read_json
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
-    *("chat_template.json", "additional_chat_templates/*.jinja"),
-)
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 # File names of texts only: a LICENSE.py of the source is code.
 _LICENCE = re.compile(
@@ -58,7 +54,7 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
             tokenizer = source.tokenizer() if tokenizer is None else tokenizer
             warnings = _save_tokenizer(tokenizer, folder)
         else:
-            warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder)
+            warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder, source.family.companion_files)
         if has_tokenizer(folder):
             warnings += _keep_tokenizer(source, tokenizer, folder)
         if source.gguf_file is None:
@@ -113,9 +109,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     return _keep_known(path, TokenizerSettings)[1] if path.is_file() else []
 
 
-def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
-    """Copy the tokenizer's files without references to code; returns warnings."""
-    _copy(origin, folder, TOKENIZER_FILES)
+def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Copy the tokenizer or processor files that match a glob pattern, without references to code; returns warnings."""
+    _copy(origin, folder, patterns)
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
     _copy(origin, folder, (TOKENIZER_CONFIG_FILE,))

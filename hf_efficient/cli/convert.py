@@ -31,17 +31,17 @@ def command(
     revision: Revision = None,
     token: Token = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 5GB or 500MB.")] = "5GB",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a tokenizer, for a source that has none of its own.")
+        str | None, typer.Option(help="Folder or Hub id of a tokenizer, for a source without one.")
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="Calibration text: FILE.jsonl, FILE.txt or a data set id. Default: a built-in sample."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.")] = 18432,
-    evaluate: Annotated[bool, typer.Option(help="Measure the loss against the source afterwards.")] = True,
+    evaluate: Annotated[bool, typer.Option(help="Measure the loss and compare it with the source's.")] = True,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the source, for the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence for the card; by default the source's.")] = None,
     push_to_hub: Annotated[

@@ -17,7 +17,7 @@ def command(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Measure a checkpoint's loss on held-out text, alone or against a reference, with 95 % confidence intervals.
+    """Measure a checkpoint's loss on held-out text, alone or compared with a reference, with 95 % confidence intervals.
 
     Example: hf-efficient evaluate smollm-stem --reference HuggingFaceTB/SmolLM2-135M-Instruct
     """

@@ -41,7 +41,7 @@ def command(
     from hf_efficient.loading import load_for_generation
 
     if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens} must be at least 1", "ask for one token or more")
+        raise UsageError(f"--max-new-tokens {max_new_tokens} must be at least 1", "give 1 or more")
     if sample and not (0 < temperature < math.inf):
         raise UsageError(f"--temperature {temperature} must be a positive number", "1.0 is the default")
     if not -(1 << 63) <= seed < 1 << 64:

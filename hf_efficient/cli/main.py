@@ -22,7 +22,7 @@ from hf_efficient.errors import HFEError, one_line, redact
 SUBCOMMANDS = {
     "convert": "Convert a stock checkpoint to a patched architecture.",
     "inspect": "Show a checkpoint's architecture, parameters and bytes without loading it.",
-    "evaluate": "Measure a checkpoint's loss on held-out text, alone or against a reference.",
+    "evaluate": "Measure a checkpoint's loss on held-out text, alone or compared with a reference.",
     "generate": "Generate text from a prompt.",
     "serve": "Serve a checkpoint over HTTP, through transformers.",
     "verify": "Compare a checkpoint with what the installed release writes, its code byte by byte.",

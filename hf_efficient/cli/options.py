@@ -84,7 +84,8 @@ def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
 def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
     """The patches that `--patch` named, each with the options given for it.
 
-    Raises `UsageError` for an unknown or repeated patch, `none` beside another, or an option of a patch not named.
+    Raises `UsageError` for an unknown or repeated patch, `none` together with another, or an option of a patch that
+    `--patch` does not name.
     """
     known = patch_classes()
     unknown = [n for n in names if n not in known and n != "none"]
@@ -97,7 +98,8 @@ def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
         owner = next(patch for patch in known if key.startswith(f"{patch}_"))
         if owner not in names:
             raise UsageError(
-                f"--{key.replace('_', '-')} belongs to a patch that was not asked for", f"add --patch {owner}"
+                f"--{key.replace('_', '-')} belongs to the patch {owner}, which --patch does not name",
+                f"add --patch {owner}",
             )
     return [
         known[name](**{key.removeprefix(f"{name}_"): v for key, v in given.items() if key.startswith(f"{name}_")})

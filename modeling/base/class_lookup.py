@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def offer_to_transformers(causal_lm: type) -> None:
-    """Let `transformers serve` and pipelines find a causal language model of ours, the copy that was made last.
+    """Set a causal language model of ours as an attribute of `transformers`, for `transformers serve` and pipelines.
 
     A class that transformers has itself under this name stays.
     """

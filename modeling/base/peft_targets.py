@@ -1,20 +1,31 @@
-"""Which modules PEFT adapts where its user names none: for our models those of a stock family."""
+"""The modules that PEFT adapts by default in our models: those of a stock model type, or a list for a method."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+
+_MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 
 
-def register_peft_targets(model_type: str, stock: str) -> None:
-    """Give `model_type` the default target modules of the stock model type, for every method that has some for it.
+def register_peft_targets(model_type: str, stock: str, by_method: Mapping[str, Sequence[str]]) -> None:
+    """Register PEFT's default target modules for `model_type`.
 
-    Nothing happens where PEFT is not loaded; again changes nothing.
+    Args:
+        model_type: of our model.
+        stock: stock model type whose defaults it gets, for every method that has defaults for that type.
+        by_method: PEFT method, such as `LORA`, -> target modules in place of the stock ones.
+
+    No effect where PEFT is not imported, or on a second call.
     """
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:
         return
+    own = {_MAPPING.format(method): list(modules) for method, modules in by_method.items()}
     for name, targets in list(vars(constants).items()):
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and stock in targets:
+        if name in own:
+            targets.setdefault(model_type, own[name])
+        elif name.startswith("TRANSFORMERS_MODELS_TO_") and stock in targets:
             targets.setdefault(model_type, targets[stock])
 
 

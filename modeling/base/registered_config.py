@@ -21,6 +21,8 @@ class RegisteredConfig:
 
     # PEFT's default target modules, for every method, are those of this stock model type: the modules have its names.
     peft_targets: ClassVar[str]
+    # PEFT method, such as `LORA` -> target modules, where they are not those of the stock model type.
+    peft_targets_by_method: ClassVar[dict[str, list[str]]] = {}
     # The code to save with a configuration of a class. The installed package sets its exporter here.
     code_source: ClassVar[Callable[[type], SavedCode | None]] = staticmethod(carried_code)
 
@@ -31,12 +33,12 @@ class RegisteredConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as in transformers."""
-        # PEFT asks for it before it looks up its targets, whenever it was imported, so that nothing is paid before.
-        register_peft_targets(self.model_type, self.peft_targets)
+        # PEFT calls `to_dict` before it looks up its targets, so this needs no import of PEFT.
+        register_peft_targets(self.model_type, self.peft_targets, self.peft_targets_by_method)
         return super().to_dict()
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """As in transformers; a file named `config.json` gets the code beside it that loads it, and names that code.
+        """As in transformers; with a file named `config.json` the code that loads it is written too, and named in it.
 
         So do `save_pretrained` and `push_to_hub` of configuration and model, which write the file by this method.
         """

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_efficient
+from hf_efficient.modeling.base.peft_targets import register_peft_targets
 
 # What a method's configuration needs to be made at all, or for sizes as small as these.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -94,6 +95,18 @@ def test_a_method_without_targets_trains_what_it_trains_of_stock_llama(
     assert trained(model) == stock_names(stock, method)
     tasks = {"task_ids": torch.zeros(2, dtype=torch.long)} if method == "POLY" else {}
     model(input_ids=token_ids(2, 9), labels=token_ids(2, 9), **tasks).loss.backward()
+
+
+def test_an_architecture_may_name_the_targets_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.utils import constants
+
+    for name in ("LORA", "IA3"):
+        mapping = f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING"
+        monkeypatch.setattr(constants, mapping, dict(getattr(constants, mapping)))
+    register_peft_targets("hfe_other", "llama", {"LORA": ["in_proj"]})
+    assert constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["hfe_other"] == ["in_proj"]
+    ia3 = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    assert ia3["hfe_other"] == ia3["llama"]
 
 
 @pytest.mark.parametrize("method", ["LORA", "IA3", "ADALORA", "LN_TUNING", "OSF"])
