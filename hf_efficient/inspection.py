@@ -22,7 +22,8 @@ class Inspection:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        model: the model's shape by label, such as `shape`, `attention` and `vocabulary`.
+        model: configuration fields of the model's shape, such as `hidden_size`.
+        description: the shape as text by label, such as `attention` and `vocabulary`.
         patches: names of the patches that are active in the checkpoint; empty for a stock model.
         patch_fields: configuration fields of these patches by label.
         can_convert_to: names of the patches that a conversion can add.
@@ -34,7 +35,8 @@ class Inspection:
 
     source: str
     model_type: str
-    model: dict[str, str]
+    model: dict[str, Any]
+    description: dict[str, str]
     patches: list[str]
     patch_fields: dict[str, Any]
     can_convert_to: list[str]
@@ -51,7 +53,7 @@ class Inspection:
         total = sum(self.parameters.values())
         rows = [
             ("architecture", self.model_type + (f", patched with {', '.join(self.patches)}" if self.patches else "")),
-            *self.model.items(),
+            *self.description.items(),
             *((label, _text(value)) for label, value in self.patch_fields.items()),
             ("parameters", f"{total:,} ({self.bytes / 1e9:.2f} GB, {', '.join(self.dtypes)})"),
             *((f"  {group}", f"{count:,} ({count / total:.1%})") for group, count in self.parameters.items()),
@@ -95,7 +97,8 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
     return Inspection(
         source=str(source),
         model_type=opened.stock_config.model_type,
-        model=opened.family.description(config),
+        model={field: getattr(config, field) for field in opened.family.inspected_fields},
+        description=opened.family.description(config),
         patches=[spec.patch for spec in active if spec.patch],
         patch_fields={
             label: getattr(config, field) for spec in active for field, label in spec.inspected_fields.items()

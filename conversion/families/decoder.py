@@ -118,6 +118,10 @@ class CausalDecoderFamily(ModelFamily):
         "feed-forward": (".mlp.",),
         "norms": ("norm",),
     }
+    inspected_fields = (
+        *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    )
     pipeline_tags = {
         "AutoModelForCausalLM": "text-generation",
         "AutoModelForSequenceClassification": "text-classification",

@@ -37,6 +37,10 @@ class EncoderFamily(ModelFamily):
         "feed-forward": (".intermediate.", ".output."),
         "embeddings and head": ("",),
     }
+    inspected_fields = (
+        *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"),
+        *("max_position_embeddings", "tie_word_embeddings"),
+    )
     pipeline_tags = {
         "AutoModel": "feature-extraction",
         "AutoModelForMaskedLM": "fill-mask",

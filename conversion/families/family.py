@@ -54,6 +54,7 @@ class ModelFamily(Protocol):
         name: of the models, in the plural, for messages.
         config_classes: stock model type -> transformers' configuration class.
         tensor_groups: label in `inspect` -> parts of the names of its tensors; the first that matches counts.
+        inspected_fields: configuration fields that `inspect` reports as numbers.
         pipeline_tags: name of an Auto class -> the Hub's name of its task.
         generates: the models write text, so that they have generation settings and `hf-efficient generate` takes them.
         companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result.
@@ -63,6 +64,7 @@ class ModelFamily(Protocol):
     name: ClassVar[str]
     config_classes: ClassVar[Mapping[str, type[PreTrainedConfig]]]
     tensor_groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    inspected_fields: ClassVar[tuple[str, ...]]
     pipeline_tags: ClassVar[Mapping[str, str]]
     generates: ClassVar[bool] = False
     companion_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES

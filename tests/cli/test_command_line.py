@@ -141,8 +141,9 @@ def test_converted_folder_is_inspected_verified_evaluated_and_run(
 ) -> None:
     assert status_of("inspect", str(converted), "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["model_type"], found["patches"], found["stem_layers"]) == ("hfe_stem", ["stem"], [1, 3])
-    assert found["parameters"]["STEM tables"] == 2 * found["vocab_size"] * found["intermediate_size"]
+    assert (found["model_type"], found["patches"]) == ("hfe_stem", ["stem"])
+    assert found["patch_fields"] == {"STEM layers": [1, 3]}
+    assert found["parameters"]["STEM tables"] == 2 * found["model"]["vocab_size"] * found["model"]["intermediate_size"]
 
     assert status_of("verify", str(converted)) == 0
     capsys.readouterr()

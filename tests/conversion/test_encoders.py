@@ -110,7 +110,8 @@ def test_inspect_describes_an_encoder(tmp_path: Path) -> None:
     for folder, model_type in (("source", "bert"), ("out", "hfe_monarch_bert")):
         found = inspect(tmp_path / folder)
         assert found.model_type == model_type and found.patches == []
-        assert found.model["attention"] == "4 heads of 8, bidirectional"
+        assert found.description["attention"] == "4 heads of 8, bidirectional"
+        assert {**found.model, "num_labels": 3} == {**SHAPE, "tie_word_embeddings": True}
         count = sum(p.numel() for p in BertForMaskedLM(BertConfig(**SHAPE)).parameters())
         assert sum(found.parameters.values()) == count
 

@@ -360,10 +360,13 @@ class ParallelGeneration:
     Attributes:
         config: configuration of the model.
         supports_topology: the model's forward has the argument `topology`.
+        generates_in_parallel: `generate` takes the options of `parallel_generate`, so that the `custom_generate/` of a
+            checkpoint calls it.
     """
 
     config: Any
     supports_topology = True
+    generates_in_parallel = True
 
     def generate(self, *args: Any, parallel: bool | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, or `parallel_generate` with its options.
