@@ -2,10 +2,10 @@
 
     PYTHONPATH=FOLDER_WITH_LIGER python -m benchmarks.bhyt_decode [--only TEXT ...]
 
-One step at batch 1 on a static cache of 1024 columns, 512 of them filled, bfloat16, as a CUDA graph that is replayed
+One step at batch 1 on a static cache of 1024 slots, 512 of them filled, bfloat16, as a CUDA graph that is replayed
 back to back. In transformers' decoder with other norms in it, "no norms" is the limit, and its residual additions stay.
 Where additions are fused, the same is shown with RMSNorm: that part of the gain is open to it as well. In our decoder
-it is the step that `generate` captures. All steps share one set of weights and take turns.
+it is the step that `generate` captures. All steps share one set of weights and are timed interleaved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 FILLED, CAPACITY = 512, 1024
-SHOWN = f"1B Llama, batch 1, {FILLED} of {CAPACITY} columns filled"
+SHOWN = f"1B Llama, batch 1, {FILLED} of {CAPACITY} slots filled"
 ROUNDS, REPLAYS = 12, 32
 STOCK, LIMIT, OUR_LIMIT = "stock", "stock's decoder, no norms", "ours, no norms"
 STOCK_PART, OUR_PART = "transformers' decoder", "our decoder"
@@ -60,7 +60,7 @@ STOCK_VARIANTS: dict[str, tuple[str | None, str, str]] = {
 
 
 def fill_and_draw(model: Any, cache: Any) -> Tensor:
-    """Fill the columns of `cache`, and draw a token [1, 1]; the same for all models."""
+    """Fill the slots of `cache`, and draw a token [1, 1]; the same for all models."""
     torch.manual_seed(0)
     fill(cache, model.config, 1, FILLED, model.device)
     return torch.randint(3, model.config.vocab_size, (1, 1), device=model.device)

@@ -3,8 +3,8 @@
     PYTHONPATH=FOLDER_WITH_LIGER python -m benchmarks.bhyt_train [--parts eager compiled] [--only TEXT ...]
 
 One step: forward, backward and fused AdamW, batch 4 x 2048, weights and moments in bfloat16. All providers share one
-set of parameters and moments in one process, and take turns. "No norms" is the limit: stock's decoder with norms that
-do nothing. `compiled` hands whole models to torch.compile, and starts on no further one after `--seconds`.
+set of parameters and moments in one process, and are timed interleaved. "No norms" is the limit: stock's decoder with
+norms that do nothing. `compiled` compiles whole models with torch.compile, and starts no further one after `--seconds`.
 """
 
 from __future__ import annotations

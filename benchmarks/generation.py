@@ -82,7 +82,7 @@ def floor_ms(model: LlamaForCausalLM, batch: int, context: int) -> float:
 
 
 def fill(cache: Any, config: LlamaConfig, batch: int, context: int, device: torch.device) -> None:
-    """Put `context` random columns into a cache, layer by layer."""
+    """Put `context` random keys and values into a cache, layer by layer."""
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))

@@ -84,7 +84,7 @@ def compare(stock: Any, ours: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     (a, logits_a), (b, logits_b) = generate(stock, inputs), generate(ours, inputs)
     same = (a == b).cumprod(1).sum(1)
     steps = torch.arange(NEW, device=a.device)
-    # Up to the step at which they part both have seen the same tokens.
+    # Up to the step at which they diverge both have the same tokens.
     common = steps[None] <= same[:, None]
     difference = ((logits_a - logits_b).abs().amax(-1) * common).max().item()
     best = logits_a.topk(2, dim=-1).values

@@ -1,9 +1,9 @@
-"""Measures several ways of computing the same thing, side by side in one run.
+"""Benchmarks several providers of the same operation in one run.
 
-Correctness comes first: a provider whose result does not match the float64 reference gets no figure. Calls go round
-inputs that together are larger than the cache. They are timed twice: replayed from a CUDA graph, which is the device's
-time and the figure that is compared (`ms`), and called one by one from Python (`ms_launched`), where a small call costs
-what it takes to launch it. Every figure is one line of JSON, with what is needed to judge it.
+A provider whose result does not match the float64 reference gets no figure. Calls rotate over inputs that together are
+larger than the cache. They are timed twice: replayed from a CUDA graph, which gives the device time and the figure that
+is compared (`ms`), and called one by one from Python (`ms_launched`), where a small call costs its launch. Every figure
+is one line of JSON, with the shape, versions, device and commit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hf_efficient.kernels.contract import (
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODES = ("forward", "backward", "decode")
-# Inputs that together are this large are in no cache when their turn comes again (an H100 has 50 MB of L2).
+# Inputs that together are this large have left the cache when they are used again (an H100 has 50 MB of L2).
 ROTATION_BYTES = 256 * 2**20
 MAX_ROTATION = 4096
 SECONDS_PER_FIGURE = 0.15
@@ -44,7 +44,7 @@ BATCHES = 25
 
 @dataclass(frozen=True)
 class Case:
-    """One shape. `draw(seed)` makes fresh arguments of the operation; `shape` is what the results file says of it."""
+    """One shape. `draw(seed)` gives new arguments of the operation; `shape` is recorded in the results file."""
 
     label: str
     mode: str
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """A way of computing the operation. `prepare` is called once for each case: a compiler starts afresh there."""
+    """An implementation of the operation. `prepare` is called once for each case, to reset a compiler."""
 
     name: str
     prepare: Callable[[], Callable[..., torch.Tensor]]
@@ -90,7 +90,7 @@ class Result:
 
     @property
     def gb_per_s(self) -> float | None:
-        """Bytes that must move over the time taken: what the caller gets, whatever was moved besides."""
+        """The fewest bytes that must move (`cost.bytes`) per second, whatever the provider moves in addition."""
         return self.cost.bytes / self.timing.median / 1e6 if self.timing and self.cost else None
 
     def line(self, environment: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool = False) -> Timing:
-    """Time of one call, over batches that go round `calls`. With `graph`, a batch is one replay of a CUDA graph."""
+    """Time of one call, over batches that rotate over `calls`. With `graph`, a batch is one replay of a CUDA graph."""
     for call in calls[:3]:
         call()
     _synchronize(device)
@@ -135,7 +135,7 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
     once = max((time.perf_counter() - start) / len(calls), 1e-7)
     rounds = max(1, round(SECONDS_PER_FIGURE / BATCHES / once / len(calls)))
 
-    # Results live until their turn comes again: freed at once, all would share one buffer, which a cache may hold.
+    # Keep each result until its call runs again: freed immediately, all results would share one cached buffer.
     results: deque[Any] = deque(maxlen=len(calls))
 
     def batch() -> None:
@@ -169,9 +169,10 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, graph: bool
 def time_interleaved(
     calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call as called from Python, one figure a round: `repeats` calls queued one behind another.
+    """Milliseconds of each call as called from Python, one figure per round of `repeats` calls queued back to back.
 
-    A round goes through all of them, so that the machine's moods meet all alike; the first `warm_up` do not count.
+    A round runs all of `calls`, so that changes of the machine's speed affect all alike; the first `warm_up` rounds are
+    not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
@@ -190,7 +191,7 @@ def time_interleaved(
 def times(
     calls: dict[str, Callable[[], Any]], rounds: int, repeats: int, device: torch.device, warm_up: int
 ) -> dict[str, list[float]]:
-    """As `time_interleaved`; on the CPU, where a benchmark is only tried, the milliseconds of one call of each."""
+    """As `time_interleaved`; on the CPU, where a benchmark is only tested, the milliseconds of one call of each."""
     if device.type == "cuda":
         return time_interleaved(calls, rounds, repeats, warm_up)
     found = {}
@@ -202,7 +203,7 @@ def times(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large copy on the device, bytes read and written counted: the ceiling that others are held against."""
+    """GB/s of a large copy on the device, bytes read and written counted: the ceiling for other figures."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -213,7 +214,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def rotation_of(record: KernelRecord, case: Case) -> list[Arguments]:
-    """Enough argument sets that none is still in a cache when its turn comes again. All providers get the same."""
+    """Enough argument sets that none is still in a cache when it is used again. All providers get the same ones."""
     first = case.draw(0)
     count = min(MAX_ROTATION, max(2, -(-ROTATION_BYTES // max(record.forward_cost(first).bytes, 1))))
     return [first, *(case.draw(seed) for seed in range(1, count))]
@@ -235,13 +236,13 @@ def _backward_calls(
 def measure(
     record: KernelRecord, case: Case, provider: Provider, rotation: list[Arguments], copy_gb_per_s: float
 ) -> Result:
-    """Check the provider on this case, then time it; without a match there is no time."""
+    """Check the provider on this case, then time it; a provider that does not match is not timed."""
     backward = case.mode == "backward"
     function = provider.prepare()
     first = rotation[0]
     device = next(v.device for v in first.values() if isinstance(v, torch.Tensor))
     found = deviations(record, function, first, gradients=backward)
-    # Peers may round in between, which the record's bounds for our kernels do not allow for.
+    # Peers may round intermediate results, which the record's bounds for our kernels do not allow for.
     slack = 1.0 if provider.name == "triton" else 4.0
     result = Result(
         case,
@@ -265,14 +266,14 @@ def measure(
         if device.type == "cuda":
             try:
                 result.timing = time_calls(calls, device, graph=True)
-            except RuntimeError as error:  # not every provider can be captured; then launching stays in its figure
+            except RuntimeError as error:  # not every provider can be captured; its figure then includes launches
                 result.notes["no_graph"] = str(error).splitlines()[0]
             result.notes["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return result
 
 
 def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """GPU, driver, versions and commit: what a figure needs beside it."""
+    """GPU, driver, versions and commit, recorded with every figure."""
     here = Path(__file__).resolve().parent
     if commit is None:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -298,7 +299,7 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
 
 
 def write(path: Path, lines: Sequence[dict[str, Any]], identity: Sequence[str] = ("part", "provider")) -> None:
-    """Put `lines` into a results file, in the place of older ones that agree with them in all fields of `identity`."""
+    """Add `lines` to a results file, replacing those that agree with them in all fields of `identity`."""
 
     def key(line: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(line.get(name) for name in identity)
@@ -316,7 +317,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[[], Callable[..., torch.Tensor]]:
-    """`prepare` of the provider that hands `function` to torch.compile, afresh for each case."""
+    """`prepare` of the provider that compiles `function` with torch.compile, after a reset, for each case."""
 
     def prepare() -> Callable[..., torch.Tensor]:
         torch._dynamo.reset()

@@ -3,7 +3,7 @@
     python -m benchmarks.row_kernels [--parts device host adamw] [--rows V] [--width F] [--output FOLDER]
 
 The table is that of one STEM layer of a 1B Llama, in bfloat16; rows are distinct and in random places. Rows from the
-host are held against a plain copy of as many bytes over the same bus, everything else against a copy on the device.
+host are compared with a plain copy of as many bytes over the same bus, everything else with a copy on the device.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Figure:
 
 
 def id_sets(count: int, rows: int, device: torch.device) -> list[Tensor]:
-    """Sets of `count` distinct ids, enough of them that their rows are in no cache when their turn comes again."""
+    """Sets of `count` distinct ids, enough of them that their rows have left the cache when they are used again."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(device)
     return list(order.split(count))[: max(1, min(MOST_CALLS, rows // count))]
 

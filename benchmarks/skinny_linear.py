@@ -25,7 +25,7 @@ from hf_efficient.kernels.contract import Arguments, relative_error
 from hf_efficient.kernels.skinny_linear.configs import LaunchConfig, launch_config, row_class
 from hf_efficient.kernels.skinny_linear.record import RECORD
 
-# Rows of each weight, depth, whether gated, whether a residual is added. The order is that of their weight in a step.
+# Rows of each weight, K, whether gated, whether a residual is added. Ordered by their share of a step.
 LAYERS: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
     "1B gate, up": ((8192, 8192), 2048, True, False),
     "1B down": ((2048,), 8192, False, True),
@@ -40,10 +40,10 @@ LAYERS: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
 }
 ROWS = (1, 8, 32, 64)
 
-# What the sweep tries, by rows: heights and depths of a tile, warps, depths of the pipelined loop, parts of the depth.
+# What the sweep tries, by rows: block_n, block_k, warps, stages, splits.
 VECTOR_TILES = ((1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8), (1,), (1,))
 MATRIX_TILES = ((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 2, 4, 8))
-# Parts of the depth are worth their adding up where the weight is deep and would otherwise make few programs.
+# Split-K pays where K is large and few programs would run otherwise.
 SPLIT_DEPTH, SPLIT_PROGRAMS = 4096, (128, 256)
 # Elements of a tile of the element-by-element kernel: less leaves lanes idle, more spills registers.
 VECTOR_ELEMENTS = (2048, 16384)
@@ -95,7 +95,7 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
         if config == chosen or block_k >= 2 * depth:
             continue
         if padded == 1:
-            # 32 to 128 elements of a tile for each thread: 64 to 256 bytes under way.
+            # 32 to 128 elements of a tile for each thread: 64 to 256 bytes in flight.
             if not VECTOR_ELEMENTS[0] <= elements <= VECTOR_ELEMENTS[1] or not 32 <= elements // warps // 32 <= 128:
                 continue
         else:
@@ -111,7 +111,7 @@ def candidates(layer: str, rows: int) -> Iterator[LaunchConfig]:
                 or not SPLIT_PROGRAMS[0] <= programs <= SPLIT_PROGRAMS[1]
             ):
                 continue
-            # Fewer bytes under way than this do not fill the memory's latency.
+            # Fewer bytes in flight than this do not hide the memory latency.
             if stages * elements * 2 * min(programs, 132) < min(2**21, matrices * outputs * depth // 2):
                 continue
         yield config
@@ -159,7 +159,7 @@ def compiled_candidates(chosen: list[tuple[str, int]], seconds: float) -> dict[t
 
 
 def time_rotation(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> float:
-    """Milliseconds of one call, replayed from a CUDA graph that goes round the calls; the best of five replays."""
+    """Milliseconds of one call, replayed from a CUDA graph of all the calls; the best of five replays."""
     calls[0]()
     if device.type != "cuda":
         start = time.perf_counter()

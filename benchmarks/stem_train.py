@@ -57,7 +57,7 @@ def _eager(gate: Tensor, table: Tensor, ids: Tensor, sparse: bool = False) -> Te
 
 
 def backward(device: torch.device) -> Iterator[dict[str, Any]]:
-    """The backward pass by itself: the graph is kept, and run again."""
+    """The backward pass alone: the autograd graph is retained and run again."""
     ids = zipf_ids(TOKENS, ROWS, torch.Generator(device).manual_seed(0))
     gate = torch.randn(TOKENS, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(ROWS, WIDTH, device=device, dtype=torch.bfloat16)

@@ -1,12 +1,12 @@
-"""When does it pay to skip what a topology hides, against FlexAttention, a dense mask, and plain causal attention?
+"""When is attention that skips hidden blocks faster than FlexAttention, a dense mask, and plain causal attention?
 
     python -m benchmarks.topology_attention [--parts attention preparation builder] [--cases TEXT ...] [--only TEXT ...]
 
-- attention: forward, and forward with backward, batch 1, bfloat16. With a topology that is known, so that masks and
-  block lists are given, and with a new one at each call, where the making of them is timed too. All providers take
-  turns in one process. FLOPs are counted on visible pairs, so that within a case the rate is one over the time.
-- preparation: the making of block lists and masks alone.
-- builder: what the host does with the tokens of a sample, before anything is on the device.
+- attention: forward, and forward with backward, batch 1, bfloat16. With a known topology, whose masks and block
+  lists are given, and with a new one at each call, where building them is timed too. All providers are timed
+  interleaved in one process. FLOPs are counted on visible pairs, so that within a case the rate is one over the time.
+- preparation: building block lists and masks alone.
+- builder: the host's work on the tokens of a sample, before anything is on the device.
 
 Plain causal attention computes another function: it shows what the same tokens cost without a topology.
 """
@@ -48,7 +48,7 @@ PARTS = ("attention", "preparation", "builder")
 MODES = ("forward", "forward+backward")
 IDENTITY = ("part", "case", "mode", "provider")
 ROUNDS, TURN_MS = 9, 12.0
-# Relative errors in bfloat16 that our kernel may have; peers may round in between, so they get twice as much.
+# Largest relative errors of our kernel in bfloat16; peers may round intermediate results, so their bound is twice that.
 FORWARD_BOUND, GRADIENT_BOUND = 1e-2, 2e-2
 
 # Measuring
@@ -99,7 +99,7 @@ def each_input(problem: Problem, attend: Attention, mode: str) -> Callable[[], A
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call in a CUDA graph, which holds on to what it reads."""
+    """A replay of `call` captured in a CUDA graph; the returned function keeps the tensors that the graph reads."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         kept = call()
@@ -109,7 +109,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 def interleaved(
     calls: dict[str, Callable[[], Any]], number: int, device: torch.device
 ) -> dict[str, tuple[float, float, float]]:
-    """Median, least and most milliseconds of each, where every call stands for `number` of them."""
+    """Median, least and most milliseconds of each, where every call runs `number` of them."""
     if not calls:
         return {}
     first = times(calls, 1, 1, device, warm_up=1)
@@ -240,7 +240,7 @@ def wall(call: Callable[[], Any], device: torch.device, repeats: int = 30) -> fl
 
 
 def measure_preparation(layout: Layout, device: torch.device) -> list[dict[str, Any]]:
-    """What a new topology costs before the attention can begin, from segment ids and ancestors on the device."""
+    """The cost of a new topology before attention starts, from segment ids and visibility on the device."""
     torch._dynamo.reset()
     problem = Problem(layout, device)
     flex = Flex(problem)

@@ -1,4 +1,4 @@
-"""Layouts of topologies, and inputs of an attention under them with what the formula makes of these in float64."""
+"""Layouts of topologies, and inputs of attention under them with the expected results in float64."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Layout:
 
 
 def parallel(trunk: int, paths: int, length: int, conclusion: int) -> Segments:
-    """A trunk, paths that see nothing of each other, and a conclusion that sees all."""
+    """A trunk, paths that do not see each other, and a conclusion that sees all."""
     return [(trunk, []), *[(length, [0])] * paths, (conclusion, list(range(1, paths + 1)))]
 
 
 def layouts(unit: int = 1) -> list[Layout]:
-    """The cases, every length divided by `unit`, so that a tiny one can be tried anywhere."""
+    """The cases, every length divided by `unit`, so that tiny ones run anywhere."""
     qwen = (28, 4)
     steps = [[0], [0], [0], [1, 2], [2, 3], [1, 3]]
     blocks: Segments = [(1024, [])]
@@ -83,7 +83,7 @@ def layouts(unit: int = 1) -> list[Layout]:
 
 
 class Problem:
-    """A layout on the device, and enough inputs that none is still in the cache when its turn comes again."""
+    """A layout on the device, and enough inputs that none is still in the cache when it is used again."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
@@ -105,7 +105,7 @@ class Problem:
         generator = torch.Generator(self.device).manual_seed(0)
 
         def drawn(number: int) -> Tensor:
-            shape = (1, self.length, number, WIDTH)  # the order in which a model's projections give them
+            shape = (1, self.length, number, WIDTH)  # the layout of a model's projections
             flat = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(generator=generator)
             return flat.transpose(1, 2)
 
@@ -136,13 +136,13 @@ class Problem:
             seen = self.rows_seen(rows, causal)
             for head in range(group):
                 scores = (q[head, rows] @ k.T * WIDTH**-0.5).masked_fill_(~seen, float("-inf"))
-                weights = scores.softmax(-1)
-                out = weights @ v
-                above = upstream[head, rows]
-                change = weights * (above @ v.T - (above * out).sum(-1, keepdim=True)) * WIDTH**-0.5
-                found["out"][head, rows], found["q"][head, rows] = out, change @ k
-                found["k"] += change.T @ q[head, rows]
-                found["v"] += weights.T @ above
+                p = scores.softmax(-1)
+                out = p @ v
+                do = upstream[head, rows]
+                ds = p * (do @ v.T - (do * out).sum(-1, keepdim=True)) * WIDTH**-0.5
+                found["out"][head, rows], found["q"][head, rows] = out, ds @ k
+                found["k"] += ds.T @ q[head, rows]
+                found["v"] += p.T @ do
         return found
 
 

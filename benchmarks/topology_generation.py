@@ -270,7 +270,7 @@ class Sequential:
 
 @dataclass(frozen=True)
 class Task:
-    """One line: a transcript in a batch, and up to how many tokens sequential decoding is looked at."""
+    """One line: a transcript in a batch, and the number of tokens of sequential decoding that is compared."""
 
     part: str
     case: str

@@ -23,7 +23,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def mask_function(segment_ids: Tensor, segment_visibility: Tensor, table: Tensor) -> Callable[..., Tensor]:
-    """FlexAttention's: one shift a pair where the ancestors fit into a narrow word, else one look-up."""
+    """FlexAttention's mask function: one shift per pair where the visible segments fit in 32 bits, else a look-up."""
     segments = segment_ids[0]
     if segment_visibility.shape[1] > 31:
 
@@ -52,13 +52,13 @@ def block_mask_of_lists(problem: Problem, blocks: BlockLists, seen: Callable[...
 
 
 class Flex:
-    """FlexAttention, and the ways to its mask. Compiled on CUDA; on the CPU, where it is only tried, it is called."""
+    """FlexAttention and its block masks. Compiled on CUDA; called uncompiled on the CPU, where it is only tested."""
 
     def __init__(self, problem: Problem) -> None:
         on_cuda = problem.device.type == "cuda"
         self.problem = problem
         self.attention: Any = torch.compile(flex_attention, dynamic=False) if on_cuda else flex_attention
-        # One program for a whole block is what Triton 3.6 needs minutes to compile.
+        # Triton 3.6 takes minutes to compile persistent reductions here.
         options = {"triton.persistent_reductions": False}
         compiled = torch.compile(create_block_mask, dynamic=False, options=options)
         self.create: Any = compiled if on_cuda else create_block_mask
@@ -144,7 +144,7 @@ PROVIDERS = {
     "sdpa, dense mask": Provider(_dense),
     OURS_NEW: Provider(_ours_new, "new"),
     FLEX_NEW: Provider(lambda problem, flex: flex.with_mask(partial(flex.created, flex.create)), "new", False),
-    # As flex's own documentation calls it; its intermediate results have the size of a dense mask, several times.
+    # As FlexAttention's documentation calls it; its intermediate results are several times the size of a dense mask.
     FLEX_EAGER_MASK: Provider(
         lambda problem, flex: flex.with_mask(partial(flex.created, create_block_mask)), "new", False
     ),

@@ -18,7 +18,7 @@ from hf_efficient.kernels.contract import Arguments, BadInput, Compilation, Cost
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernel."""
+    """Small calls that together reach every branch of the kernel."""
     # Drawn on the CPU, so that every device sees the same numbers.
     generator = torch.Generator().manual_seed(1)
 
@@ -47,14 +47,14 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     }
     apart = draw(6, 24)
     cases["rows apart in memory"] = {**apart, "x": drawn(12, 40)[::2, :24], "residual": drawn(6, 64)[:, 40:]}
-    cases["columns apart in memory"] = {**apart, "x": drawn(24, 6).t(), "weight": drawn(48)[::2]}
-    cases["columns apart in memory, no residual"] = {**apart, "x": drawn(24, 6).t(), "residual": None}
+    cases["strided rows of elements"] = {**apart, "x": drawn(24, 6).t(), "weight": drawn(48)[::2]}
+    cases["strided rows of elements, no residual"] = {**apart, "x": drawn(24, 6).t(), "residual": None}
     cases["small numbers"] = {**apart, "x": apart["x"] * 2**-12, "residual": apart["residual"] * 2**-12}
     return [Sample(label, arguments) for label, arguments in cases.items()]
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     x, weight = torch.ones(2, 8, device=device), torch.ones(8, device=device)
 
     def bad(label: str, error: type[Exception], *words: str, **changes: Any) -> BadInput:
@@ -67,7 +67,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("x in double precision", HFEError, "`x`", "float64", "bfloat16", x=x.double()),
         bad("a weight in another dtype", HFEError, "`weight`", "float16", "float32", weight=weight.half()),
         bad("a residual in another dtype", HFEError, "`residual`", "float16", "float32", residual=x.half()),
-        bad("x without columns", HFEError, "`x`", "()", "[..., D]", x=x[0, 0]),
+        bad("x without a last dimension", HFEError, "`x`", "()", "[..., D]", x=x[0, 0]),
         bad("empty rows", HFEError, "`x`", "(2, 0)", x=x[:, :0]),
         bad("rows too wide", HFEError, "65537", "65536", x=x.new_ones(1, too_wide), weight=x.new_ones(too_wide)),
         bad("a weight too short", HFEError, "`weight`", "(7,)", "(8,)", weight=weight[:7]),
@@ -78,7 +78,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
-    """The operators, with arguments as the public function hands them over."""
+    """The operators, with the arguments that the public function passes."""
     x, residual = arguments["x"], arguments["residual"]
     flat = x.reshape(-1, x.shape[-1])
     if residual is None:

@@ -21,7 +21,7 @@ _OPTIONAL = ("residual", "variance", "affine", "branch", "first_bound", "out_sca
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernels."""
+    """Small calls that together reach every branch of the kernels."""
     # Drawn on the CPU, so that every device sees the same numbers.
     generator = torch.Generator().manual_seed(1)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
@@ -69,7 +69,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     }
     apart = draw(6, 24)
     cases["rows apart in memory"] = {**apart, "x": drawn(12, 40)[::2, :24], "residual": drawn(6, 64)[:, 40:]}
-    cases["columns apart in memory"] = {**apart, "x": drawn(24, 6).t()}
+    cases["strided rows of elements"] = {**apart, "x": drawn(24, 6).t()}
     cases["a row of zeros"] = {**apart, "x": apart["x"] * 0, "residual": apart["residual"] * 0}
     wider = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(dtype, dtype)
     cases["a residual stream as wide as may be"] = {**apart, "residual": drawn(6, 24, of=wider)}
@@ -91,7 +91,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     x, weight, one = (torch.ones(shape, device=device) for shape in ((2, 8), (8,), (1,)))
 
     def bad(label: str, error: type[Exception], *words: str, **changes: Any) -> BadInput:
@@ -102,7 +102,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("no weight", HFEError, "`weight`", "NoneType", weight=None),
         bad("no bound", HFEError, "`bound`", "NoneType", bound=None),
         bad("x of integers", HFEError, "`x`", "int64", "bfloat16", x=x.long()),
-        bad("x without columns", HFEError, "`x`", "()", "[..., D]", x=x[0, 0]),
+        bad("x without a last dimension", HFEError, "`x`", "()", "[..., D]", x=x[0, 0]),
         bad("empty rows", HFEError, "`x`", "(2, 0)", x=x[:, :0]),
         bad("rows too wide", HFEError, str(MAX_WIDTH + 1), str(MAX_WIDTH), x=wide, weight=wide[0]),
         bad("a weight too short", HFEError, "`weight`", "(7,)", "(8,)", weight=weight[:7]),
@@ -129,7 +129,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
-    """Both operators, with arguments as the public function hands them over."""
+    """Both operators, with the arguments that the public function passes."""
     x, weight, bound, eps = (arguments[name] for name in ("x", "weight", "bound", "eps"))
     residual, variance, *estimate = (arguments[name] for name in _OPTIONAL)
     flat = x.reshape(-1, x.shape[-1])
@@ -239,7 +239,7 @@ RECORD = KernelRecord(
     reference=reference_bhyt_norm,
     samples=samples,
     bad_inputs=bad_inputs,
-    # Half precision: one rounding of the sum, through which all that follows is seen, and one of each result.
+    # Half precision: one rounding of the sum, which affects everything after it, and one of each result.
     tolerances={
         torch.float64: Tolerance(1e-12, 1e-12),
         torch.float32: Tolerance(2e-6, 5e-6),

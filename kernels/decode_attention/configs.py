@@ -1,6 +1,6 @@
 """Launch configurations of decode_attention: a table, not a search, so that the first call is quick.
 
-Keys are classes of shapes, never the length of the cache: a growing sequence compiles nothing anew.
+Keys are classes of shapes, never the length of the cache: a growing sequence does not recompile.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def _draw(device: torch.device, dtype: torch.dtype, shape: _Shape) -> Arguments:
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernels."""
+    """Small calls that together reach every branch of the kernels."""
 
     def draw(shape: _Shape = _Shape(), **changes: object) -> Arguments:  # noqa: B008  (frozen)
         return {**_draw(device, dtype, shape), **changes}
@@ -149,7 +149,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = _draw(device, torch.float32, _Shape(heads=4, kv_heads=2))
     q, k, v, q_pos = good["q"], good["k"], good["v"], good["q_pos"]
     seg = torch.zeros(2, 67, dtype=torch.int32, device=device)
@@ -211,7 +211,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
-    """The operator, with arguments as the public function hands them over."""
+    """The operator, with the arguments that the public function passes."""
     lengths = arguments["kv_len"]
     max_kv_len = arguments["k"].shape[2] if isinstance(lengths, Tensor) else lengths
     handed = (
@@ -296,7 +296,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         )
 
 
-def _seen(arguments: Arguments) -> Tensor:
+def _visible(arguments: Arguments) -> Tensor:
     """bool [B, Q, C]: which slots each query sees."""
     q, k = arguments["q"], arguments["k"]
     others = {name: arguments.get(name) for name in ("window", "kv_segment_ids", "segment_visibility")}
@@ -307,7 +307,7 @@ def _seen(arguments: Arguments) -> Tensor:
 def forward_cost(arguments: Arguments) -> Cost:
     """K and V of every slot that some query sees, once for all heads of a group; queries and output."""
     q, k = arguments["q"], arguments["k"]
-    seen = _seen(arguments)
+    seen = _visible(arguments)
     slots, pairs = int(seen.any(1).sum()), int(seen.sum())
     heads, head_dim = q.shape[1], q.shape[3]
     moved = (2 * slots * k.shape[1] * head_dim + 2 * q.numel()) * q.element_size()

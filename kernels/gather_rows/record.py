@@ -43,7 +43,7 @@ def draw(
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernel."""
+    """Small calls that together reach every branch of the kernel."""
 
     def drawn(ids: int = 7, rows: int = 13, width: int = 24, cached: tuple[int, ...] | None = None) -> Arguments:
         return draw(device, dtype, ids, rows, width, cached)
@@ -76,7 +76,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = draw(device, torch.float32, ids=4, rows=6, width=8, cached=(3, 1))
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
@@ -112,7 +112,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Tensor | None, ...]]]:
-    """The operator, with arguments as the public function hands them over."""
+    """The operator, with the arguments that the public function passes."""
     table, ids, out = arguments["table"], arguments["ids"], arguments["out"]
     if out is None:
         out = table.new_zeros((ids.shape[0], table.shape[1]))

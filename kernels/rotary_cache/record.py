@@ -53,7 +53,7 @@ def draw(
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernel."""
+    """Small calls that together reach every branch of the kernel."""
 
     def drawn(**sizes: Any) -> Arguments:
         return draw(device, dtype, **sizes)
@@ -95,7 +95,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = draw(device, torch.float32, width=8)
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: Any) -> BadInput:

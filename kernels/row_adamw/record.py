@@ -51,7 +51,7 @@ def draw(
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernel."""
+    """Small calls that together reach every branch of the kernel."""
 
     def drawn(**sizes: Any) -> Arguments:
         return draw(device, dtype, **sizes)
@@ -71,7 +71,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "a wide gradient": drawn(grad_dtype=torch.float32),
         "a narrow gradient": drawn(grad_dtype=torch.float16),
         "a gradient of one number": {**base, "grad": base["grad"][:1, :1].expand(5, 24)},
-        "columns of the gradient apart": {**base, "grad": base["grad"].t().contiguous().t()},
+        "a strided gradient": {**base, "grad": base["grad"].t().contiguous().t()},
         "rows apart in memory": {
             **base,
             "param": wide["param"][:, 24:],
@@ -85,7 +85,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = draw(device, torch.float32, ids=4, rows=6, width=8)
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
@@ -122,7 +122,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
-    """The operator, with arguments as the public function hands them over."""
+    """The operator, with the arguments that the public function passes."""
     tensors = ("param", "exp_avg", "exp_avg_sq", "steps", "log_decays", "ids", "grad", "scale")
     numbers = (arguments["lr"], *arguments["betas"], arguments["eps"], arguments["log_decay"])
     return [(row_adamw_step, (*(arguments[name] for name in tensors), *numbers))]
@@ -140,7 +140,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         wide, wide_type = ("fp64", tl.float64) if param == "fp64" else ("fp32", tl.float32)
         for width, scaled in ((8192, True), (192, False)):
             if width == 192 and param != "bf16":
-                continue  # a narrow tile differs in nothing but its width: one pair of dtypes shows it
+                continue  # a narrow tile differs only in its width: one pair of dtypes is enough
             config = launch_config(width)
             types = dict.fromkeys(("rows", "width", *(n for n in kernel.arg_names if "stride" in n)), "i32")
             types.update(dict.fromkeys(numbers, "fp64"), steps="*i32", log_decays="*fp64", ids="*i64")

@@ -25,7 +25,7 @@ from hf_efficient.kernels.skinny_linear.reference import skinny_linear as refere
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernels."""
+    """Small calls that together reach every branch of the kernels."""
     # Drawn on the CPU, so that every device sees the same numbers.
     generator = torch.Generator().manual_seed(1)
 
@@ -73,12 +73,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "weights": [wide[:, :32], wide[:, 48:]],
         "residual": drawn(18, 6).t(),
     }
-    cases["columns apart in memory"] = {**apart, "x": drawn(32, 6).t()}
+    cases["strided rows of elements"] = {**apart, "x": drawn(32, 6).t()}
     return [Sample(label, arguments) for label, arguments in cases.items()]
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     x, weight, bias = torch.ones(2, 8, device=device), torch.ones(6, 8, device=device), torch.ones(6, device=device)
 
     def bad(label: str, error: type[Exception], *words: str, **changes: Any) -> BadInput:
@@ -106,7 +106,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("too many rows", HFEError, "65 rows", "64", "functional.linear", x=x.new_ones(5, 13, 8)),
         bad("x of integers", HFEError, "`x`", "int64", "bfloat16", x=x.long()),
         bad("x in double precision", HFEError, "`x`", "float64", "bfloat16", x=x.double()),
-        bad("x without columns", HFEError, "`x`", "()", "[..., K]", x=x[0, 0]),
+        bad("x without a last dimension", HFEError, "`x`", "()", "[..., K]", x=x[0, 0]),
         bad("an empty x", HFEError, "`x`", "(2, 0)", x=x[:, :0], weights=[weight[:, :0]]),
         bad("an empty weight", HFEError, "`weights[0]`", "(0, 8)", weights=[weight[:0]]),
         bad("a weight too narrow", HFEError, "`weights[0]`", "(6, 7)", "(6, 8)", weights=[weight[:, :7].contiguous()]),
@@ -120,7 +120,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Any, ...]]]:
-    """The operator, with arguments as the public function hands them over."""
+    """The operator, with the arguments that the public function passes."""
     x, weights, residual = arguments["x"], arguments["weights"], arguments["residual"]
     rows = x.numel() // x.shape[-1]
     return [

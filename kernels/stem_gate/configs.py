@@ -15,7 +15,7 @@ DECODE_TOKENS = 256
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of one program, in tokens and columns, and its warps."""
+    """Tile of one program, BLOCK_TOKENS by BLOCK_WIDTH, and its warps."""
 
     block_tokens: int
     block_width: int

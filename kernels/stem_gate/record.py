@@ -27,7 +27,7 @@ def _draw(device: torch.device, dtype: torch.dtype, tokens: tuple[int, ...], row
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernels."""
+    """Small calls that together reach every branch of the kernels."""
 
     def draw(*tokens: int, rows: int = 11, width: int = 24, table_dtype: torch.dtype = dtype) -> Arguments:
         arguments = _draw(device, dtype, tokens, rows, width)
@@ -56,13 +56,13 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "a wide table": draw(17, table_dtype=torch.float32),
         "a narrow table": draw(17, table_dtype=torch.bfloat16 if dtype == torch.float32 else torch.float16),
     }
-    wider, columns_first, single = draw(8, width=48), draw(12), draw(1)
+    wider, transposed, single = draw(8, width=48), draw(12), draw(1)
     cases["rows apart in memory"] = {
         "gate": wider["gate"][::2, :24],
         "table": wider["table"][:, 24:],
         "ids": wider["ids"][::2],
     }
-    cases["columns apart in memory"] = {**columns_first, "gate": columns_first["gate"].t().contiguous().t()}
+    cases["strided rows of elements"] = {**transposed, "gate": transposed["gate"].t().contiguous().t()}
     cases["one gate for all tokens"] = {
         **single,
         "gate": single["gate"].expand(9, -1),
@@ -72,7 +72,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = _draw(device, torch.float32, (4,), 6, 8)
 
     def bad(label: str, error: type[Exception], *words: str, **changes: object) -> BadInput:
@@ -84,10 +84,10 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
         bad("a gate of integers", HFEError, "`gate`", "int64", "float32", gate=gate.long()),
         bad("a table of bytes", HFEError, "`table`", "uint8", table=table.to(torch.uint8)),
         bad("ids as floats", HFEError, "`ids`", "float32", "int32, int64", ids=ids.float()),
-        bad("a gate without columns", HFEError, "`gate`", "()", gate=gate[0, 0]),
+        bad("a gate without a last dimension", HFEError, "`gate`", "()", gate=gate[0, 0]),
         bad("a table of rank 1", HFEError, "`table`", "(8,)", "[R, F]", table=table[0]),
         bad("a table too narrow", HFEError, "`gate`", "(4, 8)", "(4, 7)", table=table[:, :7].contiguous()),
-        bad("rows without columns", HFEError, "`table`", "(6, 0)", gate=gate[:, :0], table=table[:, :0]),
+        bad("rows without a last dimension", HFEError, "`table`", "(6, 0)", gate=gate[:, :0], table=table[:, :0]),
         bad("an id too few", HFEError, "`gate`", "(4, 8)", "(3, 8)", ids=ids[:3]),
         bad("a transposed table", HFEError, "`table`", "stride", "contiguous()", table=table.t().contiguous().t()),
         bad(
@@ -105,7 +105,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Tensor, ...]]]:
-    """The three operators, with arguments as the public function hands them over."""
+    """The three operators, with the arguments that the public function passes."""
     gate, table, ids = arguments["gate"], arguments["table"], arguments["ids"]
     flat = (gate.reshape(ids.numel(), table.shape[1]), table, ids.reshape(-1))
     return [
@@ -144,7 +144,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             by_runs = "sorted_ids" in kernel.arg_names
             for width in (96, 8192):
                 if width == 96 and gate != "bf16":
-                    continue  # a narrow tile differs in nothing but its width: one pair of dtypes shows it
+                    continue  # a narrow tile differs only in its width: one pair of dtypes is enough
                 for tokens in (1,) if by_runs else (1, DECODE_TOKENS + 1):
                     config = run_config(width) if by_runs else elementwise_config(tokens, width)
                     constants = {

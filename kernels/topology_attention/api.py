@@ -38,7 +38,7 @@ def topology_attention(
 ) -> Tensor:
     """Attention under a topology: ``softmax(scale * q kᵀ over the keys that a query sees) v`` for each query.
 
-    Query i sees key j if j <= i, neither is a hole, and the segment of j is that of i or an ancestor of it: bit
+    Query i sees key j if j <= i, neither is a hole, and the segment of j is visible from that of i: bit
     ``segment_ids[b, j]`` of ``segment_visibility[b, segment_ids[b, i]]`` is set. A query that sees nothing gets zeros.
     Softmax and sums are in float32 (float64 where q has it); the Triton kernel rounds the softmax to the dtype of `v`,
     and in the backward pass the gradients of the scores to that of `q`, before it multiplies.

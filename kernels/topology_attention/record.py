@@ -57,7 +57,7 @@ def _nested(device: torch.device) -> Arguments:
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    """Small calls that between them reach every branch of the kernels."""
+    """Small calls that together reach every branch of the kernels."""
 
     def draw(topology: Arguments | None = None, **sizes: int) -> Arguments:
         return _draw(device, dtype, topology or fan(2, 37, 41, device), **sizes)
@@ -110,7 +110,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     topology = fan(2, 10, 5, device, rows=2)
     good = _draw(device, torch.float32, topology, heads=4, kv_heads=2)
     q, k, v, segments, segment_visibility = (
@@ -156,7 +156,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
-    """The operators, with arguments as the public function hands them over."""
+    """The operators, with the arguments that the public function passes."""
     q, k, v, segment_ids, segment_visibility = (
         arguments[name] for name in ("q", "k", "v", "segment_ids", "segment_visibility")
     )

@@ -77,7 +77,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def bad_inputs(device: torch.device) -> list[BadInput]:
-    """Calls that must be refused before anything is launched."""
+    """Calls that must raise before a kernel is launched."""
     good = fan(2, 100, 50, device, rows=2)
     segments, segment_visibility = good["segment_ids"], good["segment_visibility"]
 
@@ -115,7 +115,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[Tensor, ...]]]:
-    """The operator, with arguments as the public function hands them over."""
+    """The operator, with the arguments that the public function passes."""
     return [(topology_blocks_forward, (arguments["segment_ids"], arguments["segment_visibility"]))]
 
 

@@ -1,4 +1,4 @@
-"""The contract that the Triton kernels of every operation keep, driven by their records."""
+"""The contract of the Triton kernels of every operation, driven by their records."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_results_and_gradients_match_the_reference(
     before = map_tensors(torch.clone, arguments)
     wrong = [d for d in deviations(record, _triton(record), arguments) if not d.acceptable]
     assert not wrong, wrong
-    # Those that the call may change were copies.
+    # Arguments that the call may change were passed as copies.
     same = [torch.equal(a, b) for a, b in zip(all_tensors(before), all_tensors(arguments), strict=True)]
     assert all(same), "the call changed its inputs"
 
@@ -123,7 +123,7 @@ def test_a_frozen_argument_leaves_the_other_gradients_alone(record: KernelRecord
 
 @by_differentiable
 def test_any_layout_of_the_incoming_gradient_is_right(record: KernelRecord, device: torch.device) -> None:
-    """`out.sum()` sends back one number expanded over the output, a transposition sends back strided columns."""
+    """The gradient of `out.sum()` is one expanded number, that of a transpose is strided."""
     arguments = _wanting_gradients(record, _typical(record, device, torch.float32))
     leaves = [arguments[name] for name in present(arguments, record.differentiable)]
     out = _first_output(record, arguments)

@@ -1,4 +1,4 @@
-"""What is particular to the kernel of rotary_cache: what it leaves alone in the caches, and very large ones."""
+"""The kernel of rotary_cache: cache slots that it must not write, and very large caches."""
 
 from __future__ import annotations
 

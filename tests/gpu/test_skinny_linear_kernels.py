@@ -55,7 +55,7 @@ def test_skinny_linear_side_by_side_is_bitwise_each_alone(rows: int, device: tor
 
 
 @pytest.mark.parametrize(("rows", "depth", "splits"), [(3, 129, 4), (17, 64, 2), (2, 96, 4)])
-def test_skinny_linear_adds_up_the_parts_of_a_depth_cut_into_several(
+def test_skinny_linear_adds_the_splits_of_split_k(
     rows: int, depth: int, splits: int, device: torch.device, poisoned: None
 ) -> None:
     """With biases and residual once, not once a part; 129 leaves a part of one column, 96 makes 3 parts of 4."""
@@ -124,7 +124,7 @@ def test_skinny_linear_runs_in_several_streams_at_once(device: torch.device) -> 
 
 @pytest.mark.gpu
 def test_skinny_linear_reads_weights_that_the_kernel_before_has_written(device: torch.device) -> None:
-    """An overlapped launch starts early, but what it has asked for by then may still change."""
+    """An overlapped launch starts early, but weights that it has prefetched may still change."""
     x = torch.randn(1, 2048, device=device, dtype=torch.bfloat16)
     versions = [torch.randn(8192, 2048, device=device, dtype=torch.bfloat16) for _ in range(2)]
     expected = [skinny_linear(x, [version]) for version in versions]

@@ -116,7 +116,7 @@ def test_topology_attention_reaches_past_two_to_the_31_elements(device: torch.de
 
 
 def test_topology_blocks_of_segments_that_words_do_not_reach(device: torch.device) -> None:
-    """Neither seen nor seeing, as holes; the lists say so."""
+    """Segments without a bitmap are holes: they see nothing and are not seen, and the block lists agree."""
     segments = torch.full((1, 2 * BLOCK), 70, dtype=torch.int32, device=device)
     segment_visibility = torch.full((1, 80, 1), -1, dtype=torch.int64, device=device)
     assert int(topology_blocks(segments, segment_visibility, backend="triton").counts.sum()) == 0

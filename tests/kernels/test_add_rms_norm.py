@@ -1,4 +1,4 @@
-"""add_rms_norm against the mathematics, and against the modules of the decoder that it stands for."""
+"""add_rms_norm against the mathematics, and against the decoder modules that it replaces."""
 
 from __future__ import annotations
 

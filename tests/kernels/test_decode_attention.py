@@ -123,7 +123,7 @@ def test_the_result_lies_as_an_output_projection_reads_it() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_the_byte_model_counts_the_live_columns_once_for_all_heads_and_queries() -> None:
+def test_the_byte_model_counts_the_filled_slots_once_for_all_heads_and_queries() -> None:
     arguments = RECORD.samples(torch.device("cpu"), torch.float16)[0].arguments
     q, k = arguments["q"], arguments["k"]
     batch, heads, queries, head_dim = q.shape

@@ -57,7 +57,7 @@ def _fake(x: Tensor) -> Tensor:
 
 
 def test_a_custom_op_of_the_same_name_silently_replaces_the_first() -> None:
-    """The trap that makes the rest of this file necessary."""
+    """The behaviour of PyTorch that the rest of this file guards against."""
 
     @torch.library.custom_op("hfe_trap::add", mutates_args=())
     def first(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_a_custom_op_of_the_same_name_silently_replaces_the_first() -> None:
     def second(x: Tensor) -> Tensor:
         return x + 2
 
-    assert torch.ops.hfe_trap.add(torch.zeros(1)).item() == 2, "whoever calls the first by name now runs the second"
+    assert torch.ops.hfe_trap.add(torch.zeros(1)).item() == 2, "calling the first by name now runs the second"
 
 
 def test_two_name_spaces_keep_their_operators_apart(copied) -> None:

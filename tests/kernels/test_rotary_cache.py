@@ -1,4 +1,4 @@
-"""rotary_cache against the mathematics, and against the steps of a stock model that it stands for."""
+"""rotary_cache against the mathematics, and against the steps of a stock model that it replaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_efficient.kernels.rotary_cache.record import RECORD, draw
 CPU = torch.device("cpu")
 
 
-def test_a_pair_is_turned_by_its_angle() -> None:
+def test_a_pair_is_rotated_by_its_angle() -> None:
     """(x1, x2) as a point of the plane, element by element."""
     arguments = draw(CPU, torch.float32, width=6)
     q, cos, sin = arguments["q"], arguments["cos"], arguments["sin"]
@@ -86,8 +86,8 @@ def test_half_precision_is_rounded_once() -> None:
     assert (steps > 0).float().mean() < 0.01 and steps[exact.abs() > 0.05].max() <= 1
 
 
-def test_it_is_traced_with_the_caches_as_what_changes() -> None:
-    """A compiler that took the operator for a pure function could leave it out, or move it."""
+def test_its_schema_declares_the_mutated_arguments() -> None:
+    """A compiler that took the operator for a pure function could drop or reorder it."""
     from hf_efficient.kernels.rotary_cache.op import rotary_cache_write
 
     written = {argument.name for argument in rotary_cache_write._schema.arguments if argument.alias_info is not None}
