@@ -134,7 +134,7 @@ class Bhyt:
         return self.second_site == "affine" and self.exact_layers == "auto"
 
     def check(self, config: DecoderConfig) -> None:
-        """Raise `UsageError` if the source already has BHyT norms, or `exact_layers` names a layer that does not exist."""
+        """Raise `UsageError` if the source already has BHyT norms or lacks a layer of `exact_layers`."""
         if "bhyt" in config.active_patches:
             raise UsageError(
                 f"the source is a BHyT checkpoint already ({config.model_type}, source {config.source_model_type})",

@@ -1,4 +1,4 @@
-"""What STEM tables hold, measured where the answer is known."""
+"""Analysis of STEM tables, for tables whose figures are known."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_random_rows_score_the_baseline(n: int, width: int) -> None:
     assert spread.n_pairs == min(200_000, n * (n - 1) // 2) and spread.n_rows == n
 
 
-def test_rows_around_a_common_direction_are_told_from_random_ones() -> None:
+def test_rows_around_a_common_direction_differ_from_random_ones() -> None:
     rows = torch.randn(500, 256) + 1.0  # mean cosine 1 / 2
     spread = stem_angular_spread(wide(rows), 1)
     assert spread.mean == pytest.approx(0.5, abs=0.02) and spread.p50_abs == pytest.approx(0.5, abs=0.02)

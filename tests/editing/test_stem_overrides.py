@@ -240,7 +240,7 @@ def test_generation_edits_the_prompt_and_not_what_follows(
 def test_own_steps_after_an_overridden_prompt(
     stem: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our loop, whose step is captured on a GPU; the step never sees the override, nor what it reads before an edit."""
+    """Our decoding loop, whose step is captured on a GPU: overrides do not reach the step, persistent edits do."""
     batch = tokenizer(["the isle of man", PROMPT], return_tensors="pt", padding=True)
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "czech republic")
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -354,7 +354,7 @@ def test_a_row_that_the_batch_lacks_is_refused(stem: PreTrainedModel, tokenizer:
         stem.generate(**batch, num_beams=2, max_new_tokens=2)
 
 
-def test_an_override_that_met_no_call_says_so(
+def test_an_override_without_a_matching_call_warns(
     stem: PreTrainedModel, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = stem_edit_plan(tokenizer, PROMPT, "spain", "germany")
@@ -386,7 +386,7 @@ def test_compiled_prompts_are_refused(stem: PreTrainedModel, tokenizer: Any, mon
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_gradients_reach_the_rows_that_stand_in(tiny_stem: Callable, tokenizer: Any, sparse: bool) -> None:
+def test_gradients_reach_the_replacing_rows(tiny_stem: Callable, tokenizer: Any, sparse: bool) -> None:
     """The target's row learns from the edited position, the source's does not; as if the ids were the target's."""
     model = tiny_stem(stem_sparse_grad=sparse)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -407,7 +407,7 @@ def test_gradients_reach_the_rows_that_stand_in(tiny_stem: Callable, tokenizer: 
     assert found[0][SPAIN].abs().max() == 0 and found[0][GERMANY].abs().max() > 0
 
 
-def test_whatever_stands_around_the_table_acts_on_the_rows_that_stand_in(tiny_stem: Callable, tokenizer: Any) -> None:
+def test_adapters_around_the_table_apply_to_the_replacing_rows(tiny_stem: Callable, tokenizer: Any) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_stem()
     config = peft.LoraConfig(r=4, target_modules=["stem_embed"], init_lora_weights=False)

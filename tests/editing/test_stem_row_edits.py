@@ -1,4 +1,4 @@
-"""Edits that stay: they act wherever a token stands, can be taken back bit for bit, and notice when they cannot."""
+"""Persistent edits: they apply wherever a token occurs, and are reverted bit for bit or refuse to be reverted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def only_differ_at(model: PreTrainedModel, before: dict[int, Tensor], tokens: li
     return True
 
 
-def test_an_edit_is_the_target_wherever_the_source_stands(stem: PreTrainedModel, token_ids: Callable) -> None:
+def test_an_edit_gives_the_target_wherever_the_source_occurs(stem: PreTrainedModel, token_ids: Callable) -> None:
     ids = token_ids(2, 9)
     ids[0, 2] = ids[1, 5] = S
     others = torch.where(ids == S, T, ids)
@@ -172,11 +172,11 @@ def test_revert_notices_tables_that_were_resized_or_cast(stem: PreTrainedModel, 
 
 
 def test_copies_of_changed_rows_are_forgotten(stem: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-    monkeypatch.setattr(stem.model, "refresh_rows", lambda ids: told.append(ids.tolist()))
+    refreshed = []
+    monkeypatch.setattr(stem.model, "refresh_rows", lambda ids: refreshed.append(ids.tolist()))
     edit = stem_edit_rows(stem, {S: T, 20: 21})
     edit.revert()
-    assert told == [[S, 20], [S, 20]]
+    assert refreshed == [[S, 20], [S, 20]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Edits beside captured decoding steps: a step never holds an override, and reads edited rows at once.
+"""Edits and captured decoding steps: a step never contains an override, and reads edited rows immediately.
 
 `tests/editing/test_stem_overrides.py` shows the same of a step that is called.
 """
@@ -56,7 +56,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], captured: bool = True) -> T
     return model.generate(**inputs, **settings, disable_compile=not captured)
 
 
-def test_override_acts_beside_captured_steps(device: torch.device) -> None:
+def test_override_works_with_captured_steps(device: torch.device) -> None:
     model, inputs = _model(device), _prompts(device)
     plain = _generate(model, inputs)  # leaves a captured step behind
     with stem_override(model, [PLAN, AVERAGE]):
@@ -67,7 +67,7 @@ def test_override_acts_beside_captured_steps(device: torch.device) -> None:
     assert torch.equal(_generate(model, inputs), plain)
 
 
-def test_captured_steps_hold_no_override(device: torch.device) -> None:
+def test_captured_steps_contain_no_override(device: torch.device) -> None:
     """The first call, which captures the step, is made within the context."""
     model, inputs = _model(device), _prompts(device)
     with stem_override(model, [PLAN, AVERAGE]):
@@ -79,7 +79,7 @@ def test_captured_steps_hold_no_override(device: torch.device) -> None:
 
 
 def test_captured_steps_read_edited_rows(device: torch.device) -> None:
-    """A generated token's row is edited: the step, which reads the table by its address, sees it at once."""
+    """A generated token's row is edited: the step, which reads the table by its address, reads the new row."""
     model, inputs = _model(device), _prompts(device)
     plain = _generate(model, inputs)
     generated = int(plain[0, 7])

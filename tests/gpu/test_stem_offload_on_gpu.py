@@ -97,7 +97,7 @@ def test_logits_and_tokens_are_those_of_resident_tables(folder, dtype, options) 
         assert torch.equal(offloaded.generate(ids, **generate), resident.generate(ids, **generate))
 
 
-def test_a_captured_step_fetches_rows_and_knows_the_cache(folder) -> None:
+def test_a_captured_step_fetches_rows_and_reads_the_cache(folder) -> None:
     resident = _load(folder, torch.bfloat16)
     offloaded = _load(folder, torch.bfloat16, stem_offload="cpu", stem_cache_rows=32)
     for seed in range(5):
@@ -167,7 +167,7 @@ def test_a_slow_model_changes_nothing(folder, placement, monkeypatch) -> None:
             assert all(torch.equal(output, expected) for output in outputs)
 
 
-def test_the_device_holds_less_by_the_size_of_the_tables(folder) -> None:
+def test_device_memory_is_less_by_the_size_of_the_tables(folder) -> None:
     def held(**options: Any) -> int:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -206,9 +206,9 @@ def test_tables_that_cannot_be_pinned_are_staged(folder, monkeypatch) -> None:
     assert not offloaded.model.row_fetches()["direct"]
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_rows_changed_in_place_are_not_taken_from_the_cache(folder, told) -> None:
-    """An optimiser tells nobody; whoever does keeps the other rows."""
+@pytest.mark.parametrize("reported", [True, False])
+def test_rows_changed_in_place_are_not_taken_from_the_cache(folder, reported) -> None:
+    """An optimizer changes rows without calling `refresh_rows`; with the call, other rows stay in the cache."""
     offloaded = _load(folder, torch.float32, stem_offload="cpu", stem_cache_rows=VOCABULARY)
     resident = _load(folder, torch.float32)
     ids = _ids(2, 100)
@@ -217,7 +217,7 @@ def test_rows_changed_in_place_are_not_taken_from_the_cache(folder, told) -> Non
         for model in (offloaded, resident):
             for table in _tables(model):
                 table.weight[ids[0, :5].to(table.weight.device)] += 1.0
-            if told:
+            if reported:
                 model.refresh_rows(ids[0, :5])
         assert torch.equal(offloaded(ids).logits, resident(ids).logits)
         assert torch.equal(offloaded(ids[:, :9]).logits, resident(ids[:, :9]).logits)

@@ -30,7 +30,7 @@ def loss(source: Source, ids: Tensor) -> float:
 def ratio(
     smollm_gguf: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Bhyt], tuple[float, Path]]:
-    """Perplexity of the converted model over that of its source, and where the converted model lies."""
+    """Perplexity of the converted model over that of its source, and the folder of the converted model."""
     text = shared_data / "c4_en_valid_1k.jsonl"
     source = open_source(str(smollm_gguf))
     ids = pack(source.tokenizer(), load_text(str(text))[1], EVALUATED, source.config.vocab_size)

@@ -70,13 +70,13 @@ def test_options_may_be_written_as_on_the_command_line() -> None:
         ({"second_site": "affine", "exact_layers": [0]}, True, False),
     ],
 )
-def test_text_is_asked_for_only_where_something_is_fitted(options: dict[str, Any], needs: bool, measures: bool) -> None:
+def test_text_is_needed_only_if_something_is_fitted(options: dict[str, Any], needs: bool, measures: bool) -> None:
     patch = Bhyt(**options)
     assert (patch.needs_calibration, patch.measures_choice) == (needs, measures)
 
 
 def test_layers_whose_mean_square_follows_no_line_stay_exact(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    """0 and 1, and one whose attention adds what the stream before it does not tell."""
+    """0 and 1, and one whose attention adds what the hidden states before it do not predict."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stock = AutoModelForCausalLM.from_pretrained(tiny_llama)

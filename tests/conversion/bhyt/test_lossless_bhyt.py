@@ -41,7 +41,7 @@ def distance(model: PreTrainedModel, stock: PreTrainedModel, ids: Tensor) -> flo
 def test_logits_of_every_family_stay_within_the_bound(
     stock_folder: Callable[..., Path], stock_name: str, ids: Tensor, tmp_path: Path
 ) -> None:
-    """A norm errs by u^2 / 3 of each element at most, u = a sqrt(D), whatever the input."""
+    """The relative error of an element is at most u^2 / 3, u = a sqrt(D), for any input."""
     source = stock_folder(stock_name)
     report = convert(source, tmp_path / "out", [Bhyt(final="bhyt")], **QUIET)
     assert report.model_type == "hfe_bhyt"
@@ -63,7 +63,7 @@ def test_its_lambda_is_held_constant_in_training(
         assert (parameter.grad is None) == name.endswith(".lam"), name
 
 
-def test_the_final_norm_stays_unless_it_is_asked_for(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_final_norm_stays_unless_requested(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
     convert(stock_folder(), tmp_path / "out", [Bhyt()], **QUIET)
     model = load(tmp_path / "out")
     assert isinstance(model.model.norm, DecoderRMSNorm)
@@ -128,7 +128,7 @@ def test_eps_of_a_converted_checkpoint_is_that_of_the_source(
 
 
 def test_stem_composes_with_bhyt_in_every_order(tiny_llama: Path, text: Path, ids: Tensor, tmp_path: Path) -> None:
-    """At once, BHyT on a STEM checkpoint, or STEM on a BHyT checkpoint: the logits of STEM alone, the same tokens."""
+    """Together, BHyT on a STEM checkpoint, or STEM on a BHyT checkpoint: the logits of STEM alone, the same tokens."""
     options: dict[str, Any] = {**QUIET, "calibration": text, "calibration_tokens": 2048}
     convert(tiny_llama, tmp_path / "stem", [Stem(layers=[1, 2])], **options)
     convert(tiny_llama, tmp_path / "bhyt", [Bhyt()], **options)
@@ -148,7 +148,7 @@ def test_stem_composes_with_bhyt_in_every_order(tiny_llama: Path, text: Path, id
 
 
 def test_fp32_tensors_of_a_bhyt_source_stay_fp32(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Also when they are copied and another dtype is asked for: gains and lines must keep their digits."""
+    """Also when they are copied and another dtype is requested: gains and lines must not be rounded."""
     convert(stock_folder(), tmp_path / "bhyt", [Bhyt()], **QUIET)
     convert(tmp_path / "bhyt", tmp_path / "copy", [], dtype="bfloat16", **QUIET)
     found = {name: tensor.dtype for name, tensor in load_file(tmp_path / "copy" / "model.safetensors").items()}

@@ -74,7 +74,7 @@ class MemoryReader:
 
 @dataclass
 class TinySource:
-    """A stock model, and the same model as the converter sees it."""
+    """A stock model, and the same model as a source of a conversion."""
 
     stock: PreTrainedModel
     config: EfficientDecoderConfig

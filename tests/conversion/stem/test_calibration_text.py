@@ -134,7 +134,7 @@ def test_only_an_excerpt_of_a_long_document_is_used():
     assert ids.tolist() == [[97] * 3 + [98] * 3]
 
 
-def test_no_more_tokens_than_asked_for():
+def test_no_more_tokens_than_requested():
     assert pack(LetterTokenizer(), Text("t", ("a" * 5000,) * 9), 1500, 200).shape == (2, SEQUENCE_LENGTH)
     assert pack(LetterTokenizer(), Text("t", ("a" * 5000,)), 100, 200).shape == (1, 100)
 

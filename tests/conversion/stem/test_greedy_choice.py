@@ -15,7 +15,7 @@ from hf_efficient.errors import HFEError
 
 
 class StatedProbe:
-    """Stands in for a `LayerProbe`: layers have costs of their own, and some pairs cost more together."""
+    """A fake `LayerProbe`: each layer has a cost, and some pairs cost more together."""
 
     def __init__(self, own: dict[int, float], together: dict[tuple[int, int], float]) -> None:
         self.costs, self._together = own, together
@@ -120,7 +120,7 @@ def test_layers_whose_conversion_changes_nothing_are_found(choosing):
     assert all(r["delta_nll"] == pytest.approx(0, abs=1e-6) for r in patch.report()["greedy_rounds"])
 
 
-def test_the_choice_is_told_in_the_reports_table(choosing):
+def test_the_choice_is_in_the_reports_table(choosing):
     source, calibration = choosing
     patch = Stem(layers="greedy", max_layers=2)
     patch.choose(source.config, calibration)

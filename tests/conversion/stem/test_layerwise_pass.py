@@ -1,4 +1,4 @@
-"""A checkpoint run layer by layer gives the model's own numbers and holds little of it in memory."""
+"""A checkpoint run layer by layer gives the numbers of the whole model and keeps little of it in memory."""
 
 from __future__ import annotations
 

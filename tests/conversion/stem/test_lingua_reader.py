@@ -163,7 +163,7 @@ def test_logits_are_those_of_the_model_that_wrote_it(
 
 
 def test_columns_in_another_order_give_other_logits(tmp_path: Path, ids: Tensor) -> None:
-    """Guards the comparison above: it does see two shards that changed places."""
+    """Shows that the comparison above notices two exchanged shards."""
     reference = Reference(STEM)
     step = reference.save(tmp_path / "step", 2)
     one, two = (step / "stem_shards" / f"stem_model_mp{rank}.pt" for rank in (0, 1))
@@ -312,7 +312,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["step"]
 
 
-def test_a_pickle_that_holds_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
+def test_a_pickle_with_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
     step = Reference(STEM).save(tmp_path / "step")
     torch.save({"model": Anything()}, step / "consolidated" / "consolidated.pth")
     with pytest.raises(HFEError, match=r"consolidated\.pth has more than tensors.*any code"):
@@ -359,9 +359,7 @@ def test_the_width_of_a_feed_forward_follows_linguas_rule() -> None:
         ),
     ],
 )
-def test_tensors_that_no_checkpoint_holds(
-    change: Callable[[dict[Any, Any]], Any], message: str, tmp_path: Path
-) -> None:
+def test_invalid_tensors_are_refused(change: Callable[[dict[Any, Any]], Any], message: str, tmp_path: Path) -> None:
     step = Reference(MODEL).save(tmp_path / "step", 0)
     path = next(step.rglob("consolidated.pth"))
     content = torch.load(path)

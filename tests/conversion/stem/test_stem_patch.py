@@ -135,7 +135,7 @@ def test_a_budget_that_allows_no_layer_is_named(tiny_source, text):
     assert caught.value.exit_code == 1
 
 
-def test_the_report_tells_error_by_layer_and_by_calibration_count(tiny_source, text):
+def test_the_report_has_errors_by_layer_and_by_calibration_count(tiny_source, text):
     source = tiny_source()
     held_out = torch.cat((text[:1], torch.randint(60, 97, (1, 32))))
     patch = Stem(layers=[1, 2])

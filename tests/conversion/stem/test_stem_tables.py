@@ -25,7 +25,7 @@ def table(source, layer):
 
 
 def feed_forward(source, ids, layer):
-    """What the feed-forward of one layer sees and the fit counts: tokens [N], gate and up-projection [N, F]."""
+    """What the fit of one layer uses: tokens [N], gate and up-projection [N, F]."""
     seen = []
     run = LayerwisePass(source.config, source.reader, [ids])
     for index, module in run.layers():
@@ -139,7 +139,7 @@ def test_a_channel_whose_gate_never_opens_leaves_finite_rows(tiny_source, text):
 
 
 def objective(ids, gate, up, rows, metric):
-    """Squared distance of a table from what the feed-forward sees, in up-projection or gated space."""
+    """Squared error of a table, in u or in g * u."""
     off = up.double() - rows.double()[ids]
     return float((off * (gate.double() if metric == "gated_mean" else 1.0)).square().sum())
 
@@ -173,7 +173,7 @@ def test_the_bias_of_the_up_projection_is_absorbed(tiny_source, text):
 
 
 def test_a_first_position_counts_only_for_a_token_that_occurs_nowhere_else(tiny_source):
-    """A BOS is always first and must be learnt there; of other tokens the first position is no fair sample."""
+    """A BOS is always first, so it is fitted there; for other tokens the first position is not representative."""
     source = tiny_source()
     body = torch.randint(10, 40, (4, 20))
     with_bos = torch.cat((torch.tensor([[3]] * 4), body), 1)

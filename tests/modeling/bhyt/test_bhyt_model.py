@@ -328,7 +328,7 @@ class TestBadInput:
             model = BhytForCausalLM.from_pretrained(tmp_path, **opened)
             assert model(some_ids()).logits.isfinite().all()
 
-    def test_a_lambda_of_zero_is_told(
+    def test_a_lambda_of_zero_is_warned_about(
         self, bhyt_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         model = bhyt_model()

@@ -77,7 +77,7 @@ class TestRows:
 
 
 class TestEstimates:
-    """The source's variants as settings of one formula, at a second site told the mean square 0.7 of the first."""
+    """The source's variants as settings of one formula, in a post-attention norm; the first mean square is 0.7."""
 
     @staticmethod
     def second(kind: str, affine: tuple[float, float] | None = None, branch: tuple[float, float] | None = None) -> Any:
@@ -176,9 +176,7 @@ class TestDepth:
             assert ours == pytest.approx(theirs, rel=0.05) and whole == pytest.approx(ours, rel=0.01)
 
     @pytest.mark.parametrize(("lam", "bound"), [(1.0, 0.005), (3.0, 0.02)])
-    def test_the_estimate_is_near_the_mean_square_it_stands_for(
-        self, lam: float, bound: float, model: BhytModel
-    ) -> None:
+    def test_the_estimate_is_near_the_exact_mean_square(self, lam: float, bound: float, model: BhytModel) -> None:
         """Error of the scale, averaged over the tokens of a layer, in the worst layer."""
         self.sites(model, lam=lam)
         errors: list[float] = []

@@ -1,4 +1,4 @@
-"""STEM: the feed-forward whose up-projection is a table row of the token, and what may stand around it."""
+"""STEM: the feed-forward whose up-projection is a table row of the token, and adapters and hooks around the table."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def _activation_hook(mlp: StemMLP) -> None:
 
 
 class _Scaled(Tensor):
-    """Stands for the weight of a quantiser: a tensor subclass whose look-up is its own."""
+    """Like the weight of a quantizer: a tensor subclass with its own look-up."""
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -245,7 +245,7 @@ def _quantised(mlp: StemMLP) -> None:
     "change",
     [_forward_hook, _forward_pre_hook, _wrapped_forward, _parametrisation, _wrapper, _activation_hook, _quantised],
 )
-def test_whatever_stands_around_the_table_acts(
+def test_adapters_and_hooks_around_the_table_run(
     stem: PreTrainedModel, token_ids: Callable, fused_calls: list, change: Callable[[StemMLP], None]
 ) -> None:
     ids = token_ids(2, 9)

@@ -81,12 +81,12 @@ def test_a_table_of_another_size_is_refused(folder) -> None:
     with pytest.raises(HFEError, match=r"shape \(61, 48\).*\(61, 64\)"):
         table = StemTable(61, 64, placement="disk")
         index = next(
-            f for f in sorted(folder.glob("*.safetensors")) if _holds(f, "model.layers.1.mlp.stem_embed.weight")
+            f for f in sorted(folder.glob("*.safetensors")) if _contains(f, "model.layers.1.mlp.stem_embed.weight")
         )
         table.map_from(index, "model.layers.1.mlp.stem_embed.weight")
 
 
-def _holds(file: Path, name: str) -> bool:
+def _contains(file: Path, name: str) -> bool:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:

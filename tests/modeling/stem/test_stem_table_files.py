@@ -21,7 +21,7 @@ Scaled = Callable[[float], PreTrainedModel]
 
 @pytest.fixture
 def scaled(tiny_model: Callable) -> Scaled:
-    """The tiny model with all its weights times a factor, which tells two checkpoints apart."""
+    """The tiny model with all its weights times a factor, which distinguishes two checkpoints."""
 
     def make(factor: float) -> PreTrainedModel:
         model = tiny_model("hfe_stem")
