@@ -111,47 +111,49 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return Placement(self.segment, self.graph.append(self.segment))
 
     def feed_many(self, ids: Sequence[int] | np.ndarray) -> Placements:
-        """Append tokens [S]. The time is nearly proportional to the number of control tokens among them.
+        """Append tokens [S]; faster than `feed`, because the tokens between two control tokens are appended together.
 
         Raises:
             UsageError: `ids` is not one-dimensional, or not of integers.
             TopologyError: the text is malformed, and the cursor is `strict`.
         """
-        given = np.asarray(ids)
-        if given.size and (given.size != given.shape[-1] or given.dtype.kind not in "iu"):
+        array = np.asarray(ids)
+        if array.size and (array.size != array.shape[-1] or array.dtype.kind not in "iu"):
             raise UsageError(
-                f"the ids are {given.dtype} of shape {list(given.shape)}", "pass the whole numbers of one row: [S]"
+                f"the ids are {array.dtype} of shape {list(array.shape)}", "pass the integers of one row: [S]"
             )
-        ids = given.astype(np.int64).reshape(-1)
+        ids = array.astype(np.int64).reshape(-1)
         forced = np.zeros(len(ids), dtype=bool)
+        # Runs of consecutive tokens of one segment: the segment, the first position, the number of tokens.
         segments: list[int] = []
         starts: list[int] = []
         counts: list[int] = []
 
-        def append(count: int) -> None:
+        def append_run(count: int) -> None:
             segments.append(self.segment)
             starts.append(self.graph.append(self.segment, count))
             counts.append(count)
             self.num_tokens += count
 
-        at = 0
-        stops = np.flatnonzero(np.isin(ids, self._control_ids)).tolist()
-        for stop, following in zip(stops, [*stops[1:], len(ids)], strict=False):
-            if stop > at:
+        def append_text(start: int, stop: int) -> None:
+            if stop > start:
                 if self.outline_ids is not None:
-                    self.outline_ids.extend(ids[at:stop].tolist())
-                append(stop - at)
-            tag = self._tags[int(ids[stop])]
-            header = self._read_header(tag, ids[stop + 1 : min(following, stop + 1 + TITLE_TOKENS)])
+                    self.outline_ids.extend(ids[start:stop].tolist())
+                append_run(stop - start)
+
+        start = 0
+        control = np.flatnonzero(np.isin(ids, self._control_ids)).tolist()  # indices of the control tokens
+        for index, following in zip(control, [*control[1:], len(ids)], strict=False):
+            append_text(start, index)
+            tag = self._tags[int(ids[index])]
+            header = self._read_header(tag, ids[index + 1 : min(following, index + 1 + TITLE_TOKENS)])
             # No token is forced after a control token that counts as ordinary text.
             if self._apply_rule(tag, header):
-                forced[stop + (tag in _SEPARATED) : stop + 1 + header.length] = tag in _FORCED or tag in _SEPARATED
-            append(1)
-            at = stop + 1
-        if len(ids) > at:
-            if self.outline_ids is not None:
-                self.outline_ids.extend(ids[at:].tolist())
-            append(len(ids) - at)
+                first = index + (tag in _SEPARATED)  # a tag before a separator is the model's own
+                forced[first : index + 1 + header.length] = tag in _FORCED or tag in _SEPARATED
+            append_run(1)
+            start = index + 1
+        append_text(start, len(ids))
 
         lengths = np.array(counts, dtype=np.int64)
         firsts = np.cumsum(lengths) - lengths
