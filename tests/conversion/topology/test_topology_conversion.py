@@ -193,22 +193,22 @@ def test_nor_does_it_in_the_loop_of_captured_steps(
     stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop that serves CUDA graphs; here its steps are called, with the reference of the attention."""
-    turns: list[Any] = []
+    loops: list[Any] = []
     generate = generation_decoder.GraphDecodeLoop.generate
     monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
     monkeypatch.setattr(
         generation_decoder.GraphDecodeLoop,
         "generate",
-        lambda turn, *given: turns.append(turn) or generate(turn, *given),
+        lambda loop, *given: loops.append(loop) or generate(loop, *given),
     )
     convert(stock("llama"), tmp_path / "out", [Multiverse()], **QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="hfe_decode").eval()
     control = torch.tensor(list(model.config.topology["token_ids"].values()))
     tokens = sampled(model, 250, 40)
-    assert (tokens.numel(), len(turns)) == (10_000, 1)
+    assert (tokens.numel(), len(loops)) == (10_000, 1)
     assert not torch.isin(tokens, control).any()
     model.generation_config.suppress_tokens = None
-    assert torch.isin(sampled(model, 250, 8), control).sum() > 20 and len(turns) == 2
+    assert torch.isin(sampled(model, 250, 8), control).sum() > 20 and len(loops) == 2
 
 
 def test_greedy_text_is_the_sources(stock: Stock, tmp_path: Path) -> None:
