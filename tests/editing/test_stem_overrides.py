@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hf_efficient import stem_edit_plan, stem_edit_rows, stem_override
 from hf_efficient.editing.stem_edit_plan import StemEditPlan
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder import generation_decoder
+from hf_efficient.modeling.decoder import generation_decoder, graph_capture
 from hf_efficient.modeling.decoder.decode_step import DecodeStep
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -255,7 +255,7 @@ def test_own_steps_after_an_overridden_prompt(
         return [*found, stem.generate(**batch, **settings)]
 
     expected = tokens()
-    monkeypatch.setattr(generation_decoder, "_may_capture", lambda device: True)
+    monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
     steps = []
     run = DecodeStep.run
     monkeypatch.setattr(DecodeStep, "run", lambda *args: steps.append(1) or run(*args))
