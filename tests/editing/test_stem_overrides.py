@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hf_efficient import stem_edit_plan, stem_edit_rows, stem_override
 from hf_efficient.editing.stem_edit_plan import StemEditPlan
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder import generation_decoder, graph_capture
+from hf_efficient.modeling.decoder import graph_capture
 from hf_efficient.modeling.decoder.decode_step import DecodeStep
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
