@@ -280,6 +280,7 @@ def test_a_model_with_the_code_of_its_own_folder_is_edited(
     model = tiny_stem()
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model")
+    assert not [f.name for f in (tmp_path / "model").glob("*.py") if "edit" in f.name or "override" in f.name]
     ids = token_ids(1, 9)
     ids[0, 4] = S
     script = """
