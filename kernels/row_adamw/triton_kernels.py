@@ -63,6 +63,7 @@ if HAVE_TRITON:
             # beta ** t as exp(t * log(beta)); step_size = lr / bias_correction1.
             step_size = (lr / (1.0 - tl.exp(t * log_beta1))).to(COMPUTE_DTYPE)
             bias_correction2_sqrt = tl.sqrt(1.0 - tl.exp(t * log_beta2)).to(COMPUTE_DTYPE)
+            # The coefficients in the compute dtype: c1 = 1 - beta1, b2 = beta2, c2 = 1 - beta2.
             c1, b2 = tl.full((), one_minus_beta1, COMPUTE_DTYPE), tl.full((), beta2, COMPUTE_DTYPE)
             c2, epsilon = tl.full((), one_minus_beta2, COMPUTE_DTYPE), tl.full((), eps, COMPUTE_DTYPE)
             grad_scale = tl.full((), 1.0, COMPUTE_DTYPE)

@@ -1,4 +1,4 @@
-"""What is particular to the kernel of add_rms_norm: rounding as the modules round, real shapes, very many rows."""
+"""The kernel of add_rms_norm: the modules' rounding, shapes of models, very many rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hf_efficient.kernels.add_rms_norm.api import add_rms_norm
 
 
 def _steps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many numbers of half precision lie between a and b, for equal signs."""
+    """Distance of a and b in units in the last place of half precision, for equal signs."""
     return (a.view(torch.int16).int() - b.view(torch.int16).int()).abs()
 
 
 @pytest.mark.parametrize("width", [64, 20_000])
 def test_add_rms_norm_rounds_where_the_reference_rounds(width: int, device: torch.device) -> None:
-    """Equal but for a last place here and there, where the order of a sum tips the rounding."""
+    """Equal except in the last place, where the order of a sum can change the rounding."""
     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
     x, residual = torch.randn(2, 5, width, device=device).to(dtype)
     weight = torch.randn(width, device=device).to(dtype)
@@ -27,7 +27,7 @@ def test_add_rms_norm_rounds_where_the_reference_rounds(width: int, device: torc
 
 
 def test_add_rms_norm_leaves_a_row_to_itself(device: torch.device) -> None:
-    """NaN in one row shows in no other: rows share tiles, not sums."""
+    """NaN in one row does not reach another: rows share tiles, not sums."""
     x, weight = torch.randn(1030, 24, device=device), torch.randn(24, device=device)
     expected, _ = add_rms_norm(x, weight, 1e-5, backend="triton")
     x[17] = float("nan")

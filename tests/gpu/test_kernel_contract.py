@@ -39,7 +39,7 @@ ON_NUMBERS = [
 
 
 def _dtypes(record: KernelRecord, place: int) -> tuple[torch.dtype, ...]:
-    """Of the sample at a place in the record. The interpreter is slow: all in one dtype, every third in the others."""
+    """Dtypes of the sample at index `place`; in the slow interpreter, one dtype for most samples."""
     if not triton_interpreted():
         return tuple(record.tolerances)
     return record.interpreted if place % 3 == 0 else record.interpreted[:1]
@@ -174,7 +174,7 @@ def test_compiles_into_one_graph(record: KernelRecord, dynamic: bool, device: to
 
 @by_record
 def test_autocast_changes_nothing(record: KernelRecord, device: torch.device) -> None:
-    """Modules hand over tensors in the dtype they mean; the operation itself is no target of autocast."""
+    """Modules pass tensors in the intended dtype; autocast does not change the operation itself."""
     arguments = _typical(record, device, torch.float32)
     for backend in ("triton", "reference"):
         function = functools.partial(record.api, backend=backend)
@@ -226,7 +226,7 @@ def test_a_tensor_that_wants_a_gradient_is_refused(record: KernelRecord, device:
 @pytest.mark.gpu
 @by_record
 def test_a_cuda_graph_replays_forward_and_backward(record: KernelRecord, device: torch.device) -> None:
-    """With other values in the same places, as in the next step of a decoding loop."""
+    """With other values in the same memory, as in the next step of a decoding loop."""
     arguments = _wanting_gradients(record, map_tensors(torch.clone, _typical(record, device, torch.bfloat16)))
     leaves = [arguments[name] for name in present(arguments, record.differentiable)]
     # What a call changes starts each time from the same contents, which `arguments` keeps.

@@ -1,4 +1,4 @@
-"""What is particular to the kernels that work on rows of a table: host memory, promises about ids, large tables."""
+"""The kernels on rows of a table: host memory, ids outside the table, large tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_efficient.kernels.gather_rows.record import draw
 
 
 def test_gather_rows_gives_zeros_for_ids_outside_the_table(device: torch.device) -> None:
-    """The table is the middle of a larger one: a read outside would show. (On the CPU the public function refuses.)"""
+    """The table is the middle of a larger one: a read outside would show. (On the CPU the public function raises.)"""
     from hf_efficient.kernels.gather_rows.triton_kernels import launch
 
     around = torch.full((9, 40), 7.0, device=device)
@@ -57,7 +57,7 @@ def test_gather_rows_reads_a_pinned_table_bit_for_bit(
 
 @pytest.mark.gpu
 def test_gather_rows_reads_a_slice_of_a_pinned_table(device: torch.device) -> None:
-    """Tables of several layers may lie side by side in one allocation."""
+    """Tables of several layers may be adjacent in one allocation."""
     arguments = _pinned(torch.bfloat16, 100, 512, device)
     table = arguments["table"][3:200, 128:384]
     arguments = {**arguments, "table": table, "ids": arguments["ids"] % 190, "cache": None, "cache_slots": None}
@@ -75,7 +75,7 @@ def test_gather_rows_refuses_host_memory_that_is_not_pinned(device: torch.device
 
 @pytest.mark.gpu
 def test_gather_rows_of_a_pinned_table_is_captured_in_a_cuda_graph(device: torch.device) -> None:
-    """On a stream of its own, and with other ids and other rows in the same places at the replay."""
+    """On a separate stream, and with other ids and rows in the same memory at the replay."""
     arguments = _pinned(torch.bfloat16, 9, 1024, device)
     arguments["out"] = torch.empty(9, 1024, dtype=torch.bfloat16, device=device)
     stream = torch.cuda.Stream()
@@ -98,7 +98,7 @@ def test_gather_rows_of_a_pinned_table_is_captured_in_a_cuda_graph(device: torch
 
 @pytest.mark.gpu
 def test_gather_rows_runs_beside_work_on_another_stream(device: torch.device) -> None:
-    """The result is there after an event, as a model that prefetches its rows waits for them."""
+    """The result is complete after an event, as a model that prefetches rows waits for them."""
     arguments = _pinned(torch.bfloat16, 700, 8192, device)
     side, done = torch.cuda.Stream(), torch.cuda.Event()
     x = torch.randn(2048, 2048, device=device)
@@ -122,7 +122,7 @@ def test_gather_rows_addresses_tables_of_more_than_2_to_the_31_elements(device: 
 
 
 def test_row_adamw_leaves_out_ids_outside_the_parameter(device: torch.device) -> None:
-    """All five tensors are the middle of larger ones: a write outside would show."""
+    """All five tensors are views into larger ones, so that a write outside would show."""
     from hf_efficient.kernels.row_adamw.triton_kernels import launch
 
     around = {name: torch.full((9, 40), 7.0, device=device) for name in ("param", "exp_avg", "exp_avg_sq")}

@@ -1,4 +1,4 @@
-"""What is particular to the kernels of skinny_linear: several matrices in one launch, real shapes, large weights."""
+"""The kernels of skinny_linear: several matrices in one launch, shapes of models, large weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_efficient.kernels.skinny_linear.reference import skinny_linear as refere
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_skinny_linear_reads_nothing_around_its_tensors(rows: int, device: torch.device, poisoned: None) -> None:
-    """Everything lies in the middle of NaNs: reading one of them would show in the result."""
+    """All tensors are surrounded by NaNs, so that reading one would show in the result."""
 
     def amid(tensor: torch.Tensor) -> torch.Tensor:
         around = torch.full([size + 4 for size in tensor.shape], float("nan"), device=device)
@@ -58,7 +58,7 @@ def test_skinny_linear_side_by_side_is_bitwise_each_alone(rows: int, device: tor
 def test_skinny_linear_adds_the_splits_of_split_k(
     rows: int, depth: int, splits: int, device: torch.device, poisoned: None
 ) -> None:
-    """With biases and residual once, not once a part; 129 leaves a part of one column, 96 makes 3 parts of 4."""
+    """Biases and residual are added once, not per split; K = 129 leaves a split of 1, K = 96 makes 3 splits of 4."""
     from hf_efficient.kernels.skinny_linear.triton_kernels import launch
 
     x, residual = torch.randn(rows, depth, device=device), torch.randn(rows, 24, device=device)
@@ -109,7 +109,7 @@ def test_skinny_linear_addresses_more_than_2_to_the_31_elements(rows: int, devic
 
 @pytest.mark.gpu
 def test_skinny_linear_runs_in_several_streams_at_once(device: torch.device) -> None:
-    """No state is shared between calls: graphs replayed side by side do not disturb each other."""
+    """No state is shared between calls: graphs replayed concurrently do not affect each other."""
     weight = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
     xs = [torch.randn(rows, 2048, device=device, dtype=torch.bfloat16) for rows in (1, 8, 32, 64)]
     expected = [skinny_linear(x, [weight]) for x in xs]

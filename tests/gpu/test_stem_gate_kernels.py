@@ -1,4 +1,4 @@
-"""What is particular to the kernels of stem_gate: ids outside the table, rows no token asks for, very large tensors."""
+"""The kernels of stem_gate: ids outside the table, rows that no token uses, very large tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_stem_gate_rows_of_absent_ids_have_a_gradient_of_exactly_zero(dtype: tor
 
 
 def test_stem_gate_sums_many_small_gradients_of_one_row_in_float32(device: torch.device) -> None:
-    """A sum of 3 x 64 + 1 ones and of as many 2^-10: in float16 the small ones would be lost one by one."""
+    """A sum of 3 x 64 + 1 ones and of as many 2^-10: in float16 the small ones would be rounded away."""
     count = 3 * CHUNK + 1
     table = torch.ones(2, 8, device=device, dtype=torch.float16, requires_grad=True)
     gate = torch.full((2 * count, 8), 30.0, device=device, dtype=torch.float16)  # sigmoid(30) is 1 in float32

@@ -1,4 +1,4 @@
-"""What is particular to the kernels of topology_attention: long texts, far offsets, and what the lists may change."""
+"""The kernels of topology_attention: long texts, large offsets, and the effect of block lists."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **topology: object) 
 
 
 def test_topology_attention_takes_whole_blocks_and_masked_ones_for_the_same(device: torch.device) -> None:
-    """The lists may call a full block partial: the mask then hides nothing. Bits may differ, values may not."""
+    """A full block listed as partial gives the same values, up to rounding: its mask hides nothing."""
     topology = fan(2, BLOCK, BLOCK, device)
     tensors = _draw(device, torch.float32, 2, 1, 4 * BLOCK, 16)
     blocks = topology_blocks(**topology)
@@ -98,7 +98,7 @@ def test_topology_attention_of_long_texts_is_right_and_the_same_every_time(devic
 
 @pytest.mark.gpu
 def test_topology_attention_reaches_past_two_to_the_31_elements(device: torch.device) -> None:
-    """Packed samples of one block each, so that there is little to compute; the last must be what it is alone."""
+    """Packed samples of one block each, which is quick; the last must equal the result of that sample alone."""
     length, heads = 544 * 1024, 32
     count = length // BLOCK
     free, _ = torch.cuda.mem_get_info()

@@ -50,7 +50,7 @@ def test_every_configuration_compiles_and_fits_the_shared_memory(record: KernelR
 
 
 def test_rows_of_stem_gate_are_read_and_written_16_bytes_at_a_time() -> None:
-    """Narrow accesses to half-precision rows cost a third of the bandwidth; a careless mask is enough to cause them."""
+    """Narrow accesses to half-precision rows cost a third of the bandwidth; one mask can cause them."""
     from hf_efficient.kernels.stem_gate.record import RECORD
 
     checked = 0
@@ -64,7 +64,7 @@ def test_rows_of_stem_gate_are_read_and_written_16_bytes_at_a_time() -> None:
 
 
 def test_rows_of_gather_rows_are_read_and_written_16_bytes_at_a_time() -> None:
-    """Of either source: choosing between the cache and the table must narrow neither. Only ids and slots are single."""
+    """Selecting between cache and table must not narrow the loads of either. Only ids and slots are loaded singly."""
     from hf_efficient.kernels.gather_rows.record import RECORD
 
     for compilation in RECORD.compilations(90):
@@ -76,7 +76,7 @@ def test_rows_of_gather_rows_are_read_and_written_16_bytes_at_a_time() -> None:
 
 
 def test_row_adamw_moves_float32_16_bytes_at_a_time_and_exchanges_nothing_through_shared_memory() -> None:
-    """One barrier, between the reading of a row's step count by all threads and its writing by one, and no other."""
+    """One barrier only, between all threads' read of a row's step count and one thread's write."""
     from hf_efficient.kernels.row_adamw.record import RECORD
 
     for compilation in RECORD.compilations(90):
@@ -92,7 +92,7 @@ def test_row_adamw_moves_float32_16_bytes_at_a_time_and_exchanges_nothing_throug
 
 
 def test_cache_rows_of_decode_attention_are_read_16_bytes_at_a_time() -> None:
-    """By the asynchronous copies of the pipeline; the masks of the last block and of odd widths must not narrow any."""
+    """By asynchronous copies; the masks of the last block and of odd widths must not narrow them."""
     from hf_efficient.kernels.decode_attention.record import RECORD
 
     checked = 0
@@ -131,7 +131,7 @@ def test_weights_of_skinny_linear_are_read_16_bytes_at_a_time() -> None:
 
 
 def test_overlapped_launches_touch_no_memory_before_the_kernel_before_has_finished() -> None:
-    """Before the wait, which no branch may avoid, there is nothing but hints to the cache."""
+    """Before the wait, which no branch may skip, there are only prefetches."""
     records = {record.name: record for record in all_records()}
     hints = {}
     for name in ("add_rms_norm", "decode_attention", "rotary_cache", "skinny_linear"):

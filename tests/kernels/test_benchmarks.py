@@ -1,4 +1,4 @@
-"""The benchmark harness: no figure without a match, every figure with its circumstances."""
+"""The benchmark harness: no figure without a match, every figure with shape, versions and device."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ids_of_the_benchmark_follow_the_law_of_zipf(harness: ModuleType) -> Non
 
 
 def test_the_benchmark_of_the_row_kernels_runs(harness: ModuleType, tmp_path: Path) -> None:
-    """On the CPU: every way that needs no GPU, the right results of those that are compared, and a picture."""
+    """On the CPU: every provider that needs no GPU, correct results, and a picture."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra `bench`)")
     benchmark = import_module("benchmarks.row_kernels")
     size = ["--device", "cpu", "--rows", "80", "--width", "32"]

@@ -1,4 +1,4 @@
-"""bhyt_norm against the mathematics, element by element, and the bounds that give it its name."""
+"""bhyt_norm against the mathematics, element by element, and its bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a backend: its order, its reasons, and that nothing is hidden when it cannot be had."""
+"""The choice of a backend: its order, its reasons, and its errors and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are remembered for the life of a process; each test begins and ends with none, and no override."""
+    """Choices are cached for the process; each test starts and ends with an empty cache and no override."""
     remembered = (
         dispatch.triton_import_problem,
         dispatch.triton_problem,

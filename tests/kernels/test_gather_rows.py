@@ -1,4 +1,4 @@
-"""gather_rows: which row comes from where, and that it comes bit for bit."""
+"""gather_rows: rows from the table and from the cache, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_each_row_comes_from_the_cache_where_it_is_held_and_from_the_table_elsew
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_rows_are_copied_bit_for_bit_whatever_they_hold(dtype: torch.dtype) -> None:
-    """All sorts of bits: numbers, subnormal ones, both zeros, infinities, NaNs with a payload."""
+    """All kinds of bit patterns: normal and subnormal numbers, both zeros, infinities, NaNs with a payload."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     info = torch.iinfo(integers)
     bits = torch.randint(info.min, info.max, (20, 64), dtype=integers)

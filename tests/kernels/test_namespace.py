@@ -97,7 +97,7 @@ def test_an_operator_outlives_the_module_that_defined_it(copied) -> None:
 
 
 def test_every_operator_is_named_through_the_name_space(repository_root: Path) -> None:
-    """Only `operators.py` defines operators; no file spells the name space out."""
+    """Only `operators.py` defines operators; no file spells the namespace out."""
     wrong = []
     for path in sorted((repository_root / "kernels").rglob("*.py")):
         if path.name in ("operators.py", "namespace.py"):

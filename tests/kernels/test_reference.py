@@ -1,4 +1,4 @@
-"""What every operation's reference keeps on the CPU: it is right, differentiable, traceable and refuses bad input."""
+"""The reference of every operation on the CPU: correct, differentiable, traceable, and raising for bad input."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_a_gated_pair_is_silu_of_the_first_times_the_second() -> None:
 
 
 def test_in_float32_it_is_the_modules_bit_for_bit() -> None:
-    """The reference in float32 calls what the modules call: a model may mix both."""
+    """The reference in float32 runs the same functions as the modules, so that a model may mix both."""
     x, linear = torch.randn(3, 5, 8), torch.nn.Linear(8, 6)
     with torch.no_grad():
         assert torch.equal(skinny_linear(x, [linear.weight], [linear.bias]), linear(x))
