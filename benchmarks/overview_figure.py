@@ -21,6 +21,10 @@ from benchmarks.plot import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SPEED_FILES = (
+    *("generation.jsonl", "stem_train.jsonl", "stem_offload.jsonl", "bhyt_train.jsonl", "bhyt_decode.jsonl"),
+    *("topology_generation.jsonl", "topology_attention.jsonl"),
+)
 BETTER, EQUAL, WORSE = "#00798c", "#6b7280", "#c2410c"
 GROUPS = {
     "none": "Stock decoder  --patch none",
@@ -237,7 +241,7 @@ def draw(path: Path) -> None:
         return
     from PIL import Image  # matplotlib requires it
 
-    devices = {line["device"] for name in ("generation", "bhyt_train") for line in read_lines(f"{name}.jsonl")}
+    devices = {line["device"] for name in SPEED_FILES for line in read_lines(name)} - {"cpu"}
     faster, better = list(speed_rows()), list(quality_rows())
     heights = [len(rows) + 1.3 * len(GROUPS) for rows in (faster, better)]
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 9.2), gridspec_kw={"height_ratios": heights})
