@@ -20,7 +20,7 @@ def visible_slots(
 ) -> Tensor:
     """Which of the first `num_slots` cache slots each query sees: bool [B or 1, Q, num_slots].
 
-    The one definition of visibility: the other attention operations, dense masks of models and kernel tests call it too.
+    The one definition of visibility: other attention operations, dense masks of models and kernel tests call it too.
     The other arguments are those of `decode_attention`.
     """
     slot = torch.arange(num_slots, device=q_pos.device)
