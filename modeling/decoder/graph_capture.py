@@ -42,9 +42,11 @@ def capture_obstacle(model: Any, attention: Collection[str]) -> str:
         model: a causal language model.
         attention: the attention implementations whose steps can be captured.
     """
+    # First, since a model whose weights are offloaded is on the meta device, of which nothing else can be asked.
+    if not can_capture_on(model.device):
+        return "the model is not on a CUDA device where Triton runs"
     config = model.config
     tested = {
-        "the model is not on a CUDA device where Triton runs": not can_capture_on(model.device),
         f"the attention implementation is {config._attn_implementation}": config._attn_implementation not in attention,
         "heads are wider than the kernel takes": (getattr(config, "head_dim", None) or 0) > MAX_HEAD_DIM,
         "the rotary frequencies depend on the length": length_dependent_rope(getattr(config, "rope_parameters", None))

@@ -341,7 +341,10 @@ def test_what_would_compute_something_else_is_refused(
             {"own_note": 3, "my_number": "x"},
             "config.json sets own_note, my_number, which the stock llama does not read",
         ),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, "code of its own for its model, which is not run"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}},
+            "comes with its own modeling code, which is not run",
+        ),
         ({"architectures": ["LlamaBiModel"]}, "config.json names the class LlamaBiModel; its weights were read as"),
         ({"dtype": "bfloat16"}, "the weights are float32 and stay so; transformers would load them in bfloat16"),
         ({"dtype": None, "torch_dtype": "float16"}, "transformers would load them in float16"),

@@ -225,7 +225,7 @@ def test_a_stem_checkpoint_of_others_is_not_patched_again(tmp_path: Path) -> Non
 def test_the_tokenizer_is_named_beside_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     """It comes into the result, with its special tokens; the text that measures the result is read with it."""
     step = Reference(STEM).save(tmp_path / "step")
-    with pytest.raises(HFEError, match=r"step has no tokenizer that can be loaded.*name a folder or Hub id"):
+    with pytest.raises(HFEError, match=r"step has no tokenizer that can be loaded.*pass a folder or Hub id"):
         convert(step, tmp_path / "out", progress=False)
     report = convert(step, tmp_path / "out", tokenizer=tiny_llama, **QUIET)
     assert report.options["tokenizer"] == tiny_llama.name

@@ -348,7 +348,7 @@ def test_pipeline_stages_compute_what_the_model_does(whole: PreTrainedModel, ids
         for name, logits in expected(whole, ids).items():
             torch.testing.assert_close(served[name], logits, rtol=1e-4, atol=1e-4)
         return
-    with pytest.raises(HFEError, match=r"this pipeline stage was not given the token ids that its STEM layers \[2\]"):
+    with pytest.raises(HFEError, match=r"this pipeline stage did not receive the token ids that its STEM layers \[2\]"):
         serve(stages, whole.lm_head.weight, ids)
 
 
@@ -357,7 +357,7 @@ def test_a_stage_with_the_embedding_never_guesses_ids(tiny_model: Callable, ids:
     whole = tiny_model("hfe_stem", stem_inputs_embeds="match")
     stages = stages_of(whole, 1)
     stages[1].model.embed_tokens = nn.Embedding.from_pretrained(whole.model.embed_tokens.weight.detach())
-    with pytest.raises(HFEError, match="this pipeline stage was not given the token ids"):
+    with pytest.raises(HFEError, match="this pipeline stage did not receive the token ids"):
         serve(stages, whole.lm_head.weight, ids)
 
 
