@@ -10,6 +10,7 @@ configuration fields that `choose` returns are those of the registered configura
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -124,6 +125,11 @@ class VocabularyPatch(Patch[ConfigT], Protocol[ConfigT]):
 
     def vocabulary(self, source: Source) -> VocabularyChange:
         """The tokens and their rows, from the source's tokenizer, and what generation is to suppress."""
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:

@@ -205,11 +205,17 @@ def _ranges(indices: list[int]) -> str:
 
 def _estimate(estimate: dict[str, Any]) -> str:
     """A mean, with its 95 % confidence interval where there is one."""
-    interval = "" if estimate["low"] is None else f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]"
-    return f"{estimate['mean']:.4f}{interval}"
+    low, high = estimate["low"], estimate["high"]
+    interval = "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
+    return f"{_figure(estimate['mean'])}{interval}"
 
 
-def _by_count(buckets: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+def _figure(value: float | None) -> str:
+    """A measured number with four digits after the point; None is one that was not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _by_count(buckets: dict[str, dict[str, float | None]]) -> list[tuple[str, str]]:
     """One line for each compared figure, one column for each bucket of calibration counts."""
     if not buckets:
         return []
@@ -222,7 +228,7 @@ def _by_count(buckets: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
     return [
         ("times in calibration", line(heads)),
         *[
-            (f"  {compared[key]}", line([f"{bucket[key]:.4f}" for bucket in buckets.values()]))
+            (f"  {compared[key]}", line([_figure(bucket[key]) for bucket in buckets.values()]))
             for key in ("delta_nll", "kl", "top1_agreement")
             if key in compared
         ],

@@ -38,7 +38,7 @@ from hf_efficient.hub.card import write_card
 from hf_efficient.hub.export import export_code
 from hf_efficient.hub.push import push
 from hf_efficient.hub.repository import check_access
-from hf_efficient.json_file import read_json
+from hf_efficient.json_file import finite_or_null, read_json
 from hf_efficient.logging import IN_REPORT, get_logger
 
 # Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
@@ -283,7 +283,8 @@ class _Conversion:
             report.evaluation = evaluation
             report.seconds = round(time.perf_counter() - started, 1)
             report.peak_memory_bytes = _peak_memory_bytes()
-            write_text(folder / REPORT_NAME, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            write_text(folder / REPORT_NAME, text + "\n")
             write_card(folder)
             workspace.publish()
 
@@ -372,8 +373,8 @@ class _Conversion:
         return self.workspace.result(key) if self.workspace else self._found.get(key)
 
     def _remember(self, key: str, value: Any) -> Any:
-        """Record a result as plain JSON, for the report and for a resumed run."""
-        plain = json.loads(json.dumps(value))
+        """Record a result as plain JSON, for the report and for a resumed run; None stands for NaN and infinity."""
+        plain = json.loads(json.dumps(finite_or_null(value), allow_nan=False))
         if self.workspace:
             self.workspace.record_result(key, plain)
         self._found[key] = plain

@@ -148,6 +148,15 @@ def _can_be_encoded(text: str) -> bool:
     return True
 
 
+def finite_or_null(value: Any) -> Any:
+    """A value of dicts, lists and plain values, with None for NaN and infinity, which JSON cannot write."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def is_whole(value: Any, least: int = 0, most: int = (1 << 63) - 1) -> bool:
     """True for an int between two bounds; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

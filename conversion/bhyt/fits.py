@@ -83,9 +83,11 @@ class ChannelGains:
             saturated += (t.abs() > _SATURATION_THRESHOLD).sum()
         product, energy, target = sums
         tokens = source[:, 1:].numel() // width
-        gain = (product / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(1 / a, _MAX_GAIN / a)
+        tiny = torch.finfo(energy.dtype).tiny
+        gain = (product / energy.clamp_min(tiny)).clamp(1 / a, _MAX_GAIN / a)
         gain = torch.where(energy < _MIN_ENERGY * tokens, 1 / a, gain)
-        squared_error = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum()
+        # Where all rows are zero, so are their approximations.
+        squared_error = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum().clamp_min(tiny)
         return cls(
             gain=gain.float(),
             relative_error=float(squared_error.clamp_min(0).sqrt()),

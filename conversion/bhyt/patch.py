@@ -29,7 +29,7 @@ from hf_efficient.conversion.bhyt.fits import (
     replaced,
 )
 from hf_efficient.conversion.measuring.calibration import Calibration, required_calibration
-from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, is_number, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -109,8 +109,7 @@ class Bhyt:
                 raise UsageError(f"bhyt {name}={getattr(self, name)!r} is unknown", f"choose one of {', '.join(words)}")
         for name in ("bound", "kappa"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and value > 0 and math.isfinite(value)
-            if not number and (name, value) != ("bound", None):
+            if not (is_number(value) and value > 0) and (name, value) != ("bound", None):
                 raise UsageError(
                     f"bhyt {name}={value!r} must be a positive number", "the paper's lambda is 1, its kappa 10"
                 )

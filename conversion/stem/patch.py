@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_efficient.conversion.measuring.calibration import Calibration, required_calibration
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import Bucket, occurrences
-from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, layer_indices
+from hf_efficient.conversion.patch import ExpectedChoice, NewTensor, TensorChanges, bibtex, is_number, layer_indices
 from hf_efficient.conversion.stem.layer_choice import FitLayer, LayerProbe, Round, cheapest, greedy
 from hf_efficient.conversion.stem.tables import (
     INITIALISERS,
@@ -30,6 +30,7 @@ from hf_efficient.conversion.stem.tables import (
     stem_feed_forward,
 )
 from hf_efficient.errors import UsageError
+from hf_efficient.json_file import is_whole
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
@@ -135,14 +136,18 @@ class Stem:
             self.layers = _parse_layers(self.layers)
         if self.init not in INITIALISERS:
             raise UsageError(f"stem init={self.init!r} is unknown", f"choose one of {', '.join(INITIALISERS)}")
-        if not self.shrinkage >= 0:
-            raise UsageError(f"stem shrinkage={self.shrinkage} must be 0 or more", "the default is 4")
-        if not self.ridge > 0:
-            raise UsageError(f"stem ridge={self.ridge} must be positive", "the default is 0.05")
-        if self.max_layers is not None and self.max_layers < 1:
-            raise UsageError(f"stem max_layers={self.max_layers} must be at least 1", "leave it out for a third")
-        if self.max_delta is not None and not self.max_delta > 0:
-            raise UsageError(f"stem max_delta={self.max_delta} must be positive nats", "leave it out for no limit")
+        if not (is_number(self.shrinkage) and self.shrinkage >= 0):
+            raise UsageError(f"stem shrinkage={self.shrinkage!r} must be 0 or more, and finite", "the default is 4")
+        if not (is_number(self.ridge) and self.ridge > 0):
+            raise UsageError(f"stem ridge={self.ridge!r} must be positive and finite", "the default is 0.05")
+        if self.max_layers is not None and not is_whole(self.max_layers, 1):
+            raise UsageError(
+                f"stem max_layers={self.max_layers!r} must be at least 1, and whole", "leave it out for a third"
+            )
+        if self.max_delta is not None and not (is_number(self.max_delta) and self.max_delta > 0):
+            raise UsageError(
+                f"stem max_delta={self.max_delta!r} must be positive nats, and finite", "leave it out for no limit"
+            )
         if not self.measures_choice and not (self.max_layers is None and self.max_delta is None):
             raise UsageError("stem max_layers and max_delta choose among layers, and layers are named", "leave one out")
         self._costs: dict[int, float] = {}

@@ -146,10 +146,12 @@ class TokenSums:
         """Share of the energy of u and of g * u that varies between occurrences of a token, which no table can fit."""
         up_kept = float((self.mean_up(up_proj).square().sum(1) * self.count).sum())
         gated_kept = float((self.weighted_up.square() / self.weight.clamp_min(torch.finfo(torch.float32).tiny)).sum())
-        return {
-            "up": max(1 - up_kept / self.up_energy, 0.0),
-            "gated_up": max(1 - gated_kept / self.gated_energy, 0.0),
+        kept: dict[Quantity, tuple[float, float]] = {
+            "up": (up_kept, self.up_energy),
+            "gated_up": (gated_kept, self.gated_energy),
         }
+        # Of zeros, nothing varies.
+        return {name: max(1 - part / energy, 0.0) if energy else 0.0 for name, (part, energy) in kept.items()}
 
 
 def run_layer_and_sum(
@@ -364,5 +366,5 @@ class TableError:
         }
 
     def _named(self, energy: Tensor) -> dict[Quantity, float]:
-        error = (energy[:, 0] / energy[:, 1]).sqrt()
+        error = torch.where(energy[:, 0] > 0, energy[:, 0] / energy[:, 1], 0).sqrt()  # a zero is met exactly by a zero
         return dict(zip(self._QUANTITIES, error.tolist(), strict=True))

@@ -35,7 +35,7 @@ from hf_efficient.conversion.writing.durable_files import (
     write_text,
 )
 from hf_efficient.errors import HFEError, UsageError
-from hf_efficient.json_file import is_whole, read_json
+from hf_efficient.json_file import finite_or_null, is_whole, read_json
 
 SUFFIX = ".hfe-partial"
 _FORMAT = 1
@@ -178,8 +178,13 @@ class Workspace:
         return self._state["results"].get(key)
 
     def record_result(self, key: str, value: Any) -> None:
-        """Record a plain JSON result that takes long to compute, so that a resumed run need not repeat it."""
-        self._state["results"][key] = value
+        """Record a result that takes long to compute, so that a resumed run need not repeat it.
+
+        Args:
+            key: name of the result.
+            value: dicts, lists and plain values; numbers that are not finite are recorded as None.
+        """
+        self._state["results"][key] = finite_or_null(value)
         self._save_state()
 
     def publish(self) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from hf_efficient.conversion.reading.hub_files import checked_token
 from hf_efficient.errors import UsageError
+from hf_efficient.json_file import finite_or_null
 from hf_efficient.registry import patch_classes
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -29,8 +30,8 @@ Text = Annotated[
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Print `result` as indented JSON on standard output."""
-    typer.echo(json.dumps(result, indent=2))
+    """Print `result` as indented JSON on standard output; null stands for numbers that are not finite."""
+    typer.echo(json.dumps(finite_or_null(result), indent=2, allow_nan=False))
 
 
 def show_report(report: Any, json: bool) -> None:

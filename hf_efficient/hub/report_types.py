@@ -41,7 +41,10 @@ def report_mismatches(report: dict[str, Any], config_types: dict[str, Any]) -> I
 
 
 def json_type(hint: Any) -> Any:
-    """The type in JSON of a value with this annotation: an object of a dataclass's fields, a list for a tuple."""
+    """The type in JSON of a value with this annotation: an object of a dataclass's fields, a list for a tuple.
+
+    A number may be null, as which a conversion writes what it measured as NaN or infinity.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
         hints = get_type_hints(hint)
@@ -54,6 +57,8 @@ def json_type(hint: Any) -> Any:
         return list[json_type(inner[0])]  # type: ignore[misc]
     if origin is dict:
         return dict[inner[0], json_type(inner[1])]  # type: ignore[misc, valid-type]
+    if hint is float:
+        return float | None
     return str if hint in _TEXTS else hint
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_efficient.cli.options import print_json
 from hf_efficient.conversion.bhyt.patch import Bhyt
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.conversion.topology.patch import MedVerse, Multiverse
 from hf_efficient.convert_checkpoint import convert
 from hf_efficient.hub.verify import verify
+from hf_efficient.json_file import parse_json, read_json
 
 pytestmark = pytest.mark.usefixtures("rendered_once")
 TEXT = "\n\n".join(
@@ -58,6 +63,35 @@ def test_the_report_of_a_conversion_passes(name: str, make: Callable[[str], Path
     assert report.ok, report.table()
     stored = json.loads((make(name) / REPORT_NAME).read_text())
     assert len(stored["patches"]) == len(CONVERSIONS[name]()) and stored["evaluation"] and stored["calibration"]
+
+
+@pytest.mark.parametrize("patch", [Stem(layers=[1]), Bhyt(bound=1), Stem(layers="auto", max_layers=1)], ids=str)
+@pytest.mark.parametrize("case", ["zeros", "overflow"])
+def test_a_report_has_no_number_that_json_cannot_write(
+    case: str, patch: Any, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        if case == "zeros":  # nothing to have a relative error of
+            model.model.embed_tokens.weight.zero_()
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.zero_()
+        else:  # infinite logits
+            model.lm_head.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings: dict[str, Any] = {"calibration": tmp_path / "text.txt", "calibration_tokens": 1024, "progress": False}
+    report = convert(tmp_path / "source", tmp_path / "out", [patch], **settings)
+    assert report.table()
+    stored = read_json(tmp_path / "out" / REPORT_NAME)
+    assert (stored["evaluation"]["nll"]["mean"] is None) == (case == "overflow")
+    assert verify(tmp_path / "out").ok, verify(tmp_path / "out").table()
+    if case == "zeros" and isinstance(patch, Stem):
+        (layer,) = stored["patches"][0]["measured"]["layers"].values()
+        assert set(layer["relative_error"].values()) == {0.0}
+    print_json({"loss": math.nan, "rows": [(1.0, -math.inf)]})
+    assert parse_json("output", capsys.readouterr().out.encode()) == {"loss": None, "rows": [[1.0, None]]}
 
 
 # Place of a change in the report, its value, and the place that verification names.
