@@ -29,14 +29,7 @@ import functools
 import torch
 
 from hf_efficient.environment import overlap_launches, triton_interpreted
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 OLDEST_CAPABILITY = (9, 0)
 # Rows of activations up to which launches overlap by default.

@@ -7,20 +7,11 @@ from torch import Tensor
 
 from hf_efficient.kernels.add_rms_norm.configs import launch_config
 from hf_efficient.kernels.overlap import overlap_options
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 from hf_efficient.kernels.validate import rows_contiguous
 
-try:
-    import triton
-    import triton.language as tl
-
-    from hf_efficient.kernels.overlap import prefetch
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
-
 if HAVE_TRITON:
+    from hf_efficient.kernels.overlap import prefetch
 
     @triton.jit
     def _sum_tile(x, residual, offsets, residual_offsets, mask):

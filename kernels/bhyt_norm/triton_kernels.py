@@ -14,20 +14,12 @@ from hf_efficient.environment import triton_interpreted
 from hf_efficient.kernels.bhyt_norm.configs import REDUCE_COLUMNS, backward_config, forward_config
 from hf_efficient.kernels.bhyt_norm.reference import LEAST_SHARE, compute_dtype
 from hf_efficient.kernels.overlap import overlap_options
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 from hf_efficient.kernels.validate import rows_contiguous
 
-try:
-    import triton
-    import triton.language as tl
-
+if HAVE_TRITON:
     from hf_efficient.kernels.overlap import prefetch
 
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
-
-if HAVE_TRITON:
     _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
     @triton.jit

@@ -16,15 +16,7 @@ from hf_efficient.kernels.decode_attention.configs import (
     split_count,
 )
 from hf_efficient.kernels.overlap import overlap_options
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 if HAVE_TRITON:
 

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.kernels.gather_rows.configs import LaunchConfig, launch_config
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 # Rows are copied as integers of the same size, so that no conversion can change a bit.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,15 +7,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.overlap import overlap_options
 from hf_efficient.kernels.rotary_cache.configs import launch_config
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 if HAVE_TRITON:
 

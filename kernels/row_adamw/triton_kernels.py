@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.kernels.row_adamw.configs import LaunchConfig, launch_config
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 if HAVE_TRITON:
     _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

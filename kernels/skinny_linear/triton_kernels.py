@@ -21,19 +21,10 @@ from hf_efficient.kernels.skinny_linear.configs import (
     launch_config,
     row_class,
 )
-
-try:
-    import triton
-    import triton.language as tl
-
-    from hf_efficient.kernels.overlap import SECTOR, prefetch
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 if HAVE_TRITON:
+    from hf_efficient.kernels.overlap import SECTOR, prefetch
 
     @triton.jit
     def _locate(program, n0, n1, BLOCK_N: tl.constexpr):

@@ -10,16 +10,8 @@ from torch import Tensor
 
 from hf_efficient.kernels.stem_gate.configs import CHUNK, elementwise_config, run_config
 from hf_efficient.kernels.stem_gate.reference import compute_dtype
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 from hf_efficient.kernels.validate import rows_contiguous
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
 
 if HAVE_TRITON:
     _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config
 from hf_efficient.kernels.topology_attention.triton_kernels import (
-    HAVE_TRITON,
     SharedLaunch,
     load_tile,
     segments_of,
@@ -23,13 +22,7 @@ from hf_efficient.kernels.topology_attention.triton_kernels import (
     visible,
 )
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # `HAVE_TRITON` is False then, and no kernel is defined
-    pass
+from hf_efficient.kernels.triton_language import HAVE_TRITON, TensorDescriptor, tl, triton
 
 if HAVE_TRITON:
 

@@ -11,16 +11,7 @@ from torch import Tensor
 from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.topology_attention.configs import LaunchConfig, capability_of, launch_config
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, TensorDescriptor, tl, triton
 
 if HAVE_TRITON:
 

@@ -7,15 +7,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, BlockLists
 from hf_efficient.kernels.topology_blocks.configs import CLASSIFY_WARPS, CLASSIFY_WIDTH, SUMMARISE_WARPS
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
-
+from hf_efficient.kernels.triton_language import HAVE_TRITON, tl, triton
 
 if HAVE_TRITON:
 
