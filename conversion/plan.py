@@ -14,8 +14,9 @@ from hf_efficient.conversion.architecture import ArchitectureSpec
 from hf_efficient.conversion.families.family import model_tensors, skeleton
 from hf_efficient.conversion.families.tensors import check_tensors
 from hf_efficient.conversion.patch import NewTensor, Patch
-from hf_efficient.conversion.reading.source import Source, TensorReader
+from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError
 

@@ -20,8 +20,9 @@ from transformers import AddedToken
 from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.conversion.families.family import expected_tensors
 from hf_efficient.conversion.measuring.evaluation import LogitSource
-from hf_efficient.conversion.reading.source import Source, TensorReader
+from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.reading.tensor_file import CHUNK_ELEMENTS
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 

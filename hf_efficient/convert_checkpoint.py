@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from hf_efficient import __version__
 from hf_efficient.conversion.families.family import target_architecture
@@ -26,7 +27,8 @@ from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
 from hf_efficient.conversion.progress import Progress
 from hf_efficient.conversion.reading.checkpoint_files import open_folder_reader
-from hf_efficient.conversion.reading.source import Source, TensorReader, open_source
+from hf_efficient.conversion.reading.source import Source, open_source
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.conversion.report import REPORT_NAME, ConversionReport, Package
 from hf_efficient.conversion.writing.checkpoint_writer import write_weights
 from hf_efficient.conversion.writing.companion_files import write_companions
@@ -277,7 +279,7 @@ class _Conversion:
         with self.progress.stage("measuring"):
             evaluation = self.measure(plan, folder) if self.options.evaluate else None
         with self.progress.stage("finishing"):
-            write_text(folder / "config.json", plan.config.to_json_string(use_diff=True))
+            write_text(folder / CONFIG_NAME, plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
             report = self.report(plan)
             report.evaluation = evaluation

@@ -28,7 +28,7 @@ from hf_efficient.modeling.bhyt.branch_variance import branch_variance
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
 if TYPE_CHECKING:
-    from hf_efficient.conversion.reading.source import TensorReader
+    from hf_efficient.conversion.reading.tensor_reader import TensorReader
 
 # A field that the user adds to config.json: the projections contain the gammas of the norms before them (`norm_fold`).
 # The authors' code does not record it.

@@ -12,7 +12,8 @@ from torch import Tensor
 from hf_efficient.conversion.measuring.layerwise import LayerwisePass
 from hf_efficient.conversion.measuring.text import SEQUENCE_LENGTH, load_text, pack
 from hf_efficient.conversion.measuring.token_counts import occurrences
-from hf_efficient.conversion.reading.source import Source, TensorReader
+from hf_efficient.conversion.reading.source import Source
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 

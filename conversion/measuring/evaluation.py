@@ -7,10 +7,11 @@ Differences between models are paired by sequence, so that the difficulty of the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of
-from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 
@@ -28,6 +29,8 @@ PASS_DTYPE = "float32"
 
 # A figure that is given for each bucket of `BUCKETS`.
 Figure = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
+# What a model predicts.
+Objective = Literal["next tokens", "masked tokens"]
 # Token ids [B, S] -> their logits, in pieces [n, V] of n <= LOGIT_POSITIONS positions, sequence after sequence.
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
@@ -100,7 +103,7 @@ class EvaluationReport:
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
     by_count: dict[Bucket, dict[Figure, float]] | None = None
-    objective: Literal["next tokens", "masked tokens"] = "next tokens"
+    objective: Objective = "next tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -178,30 +181,6 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
     return (piece for sequence in values for piece in sequence.split(LOGIT_POSITIONS))
 
 
-def evaluate_logits(
-    ids: Tensor,
-    text: str,
-    model: LogitSource,
-    reference: LogitSource | None = None,
-    *,
-    counts: Tensor | None = None,
-) -> EvaluationReport:
-    """Next-token loss of `model` on a text, and its difference from `reference` if one is given.
-
-    Args:
-        ids: token ids [B, S], S at least 2.
-        text: name of the text.
-        model, reference: logits of the two models.
-        counts: [vocab_size] occurrences of each token in the calibration text, for `EvaluationReport.by_count`.
-
-    Raises:
-        HFEError: the two models have vocabularies of different sizes.
-    """
-    predicted = torch.ones_like(ids, dtype=torch.bool)
-    predicted[:, -1] = False  # the last token of a sequence has no next one
-    return compare_predictions(ids, ids.roll(-1, dims=1), predicted, text, model, reference, counts=counts)
-
-
 @torch.no_grad()
 def compare_predictions(
     ids: Tensor,
@@ -212,7 +191,7 @@ def compare_predictions(
     reference: LogitSource | None = None,
     *,
     counts: Tensor | None = None,
-    objective: Literal["next tokens", "masked tokens"] = "next tokens",
+    objective: Objective = "next tokens",
 ) -> EvaluationReport:
     """Loss of `model`, and its difference from `reference`, over chosen positions of token ids [B, S].
 
@@ -220,7 +199,9 @@ def compare_predictions(
         ids: [B, S] input of both models.
         targets: [B, S] correct token of each position.
         predicted: [B, S] bool, the positions to measure; at least one in each sequence.
-        text, model, reference, counts: as for `evaluate_logits`.
+        text: name of the text.
+        model, reference: logits of the two models.
+        counts: [vocab_size] occurrences of each token in the calibration text, for `EvaluationReport.by_count`.
         objective: see `EvaluationReport`.
 
     Raises:
@@ -277,9 +258,12 @@ def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, di
     }
 
 
-class Evaluator(Protocol):
+class Evaluator(ABC):
     """How a family's models are measured on text."""
 
+    objective: ClassVar[Objective]
+
+    @abstractmethod
     def checkpoint_logits(
         self,
         config: PreTrainedConfig,
@@ -290,9 +274,14 @@ class Evaluator(Protocol):
     ) -> LogitSource:
         """Logits of a checkpoint, computed in fp32; `progress` gets (steps done, steps in all)."""
 
+    @abstractmethod
     def model_logits(self, model: nn.Module) -> LogitSource:
         """Logits of a model in memory."""
 
+    @abstractmethod
+    def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """`ids`, `targets` and `predicted` of `compare_predictions`, each [B, S], for the token ids of a text."""
+
     def evaluate(
         self,
         ids: Tensor,
@@ -300,36 +289,30 @@ class Evaluator(Protocol):
         model: LogitSource,
         reference: LogitSource | None = None,
         *,
-        tokenizer: Any,
+        tokenizer: Any = None,
         counts: Tensor | None = None,
     ) -> EvaluationReport:
-        """Measure `model` on token ids [B, S] as `evaluate_logits` does, with what the family predicts."""
+        """Loss of `model` on token ids [B, S], S at least 2, and its difference from `reference` if one is given.
+
+        Args:
+            ids, text, model, reference, counts: as for `compare_predictions`.
+            tokenizer: the tokenizer of the ids, for a family whose `predictions` needs it.
+
+        Raises:
+            HFEError: the two models have vocabularies of different sizes, or the tokenizer does not suit the model.
+        """
+        chosen = self.predictions(ids, tokenizer)
+        return compare_predictions(*chosen, text, model, reference, counts=counts, objective=self.objective)
 
 
-class CausalEvaluator:
+class CausalEvaluator(Evaluator):
     """Each next token, predicted from those before it; a checkpoint is run layer by layer."""
 
-    def checkpoint_logits(
-        self,
-        config: PreTrainedConfig,
-        reader: TensorReader,
-        *,
-        device: str | torch.device = "cpu",
-        progress: Callable[[int, int], None] | None = None,
-    ) -> LogitSource:
-        return checkpoint_logits(config, reader, device=device, progress=progress)
+    objective = "next tokens"
+    checkpoint_logits = staticmethod(checkpoint_logits)
+    model_logits = staticmethod(model_logits)
 
-    def model_logits(self, model: nn.Module) -> LogitSource:
-        return model_logits(model)
-
-    def evaluate(
-        self,
-        ids: Tensor,
-        text: str,
-        model: LogitSource,
-        reference: LogitSource | None = None,
-        *,
-        tokenizer: Any,
-        counts: Tensor | None = None,
-    ) -> EvaluationReport:
-        return evaluate_logits(ids, text, model, reference, counts=counts)
+    def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        predicted = torch.ones_like(ids, dtype=torch.bool)
+        predicted[:, -1] = False  # the last token of a sequence has no next one
+        return ids, ids.roll(-1, dims=1), predicted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.conversion.architecture import token_tables
-from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer

@@ -12,17 +12,19 @@ from transformers.initialization import no_init_weights
 
 from hf_efficient.conversion.families.encoder import model_class
 from hf_efficient.conversion.families.family import model_tensors
-from hf_efficient.conversion.measuring.evaluation import EvaluationReport, LogitSource, compare_predictions
+from hf_efficient.conversion.measuring.evaluation import Evaluator, LogitSource
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS
-from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError
 
 # As in BERT's own training; every hidden token is replaced by the mask, none by itself or a random one.
 MASKED_SHARE = 0.15
 
 
-class MaskedEvaluator:
+class MaskedEvaluator(Evaluator):
     """Tokens at fixed random positions (seed 0), predicted from all others. The model is in memory as a whole."""
+
+    objective = "masked tokens"
 
     def checkpoint_logits(
         self,
@@ -47,16 +49,7 @@ class MaskedEvaluator:
 
         return logits
 
-    def evaluate(
-        self,
-        ids: Tensor,
-        text: str,
-        model: LogitSource,
-        reference: LogitSource | None = None,
-        *,
-        tokenizer: Any,
-        counts: Tensor | None = None,
-    ) -> EvaluationReport:
+    def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
         mask = getattr(tokenizer, "mask_token_id", None)
         if mask is None:
             raise HFEError(
@@ -65,12 +58,7 @@ class MaskedEvaluator:
             )
         chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < MASKED_SHARE
         chosen[:, ids.shape[1] // 2] = True  # at least one in each sequence
-        return compare_predictions(
-            ids.masked_fill(chosen, mask),
-            *(ids, chosen, text, model, reference),
-            counts=counts,
-            objective="masked tokens",
-        )
+        return ids.masked_fill(chosen, mask), ids, chosen
 
     @staticmethod
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
-    from hf_efficient.conversion.reading.source import TensorReader
+    from hf_efficient.conversion.reading.tensor_reader import TensorReader
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from hf_efficient.conversion.architecture import architecture_of, architectures, load
@@ -28,25 +26,8 @@ from hf_efficient.conversion.reading.hub_files import (
 from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError, error_text
-
-
-class TensorReader(Protocol):
-    """Tensors of a checkpoint by stock name. Headers are parsed once; data is read by byte range, never mapped."""
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of the files."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that `read` gives (GGUF: float32)."""
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, a CPU copy that the caller owns. NaN or infinity is an error."""
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries `start` to `stop` of the first dimension, without reading the others."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from hf_efficient.conversion.families.family import family_of_config, model_tensors
 
 if TYPE_CHECKING:
-    from hf_efficient.conversion.reading.source import TensorReader
+    from hf_efficient.conversion.reading.tensor_reader import TensorReader
 
 
 class RenamedReader:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from hf_efficient.conversion.measuring.layerwise import EMBEDDING, BatchState, LayerwisePass
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of, occurrences
-from hf_efficient.conversion.reading.source import TensorReader
+from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.conversion.stem.output_fit import OutputFit
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemMLP

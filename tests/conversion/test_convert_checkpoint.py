@@ -364,7 +364,7 @@ def test_nothing_measured_is_measured_again(
         patched.setattr(convert_checkpoint, "export_code", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], **options)
-    for module, name in ((convert_checkpoint, "prepare_calibration"), (evaluation, "evaluate_logits")):
+    for module, name in ((convert_checkpoint, "prepare_calibration"), (evaluation, "compare_predictions")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured again"))
     resumed = convert(talking_stock, tmp_path / "out", [Stem(max_layers=1)], resume=True, **options)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.measuring.evaluation import CausalEvaluator, checkpoint_logits
 from hf_efficient.conversion.stem import layer_choice
 from hf_efficient.conversion.stem.layer_choice import cheapest, greedy
 from hf_efficient.conversion.stem.patch import Stem
@@ -97,7 +97,7 @@ def test_rises_are_those_of_converting_the_layers_and_measuring_the_whole_model(
         for layer, rise in found["candidates"].items():
             # The probe's tables are fitted side by side.
             both = source.convert(Stem(layers=[*before, layer], sequential=False), calibration)
-            report = evaluate_logits(
+            report = CausalEvaluator().evaluate(
                 calibration.probe,
                 "probe",
                 checkpoint_logits(both.config, both.reader),

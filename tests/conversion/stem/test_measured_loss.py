@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_efficient.conversion.measuring.evaluation import (
+    CausalEvaluator,
     Estimate,
     checkpoint_logits,
-    evaluate_logits,
     model_logits,
     student_quantile,
 )
@@ -42,7 +42,7 @@ def test_one_sequence_has_no_interval():
 
 
 def test_nll_is_the_models_own_loss(source, text):
-    report = evaluate_logits(text, "text", checkpoint_logits(source.config, source.reader))
+    report = CausalEvaluator().evaluate(text, "text", checkpoint_logits(source.config, source.reader))
     assert report.nll.mean == pytest.approx(source.stock(text, labels=text).loss.item(), abs=1e-5)
     assert report.perplexity == pytest.approx(math.exp(report.nll.mean))
     assert (report.tokens, report.sequences, report.sequence_length) == (6 * 31, 6, 32)
@@ -51,7 +51,9 @@ def test_nll_is_the_models_own_loss(source, text):
 
 def test_a_model_differs_from_itself_in_nothing(tiny_source, text):
     source = tiny_source()
-    report = evaluate_logits(text, "text", checkpoint_logits(source.config, source.reader), model_logits(source.stock))
+    report = CausalEvaluator().evaluate(
+        text, "text", checkpoint_logits(source.config, source.reader), model_logits(source.stock)
+    )
     assert report.delta_nll.mean == pytest.approx(0, abs=1e-6)
     assert report.kl.mean == pytest.approx(0, abs=1e-6)
     assert report.top1_agreement.mean == 1
@@ -59,7 +61,7 @@ def test_a_model_differs_from_itself_in_nothing(tiny_source, text):
 
 def test_differences_are_those_of_the_logits(tiny_source, text):
     one, two = tiny_source(), tiny_source()
-    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock))
+    report = CausalEvaluator().evaluate(text, "text", model_logits(one.stock), model_logits(two.stock))
     with torch.no_grad():
         p, q = (model.stock(text).logits[:, :-1].double().log_softmax(-1) for model in (two, one))
     assert report.kl.mean == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
@@ -74,7 +76,7 @@ def test_figures_by_calibration_count_add_up_to_the_whole(tiny_source, text):
     one, two = tiny_source(), tiny_source()
     counts = torch.randint(50, (97,))
     counts[:10] = 0
-    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
+    report = CausalEvaluator().evaluate(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
     assert list(report.by_count) == ["0", "1-3", "4-31", "32+"]
     assert sum(bucket["share_of_tokens"] for bucket in report.by_count.values()) == pytest.approx(1)
     for figure in ("nll", "reference_nll", "delta_nll", "kl", "top1_agreement"):
@@ -88,7 +90,7 @@ def test_a_position_belongs_to_the_bucket_of_the_token_that_is_read_there(tiny_s
     text[:, -1] = 96
     counts = torch.full((97,), 40)
     counts[96], counts[text[2, 5]] = 0, 3
-    report = evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
+    report = CausalEvaluator().evaluate(text, "text", model_logits(one.stock), model_logits(two.stock), counts=counts)
     assert set(report.by_count) == {"1-3", "32+"}
     with torch.no_grad():
         p, q = (model.stock(text).logits[:, :-1].double().log_softmax(-1) for model in (two, one))
@@ -100,20 +102,20 @@ def test_a_position_belongs_to_the_bucket_of_the_token_that_is_read_there(tiny_s
 
 
 def test_without_a_reference_the_buckets_hold_the_loss_alone(tiny_source, text):
-    report = evaluate_logits(text, "text", model_logits(tiny_source().stock), counts=torch.ones(97))
+    report = CausalEvaluator().evaluate(text, "text", model_logits(tiny_source().stock), counts=torch.ones(97))
     assert report.by_count == {"1-3": {"share_of_tokens": 1.0, "nll": pytest.approx(report.nll.mean)}}
 
 
 def test_a_measured_model_keeps_its_mode(tiny_source, text):
     stock = tiny_source().stock.train()
-    evaluate_logits(text, "text", model_logits(stock))
+    CausalEvaluator().evaluate(text, "text", model_logits(stock))
     assert stock.training
 
 
 def test_models_of_different_vocabularies_are_not_compared(tiny_source, text):
     one, two = tiny_source(), tiny_source(vocab_size=101)
     with pytest.raises(HFEError, match="97 tokens, the reference's 101"):
-        evaluate_logits(text, "text", model_logits(one.stock), model_logits(two.stock))
+        CausalEvaluator().evaluate(text, "text", model_logits(one.stock), model_logits(two.stock))
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_too_few_tokens_and_a_missing_tokenizer_are_usage_errors(tiny_source):
 def test_a_conversion_of_a_random_model_costs_something_and_the_interval_says_how_sure_that_is(tiny_source, text):
     source = tiny_source()
     patched = source.convert(Stem(layers=[1, 2]), source.calibration(text))
-    report = evaluate_logits(
+    report = CausalEvaluator().evaluate(
         text, "text", checkpoint_logits(patched.config, patched.reader), checkpoint_logits(source.config, source.reader)
     )
     assert report.kl.low > 0

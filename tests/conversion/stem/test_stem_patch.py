@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_efficient.conversion.measuring.evaluation import checkpoint_logits, evaluate_logits
+from hf_efficient.conversion.measuring.evaluation import CausalEvaluator, checkpoint_logits
 from hf_efficient.conversion.stem.patch import Stem
 from hf_efficient.errors import HFEError, UsageError
 
@@ -101,7 +101,7 @@ def test_automatic_choice_takes_the_layers_that_cost_least_by_themselves(tiny_so
     assert chosen == sorted(sorted(costs, key=costs.get)[:2])
     for layer, cost in costs.items():
         alone = source.convert(Stem(layers=[layer]), calibration)
-        report = evaluate_logits(
+        report = CausalEvaluator().evaluate(
             probe,
             "probe",
             checkpoint_logits(alone.config, alone.reader),
