@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
 from hf_efficient.conversion.families.family import family_of
 from hf_efficient.conversion.options import check_device
@@ -38,9 +39,9 @@ def load_for_generation(
             f"convert it first: hf-efficient convert {checkpoint} OUTPUT --patch none",
         )
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / CONFIG_NAME).exists():
             raise HFEError(f"{checkpoint} has no config.json", "name the folder of a whole checkpoint")
-        read_json(path / "config.json")
+        read_json(path / CONFIG_NAME)
         checkpoint = str(path)
     elif path.exists():
         raise UsageError(f"{checkpoint} is a file", "name the folder of a checkpoint or a Hub id")

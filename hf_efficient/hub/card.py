@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers.utils import CONFIG_NAME
 
 from hf_efficient import __version__
 from hf_efficient.conversion.families.family import family_of
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.hub.card_snippets import auto_class_of, citations, note, usage
-from hf_efficient.hub.export import CONFIG
 from hf_efficient.json_file import read_json
 from hf_efficient.modeling.base.saved_code import replace_file
 from hf_efficient.registry import architecture_of
@@ -59,7 +59,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> str:
 
 def render_card(folder: Path, repo_id: str | None = None) -> str:
     """The text of the model card, without what the report does not hold; local paths are cut to the file's name."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG_NAME)
     report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
     source = _mapping(report.get("source"))
     patches = [patch for patch in report.get("patches") or [] if isinstance(patch, dict) and patch.get("name")]

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hf_efficient.conversion.families.family import companion_files
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.hub.card import CARD
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.weight_names import is_weight_file, weight_sets
 from hf_efficient.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 
-_ALWAYS = (CONFIG, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG_FILE, *companion_files())
+_ALWAYS = (
+    *(CONFIG_NAME, GENERATION_CONFIG_NAME, CODE_MANIFEST, REPORT_NAME, CARD, TOKENIZER_CONFIG_FILE),
+    *companion_files(),
+)
 _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
 # Bytes at the start of a file by which its kind is recognised.

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from transformers.utils import CONFIG_NAME
+
 from hf_efficient import __version__
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.custom_generate import render_generate
 from hf_efficient.hub.flatten import FlatCode, flat_name, flatten, with_value
 from hf_efficient.json_file import read_json
-from hf_efficient.modeling.base.saved_code import CODE_MANIFEST as CODE_MANIFEST
 from hf_efficient.modeling.base.saved_code import SavedCode
 from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec, architecture_of
 
-CONFIG = "config.json"
 _SAVED_CODE = flat_name("hf_efficient.modeling.base.saved_code") + ".py"
 
 
@@ -41,11 +41,11 @@ def export(folder: str | Path) -> CodeExport:
         HFEError: `folder` holds no configuration of an architecture of this package.
     """
     folder = Path(folder)
-    model_type = read_json(folder / CONFIG).get("model_type")
+    model_type = read_json(folder / CONFIG_NAME).get("model_type")
     architecture = architecture_of(str(model_type))
     if architecture is None:
         raise HFEError(
-            f"{CONFIG} has model_type {model_type!r}, which is none of {[a.model_type for a in ARCHITECTURES]}",
+            f"{CONFIG_NAME} has model_type {model_type!r}, which is none of {[a.model_type for a in ARCHITECTURES]}",
             "convert the checkpoint first: hf-efficient convert",
         )
     return export_code(folder, architecture)
@@ -54,10 +54,11 @@ def export(folder: str | Path) -> CodeExport:
 def export_code(folder: Path, architecture: ArchitectureSpec) -> CodeExport:
     """Write the code of `architecture` into `folder`, beside its `config.json`; returns what was written."""
     exported = render_code(architecture)
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG_NAME)
     if config.get("model_type") != architecture.model_type:
         raise HFEError(
-            f"{CONFIG} has model_type {config.get('model_type')!r}, the code is that of {architecture.model_type!r}",
+            f"{CONFIG_NAME} has model_type {config.get('model_type')!r}, "
+            f"the code is that of {architecture.model_type!r}",
             "export the architecture that the configuration names",
         )
     exported.write(folder, config)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
 from hf_efficient.conversion.writing.known_settings import (
@@ -21,12 +21,12 @@ from hf_efficient.conversion.writing.known_settings import (
 from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.contents import size_limit
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.report_types import report_mismatches
 from hf_efficient.hub.weight_names import is_index
 from hf_efficient.json_file import parse_json
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.registry import ArchitectureSpec
 
 REMEDY_EXPORT = "if the checkpoint is yours, write its code again with hf-efficient export FOLDER"
@@ -72,11 +72,11 @@ def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -
 
 def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_map: dict[str, str]) -> list[Finding]:
     """A finding for each key or value of `config.json` that the architecture's configuration does not have."""
-    findings = _differing(CONFIG, config, object_type("Config", config_types(architecture)))
+    findings = _differing(CONFIG_NAME, config, object_type("Config", config_types(architecture)))
     known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
-        findings.append(Finding(CONFIG, f"architectures is {named!r}; it names one of {sorted(known)}", REMEDY))
+        findings.append(Finding(CONFIG_NAME, f"architectures is {named!r}; it names one of {sorted(known)}", REMEDY))
     return findings + list(_auto_map_differences(config.get("auto_map"), auto_map))
 
 
@@ -107,7 +107,7 @@ def check_settings(
     }
     findings: list[Finding] = []
     for name in names:
-        if name.endswith(".json") and name not in (CONFIG, CODE_MANIFEST):
+        if name.endswith(".json") and name not in (CONFIG_NAME, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
             if name != REPORT_NAME:
                 findings += _differing(name, value, WeightIndex if is_index(name) else kinds[name])
@@ -131,9 +131,9 @@ def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
 def _auto_map_differences(found: Any, expected: dict[str, str]) -> Iterator[Finding]:
     """A finding for each entry of `auto_map` that differs from what the release writes."""
     if not isinstance(found, dict):
-        yield Finding(CONFIG, "has no auto_map", REMEDY_EXPORT)
+        yield Finding(CONFIG_NAME, "has no auto_map", REMEDY_EXPORT)
         return
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             rule = f"{expected[name]!r} is expected" if name in expected else "the release has no such entry"
-            yield Finding(CONFIG, f"auto_map[{name!r}] is {found.get(name)!r}; {rule}", REMEDY_EXPORT)
+            yield Finding(CONFIG_NAME, f"auto_map[{name!r}] is {found.get(name)!r}; {rule}", REMEDY_EXPORT)

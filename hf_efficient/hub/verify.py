@@ -10,17 +10,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CONFIG_NAME
+
 from hf_efficient import __version__
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.contents import FIRST_BYTES, FolderContents, folder_contents, size_limit
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, CodeExport, render_code
+from hf_efficient.hub.export import CodeExport, render_code
 from hf_efficient.hub.findings import Finding, Verdict, VerificationReport
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.repository import check_repo_id, download_headers
 from hf_efficient.hub.settings import REMEDY_EXPORT, check_config, check_settings, read_settings
 from hf_efficient.hub.weight_names import is_index, weight_sets
 from hf_efficient.hub.weights import check_weights
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 # Files that no checkpoint of ours has and that transformers would load, and what it would do with them.
@@ -86,8 +89,10 @@ def _verify_folder(
 ) -> tuple[VerificationReport, FolderContents]:
     """The report on a folder and its sorted files; `only_model`: only files that `push` uploads can have findings."""
     findings: list[Finding] = []
-    missing = [Finding(name, "is missing", REMEDY_EXPORT) for name in (CONFIG, CODE_MANIFEST) if name not in folder]
-    fields = read_settings(folder, CONFIG, findings) if CONFIG in folder else {}
+    missing = [
+        Finding(name, "is missing", REMEDY_EXPORT) for name in (CONFIG_NAME, CODE_MANIFEST) if name not in folder
+    ]
+    fields = read_settings(folder, CONFIG_NAME, findings) if CONFIG_NAME in folder else {}
     manifest = read_settings(folder, CODE_MANIFEST, findings) if CODE_MANIFEST in folder else {}
     model_type, release = fields.get("model_type"), manifest.get("version")
     architecture = architecture_of(model_type) if isinstance(model_type, str) else None
@@ -99,7 +104,7 @@ def _verify_folder(
         if fields:
             known = ", ".join(a.model_type for a in ARCHITECTURES)
             problem = f"names model_type {model_type!r}; hf-efficient {__version__} writes code for {known}"
-            findings.append(Finding(CONFIG, problem))
+            findings.append(Finding(CONFIG_NAME, problem))
     else:
         verdict, differences = _compare_code(folder, exported, manifest)
         foreign_fields = check_config(fields, architecture, exported.auto_map)

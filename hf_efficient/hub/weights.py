@@ -9,14 +9,14 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficient.conversion.architecture import runtime_fields
+from hf_efficient.conversion.families.family import ModelTensors, tensors_of
 from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.conversion.reading.safetensors_reader import TensorEntry, parse_header, read_header
 from hf_efficient.conversion.writing.known_settings import type_mismatches
 from hf_efficient.errors import HFEError, error_text
-from hf_efficient.hub.export import CONFIG
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.weight_names import WeightSet, weight_sets
@@ -71,20 +71,16 @@ def check_weights(
         fewest = min(len(stored) for _, stored, _ in found)
         if is_whole(layers) and layers > fewest:
             raise HFEError(f"num_hidden_layers={layers} calls for more than the {fewest} tensors found")
-        expected, tied = _expected_shapes(architecture, fields)
+        expected = _expected_tensors(architecture, fields)
     # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
     except Exception as error:
         cause = error_text(error, most=300)
-        return count, [Finding(CONFIG, f"does not describe a {architecture.model_type} model ({cause})")]
-    return count, [
-        finding for weight_set, stored, _ in found for finding in _differences(weight_set, expected, tied, stored)
-    ]
+        return count, [Finding(CONFIG_NAME, f"does not describe a {architecture.model_type} model ({cause})")]
+    return count, [finding for weight_set, stored, _ in found for finding in _differences(weight_set, expected, stored)]
 
 
-def _expected_shapes(
-    architecture: ArchitectureSpec, fields: dict[str, Any]
-) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Shape of each tensor that the model has, by name, and the names that are tied to another tensor.
+def _expected_tensors(architecture: ArchitectureSpec, fields: dict[str, Any]) -> ModelTensors:
+    """The tensors of the model, of the class in `architectures`.
 
     The classes are the installed package's own, never the checkpoint's.
     """
@@ -103,9 +99,7 @@ def _expected_shapes(
     named = [by_name[name] for name in fields.get("architectures") or [] if name in by_name]
     model_class: type[PreTrainedModel] = (named or list(architecture.auto_classes.values()))[-1]
     with torch.device("meta"), no_init_weights():
-        model = model_class(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes, frozenset(model.get_expanded_tied_weights_keys(all_submodels=True))
+        return tensors_of(model_class(config))
 
 
 def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dict[str, TensorEntry], list[Finding]]:
@@ -172,19 +166,18 @@ def _weight_map(path: Path) -> dict[str, str]:
     return mapped
 
 
-def _differences(
-    weight_set: WeightSet,
-    expected: dict[str, tuple[int, ...]],
-    tied: frozenset[str],
-    stored: dict[str, TensorEntry],
-) -> list[Finding]:
+def _differences(weight_set: WeightSet, expected: ModelTensors, stored: dict[str, TensorEntry]) -> list[Finding]:
     """Tensors that the model has and the weights lack, the reverse, and those of another shape."""
-    problems = [f"lacks tensor {name}, which {CONFIG} calls for" for name in expected.keys() - stored.keys() - tied]
-    problems += [f"holds tensor {name}, which {CONFIG} does not call for" for name in stored.keys() - expected.keys()]
+    shapes, tied = expected.shapes, expected.tied
+    problems = [f"lacks tensor {name}, which {CONFIG_NAME} calls for" for name in shapes.keys() - stored.keys()]
     problems += [
-        f"tensor {name} has shape {list(stored[name].shape)}; {CONFIG} calls for {list(expected[name])}"
-        for name in expected.keys() & stored.keys()
-        if stored[name].shape != expected[name]
+        f"holds tensor {name}, which {CONFIG_NAME} does not call for"
+        for name in stored.keys() - shapes.keys() - tied.keys()
+    ]
+    problems += [
+        f"tensor {name} has shape {list(stored[name].shape)}; {CONFIG_NAME} calls for {list(shape)}"
+        for name, shape in [*shapes.items(), *((name, shapes[other]) for name, other in tied.items())]
+        if name in stored and stored[name].shape != shape
     ]
     place = "weights" if weight_set.variant is None else f"weights of the variant {weight_set.variant}"
     findings = [Finding(place, problem, _ONE_CONVERSION) for problem in sorted(problems)[:_SHOWN]]

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_efficient.hub.export import CODE_MANIFEST, export
+from hf_efficient.hub.export import export
 from hf_efficient.hub.verify import verify
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.modeling.topology.grammar.control_tokens import MULTIVERSE
 
 PROMPT = "Q<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"

@@ -13,10 +13,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME as CONFIG
 
 from hf_efficient.errors import HFEError
 from hf_efficient.hub import flatten as flatten_module
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, export, export_code
+from hf_efficient.hub.export import export, export_code
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
 Runner = Callable[..., dict[str, Any]]

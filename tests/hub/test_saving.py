@@ -13,11 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import CONFIG_NAME as CONFIG
 
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, installed_code, render_code
+from hf_efficient.hub.export import installed_code, render_code
 from hf_efficient.hub.verify import verify
 from hf_efficient.modeling.base import saved_code
-from hf_efficient.modeling.base.saved_code import GENERATE, STAGING, SavedCode
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST, GENERATE, STAGING, SavedCode
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM

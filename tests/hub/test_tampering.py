@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import CONFIG_NAME as CONFIG
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
 
 from hf_efficient.hub.card import write_card
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG
 from hf_efficient.hub.verify import verify, verify_upload
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 
 Tampering = Callable[[Path], Any]
 GENERATION, TOKENIZER, SETTINGS = "generation_config.json", "tokenizer.json", "tokenizer_config.json"

@@ -14,16 +14,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import CONFIG_NAME as CONFIG
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
 
 from hf_efficient import __version__
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.card import write_card
-from hf_efficient.hub.export import CODE_MANIFEST, CONFIG, export
+from hf_efficient.hub.export import export
 from hf_efficient.hub.findings import VerificationReport
 from hf_efficient.hub.verify import verify
 from hf_efficient.inspection import inspect
+from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 
 Change = Callable[[Path], None]
 NORM = "model.norm.weight"
