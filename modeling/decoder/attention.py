@@ -1,4 +1,8 @@
-"""Attention of the decoder: rotary position embedding, grouped queries, cache."""
+"""Attention of the decoder: rotary position embedding, grouped-query attention, key-value cache.
+
+Letters of the shapes: B sequences, S tokens of the call, Hq query heads, Hkv key-value heads, D = `head_dim`, L the
+key-value length: S without a cache, with one its cached tokens and S, or all its slots.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,19 @@ from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, may_fuse_norm
 
 
 def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
-    """``theta ** (-2 i / head_dim)`` for i in [0, head_dim / 2), fp32, and the scaling factor 1."""
+    """Inverse frequencies ``theta ** (-2 i / D)`` for i in [0, D / 2), float32 [D / 2], and attention scaling 1.0.
+
+    Further arguments, which transformers passes to such functions, are ignored.
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
     return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 
 
 class DecoderRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding, [B, S, head_dim] each, in the dtype of the input."""
+    """Computes the cosines and sines of the rotary position embedding; called as ``(x, position_ids)``.
+
+    The type is `config.rope_parameters["rope_type"]`: `default` or one of transformers' `ROPE_INIT_FUNCTIONS`.
+    """
 
     inv_freq: Tensor
     original_inv_freq: Tensor
@@ -45,18 +55,21 @@ class DecoderRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def frequencies(self) -> tuple[Tensor, float]:
-        """Inverse frequencies and attention scaling of the configured rotary type."""
+        """Inverse frequencies, float32 [D / 2], and attention scaling (1.0 by default) of the configured type."""
         compute = default_rope_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         return compute(self.config)
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [B, S, head_dim] each, in the dtype and on the device of `x`.
+        """Return cosines and sines of the angles, [B, S, D] each, in the dtype and on the device of `x`.
+
+        Both are multiplied by `attention_scaling`. For the types `dynamic` and `longrope`, transformers' decorator
+        `dynamic_rope_update` may first replace `inv_freq` according to the largest position.
 
         Args:
-            x: any tensor.
-            position_ids: int64 [B, S].
+            x: only its dtype and device are used.
+            position_ids: int64 [B, S], or [1, S] for all sequences.
         """
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
@@ -65,13 +78,13 @@ class DecoderRotaryEmbedding(nn.Module):
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """``(x1, x2) -> (-x2, x1)`` over the halves of the last dimension."""
+    """``(x1, x2) -> (-x2, x1)`` for the two halves of the last dimension, as in Llama; same shape as `x`."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos, sin [B, S, D]."""
+    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos and sin [B, S, D] each; the shapes stay."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -94,7 +107,19 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in plain PyTorch: query [B, Hq, S, D] -> output [B, S, Hq, D] and weights [B, Hq, S, K]."""
+    """Softmax attention in plain PyTorch, transformers' implementation `eager`.
+
+    Args:
+        module: the attention module; only its `training` is read.
+        query: [B, Hq, S, D].
+        key, value: [B, Hkv, L, D], Hq a multiple of Hkv.
+        attention_mask: added to the scores, broadcasts to [B, Hq, S, L]; 0 where a query may attend. None for no mask.
+        scaling: factor of the scores.
+        dropout: probability of dropping a weight in training.
+
+    Returns:
+        Output [B, S, Hq, D] and weights [B, Hq, S, L], both in the dtype of `query`; the softmax is in float32.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -106,7 +131,10 @@ def eager_attention_forward(
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions, optional head norms on q and k, optional sliding window."""
+    """Grouped-query attention with rotary positions; optional per-head RMSNorm on q and k, optional sliding window.
+
+    Projections and the cache write use fused kernels where those may run (see `fused_steps.py`).
+    """
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -137,16 +165,23 @@ class DecoderAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output [B, S, hidden_size], and weights [B, Hq, S, L] where the implementation computes them.
+        """Return the attention output [B, S, hidden_size] and the weights [B, Hq, S, L].
+
+        The weights are None unless the attention implementation returns them, as `eager` does.
 
         Args:
             hidden_states: [B, S, hidden_size].
-            position_embeddings: cosines and sines, [B, S, head_dim] each.
-            attention_mask: of whatever type the attention implementation takes.
-            past_key_values, cache: the cache, under either name; gets the new keys and values [B, Hkv, S, head_dim].
+            position_embeddings: cosines and sines, [B, S, D] each.
+            attention_mask: passed to the attention implementation, so of its type: None, a bool or float mask
+                [B, 1, S, L] (`sdpa`, `eager`), [B, L] (flash attention), a `BlockMask` (flex attention), or an int32
+                mask of `decode_interface.py` (`hfe_decode`).
+            past_key_values, cache: the cache, under either name; keys and values of the call, [B, Hkv, S, D] each, are
+                added to it.
+            kwargs: passed to the attention implementation.
 
         Raises:
-            HFEError: two different caches were passed, or a cache, mask or positions under an unknown name.
+            HFEError: two different caches were passed, or a cache, mask or positions were passed as an unknown keyword
+                argument.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         check_arguments(self, kwargs)
@@ -179,7 +214,10 @@ class DecoderAttention(nn.Module):
         return linear(output.reshape(*hidden_states.shape[:-1], -1).contiguous(), self.o_proj), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, Hq, D], keys and values [B, S, Hkv, D]."""
+        """Return queries [B, S, Hq, D], keys and values [B, S, Hkv, D] of hidden states [B, S, hidden_size].
+
+        Before QK-norm and rotary embedding. In one fused kernel where that may replace the three linear modules.
+        """
         per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
         modules = (self.q_proj, self.k_proj, self.v_proj)
         packed = fused_linear(hidden_states, modules)
@@ -192,23 +230,23 @@ class DecoderAttention(nn.Module):
         return q, k, v
 
     def may_write_cache(self, q: Tensor) -> bool:
-        """True when one kernel may normalise and rotate `q` and `k` and store `k` and `v`."""
+        """True when `write_cache` may be used for queries `q` [B, S, Hq, D]: no gradient, QK-norms without hooks."""
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else ()
         return may_fuse(q) and all(may_fuse_norm(norm, q) for norm in norms)
 
     def write_cache(
         self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], write: CacheWrite
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise, rotate and store the heads of a step in one kernel.
+        """Apply QK-norm and rotary embedding and write keys and values to the cache, in one kernel.
 
         Args:
             q: [B, S, Hq, D].
             k, v: [B, S, Hkv, D].
             position_embeddings: cosines and sines, [B, S, D] each.
-            write: where keys and values go.
+            write: the cache memory, which is written in place; its `length` is advanced.
 
         Returns:
-            Rotated queries [B, Hq, S, D], and all cached keys and values [B, Hkv, L, D] with the step's in them.
+            Rotated queries [B, Hq, S, D]; `write.keys` and `write.values` [B, Hkv, L, D].
         """
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
         q = rotary_cache(
@@ -228,12 +266,12 @@ class DecoderAttention(nn.Module):
 
 
 class CacheWrite(NamedTuple):
-    """Where the tokens of a call are written in one layer of a cache whose slots do not move.
+    """Where the S tokens of a call are written in one layer of a cache with fixed slots (no sliding-window layer).
 
     Attributes:
         keys, values: [B, Hkv, L, D], the layer's memory.
-        slots: int [Q] or [B, Q], slot of each token; a token whose slot is outside the memory is not stored.
-        length: counter of cached tokens that the write advances; None where there is none.
+        slots: integer [S] or [B, S], index into L of each token; a token with an index outside [0, L) is not stored.
+        length: scalar tensor with the number of cached tokens, which the write advances by S; None to advance none.
     """
 
     keys: Tensor
@@ -243,9 +281,17 @@ class CacheWrite(NamedTuple):
 
 
 def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CacheWrite | None:
-    """Where a kernel may write `queries` tokens; None when they go through `cache.update`.
+    """Where a kernel may write the `queries` tokens of a call; None if `cache.update` must be called instead.
 
-    A cache with the method `next_write` answers itself; for a static cache the slots are those of a packed decode mask.
+    A cache with a method `next_write(layer_idx)`, such as `TopologyCache`, returns its own `CacheWrite` or None. For a
+    `StaticCache` the mask must be a decode mask: the int32 mask that `pack_decode_mask` of `decode_interface.py`
+    makes, whose row 0 holds the slot of each query.
+
+    Args:
+        cache: the cache of the call, or None.
+        layer_idx: index of the layer.
+        mask: the layer's attention mask, of any type.
+        queries: number of tokens of the call, S.
     """
     if hasattr(cache, "next_write"):
         return cache.next_write(layer_idx)
@@ -256,7 +302,10 @@ def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: in
 
 
 def static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
-    """The layer of a static cache when its slots do not move and its memory is allocated, or None."""
+    """The layer if `cache` is a `StaticCache` without offloading and the layer is an initialised `StaticLayer`.
+
+    None otherwise.
+    """
     layer = cache.layers[layer_idx] if isinstance(cache, StaticCache) and not cache.offloading else None
-    # A sliding-window layer moves its slots; a subclass may do anything.
+    # A sliding-window layer shifts its contents; another subclass may override `update`.
     return layer if type(layer) is StaticLayer and layer.is_initialized else None

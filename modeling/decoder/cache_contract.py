@@ -1,13 +1,13 @@
-"""What a cache offers so that decoding steps over it can be captured in CUDA graphs.
+"""`CapturableCache`: the interface of a cache over which decoding steps can be captured in CUDA graphs.
 
-A captured step reads and writes fixed memory. Three facts about a cache decide how it may be used:
+A captured step reads and writes fixed memory. Three properties of a cache decide how it may be used:
 
-- where its memory is (`memory`): a step belongs to the cache only while none of these tensors moves;
-- what one step overwrites (`state_tensors`): running a step without keeping its token, as the warm-up before a
-  capture does, must leave these as they were. A key-value cache has its length there, and the slot behind the length
-  is written again by the next step; a recurrent cache has its whole state there;
-- whether tokens can be removed again (`can_truncate`, `truncate`): a key-value cache forgets its last tokens by its
-  length alone; a recurrent state has absorbed them.
+- where its memory is (`memory`): a captured step is valid only while all these tensors keep their addresses;
+- what one step overwrites (`state_tensors`): a step whose token is discarded, such as the warm-up run before a
+  capture, must restore these. For a key-value cache this is its length, since the next step overwrites the slot after
+  the last token; for a recurrent cache it is the whole state;
+- whether tokens can be removed again (`can_truncate`, `truncate`): a key-value cache removes its last tokens by
+  reducing its length; a recurrent state has absorbed them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from hf_efficient.errors import HFEError
 
 
 class CapturableCache(ABC):
-    """Mixin before a `Cache` that decoding steps can be captured over.
+    """Mixin to list before a `Cache` class: decoding steps over such a cache can be captured in CUDA graphs.
 
-    A model names its class in `cache_class`, which is called as ``cache_class(config, batch_size, capacity, dtype,
-    device)`` and allocates all memory there.
+    A model sets its class as `cache_class`. It is called as ``cache_class(config, batch_size, capacity, dtype,
+    device)`` and allocates all its memory in `__init__`.
 
     Attributes:
         can_truncate: True when `truncate` can remove tokens; False for recurrent state.
     """
 
     can_truncate: ClassVar[bool] = True
-    # Of the `Cache` that this is mixed into: the number of cached tokens.
+    # Method of the `Cache` class that this is mixed into: the number of cached tokens.
     get_seq_length: Callable[..., int]
 
     @property
@@ -45,27 +45,27 @@ class CapturableCache(ABC):
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """Tokens that the cache has room for."""
+        """Number of tokens of each sequence that the allocated memory can hold."""
 
     @abstractmethod
     def memory(self) -> list[Tensor]:
-        """Every tensor that a step reads or writes, the first of them on the model's device."""
+        """Every tensor of the cache that a step reads or writes; the first of them is on the model's device."""
 
     @abstractmethod
     def state_tensors(self) -> list[Tensor]:
-        """The tensors of `memory` that a step changes so that running it again would give something else."""
+        """The tensors of `memory` to restore so that running a step again gives the same result; may be empty."""
 
     @abstractmethod
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens.
+        """Keep the first `length` tokens of each sequence and remove the others, in place.
 
         Raises:
-            HFEError: the cache cannot be truncated.
+            HFEError: the cache cannot be truncated (`can_truncate` is False).
         """
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Move to memory for `capacity` tokens and keep all that is stored; steps captured before no longer fit.
+        """Reallocate memory for `capacity` tokens and copy the contents; steps captured before are no longer valid.
 
         Raises:
             HFEError: the cache has a fixed size.
@@ -73,10 +73,10 @@ class CapturableCache(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all tokens, in the same memory."""
+        """Remove all tokens, in place: the tensors of `memory` keep their addresses."""
 
     def addresses(self) -> tuple[int, ...]:
-        """Address of each tensor of `memory`."""
+        """Device address (`data_ptr`) of each tensor of `memory`."""
         return tuple(tensor.data_ptr() for tensor in self.memory())
 
     def nbytes(self) -> int:
@@ -84,27 +84,32 @@ class CapturableCache(ABC):
         return sum(tensor.nbytes for tensor in self.memory())
 
     def ensure_capacity(self, tokens: int) -> None:
-        """Have room for `tokens` tokens in all."""
+        """Grow to `round_capacity(tokens)` if the capacity is less than `tokens`, the cached ones included.
+
+        Raises:
+            HFEError: the cache would have to grow and has a fixed size.
+        """
         if tokens > self.capacity:
             self.grow(round_capacity(tokens))
 
 
 class RecurrentCache(CapturableCache):
-    """Mixin for a cache with state that each token overwrites: it cannot be truncated."""
+    """`CapturableCache` for recurrent models: each token overwrites the state, so tokens cannot be removed."""
 
     can_truncate = False
 
     @property
     def is_croppable(self) -> bool:
-        """False, which transformers asks before it runs a token ahead of its own stop check."""
+        """Always False. transformers computes a token before its stop check only for a cache where this is True."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Zero tokens can be removed; others raise as `truncate` does."""
+        """Do nothing for zero tokens; raise `HFEError` for any other number, as `truncate` does."""
         if tokens_to_remove:
             self.truncate(tokens_to_remove)
 
     def truncate(self, length: int) -> None:
+        """Always raises `HFEError`: a recurrent state cannot be truncated."""
         raise HFEError(
             f"a {type(self).__name__} holds recurrent state, from which tokens cannot be removed (asked for {length})",
             "copy the cache before the tokens that may be removed again",
@@ -113,7 +118,7 @@ class RecurrentCache(CapturableCache):
 
 @contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give these tensors their values back on leaving the block, after an error too."""
+    """Context manager that restores the values of these tensors, in place, at the end of the block or on an error."""
     saved = StateSnapshot(tensors)
     try:
         yield
@@ -122,7 +127,10 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 class StateSnapshot:
-    """Values of a fixed list of tensors, to be put back later; saved again, it uses the same memory."""
+    """A copy of the values of a fixed list of tensors, taken on creation and again on each `save`.
+
+    The copies are allocated once, on the device of each tensor.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
@@ -131,24 +139,24 @@ class StateSnapshot:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Remember the values of now."""
+        """Replace the copies by the present values of the tensors."""
         for value, tensor in zip(self._values, self._tensors, strict=True):
             value.copy_(tensor)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the remembered values back, in place."""
+        """Set the tensors to the copied values, in place."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
             tensor.copy_(value)
 
 
-# Capacities are rounded up, so that prompts of similar lengths share a cache and its capture.
+# Capacities are rounded up, so that calls of similar lengths can reuse a cache and the steps captured over it.
 _MIN_CAPACITY = 256
 _STEPS_PER_DOUBLING = 8
 
 
 def round_capacity(tokens: int) -> int:
-    """The capacity given to a cache that needs room for `tokens`: 256, or at most an eighth more than needed."""
+    """The capacity of a cache that must hold `tokens` tokens: 256, or at most an eighth more than `tokens`."""
     if tokens <= _MIN_CAPACITY:
         return _MIN_CAPACITY
     step = (1 << (tokens - 1).bit_length()) // (2 * _STEPS_PER_DOUBLING)

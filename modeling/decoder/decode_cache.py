@@ -1,4 +1,7 @@
-"""Static key-value caches that captured decoding steps write to."""
+"""Static key-value caches whose memory does not move, so that CUDA graphs of decoding steps can write to them.
+
+`CapturableCache` (see `cache_contract.py`) is the interface that decoding with CUDA graphs needs from a cache.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ from hf_efficient.errors import HFEError
 from hf_efficient.modeling.decoder.cache_contract import CapturableCache
 
 
-class StaticSlots(CapturableCache):
-    """The cache contract over `StaticLayer`s: token i of a sequence is in slot i of every layer.
+class StaticCacheMixin(CapturableCache):
+    """`CapturableCache` over transformers' `StaticLayer`s: token i of a sequence is in slot i of every layer.
 
     Attributes:
-        layers: each with keys and values [B, Hkv, capacity, D] and its length, a scalar on the device.
+        layers: `StaticLayer`s, each with `keys` and `values` [B, Hkv, capacity, D] and `cumulative_length`, the number
+            of cached tokens as an int64 scalar tensor. `batch_size` and `memory` need initialised layers: transformers
+            allocates keys and values in the first forward.
     """
 
     layers: list[Any]
@@ -34,7 +39,10 @@ class StaticSlots(CapturableCache):
         return [x for layer in self.layers for x in (layer.keys, layer.values, layer.cumulative_length)]
 
     def state_tensors(self) -> list[Tensor]:
-        """The lengths: a slot that a step has written is written again by the next one at this length."""
+        """The length of each layer, a scalar; keys and values need not be restored.
+
+        With the length restored, the next step overwrites the slot that a discarded step has written.
+        """
         return [layer.cumulative_length for layer in self.layers]
 
     def truncate(self, length: int) -> None:
@@ -42,13 +50,14 @@ class StaticSlots(CapturableCache):
             layer.cumulative_length.fill_(length)
 
 
-class StaticCacheView(StaticSlots):
-    """The cache contract of a caller's `StaticCache`, whose size is fixed."""
+class StaticCacheView(StaticCacheMixin):
+    """A user's `StaticCache` as a `CapturableCache`: it shares the layers of `cache`, and its size is fixed."""
 
     def __init__(self, cache: StaticCache) -> None:
         self.layers = cache.layers
 
     def grow(self, capacity: int) -> None:
+        """Always raises `HFEError`: a static cache has a fixed size."""
         raise HFEError(
             f"a static cache has a fixed size, here {self.capacity} slots", "make it with a larger max_cache_len"
         )
@@ -58,17 +67,17 @@ class StaticCacheView(StaticSlots):
             layer.reset()
 
 
-class DecodeCache(StaticSlots, StaticCache):
+class DecodeCache(StaticCacheMixin, StaticCache):
     """A static cache in which every layer, sliding-window layers too, keeps all tokens in their slots.
 
     Returned by `generate`, it can be used like a dynamic cache: it grows when the model is called with it, can be
     cropped, and its sequences can be repeated and selected.
 
     Args:
-        config: of the model.
+        config: the model's configuration; `num_hidden_layers`, `num_key_value_heads` and `head_dim` are read.
         batch_size: number of sequences.
-        capacity: slots of each layer.
-        dtype, device: of keys and values.
+        capacity: slots of each layer, the number of tokens that fit; all memory is allocated here.
+        dtype, device: dtype and device of keys and values.
     """
 
     def __init__(self, config: Any, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -77,6 +86,7 @@ class DecodeCache(StaticSlots, StaticCache):
             self._allocate(config, batch_size, dtype, device)
 
     def _allocate(self, config: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate zero keys and values [B, Hkv, capacity, D] and the length, 0, of each layer."""
         empty = torch.empty(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
         # All lengths are views of one tensor.
         self.lengths = torch.zeros(config.num_hidden_layers, dtype=torch.long, device=device)
@@ -90,37 +100,46 @@ class DecodeCache(StaticSlots, StaticCache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of cached tokens; waits for the device."""
+        """Number of cached tokens of a layer, padding included; synchronises with the device."""
         return int(self.layers[layer_idx].cumulative_length)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Key-value length and offset, as in transformers; grows the cache when the call's tokens do not fit.
+        """Key-value length (the capacity) and offset (0), as in transformers.
 
-        Every forward asks for its mask sizes before it writes to the cache.
+        Grows the cache if the call's `query_length` tokens do not fit: every forward calls this method before it
+        writes to the cache.
         """
         self.ensure_capacity(self.get_seq_length(layer_idx) + query_length)
         return self.capacity, 0
 
     def reset(self) -> None:
-        """Forget all tokens. Keys and values become zero: a masked slot has weight zero, and 0 * inf would be NaN."""
+        """Remove all tokens and set keys and values to zero: a masked slot has weight zero, and 0 * inf is NaN."""
         StaticCache.reset(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; a positive number is an error, as in transformers."""
+        """Remove the last tokens in place.
+
+        Args:
+            tokens_to_remove: minus their number, as in transformers; at least all cached tokens empties the cache.
+
+        Raises:
+            HFEError: the number is positive.
+        """
         if tokens_to_remove > 0:
             raise HFEError(f"crop({tokens_to_remove}) is not supported", "pass minus the number of tokens to remove")
         for layer in self.layers:
             layer.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence in place."""
+        """Repeat each sequence `repeats` times, next to itself; this reallocates keys and values."""
         self._map_sequences(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences with these indices."""
+        """Keep the sequences with these indices, an integer tensor [new batch size]; reallocates keys and values."""
         self._map_sequences(lambda states: states[indices])
 
     def _map_sequences(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace keys and values [B, Hkv, capacity, D] of every layer by `function` of them, of any batch size."""
         for layer in self.layers:
             layer.keys, layer.values = function(layer.keys), function(layer.values)
             layer.batch_size = layer.keys.shape[0]
@@ -128,7 +147,10 @@ class DecodeCache(StaticSlots, StaticCache):
     @torch.inference_mode(False)
     @torch.no_grad()
     def grow(self, capacity: int) -> None:
-        """Move to memory of `capacity` slots, with all that is stored."""
+        """Reallocate keys and values with `capacity` slots, not fewer than now, and copy the contents.
+
+        CUDA graphs that were captured with the old memory no longer fit.
+        """
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
@@ -138,22 +160,26 @@ class DecodeCache(StaticSlots, StaticCache):
             layer.max_cache_len = capacity
 
 
-def contract_of(cache: Cache) -> CapturableCache:
-    """The cache contract of `cache`.
+def require_capturable(cache: Cache) -> CapturableCache:
+    """Return `cache` as a `CapturableCache`, as `as_capturable` does.
 
     Raises:
-        HFEError: steps cannot be captured over this cache.
+        HFEError: decoding with CUDA graphs does not support this kind of cache.
     """
-    contract = find_contract(cache)
-    if contract is None:
-        raise HFEError(f"steps cannot be captured over a {type(cache).__name__}", "pass no cache, or a StaticCache")
-    return contract
+    capturable = as_capturable(cache)
+    if capturable is None:
+        raise HFEError(
+            f"decoding with CUDA graphs does not support a {type(cache).__name__}", "pass no cache, or a StaticCache"
+        )
+    return capturable
 
 
-def find_contract(cache: Cache) -> CapturableCache | None:
-    """The cache contract of `cache`, or None where steps cannot be captured over it.
+def as_capturable(cache: Cache) -> CapturableCache | None:
+    """Return `cache` as a `CapturableCache`, which decoding with CUDA graphs needs, or None if it is not supported.
 
-    A plain `StaticCache` gets a view; sliding-window layers, which move their slots, and subclasses of layers do not.
+    A `CapturableCache` is returned as it is. A `StaticCache` without offloading whose layers are all exactly
+    `StaticLayer` is wrapped in a `StaticCacheView`; its layers need not be initialised yet. Other caches are not
+    supported: sliding-window layers shift their contents, and subclasses of `StaticLayer` may override `update`.
     """
     if isinstance(cache, CapturableCache):
         return cache
@@ -163,4 +189,4 @@ def find_contract(cache: Cache) -> CapturableCache | None:
     return None
 
 
-__all__ = ["DecodeCache", "StaticCacheView", "StaticSlots", "contract_of", "find_contract"]
+__all__ = ["DecodeCache", "StaticCacheMixin", "StaticCacheView", "as_capturable", "require_capturable"]

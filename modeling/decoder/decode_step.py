@@ -1,4 +1,4 @@
-"""One decoding step over a cache, as a call of the model or as the replay of a CUDA graph that runs no Python."""
+"""One decoding step of `generate` over a cache: a call of the model, or the replay of its CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,35 +11,44 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
-from hf_efficient.modeling.decoder.decode_cache import contract_of
+from hf_efficient.modeling.decoder.decode_cache import require_capturable
 from hf_efficient.modeling.decoder.decode_interface import pack_decode_mask
-from hf_efficient.modeling.decoder.graph_capture import record_graph
+from hf_efficient.modeling.decoder.graph_capture import capture_graph
 
 
 class DecodeStep:
-    """A step of one token per sequence over one cache, with the buffers that it reads and advances.
+    """A step of one token per sequence over one cache, with the input tensors that it reads and advances.
+
+    Set `tokens`, then call `run`, or after `capture` call `replay`: both return logits [B, V] and advance positions,
+    mask and cache by one token.
 
     Args:
-        cache: the cache, of a kind that `contract_of` accepts; only the addresses of its memory are kept, so that the
-            step does not keep the cache alive.
-        layer_types: the layer types that the model has masks for.
-        padded: some sequence begins with padding, so the step reads which slots are visible.
+        cache: a cache that `as_capturable` of `decode_cache.py` supports, with allocated memory. Only the addresses of
+            its memory are stored, so that the step does not keep the cache alive.
+        layer_types: the layer types that the model has masks for; all get the same mask.
+        padded: True if a sequence begins with padding: the mask then has a row that hides the slots of padding.
 
     Attributes:
-        tokens, positions: int64 [B, 1], input of the next step.
-        signature: `step_signature` of the model at capture; None before.
+        tokens: int64 [B, 1], the tokens that the next step feeds to the model.
+        positions: int64 [B, 1], their position ids.
+        mask: int32 [B, 1, 1, 2] or, if `padded`, [B, 1, 2, capacity] (at least 2); see `decode_interface.py`.
+        signature: `step_signature` of the model when the step was captured (see `graph_capture.py`); None before.
+        graph_bytes: device memory that the graph holds; 0 before.
+
+    Raises:
+        HFEError: the cache is not supported.
     """
 
     _graph: torch.cuda.CUDAGraph
     _logits: Tensor
 
     def __init__(self, cache: Cache, layer_types: Collection[str], padded: bool) -> None:
-        contract = contract_of(cache)
-        device = contract.memory()[0].device
-        self.capacity = contract.capacity
+        capturable = require_capturable(cache)
+        device = capturable.memory()[0].device
+        self.capacity = capturable.capacity
         self.padded = padded
-        self._addresses = contract.addresses()
-        batch = contract.batch_size
+        self._addresses = capturable.addresses()
+        batch = capturable.batch_size
         with torch.inference_mode(False), torch.no_grad():  # these outlive the caller's inference mode
             self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.positions = torch.zeros_like(self.tokens)
@@ -54,16 +63,16 @@ class DecodeStep:
         return self.tokens.shape[0]
 
     def fits(self, cache: Cache) -> bool:
-        """True when the cache's memory is still the one that the step was made for."""
-        return contract_of(cache).addresses() == self._addresses
+        """True when the memory of `cache` is that of the step: it is the same cache and has not been reallocated."""
+        return require_capturable(cache).addresses() == self._addresses
 
     def reset(self, length: int, positions: Tensor, padding_mask: Tensor | None) -> None:
-        """Reset the step to resume after `length` cached tokens.
+        """Set positions and mask for a next step after `length` cached tokens.
 
         Args:
-            length: tokens in the cache, padding included.
-            positions: int64 [B], position of each sequence's next token.
-            padding_mask: bool [B, length], False at padding; None when there is none.
+            length: number of tokens in the cache, padding included.
+            positions: int64 [B], position id of each sequence's next token.
+            padding_mask: bool [B, length], False at padding; None without padding. Not read unless `padded`.
         """
         self.positions.copy_(positions[:, None])
         self.mask[:, 0, 0, 0] = length
@@ -74,7 +83,10 @@ class DecodeStep:
                 self.mask[:, 0, 1, : padding_mask.shape[1]] = padding_mask.to(torch.int32) - 1
 
     def run(self, model: Any, cache: Cache) -> Tensor:
-        """Logits [B, V] after `self.tokens`, by calling the model; positions and mask advance by one token."""
+        """Call the model with `self.tokens`; return logits [B, V].
+
+        The model adds the tokens to the cache; positions and mask then advance by one token, in place.
+        """
         logits = model(
             input_ids=self.tokens,
             position_ids=self.positions,
@@ -90,21 +102,29 @@ class DecodeStep:
 
     @torch.no_grad()
     def capture(self, model: Any, cache: Cache, signature: tuple) -> None:
-        """Record the step in a CUDA graph; the step's position and the cache's state stay as they are."""
-        state = (self.positions, self.mask, *contract_of(cache).state_tensors())
-        self._graph, self._logits, self.graph_bytes = record_graph(
+        """Capture `run` in a CUDA graph, for `replay`.
+
+        Positions, mask and the cache's state are unchanged afterwards, so the step itself is still to be replayed.
+
+        Args:
+            model: the causal language model, on a CUDA device.
+            cache: the cache of this step.
+            signature: `step_signature` of the model; stored as `self.signature`.
+        """
+        state = (self.positions, self.mask, *require_capturable(cache).state_tensors())
+        self._graph, self._logits, self.graph_bytes = capture_graph(
             lambda: self.run(model, cache), self.tokens.device, state
         )
         self.signature = signature
 
     def replay(self) -> Tensor:
-        """Logits [B, V] after `self.tokens`, once captured, in a buffer that the next replay overwrites."""
+        """Run the captured step with `self.tokens`; return logits [B, V], a tensor that the next replay overwrites."""
         self._graph.replay()
         return self._logits
 
 
 class PooledStep:
-    """A captured step and its cache, as the pool keeps them between calls of `generate`."""
+    """A captured step and its cache: an entry of `StepPool` (see `graph_capture.py`) between calls of `generate`."""
 
     def __init__(self, cache: Any, step: DecodeStep) -> None:
         self.cache = cache
@@ -119,15 +139,15 @@ class PooledStep:
         return self.step.tokens.device
 
     def fits(self, batch_size: int, capacity: int, padded: bool) -> bool:
-        """True for a step of this shape."""
+        """True when the step has exactly this batch size, capacity and kind of mask."""
         return (self.step.batch_size, self.step.capacity, self.step.padded) == (batch_size, capacity, padded)
 
     def nbytes(self) -> int:
-        """Bytes of the cache and of the graph."""
+        """Device memory of the cache and of the graph, in bytes."""
         return self.cache.nbytes() + self.step.graph_bytes
 
     def report(self) -> list[dict[str, Any]]:
-        """Batch size, capacity, whether for padded prompts, and bytes of the cache and of the graph."""
+        """One dictionary: batch size, capacity, whether for padded prompts, and bytes of the cache and of the graph."""
         return [
             {
                 "batch": self.step.batch_size,
@@ -139,5 +159,5 @@ class PooledStep:
         ]
 
 
-# Steps of caches that callers keep, found again when a cache is passed to another call of `generate`.
+# Steps of caches that `generate` returned to the user, to reuse when the cache is passed to another call.
 RETURNED_CACHE_STEPS: WeakKeyDictionary[Cache, DecodeStep] = WeakKeyDictionary()

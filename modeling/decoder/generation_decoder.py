@@ -27,7 +27,7 @@ from hf_efficient.errors import HFEError
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument, cache_of_arguments, rename_cache
 from hf_efficient.modeling.decoder.cache_contract import CapturableCache, StateSnapshot, round_capacity
-from hf_efficient.modeling.decoder.decode_cache import DecodeCache, contract_of, find_contract
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache, as_capturable, require_capturable
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.decode_step import RETURNED_CACHE_STEPS, DecodeStep, PooledStep
 from hf_efficient.modeling.decoder.graph_capture import (
@@ -182,7 +182,7 @@ def _can_use(cache: Cache | None, cache_class: type) -> bool:
         return cache is None or type(cache) in (DynamicCache, StaticCache) and not cache.offloading
     if isinstance(cache, CapturableCache) or cache_class is not DecodeCache:
         return isinstance(cache, cache_class)
-    return find_contract(cache) is not None
+    return as_capturable(cache) is not None
 
 
 class GraphDecodeLoop:
@@ -201,7 +201,7 @@ class GraphDecodeLoop:
 
     length: int  # tokens in the cache after the prompt, earlier calls included
     step: DecodeStep
-    contract: CapturableCache
+    capturable: CapturableCache  # `cache` as decoding steps use it
 
     def __init__(
         self,
@@ -280,8 +280,8 @@ class GraphDecodeLoop:
         has_callbacks = _needs_every_token(processors, criteria)
         # A step past the end is dispatched before the host knows of the end. A kept cache must not keep its token.
         snapshot = None
-        if self.keeps_cache and not self.contract.can_truncate:
-            snapshot = StateSnapshot(self.contract.state_tensors())
+        if self.keeps_cache and not self.capturable.can_truncate:
+            snapshot = StateSnapshot(self.capturable.state_tensors())
         every_token = (
             streamer is not None or has_callbacks or snapshot is not None or self._is_full(self.max_length - 1)
         )
@@ -337,7 +337,7 @@ class GraphDecodeLoop:
         outputs: CausalLMOutputWithPast = self.model._prefill(
             self.ids[:, : self.prompt_length].clone(), self.config, self.model_kwargs, is_first_iteration=True
         )
-        self.contract = contract_of(self.cache)
+        self.capturable = require_capturable(self.cache)
         self.length = int(self.cache.get_seq_length())
         self.step = self._find_step()
         self.step.reset(self.length, self._next_positions(), self.padding_mask)
@@ -373,8 +373,8 @@ class GraphDecodeLoop:
         """What `generate` returns after `steps` tokens; tokens computed past them are removed from a kept cache."""
         sequences = self.ids[:, : self.prompt_length + steps].clone()
         if self.keeps_cache:
-            if self.contract.can_truncate:
-                self.contract.truncate(self.length + steps - 1)  # the last token has not been fed to the model
+            if self.capturable.can_truncate:
+                self.capturable.truncate(self.length + steps - 1)  # the last token has not been fed to the model
             RETURNED_CACHE_STEPS[self.cache] = self.step
         elif self.step.signature is not None:
             step_pool(self.model).put(PooledStep(self.cache, self.step))

@@ -251,7 +251,7 @@ def test_a_graph_that_does_not_fit_leaves_its_steps_to_calls(
     def out_of_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room for a graph")
 
-    monkeypatch.setattr(topology_step, "record_graph", out_of_memory)
+    monkeypatch.setattr(topology_step, "capture_graph", out_of_memory)
     found = generate(model, tokenizer, inputs, sampler=forks(tokenizer, 1, "multiverse"))
     assert torch.equal(found.sequences, expected.sequences)
     assert not model.captured_steps()

@@ -19,7 +19,7 @@ from hf_efficient.modeling.decoder import decode_step, generation_decoder, graph
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT
 from hf_efficient.modeling.decoder.cache_contract import StateSnapshot, restored
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.modeling.decoder.decode_cache import DecodeCache, contract_of, find_contract
+from hf_efficient.modeling.decoder.decode_cache import DecodeCache, as_capturable, require_capturable
 from hf_efficient.modeling.decoder.decode_step import DecodeStep
 from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
@@ -128,7 +128,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
             result = run().clone()
         return Replayed(run, result), result, 0
 
-    monkeypatch.setattr(decode_step, "record_graph", record)
+    monkeypatch.setattr(decode_step, "capture_graph", record)
 
 
 @pytest.mark.usefixtures("recorded")
@@ -190,16 +190,16 @@ def test_which_caches_can_be_truncated(model: Any) -> None:
     assert branches.memory()[0] is branches.segments and branches.state_tensors() == []
 
 
-def test_which_caches_of_transformers_keep_the_contract(model: Any) -> None:
+def test_which_caches_of_transformers_are_capturable(model: Any) -> None:
     static = StaticCache(config=model.config, max_cache_len=16)
-    contract = contract_of(static)
-    assert contract.capacity == 16 and not find_contract(DynamicCache(config=model.config))
+    capturable = require_capturable(static)
+    assert capturable.capacity == 16 and not as_capturable(DynamicCache(config=model.config))
     with pytest.raises(HFEError, match="fixed size, here 16 slots"):
-        contract.ensure_capacity(20)
-    with pytest.raises(HFEError, match="cannot be captured over a DynamicCache"):
-        contract_of(DynamicCache(config=model.config))
+        capturable.ensure_capacity(20)
+    with pytest.raises(HFEError, match="CUDA graphs does not support a DynamicCache"):
+        require_capturable(DynamicCache(config=model.config))
     windowed = DecoderConfig(**SHAPE, sliding_window=4)
-    assert find_contract(StaticCache(config=windowed, max_cache_len=16)) is None
+    assert as_capturable(StaticCache(config=windowed, max_cache_len=16)) is None
 
 
 def test_only_a_cache_of_the_models_class_is_continued_in_the_loop(

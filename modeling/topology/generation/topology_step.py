@@ -20,8 +20,8 @@ from hf_efficient.modeling.decoder.configuration_decoder import length_dependent
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
 from hf_efficient.modeling.decoder.graph_capture import (
     SIGNATURE_CHECK_INTERVAL,
+    capture_graph,
     capture_obstacle,
-    record_graph,
     step_pool,
     step_signature,
 )
@@ -310,7 +310,7 @@ class TopologyStep:
             return self.run(model, cache)
         if self.signature != signature:
             # The placeholders of this step refer to what the last one chose, which the warm-up must not replace.
-            self._graph, self._result, self.graph_bytes = record_graph(
+            self._graph, self._result, self.graph_bytes = capture_graph(
                 lambda: self.run(model, cache), self.tokens.device, (self._chosen, *cache.state_tensors())
             )
             self._recorded_logits = self.logits

@@ -183,7 +183,7 @@ def test_a_step_without_memory_for_its_graph_reads_the_tokens_of_the_last_step(
     with torch.no_grad():
         expected = logits_of(TopologySession(model, 1, 2))
         monkeypatch.setattr(f"{TopologySession.__module__}.can_capture_steps", lambda model: True)
-        monkeypatch.setattr(f"{TopologySession.__module__}.record_graph", record_and_fail)
+        monkeypatch.setattr(f"{TopologySession.__module__}.capture_graph", record_and_fail)
         session = TopologySession(model, 1, 2, step_signature(model))
         assert torch.equal(logits_of(session), expected) and not session.may_capture
 
