@@ -1,4 +1,12 @@
-"""Visibility between tokens as a model takes it, for whole texts and for queries over a cache, and masks made of it."""
+"""Segment-based attention masks, for full sequences and for queries with a key-value cache.
+
+A segment is a run of consecutive tokens between two points where branches fork or join. Segments form a directed
+acyclic graph, numbered so that parents come before children. A token may attend to the tokens before it in its own
+segment and to all tokens of the segment's ancestors. Both classes here describe this by bitmaps; `dense_mask`,
+`additive_mask` and `flex_mask` convert it for the attention implementations of transformers. B is the batch size, S the
+sequence length, Q the number of queries, C that of cache slots, N that of segments, and W that of 64-bit words in a
+bitmap, at least ⌈N / 64⌉.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +24,17 @@ from hf_efficient.kernels.topology_blocks.block_lists import BLOCK, FULL_KEYS, P
 
 
 class TopologyMask(NamedTuple):
-    """Visibility of the tokens of whole texts.
+    """Which tokens of full sequences may attend to each other.
 
-    Token i sees token j iff ``j <= i`` and the segment of i sees that of j: bit ``segment_ids[j]`` of
-    ``segment_visibility[segment_ids[i]]`` is set.
+    Token i may attend to token j iff ``j <= i`` and bit ``segment_ids[j]`` of ``segment_visibility[segment_ids[i]]`` is
+    set.
 
     Attributes:
-        segment_ids: int32 [B, S], -1 at padding and other holes, which see nothing and are not seen.
-        segment_visibility: int64 [B, N, W]: bit t of row s (bit ``t % 64`` of word ``t // 64``) is set where segment s
-            sees segment t.
-        blocks: the result of `topology_blocks` for these two, computed once for all layers of a model; or None.
+        segment_ids: int32 [B, S], or [1, S] for all sequences; -1 at padding, which neither attends nor is attended to.
+        segment_visibility: int64 [B, N, W], or [1, N, W] for all sequences: bit t of row s (bit ``t % 64`` of word
+            ``t // 64``) is set where tokens of segment s may attend to tokens of segment t. A segment's own bit is set.
+        blocks: the result of `topology_blocks(segment_ids, segment_visibility)`, which lists the pairs of 128-token
+            blocks that attention must compute, so that a model computes it once for all layers; or None.
     """
 
     segment_ids: Tensor
@@ -33,29 +42,31 @@ class TopologyMask(NamedTuple):
     blocks: BlockLists | None = None
 
     def with_blocks(self) -> TopologyMask:
-        """The same mask with its block lists."""
+        """Return this mask with `blocks` filled in; the mask itself if they are there already."""
         if self.blocks is not None:
             return self
         return self._replace(blocks=topology_blocks(self.segment_ids, self.segment_visibility))
 
     def to(self, device: torch.device | str) -> TopologyMask:
-        """The same mask on another device."""
+        """Return the mask with all its tensors on `device`."""
         blocks = None if self.blocks is None else BlockLists(*(part.to(device) for part in self.blocks))
         return TopologyMask(self.segment_ids.to(device), self.segment_visibility.to(device), blocks)
 
 
 class TopologyQueries(NamedTuple):
-    """Visibility of tokens that follow a cache which all branches share; their own slots are written already.
+    """Which slots of a key-value cache each query may attend to; all branches of a sequence share its cache.
 
-    A token sees cache slot c iff ``c < kv_len``, ``c <= cache_position``, and bit ``kv_segment_ids[c]`` of its bitmap
+    The keys and values of the queries themselves are in the cache when attention is computed. A query may attend to
+    slot c iff ``c < kv_len``, ``c <= cache_position``, and bit ``kv_segment_ids[c]`` of its row of `segment_visibility`
     is set.
 
     Attributes:
-        cache_position: int32 [B, Q], cache slot of each token; -1 for a padded query, which is not written to the cache
-            and sees nothing.
-        kv_len: int32 [B], filled slots, including those of the call's tokens.
-        kv_segment_ids: int32 [B, C], segment of each slot, -1 at holes.
-        segment_visibility: int64 [B, Q, W], bitmap of the segments that each token sees.
+        cache_position: int32 [B, Q], cache slot of each query's token; -1 for a padding query, which is not written to
+            the cache and attends to nothing.
+        kv_len: int32 [B], number of filled slots, including those of the queries.
+        kv_segment_ids: int32 [B, C], segment of the token in each slot, -1 at unused slots and padding.
+        segment_visibility: int64 [B, Q, W], for each query the bitmap of the segments that it may attend to: bit
+            ``t % 64`` of word ``t // 64`` for segment t.
     """
 
     cache_position: Tensor
@@ -68,16 +79,18 @@ def check_topology_type(topology: Any) -> None:
     """Raise `UsageError` unless `topology` is a `TopologyMask` or `TopologyQueries`."""
     if not isinstance(topology, (TopologyMask, TopologyQueries)):
         raise UsageError(
-            f"topology is a {type(topology).__name__}, and a model takes a TopologyMask",
+            f"expected a TopologyMask or TopologyQueries as topology, got {type(topology).__name__}",
             "pass Topology.stack([topology]).to_mask()",
         )
 
 
 def visibility(topology: TopologyMask | TopologyQueries, num_slots: int | None = None) -> Tensor:
-    """True where a query sees a key: bool [B, S, S], or [B, Q, C] for `TopologyQueries`.
+    """True where a query may attend to a key: bool [B, S, S], or [B, Q, C] for `TopologyQueries`.
 
     Args:
-        num_slots: C; by default that of `kv_segment_ids`.
+        topology: the mask or queries.
+        num_slots: C, the number of keys that the attention function receives; by default that of `kv_segment_ids`.
+            Slots beyond those of `kv_segment_ids` are false. Ignored for a `TopologyMask`.
     """
     if isinstance(topology, TopologyMask):
         return visible_pairs(topology.segment_ids, topology.segment_visibility)
@@ -92,26 +105,39 @@ def visibility(topology: TopologyMask | TopologyQueries, num_slots: int | None =
 
 
 def dense_mask(topology: TopologyMask | TopologyQueries, num_slots: int | None = None) -> Tensor:
-    """The boolean mask of `sdpa`, true where a query sees a key: [B, 1, S, S], or [B, 1, Q, C].
+    """Return `visibility` as the boolean mask of `sdpa`: [B, 1, S, S], or [B, 1, Q, C] for `TopologyQueries`.
 
-    A query that sees nothing gets the first key: its softmax would be NaN, which spreads to other tokens in later
-    layers.
+    It is true where a query may attend to a key. One exception: a query that may attend to no key (padding) is given
+    key 0. Otherwise its softmax is NaN, which propagates to other tokens through later layers. Without any key (S = 0
+    or C = 0) the mask is empty.
+
+    Args:
+        topology, num_slots: as for `visibility`.
     """
     visible = visibility(topology, num_slots)
     if visible.shape[-1] == 0:
         return visible[:, None]
-    sees_nothing = ~visible.any(-1, keepdim=True)
-    return torch.cat((visible[..., :1] | sees_nothing, visible[..., 1:]), dim=-1)[:, None]
+    fully_masked = ~visible.any(-1, keepdim=True)
+    return torch.cat((visible[..., :1] | fully_masked, visible[..., 1:]), dim=-1)[:, None]
 
 
 def additive_mask(topology: TopologyMask | TopologyQueries, dtype: torch.dtype, num_slots: int | None = None) -> Tensor:
-    """`dense_mask` for `eager`: 0 where a query sees a key, ``torch.finfo(dtype).min`` elsewhere."""
+    """Return `dense_mask` as the additive mask of `eager`: 0 where it is true, ``torch.finfo(dtype).min`` elsewhere.
+
+    Args:
+        topology, num_slots: as for `visibility`.
+        dtype: floating-point dtype of the mask, that of the attention scores.
+    """
     visible = dense_mask(topology, num_slots)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def flex_mask(topology: TopologyMask) -> BlockMask:
-    """The mask of FlexAttention, made from the block lists without a dense mask [S, S]."""
+    """Return the `BlockMask` of FlexAttention, built from the mask's block lists without a dense mask [S, S].
+
+    The block lists are computed if ``topology.blocks`` is None. Unlike `dense_mask`, a query that may attend to no key
+    stays fully masked.
+    """
     batch, length = topology.segment_ids.shape
     blocks = topology.blocks
     counts, lists, _ = topology_blocks(topology.segment_ids, topology.segment_visibility) if blocks is None else blocks

@@ -1,4 +1,12 @@
-"""The decoding loop of parallel generation: prefill, then steps until every sequence is finished."""
+"""The decoding loop of parallel generation: prefill, then steps until every sequence is finished.
+
+Terms, explained in full in `scheduler.py`: a branch is a part of a sequence that is decoded in parallel with others;
+the trunk is the root branch, which contains all others. Control tokens such as `<Path>` fork a branch into children,
+end it or join the children. Forced tokens (headers, separators, joins) are appended by the scheduler without sampling.
+Each token belongs to a segment, a run of consecutive tokens between forks and joins, which determines what it may
+attend to. B is the number of sequences, P the prompt length, Q the queries of each sequence in a step, V the vocabulary
+size.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +33,31 @@ from hf_efficient.modeling.topology.generation.topology_step import (
     RowQueries,
     TopologySession,
     TopologyStep,
+    acquire_session,
     check_attention,
     forward,
-    leave_session,
-    take_session,
+    release_session,
 )
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import Decode
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 
-# Cache slots allocated for new tokens at first; the cache grows when they are filled.
+# Cache slots allocated at first for new tokens of each sequence; the cache is reallocated when they are filled.
 INITIAL_NEW_SLOTS = 4096
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A forward pass that has been dispatched and not completed.
+    """A forward pass that has been dispatched to the device and whose result has not been read.
 
     Attributes:
-        step: the step that computes it.
-        branches: branches that sample a token after it, those of the first sequence first.
-        queries: of a speculative step, the assumed queries of each sequence; empty otherwise.
-        read: waits for the most likely tokens [B, Q] and, where kept, their log-probabilities; None when the sampler
-            needs the logits instead.
+        step: the buffers (and CUDA graph) that compute it.
+        branches: the n branches that sample a token after it, ordered by sequence.
+        queries: for a speculative step, the `RowQueries` (token ids, positions, cache slots and segments) assumed for
+            each sequence; empty for other steps.
+        read: a function that waits for the device and returns the most likely tokens, int64 [B, Q], and their
+            log-probabilities, float64 [B, Q], or None if the step does not compute them. The field is None if the
+            sampler chooses from the logits instead.
     """
 
     step: TopologyStep
@@ -60,24 +70,36 @@ class ParallelDecodeLoop:
     """Decodes the sequences of one batch in parallel branches.
 
     Each forward pass computes the new tokens of all active branches of all sequences. While the device computes a step,
-    the loop dispatches the next one speculatively, assuming that every sampled token will be text. If a token turns out
-    to fork, join or end a branch, the speculative step is dropped, and the next step overwrites its cache slots.
+    the loop dispatches the next one speculatively, assuming that no sampled token is a control token. If one of them
+    forks, joins or ends a branch, the result of the speculative step is discarded, and the next step overwrites its
+    cache slots.
 
     Args:
         model: any causal language model with full attention and rotary positions.
-        input_ids: [B, P], padded on the left.
-        padding: [B, P], false at padding; None without padding.
-        grammar, token_ids, mode, decode: as for `TopologyBuilder`.
+        input_ids: int64 [B, P], padded on the left.
+        padding: the attention mask [B, P], bool or integer, zero at padding; None without padding.
+        grammar: `multiverse` or `medverse`.
+        token_ids: control token -> id.
+        mode: what a MedVerse step may attend to: `dag`, `layers` or `flat`; see `StepOrder`.
+        decode: function from token ids to text.
         forced: the grammar's forced tokens.
         limits: limits of each sequence.
         sampler: chooses tokens.
-        criteria: transformers' stopping criteria; each ends the branch that it holds for, `MaxTimeCriteria` all.
+        criteria: transformers' stopping criteria. A criterion that is met for a branch stops that branch; a
+            `MaxTimeCriteria` that is met stops all sequences.
         keep_logprobs: store the log-probability of each sampled token in its branch.
         streamer: receives the tokens as they are generated; or None.
 
+    Attributes:
+        sequences: a `SequenceScheduler` for each sequence, with its tokens and branches.
+        offsets: length of each sequence's left padding.
+        session: the key-value cache and the decoding steps captured for it.
+        num_forward_passes: forward passes dispatched so far, including the prefill and discarded speculative steps.
+
     Raises:
         HFEError: the model's attention cannot generate in parallel, or `padding` has another shape.
-        TopologyError: `padding` is not on the left.
+        TopologyError: `padding` is not on the left, or `token_ids` lacks a control token.
+        UsageError: `grammar` or `mode` is unknown, or `streamer` supports only one sequence and B is larger.
     """
 
     def __init__(
@@ -119,13 +141,16 @@ class ParallelDecodeLoop:
         self.stream = None if streamer is None else StreamWriter(streamer, self.sequences)
         self.num_forward_passes = 0
         new_slots = min(limits.max_new_tokens, INITIAL_NEW_SLOTS)
-        self.session: TopologySession = take_session(
+        self.session: TopologySession = acquire_session(
             model, len(self.sequences), self.prompt.shape[1] + new_slots, sampler.suppressed
         )
 
     def run(self) -> None:
-        """Generate until every sequence is finished."""
-        # 1. Prefill: sample the first token of each trunk, unless the prompt has forked it.
+        """Generate until every sequence is finished; the tokens are then in `sequences`.
+
+        Afterwards the session is released for the next call, so a loop runs only once.
+        """
+        # 1. Prefill: sample the first token of each trunk, unless its prompt ends with a fork.
         branches = [sequence.trunk for sequence in self.sequences if sequence.active_branches]
         logits = self._prefill()
         if branches:
@@ -133,22 +158,30 @@ class ParallelDecodeLoop:
             self._accept(branches, *self._choose(branches, logits[rows, -1]))
         for sequence in self.sequences:
             sequence.schedule()
-        # 2. Decode: one step in flight, and where possible a speculative one behind it.
+        # 2. Decode: while one step is in flight, dispatch a second one speculatively if possible.
         pending: PendingStep | None = None
         while not all(sequence.finish_reason for sequence in self.sequences):
             pending = pending or self.dispatch()
             speculative = self.dispatch_speculative(pending)
             self.complete(pending)
-            pending = speculative if speculative is not None and self.speculation_holds(speculative) else None
+            pending = None
+            if speculative is not None and self.speculation_holds(speculative):
+                for sequence in self.sequences:
+                    sequence.num_computed_tokens = len(sequence.tokens)
+                pending = speculative
         # 3. Flush the streamer and keep the cache and the captured steps for the next call.
         if self.stream is not None:
             self.stream.end()
-        leave_session(self.model, self.session)
+        release_session(self.model, self.session)
 
     # Prefill
 
     def _prefill(self) -> Tensor:
-        """Logits [B, 1, V] after the prompts [B, P], whose keys and values fill the first P cache slots."""
+        """Run the model on the prompts [B, P]; return the logits [B, 1, V] of their last tokens.
+
+        The prompts' keys and values fill the first P cache slots. A prompt that contains blocks is computed with a
+        `TopologyMask`, other prompts with a padding mask or none.
+        """
         batch, length = self.prompt.shape
         segments = np.full((batch, length), -1, dtype=np.int32)
         position_ids = np.zeros((batch, length), dtype=np.int64)
@@ -181,7 +214,7 @@ class ParallelDecodeLoop:
     # Decoding steps
 
     def dispatch(self) -> PendingStep:
-        """Dispatch a forward pass of all tokens that no pass has computed."""
+        """Dispatch a forward pass of all tokens that are not yet computed, without waiting for its result."""
         slots = max(
             offset + len(sequence.tokens) for sequence, offset in zip(self.sequences, self.offsets, strict=True)
         )
@@ -191,13 +224,15 @@ class ParallelDecodeLoop:
         return self._enqueue(step, [])
 
     def dispatch_speculative(self, pending: PendingStep) -> PendingStep | None:
-        """Dispatch the step after `pending`, assuming that each token sampled after `pending` is text.
+        """Dispatch the step after `pending` before the result of `pending` is read.
 
-        The step reads these tokens on the device, before the host knows them, unless the sampler proposes them.
+        It assumes that each token sampled after `pending` is an ordinary token (not a control token), so that every
+        active branch continues with one more token. The step takes these tokens from device memory, where `pending`
+        leaves them, unless the sampler proposes them on the host.
 
         Returns:
-            None when the device cannot continue before the host has the tokens: the sampler needs logits or may change
-            tokens, steps are not captured, or the cache must grow first.
+            The dispatched step; None if the device cannot continue before the host has the tokens: the sampler needs
+            logits or may replace tokens, steps are not captured, or the cache must be reallocated first.
         """
         session, sequences, width = self.session, self.sequences, pending.step.queries
         if pending.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
@@ -209,6 +244,7 @@ class ParallelDecodeLoop:
         if slots > session.cache.capacity:
             return None
         proposed = self.sampler.propose(pending.branches)
+        # A sampler that overrides `finalize` may replace tokens on the host, so those on the device may be wrong.
         if proposed is None and type(self.sampler).finalize is not Sampler.finalize:
             return None
         queries, first = [], 0
@@ -231,20 +267,25 @@ class ParallelDecodeLoop:
         return self._enqueue(step, queries)
 
     def _step_for(self, slots: int, queries: int) -> TopologyStep:
-        """A step for `queries` tokens of each sequence, with a cache of at least `slots` slots."""
+        """Return a step for at least `queries` tokens of each sequence; grow the cache to `slots` slots if needed."""
         with_logprobs = self.keep_logprobs and not self.sampler.needs_logits
         segments = max(len(sequence.graph) for sequence in self.sequences)
         return self.session.step_for(slots, queries, segments, with_logprobs)
 
     def _enqueue(self, step: TopologyStep, queries: Sequence[RowQueries]) -> PendingStep:
-        """Start a loaded step and the copy of its tokens to the host."""
+        """Start a step whose inputs are on the device, and the copy of its tokens to the host, without waiting.
+
+        Args:
+            step: the step.
+            queries: for a speculative step, the assumed queries of each sequence; otherwise empty.
+        """
         result = self.session.execute(step, self.model)
         self.num_forward_passes += 1
         branches = [branch for sequence in self.sequences for branch in sequence.active_branches]
         return PendingStep(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
 
     def complete(self, pending: PendingStep) -> None:
-        """Wait for a step, append the sampled tokens and schedule what follows from them."""
+        """Wait for a step, append the sampled tokens, then join finished forks and start queued branches."""
         step, width = pending.step, pending.step.queries
         # The queries of the active branches are the last ones of their batch row; indices are into [B * Q].
         indices = [
@@ -265,7 +306,15 @@ class ParallelDecodeLoop:
             sequence.schedule()
 
     def speculation_holds(self, speculative: PendingStep) -> bool:
-        """True when the sequences have the tokens that a speculative step assumed, which are then computed."""
+        """Return True if the new tokens of all sequences are those that a speculative step assumed; changes nothing.
+
+        Call it after the step before `speculative` is completed. True means that the same branches are active and that
+        each sequence has exactly the assumed number of tokens, with the assumed segments, positions and token ids.
+
+        Args:
+            speculative: its `queries` hold for each sequence the assumed `tokens`, `positions` and `segments`
+                (sequences of int, one entry per active branch) and `end`, the total number of tokens with these.
+        """
         if speculative.branches != [branch for sequence in self.sequences for branch in sequence.active_branches]:
             return False
         for sequence, assumed in zip(self.sequences, speculative.queries, strict=True):
@@ -275,23 +324,30 @@ class ParallelDecodeLoop:
                 len(sequence.tokens) != assumed.end
                 or sequence.segments[start:] != list(assumed.segments)
                 or sequence.positions[start:] != list(assumed.positions)
-                # Placeholders are negative: the step read the sampled token itself. A proposed token may differ.
+                # Negative ids are placeholders that the device filled with the sampled token, so they always match.
                 or any(0 <= guess != token for guess, token in zip(assumed.tokens, tokens, strict=True))
             ):
                 return False
-        for sequence in self.sequences:
-            sequence.num_computed_tokens = len(sequence.tokens)
         return True
 
     # Sampled tokens
 
     def _choose(self, branches: Sequence[Branch], logits: Tensor) -> tuple[list[int], list[float] | None]:
-        """Tokens that the sampler chooses from logits [n, V], and their log-probabilities where they are kept."""
+        """Return the token ids that the sampler chooses for n branches from logits [n, V], and their log-probabilities.
+
+        The log-probabilities are None unless `keep_logprobs` is set.
+        """
         choice: Choice = self.sampler.choose(branches, logits)
         return choice.tokens.tolist(), choice.logprobs.tolist() if self.keep_logprobs else None
 
     def _accept(self, branches: Sequence[Branch], tokens: list[int], logprobs: list[float] | None) -> None:
-        """Append the token of each branch, apply the stopping criteria and stream the new tokens."""
+        """Append the sampled token of each branch, apply the stopping criteria and stream the new tokens.
+
+        Args:
+            branches: all active branches of all sequences, ordered by sequence.
+            tokens: the sampled token of each branch; `Sampler.finalize` may replace it.
+            logprobs: log-probability of each token, or None if they are not kept.
+        """
         tokens = self.sampler.finalize(branches, tokens)
         if logprobs is not None:
             for branch, logprob in zip(branches, logprobs, strict=True):
@@ -304,39 +360,48 @@ class ParallelDecodeLoop:
                 first += count
         if self.criteria:
             self._apply_criteria(branches)
-        if any(_holds(criterion, np.zeros(1)) for criterion in self.time_criteria):
+        if any(_is_met(criterion, np.zeros(1)) for criterion in self.time_criteria):
             for sequence in self.sequences:
                 sequence.stop_all("max_time")
         if self.stream is not None:
             self.stream.flush()
 
     def _apply_criteria(self, branches: Sequence[Branch]) -> None:
-        """Stop each active branch for whose visible ids a stopping criterion holds."""
+        """Stop each active branch for which a stopping criterion is met.
+
+        A criterion receives the ids that the branch attends to, int64 [1, n], including the left padding.
+        """
         for branch in branches:
             sequence = self.sequences[branch.row]
             if branch in sequence.active_branches:
                 ids = branch.visible_ids()
-                if any(_holds(criterion, ids) for criterion in self.criteria):
+                if any(_is_met(criterion, ids) for criterion in self.criteria):
                     sequence.stop(branch, "stopping_criteria")
 
 
-def _holds(criterion: Any, ids: Any) -> bool:
-    """Result of a stopping criterion for one sequence of ids, without scores."""
+def _is_met(criterion: Any, ids: Any) -> bool:
+    """Call a stopping criterion with the ids of one branch as [1, n], and with None as its scores."""
     return bool(torch.as_tensor(criterion(torch.as_tensor([list(ids)], dtype=torch.long), None)).all())
 
 
 def _left_padding(padding: Tensor | None, batch: int, length: int) -> list[int]:
-    """Number of padding tokens before each prompt.
+    """Return the number of padding tokens before each prompt.
 
     Args:
-        padding: [batch, length], false at padding; None without padding.
+        padding: attention mask [batch, length], bool or integer, zero at padding; None without padding.
+        batch, length: shape of the prompts.
+
+    Raises:
+        HFEError: `padding` has another shape.
+        TopologyError: `padding` hides tokens that are not at the beginning of their row.
     """
     if padding is None:
         return [0] * batch
     real = padding.to(torch.bool).cpu()
     if real.shape != (batch, length):
         raise HFEError(
-            f"attention_mask has shape {list(padding.shape)} and the prompt {[batch, length]}", "give one for each id"
+            f"attention_mask has shape {list(padding.shape)} and the prompt {[batch, length]}",
+            "pass a mask of the shape of input_ids",
         )
     if not bool(real[:, -1].all()) or bool((real[:, 1:] < real[:, :-1]).any()):
         raise TopologyError(

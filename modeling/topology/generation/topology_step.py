@@ -465,7 +465,7 @@ def _round_up(count: int) -> int:
     return count if count > MOST_CAPTURED_QUERIES else 1 << max(count - 1, 0).bit_length()
 
 
-def take_session(model: Any, batch: int, capacity: int, suppressed: tuple[int, ...] = ()) -> TopologySession:
+def acquire_session(model: Any, batch: int, capacity: int, suppressed: tuple[int, ...] = ()) -> TopologySession:
     """A session for one call: one that an earlier call left, if it fits, or a new one.
 
     Args:
@@ -486,7 +486,7 @@ def take_session(model: Any, batch: int, capacity: int, suppressed: tuple[int, .
     return session
 
 
-def leave_session(model: Any, session: TopologySession) -> None:
+def release_session(model: Any, session: TopologySession) -> None:
     """Give a session to the pool for the next call, unless it has captured nothing."""
     if session.report():
         step_pool(model).put(session)

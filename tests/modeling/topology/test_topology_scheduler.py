@@ -179,7 +179,7 @@ def test_a_refused_fork_goes_on_as_text(
     text = f"<Parallel><Goal>{outlines}</Goal><Path>1: u</Path><Path>2: v</Path><Conclusion>"
     found = course("multiverse", {(): text}, **limits)
     assert found.passes == found.row.num_generated_tokens, "one token a pass"
-    assert any("fork refused" in warning and reason in warning for warning in found.row.trunk.builder.warnings)
+    assert any("fork rejected" in warning and reason in warning for warning in found.row.trunk.builder.warnings)
     assert len(found.row.graph) > 2, "the paths are segments all the same"
 
 
@@ -217,7 +217,7 @@ def test_a_token_that_cannot_stand_in_a_step_ends_it(course: Callable[..., Any],
 def test_a_plan_with_a_repeated_step_is_not_run(course: Callable[..., Any]) -> None:
     repeated = "<Plan>" + 2 * "<Outline> Transient Step 1: A -> B; Dependency: [] </Outline>" + "</Plan>"
     found = course("medverse", {(): f"{repeated}<Execution><Step> Transient Step 1: a\nx</Step></Execution>"})
-    assert any("fork refused, step 1" in warning for warning in found.row.trunk.builder.warnings)
+    assert any("fork rejected, step 1" in warning for warning in found.row.trunk.builder.warnings)
 
 
 @pytest.mark.parametrize("steps", [{1: [7], 2: []}, {1: [2], 2: [1]}, {1: [1], 2: []}, {2: [], 1: [2]}])
