@@ -1,4 +1,4 @@
-"""`ArchitectureSpec`, the record of one registered architecture, and the list of all of them.
+"""`ArchitectureSpec`, the description of one of our model architectures, and the list of all that are registered.
 
 `hf_efficient/registry.py` holds the entries and registers them here when the package is imported. Files of
 `conversion/`, which may not import that file, read them here.
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """One registered architecture: classes by name, and what the rest of the package must know of them.
+    """One of our architectures: its model classes by name, and what conversion, `inspect` and the command line need.
 
     ``module:name`` is an object of a module, imported when it is used.
 
@@ -27,18 +27,17 @@ class ArchitectureSpec:
         prefix: what its class names begin with: `X` for `XConfig`, `XModel`, `XForCausalLM`.
         tasks: heads that it defines, the main one last, e.g. `CausalLM` for `AutoModelForCausalLM`.
         family: ``module:name`` of the `ModelFamily` whose stock models it is made from.
-        source_types: stock model types that it takes; None for all of the family.
-        combines: takes a model of the family without a patch, and with several.
+        source_types: model types of transformers that can be converted to it; None for all of the family.
+        combines: whether models of the family without a patch, or with several patches, become this architecture.
         patch_options: ``module:Class`` of the dataclass that holds the patch's conversion options.
-        generation: module whose `parallel_generate` its checkpoints offer to stock models too.
-        adds_tokens: the patch adds tokens to the vocabulary; a checkpoint takes one such patch.
+        generation: module with a function `parallel_generate` that also works with stock models; None without one.
+        adds_tokens: whether the patch adds tokens to the vocabulary; a checkpoint may have one such patch.
         tensor_groups: label in `inspect` -> parts of the names of its own tensors.
         inspected_fields: configuration field -> label in `inspect`.
-        token_tables: parts of the names of tensors that have a row for each token and are read at a text's rows only.
-        runtime_fields: configuration fields that say how a loaded model runs, and change no tensor and no logit.
-        release_readers: ``module:Class`` of each `ReleaseReader` for checkpoints of other training code.
-        writes_special_tokens: ``module:function`` of a configuration: True when the special tokens that the model
-            generates are part of its text.
+        token_tables: parts of the names of tensors [vocab_size, W] of which only a text's rows are needed.
+        runtime_fields: configuration fields that choose how a loaded model runs, and change neither tensors nor logits.
+        release_readers: ``module:Class`` of each reader for checkpoints of the authors' own training code.
+        writes_special_tokens: ``module:function``, config -> True if generated special tokens are part of the text.
         generation_figures: fields of what `generate` returns that the command line shows, such as `parallelism`.
     """
 
@@ -62,7 +61,7 @@ class ArchitectureSpec:
 
     @cached_property
     def auto_classes(self) -> dict[str, type]:
-        """Name of an Auto class -> the class it resolves to; the configuration comes first."""
+        """Name of an Auto class -> our class, the configuration first, the main head last. Imports the modeling."""
         names = {"AutoConfig": f"{self.prefix}Config", "AutoModel": f"{self.prefix}Model"}
         names |= {f"AutoModelFor{task}": f"{self.prefix}For{task}" for task in self.tasks}
         module = import_module(self.modeling)
@@ -75,18 +74,20 @@ class ArchitectureSpec:
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
+        """Our configuration class. Imports the modeling file."""
         return self.auto_classes["AutoConfig"]
 
     @property
     def peft_targets(self) -> tuple[str, dict[str, list[str]]]:
-        """Stock model type whose target modules PEFT's methods take by default, and lists for single methods.
+        """(transformers' model type whose default `target_modules` in PEFT apply, PEFT method -> other target modules).
 
-        The configuration class holds both, since a checkpoint's own copy of the code registers them too.
+        Both are attributes of the configuration class, since a checkpoint's own copy of the code registers them too.
         """
         return self.config_class.peft_targets, self.config_class.peft_targets_by_method
 
     @property
     def model_type(self) -> str:
+        """`model_type` of the configuration class. Imports the modeling file."""
         return self.config_class.model_type
 
 
@@ -94,7 +95,7 @@ _ARCHITECTURES: list[ArchitectureSpec] = []
 
 
 def register_architecture(spec: ArchitectureSpec) -> None:
-    """Add an architecture to the list; a second call with the same one has no effect."""
+    """Add an architecture to the list, unless an equal one is there."""
     if spec not in _ARCHITECTURES:
         _ARCHITECTURES.append(spec)
 
@@ -105,17 +106,17 @@ def architectures() -> Sequence[ArchitectureSpec]:
 
 
 def architecture_of(model_type: str) -> ArchitectureSpec | None:
-    """The architecture registered under ``model_type``, or None when it is not ours."""
+    """The architecture registered under ``model_type``, or None if that is not one of ours."""
     return next((spec for spec in _ARCHITECTURES if spec.model_type == model_type), None)
 
 
 def architectures_beside(spec: ArchitectureSpec) -> list[ArchitectureSpec]:
-    """The architectures that take the same stock models as ``spec``, itself among them."""
+    """The architectures that the same models can be converted to as to ``spec``, itself included."""
     return [each for each in _ARCHITECTURES if (each.family, each.source_types) == (spec.family, spec.source_types)]
 
 
 def active_architectures(config: PreTrainedConfig) -> list[ArchitectureSpec]:
-    """The architecture of each patch that a configuration of ours carries; none for a stock model's."""
+    """The architecture of each patch in `config.active_patches`; empty for a stock configuration."""
     spec = architecture_of(config.model_type)
     if spec is None:
         return []
@@ -128,16 +129,16 @@ def patch_classes() -> dict[str, type]:
 
 
 def runtime_fields() -> set[str]:
-    """Every field that is of run time only, of all architectures."""
+    """The `runtime_fields` of all architectures."""
     return {name for spec in _ARCHITECTURES for name in spec.runtime_fields}
 
 
 def token_tables() -> tuple[str, ...]:
-    """Parts of the names of every tensor that is read at a text's rows only."""
+    """The `token_tables` of all architectures."""
     return tuple(part for spec in _ARCHITECTURES for part in spec.token_tables)
 
 
 def load(path: str) -> Any:
-    """The object that ``module:name`` names."""
+    """Import the object ``module:name``; raises ImportError or AttributeError if there is none."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

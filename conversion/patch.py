@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from hf_efficient.conversion.reading.source import Source
     from hf_efficient.conversion.vocabulary import VocabularyChange
 
-# A patch knows the configuration of the family that it takes.
+# Configuration class of the model family (decoders or encoders) that a patch supports.
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig, contravariant=True)
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor that the patched checkpoint has and the source has not: its shape, dtype and how it is made."""
+    """A tensor that the patched checkpoint has and the source does not have.
+
+    Attributes:
+        shape, dtype: of the stored tensor.
+        origin: how it is computed, as text for the report.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,27 +44,27 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class ExpectedChoice:
-    """What `choose` will return, before anything is measured.
+    """What is known of the result of `Patch.choose` before the source model is run.
 
     Attributes:
-        fields: configuration fields of a result of the expected size; of several sizes, the largest.
-        measured: fields that the measurement will decide, each with what is known of it before.
+        fields: configuration fields that give the result the expected size; of several possible sizes, the largest.
+        to_measure: the fields that depend on a measurement -> what is known of each before, as text for the report.
     """
 
     fields: dict[str, Any]
-    measured: dict[str, str]
+    to_measure: dict[str, str]
 
 
 @dataclass
 class TensorChanges:
-    """What a patch does to the tensors of a checkpoint: the ones it adds, by name, and the ones it drops."""
+    """The tensors that a patch adds (name -> tensor) and the names of the source tensors that it drops."""
 
     added: dict[str, NewTensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
 
 def bibtex(key: str, title: str, authors: str, arxiv: str) -> str:
-    """The BibTeX entry of a paper on arXiv; its number begins with the year."""
+    """The BibTeX entry of a paper on arXiv; `arxiv` is its number, such as `2601.10639`, which begins with the year."""
     fields = {"title": title, "author": authors, "year": f"20{arxiv[:2]}", "eprint": arxiv, "archivePrefix": "arXiv"}
     return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
 
@@ -68,72 +73,84 @@ class Patch(Protocol[ConfigT]):
     """A change of architecture, with the options that a user chose for it.
 
     The converter calls `check`, then `choose` (which may run the source model on calibration text), then `changes`,
-    then `tensors`. With `needs_calibration` False the calibration argument is None.
+    then `tensors`. `calibration` holds the source model and calibration text; it is None if `needs_calibration` is
+    False. `config` is the source's configuration for `check` and `choose`, the result's for `changes` and `tensors`,
+    each of the project's own configuration class of the model family.
     """
 
     name: ClassVar[str]
-    # What a reader of the model card must know before using a converted checkpoint.
+    # Paragraph of the model card: what to know before using a converted checkpoint.
     card_note: ClassVar[str]
     # BibTeX entry of the paper that describes the method.
     citation: ClassVar[str]
 
     @property
     def needs_calibration(self) -> bool:
-        """True when the patch measures the source model on text."""
+        """True if `choose` or `tensors` runs the source model on text."""
 
     @property
     def measures_choice(self) -> bool:
-        """True when `choose` runs the source model, which takes longer than computing the tensors."""
+        """True if `choose` runs the source model, which takes longer than computing the tensors."""
 
     def check(self, config: ConfigT) -> None:
-        """Raise `UsageError` for an option that this model cannot take, before any weight is read."""
+        """Raise `UsageError` for an option that this model does not support. Reads no weight."""
 
     def choose(self, config: ConfigT, calibration: Calibration | None) -> dict[str, Any]:
-        """Configuration fields of the patched model, e.g. the layers that it replaces."""
+        """The patch's configuration fields of the result, e.g. the layers that it replaces.
+
+        Raises:
+            UsageError: the patch needs calibration and got none.
+            HFEError: the measurement gives no usable choice.
+        """
 
     def changes(self, config: ConfigT, dtype: torch.dtype) -> TensorChanges:
-        """Tensors added and dropped, for the patched configuration and the checkpoint's dtype. Reads no weight."""
+        """The tensors that are added and dropped; `dtype` is that of most stored tensors. Reads no weight."""
 
     def tensors(self, config: ConfigT, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        """Every added tensor in the order of `changes`, one at a time: each is written before the next is computed.
+        """(name, value) of every added tensor in the order of `changes`; each is written before the next is computed.
 
-        One with a row for each token has all rows of the result's vocabulary; those of tokens that another patch adds
-        are overwritten.
-        The same options give the same bits, since a resumed conversion calls this again.
+        A tensor with a row for each token has `config.vocab_size` rows; the converter overwrites the rows of tokens
+        that another patch adds. The same options give the same bits, since a resumed conversion calls this again.
         """
 
     def report(self) -> Mapping[str, Any]:
-        """What the patch measured, for the report. Called after `choose`, and when `tensors` is exhausted.
+        """What the patch measured, as JSON values for the report. Called after `choose` and at the end of `tensors`.
 
-        Each patch annotates it with a `TypedDict`: verification accepts these keys in a report and no others.
-
-        A `summary`, texts by label, is shown in the report's table.
+        Each patch annotates the return type with a `TypedDict`: `hf-efficient verify` accepts only these keys. Under
+        the key `summary`, label -> text, are lines for the report's table.
         """
 
 
 @runtime_checkable
 class MeasuringPatch(Patch[ConfigT], Protocol[ConfigT]):
-    """A patch whose `measures_choice` may be True; then a plan that is to measure nothing calls `expected_choice`."""
+    """A patch whose `measures_choice` may be True; a dry run without measuring calls `expected_choice` instead."""
 
     def expected_choice(self, config: ConfigT) -> ExpectedChoice:
-        """What is known of the result of `choose` before anything is measured."""
+        """What is known of the result of `choose` before the source model is run."""
 
 
 @runtime_checkable
 class VocabularyPatch(Patch[ConfigT], Protocol[ConfigT]):
-    """A patch that adds tokens; a conversion may have one. The converter calls `vocabulary` after `check`."""
+    """A patch that adds tokens; at most one in a conversion. The converter calls `vocabulary` after `check`."""
 
     def vocabulary(self, source: Source) -> VocabularyChange:
-        """The tokens and their rows, from the source's tokenizer, and what generation is to suppress."""
+        """The added tokens, how their rows are computed, and the ids that generation suppresses.
+
+        Raises:
+            HFEError: the source has no tokenizer, or the tokenizer does not support the tokens.
+        """
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite int or float; True and False are none."""
+    """True for a finite int or float, but not for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:
-    """The whole numbers of a text such as `1,4,7`, or of a list, sorted; None unless they are such, and different."""
+    """The layer indices in a text such as `1,4,7` or in a list, sorted; None if one is no integer or occurs twice.
+
+    Negative indices are returned, and so is an empty list; the caller checks the range.
+    """
     try:
         parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
     except ValueError:

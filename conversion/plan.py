@@ -1,4 +1,4 @@
-"""The plan of a conversion: every tensor, and the disk and memory it takes, before any weight is read."""
+"""The plan of a conversion: how each tensor is produced, and the disk and memory needed, before weights are read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.conversion.writing.shard_writer import Shard, StoredTensor, split_into_shards
 from hf_efficient.errors import HFEError
 
-# Fields that describe a file or a class, not a model.
-_NOT_OF_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
+# Fields of a configuration that describe the file or the class, and are set anew for the result.
+_FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ModelSize:
         parameters: number of stored parameters; a tied head counts once.
         bytes: bytes of the stored tensors.
         flops_per_token: ``2 * (parameters of linear layers, the head included)``: one multiplication and one addition
-            for each in a forward pass. Table and embedding look-ups cost none; left out is what grows with the
-            context, the attention scores.
+            for each in a forward pass. Table and embedding look-ups cost none. Attention scores, whose cost grows with
+            the context, are not counted.
     """
 
     parameters: int
@@ -42,21 +42,22 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, tensors: Sequence[StoredTensor]) -> ModelSize:
+        """The size of the model of `config` whose stored tensors are `tensors`; creates it on the meta device."""
         linear = (m.weight.numel() for m in skeleton(config).modules() if isinstance(m, nn.Linear))
         return cls(sum(t.elements for t in tensors), sum(t.bytes for t in tensors), 2 * sum(linear))
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What becomes of every tensor of the source, and where every tensor of the result comes from.
+    """How each tensor of the result is produced, and which tensors of the source are not used.
 
     Attributes:
         config: configuration of the result.
-        shards: weight files of the result.
-        copied: names of the tensors that are copied from the source.
-        computed: tensors that each patch computes, by the patch's name.
-        dropped: source tensors that a patch replaces.
-        left_out: source tensors that no checkpoint needs, each with the reason.
+        shards: weight files of the result, in the order in which they are written.
+        copied: names of the tensors that are copied from the source, those of wider dtypes first.
+        computed: patch name -> tensor name -> shape, dtype and origin of the tensor that the patch computes.
+        dropped: names of the source tensors that a patch replaces.
+        left_out: source tensor that the model does not load, e.g. a stored copy of a tied head -> reason.
         before, after: size of source and result.
     """
 
@@ -71,24 +72,27 @@ class ConversionPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the weight files take."""
+        """Size of the weight files in bytes, headers included."""
         return sum(len(shard.header()) + shard.data_bytes for shard in self.shards)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak bytes of weights in memory: the largest tensor and scratch.
+        """Peak bytes of weights in memory: the largest tensor in fp32, and two chunks of `CHUNK_ELEMENTS` elements.
 
-        Calibration adds the weights of one layer and the hidden states of its text.
+        Not counted: calibration needs the weights of one layer and the hidden states of its text.
         """
         largest = max(tensor.elements for shard in self.shards for tensor in shard.tensors)
         return (largest + 2 * CHUNK_ELEMENTS) * torch.float32.itemsize
 
 
 def check_source(source: Source) -> dict[str, str]:
-    """Compare a source's tensors with its configuration. Returns the tensors to leave out, each with the reason.
+    """Compare a source's tensors with its configuration; returns the tensors to leave out, name -> reason.
+
+    Reads no weights, except that a stored copy of a tied tensor is compared with the tensor it is tied to.
 
     Raises:
-        HFEError: a tensor is missing, unknown, of another shape or quantised, or a tied head is not the embedding.
+        HFEError: a tensor is missing, unknown, of another shape or quantised, or a stored head differs from the
+            embedding although config.json ties them.
     """
     reader, config = source.reader, source.config
     names = reader.names()
@@ -109,21 +113,23 @@ def plan_conversion(
     max_shard_bytes: int,
     left_out: dict[str, str],
 ) -> ConversionPlan:
-    """Plan the conversion of a checked source.
+    """Plan the conversion of a source that `check_source` accepted. Reads no weights.
 
     Args:
-        choices: configuration fields that the patches chose.
+        choices: configuration fields that the patches chose, name -> value.
         target: architecture of the result.
-        dtype: of every tensor but those that stay float32; None keeps each tensor's own, and gives new ones the dtype
-            of most source elements.
-        left_out: what `check_source` returned.
+        dtype: dtype of the result, except of tensors that the model always stores in float32; None keeps each source
+            tensor's own, and gives new tensors the dtype of most source elements.
+        max_shard_bytes: largest size of a weight file.
+        left_out: the result of `check_source`.
 
     Raises:
-        HFEError: the patches do not account for every tensor of the source or of the result.
+        HFEError: a tensor of the result is neither copied nor computed, one of the source is neither used nor dropped,
+            or a patch computes a tensor that the model does not have, or drops one that it uses.
     """
     reader = source.reader
     main_dtype = dtype or _main_dtype(reader, left_out)
-    fields = {name: value for name, value in source.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+    fields = {name: value for name, value in source.config.to_dict().items() if name not in _FILE_FIELDS}
     config = target.config_class(**{**fields, **choices}, dtype=main_dtype)
     config.architectures = [target.auto_classes[source.family.auto_class(source.stock_config)].__name__]
     changes = {patch.name: patch.changes(config, main_dtype) for patch in patches}
@@ -134,9 +140,9 @@ def plan_conversion(
     tensors = model_tensors(config)
     expected = tensors.shapes
     copied = [name for name in expected if name not in added]
-    _check_accounts(reader, expected, copied, added, dropped, left_out)
+    _check_every_tensor_planned(reader, expected, copied, added, dropped, left_out)
     dtypes = {name: torch.float32 if name in tensors.float32 else dtype or reader.dtype(name) for name in copied}
-    # Wider elements first: see `split_into_shards`.
+    # Wider elements first, so that every tensor in a file is aligned to its element size.
     copied.sort(key=lambda name: -dtypes[name].itemsize)
     stored = [StoredTensor(name, expected[name], dtypes[name]) for name in copied]
     stored += [StoredTensor(n, t.shape, t.dtype) for tensors in computed.values() for n, t in tensors.items()]
@@ -154,6 +160,7 @@ def plan_conversion(
 
 
 def _main_dtype(reader: TensorReader, left_out: dict[str, str]) -> torch.dtype:
+    """The dtype of most elements of the source, without the tensors that are left out."""
     elements: dict[torch.dtype, int] = {}
     for name in reader.names():
         if name not in left_out:
@@ -162,7 +169,7 @@ def _main_dtype(reader: TensorReader, left_out: dict[str, str]) -> torch.dtype:
     return max(elements, key=lambda dtype: elements[dtype])
 
 
-def _check_accounts(
+def _check_every_tensor_planned(
     reader: TensorReader,
     expected: dict[str, tuple[int, ...]],
     copied: list[str],
@@ -170,7 +177,11 @@ def _check_accounts(
     dropped: list[str],
     left_out: dict[str, str],
 ) -> None:
-    """Every tensor of the result is copied or computed, every tensor of the source copied, dropped or left out."""
+    """Raise `HFEError` unless the plan covers each tensor of source and result exactly once.
+
+    Each tensor of the result (`expected`, name -> shape) is copied or computed, and each of the source is copied,
+    dropped or left out.
+    """
     names = set(reader.names())
     problems = {
         "neither copied nor computed": [name for name in copied if name not in names],
@@ -184,7 +195,7 @@ def _check_accounts(
 
 
 def _check_tied(reader: TensorReader, name: str, owner: str) -> None:
-    """Raise `HFEError` unless a stored tied tensor equals the tensor that it is tied to."""
+    """Raise `HFEError` unless the stored tensor `name` equals `owner`, which it is tied to; compared in row chunks."""
     shape = reader.shape(owner)
     step = max(1, CHUNK_ELEMENTS // torch.Size(shape[1:]).numel())
     for start in range(0, shape[0], step):

@@ -1,4 +1,4 @@
-"""`convert`: the conversion of a checkpoint, from the name of its source to the finished folder."""
+"""`convert`: converts a checkpoint and writes the finished folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from hf_efficient import __version__
 from hf_efficient.conversion.families.family import target_architecture
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
-from hf_efficient.conversion.measuring.evaluation import PASS_DTYPE, Evaluator, LogitSource
+from hf_efficient.conversion.measuring.evaluation import EVAL_DTYPE, Evaluator, LogitSource
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
 from hf_efficient.conversion.patch import MeasuringPatch, Patch, VocabularyPatch
 from hf_efficient.conversion.plan import ConversionPlan, check_source, plan_conversion
@@ -43,12 +43,13 @@ from hf_efficient.hub.repository import check_access
 from hf_efficient.json_file import finite_or_null, read_json
 from hf_efficient.logging import IN_REPORT, get_logger
 
-# Expected seconds of each stage for a small model on two cores. Only the progress bar depends on them.
+# Expected seconds of each stage for a small model on two cores, which set the stages' shares of the progress bar.
 _STAGES = {"reading text": 8, "choosing": 0.1, "copying": 5, "computing": 40, "measuring": 30, "finishing": 2}
+# Expected seconds of the stage `choosing` if a patch has to run the source model for it.
 _MEASURED_CHOICE_SECONDS = 55
-_PLANNING = ("reading text", "choosing")
-# A model that grows by a larger factor is worth a warning.
-_GROWTH = 1.05
+_PLANNING_STAGES = ("reading text", "choosing")
+# `plan` warns if the result has more than this many times the bytes of the source.
+_SIZE_WARNING_RATIO = 1.05
 
 
 def convert(
@@ -77,42 +78,49 @@ def convert(
 ) -> ConversionReport:
     """Convert a checkpoint to a patched architecture, tensor by tensor.
 
-    OUTPUT appears by one rename when it is complete: weights, configuration, tokenizer, code, model card and report.
-    Until then the files are in `OUTPUT.hfe-partial` in the same folder, from which `resume=True` continues.
+    `output` is created atomically (renamed when complete) and contains weights, configuration, tokenizer, code, model
+    card and report. Until then the files are in `OUTPUT.hfe-partial` next to it, from which `resume=True` continues.
 
     Args:
-        source: Hub id, local folder, or local `.gguf` file; the folder may also be one that the authors of an
-            architecture wrote with their own training code.
-        output: folder to make.
-        patches: what to change; instances of the patch dataclasses. One patch on a stock model gives that patch's own
-            architecture; none or several give the family's architecture that takes any combination.
-        dtype: `auto` keeps every tensor's own (GGUF: float32), or float32, bfloat16, float16.
-        revision, token: of a Hub repository.
-        device: on which calibration and measurement run.
-        seed: of all random numbers.
-        max_shard_size: largest weight file.
-        base_model, license: for the model card; by default those in the source's metadata.
+        source: Hub id, local folder, or local `.gguf` file; the folder may also be a checkpoint of an architecture's
+            original training code.
+        output: folder to create.
+        patches: instances of the patch dataclasses, e.g. `Stem(layers=[1, 4])`. One patch on a stock (unpatched
+            transformers) model gives that patch's own architecture; none or several give the architecture of the model
+            family that supports any combination of patches.
+        dtype: `auto` keeps every tensor's own dtype (GGUF: float32), or float32, bfloat16, float16.
+        revision: branch, tag or commit of a Hub source.
+        token: access token for the Hub, for downloads and for `push_to_hub`.
+        device: device for calibration and evaluation.
+        seed: random seed. The generator state of the caller is restored afterwards.
+        max_shard_size: largest size of a weight file, in bytes or as text such as `5GB`.
+        base_model, license: Hub id and licence for the model card; by default those in the source's metadata.
         tokenizer: folder or Hub id of a tokenizer, for a source without one, or to use in place of the source's.
-        calibration: text for calibration and measurement, a `.jsonl` or `.txt` file or the id of a data set; by default
-            a built-in sample of English documentation.
-        calibration_tokens: tokens to calibrate on, at most.
+        calibration: text for calibration and evaluation, a `.jsonl` or `.txt` file or the Hub id of a data set; by
+            default a built-in sample of English documentation.
+        calibration_tokens: maximum number of tokens to calibrate on.
         evaluate: measure the loss on held-out text and compare it with the source's.
         resume: continue an interrupted conversion with the same options.
         overwrite: replace an existing OUTPUT once the new one is complete; discard an interrupted conversion.
-        dry_run: plan only; nothing is written, and nothing measured: the report says what a conversion will measure.
-        measure: with `dry_run`, also measure what the patches choose by measurement, such as the layers.
-        push_to_hub: repository, OWNER/NAME, to upload OUTPUT to at the end; a new one is private. Before the source is
-            read the Hub is asked whether it may be written.
-        progress: show a bar, or, where standard error is no terminal, a few lines.
+        dry_run: only plan: nothing is written, nothing is measured, and the report says what a conversion will measure.
+        measure: requires `dry_run`: also measure what the patches choose by measurement, such as the layers.
+        push_to_hub: repository, OWNER/NAME, to upload `output` to at the end; a new one is private. Write access is
+            checked before the source is read.
+        progress: show a progress bar on standard error, or a few lines if that is not a terminal.
+
+    Returns:
+        The report that was also written to `conversion_report.json`; with `dry_run` the report of the plan.
 
     Raises:
-        UsageError: an option is wrong, or OUTPUT exists; the source was not read.
-        HFEError: the source cannot be converted, or not on this machine; OUTPUT is unchanged. Or the upload failed;
-            then OUTPUT is complete.
+        UsageError: an option is wrong, or `output` exists.
+        HFEError: the source cannot be read or converted, or disk space is insufficient; `output` is unchanged. Or the
+            upload failed; then `output` is complete.
     """
     started = time.perf_counter()
     if measure and not dry_run:
-        raise UsageError("measure goes with dry_run, and a conversion measures anyway", "leave it out, or add dry_run")
+        raise UsageError(
+            "measure=True requires dry_run=True, a conversion measures anyway", "leave it out, or add dry_run"
+        )
     output = resolve_output(output)
     options = ConversionOptions(
         patches=patches,
@@ -137,7 +145,7 @@ def convert(
         token=token,
         tokenizer=None if tokenizer is None else str(tokenizer),
     )
-    shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING}
+    shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING_STAGES}
     if any(patch.measures_choice for patch in options.patches):
         shares["choosing"] = _MEASURED_CHOICE_SECONDS
     show = progress and (measure or not dry_run)
@@ -162,7 +170,11 @@ def convert(
 
 
 def _push(output: Path, repo_id: str, token: str | None) -> None:
-    """Upload the finished folder; an error message names the command that repeats the upload."""
+    """Upload the finished folder to the Hub and log its URL.
+
+    Raises:
+        HFEError: the upload failed; the message names the command that repeats it.
+    """
     try:
         result = push(output, repo_id, token=token)
     except HFEError as error:
@@ -173,14 +185,27 @@ def _push(output: Path, repo_id: str, token: str | None) -> None:
 
 
 class _Conversion:
-    """The steps of one conversion of an opened source."""
+    """The steps of one conversion of an opened source: `plan`, then `write` or only `report`.
+
+    Attributes:
+        architecture: architecture of the result: its model type, configuration class and model classes.
+        left_out: source tensors that the model does not load, name -> reason, e.g. a stored copy of a tied head.
+        vocabulary: the tokens that a patch adds, or None.
+        workspace: folder of an unfinished conversion, which also stores intermediate results; None in a dry run.
+        warnings: texts for the report.
+        choices: by patch name, the configuration fields that the patch chose; set by `plan`.
+
+    Raises:
+        UsageError: an option of a patch does not suit the model.
+        HFEError: the model does not support a patch, or the source's tensors do not match its configuration.
+    """
 
     def __init__(self, source: Source, options: ConversionOptions, progress: Progress) -> None:
         self.source = source
         self.options = options
         self.patches = options.patches
         self.progress = progress
-        # Raises for a patch that does not take the model.
+        # Raises if a patch does not support this model.
         self.architecture = target_architecture(
             source.stock_config,
             [patch.name for patch in self.patches],
@@ -192,14 +217,14 @@ class _Conversion:
         adding = [patch for patch in self.patches if isinstance(patch, VocabularyPatch)]
         self.vocabulary = adding[0].vocabulary(source) if adding else None
         self.workspace: Workspace | None = None
-        self._found: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         self.warnings: list[str] = []
         for warning in source.warnings:
             self.warn(warning)
         self.choices: dict[str, dict[str, Any]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the result: a conversion is resumed only if this is unchanged."""
+        """Everything that determines the result, as JSON values: a conversion is resumed only if this is unchanged."""
         text = Path(self.options.calibration or "")
         return {
             **self.options.to_dict(),
@@ -212,7 +237,11 @@ class _Conversion:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Text and source model for calibration and measurement; prepared when first needed."""
+        """Text and source model for calibration and evaluation; prepared on first access, its summary saved.
+
+        Raises:
+            HFEError: the source has no usable tokenizer, or the text is missing or too short.
+        """
         options = self.options
         prepared = prepare_calibration(
             self.source,
@@ -221,34 +250,43 @@ class _Conversion:
             device=options.device,
             progress=self.progress.step,
         )
-        self._remember("calibration", prepared.summary())
+        self._save_result("calibration", prepared.summary())
         return prepared
 
     def plan(self, *, measure: bool = True) -> ConversionPlan:
-        """Let the patches choose, and plan every tensor. Choices of an interrupted run are reused.
+        """Determine each patch's data-dependent settings (e.g. layers) and plan how each tensor is produced.
 
-        Without `measure` no text is read, and what the patches would measure is planned as they expect it.
+        Sets `choices`, saves each patch's choice so that a resumed run reuses it, and warns if the model grows.
+
+        Args:
+            measure: False if patches must not run the source model: a `MeasuringPatch`, whose choice depends on a
+                measurement, then supplies the settings it expects, and the `choose` of any other patch gets no text.
+
+        Raises:
+            HFEError: the tokenizer or the text is unusable, a weight of the source is not finite, no choice meets a
+                patch's limits (e.g. no layer is within `max_delta`), or the patches do not cover every tensor.
         """
-        self.choices = {patch.name: self._recall(f"choice:{patch.name}") for patch in self.patches}
+        self.choices = {patch.name: self._load_result(f"choice:{patch.name}") for patch in self.patches}
         undecided = [patch for patch in self.patches if self.choices[patch.name] is None]
-        measures = self.workspace is not None and self.options.evaluate and self._recall("evaluation") is None
-        measures = measures and self.source.family.evaluator(self.source.config) is not None
+        will_evaluate = self.workspace is not None and self.options.evaluate and self._load_result("evaluation") is None
+        will_evaluate = will_evaluate and self.source.family.evaluator(self.source.config) is not None
         with self.progress.stage("reading text"):
-            # Also for the last stage: a missing tokenizer should be found now, not after the weights are written.
-            if measures or (measure and any(patch.needs_calibration for patch in undecided)):
+            # Load the calibration now even if only the evaluation needs it, so that a missing tokenizer raises before
+            # any weight is written.
+            if will_evaluate or (measure and any(patch.needs_calibration for patch in undecided)):
                 _ = self.calibration
         with self.progress.stage("choosing"):
             for patch in undecided:
-                unmeasured: dict[str, str] = {}
+                to_measure: dict[str, str] = {}
                 if not measure and patch.measures_choice and isinstance(patch, MeasuringPatch):
                     expected = patch.expected_choice(self.source.config)
-                    chosen, unmeasured = expected.fields, expected.measured
+                    chosen, to_measure = expected.fields, expected.to_measure
                 else:
                     text = self.calibration if measure and patch.needs_calibration else None
                     chosen = patch.choose(self.source.config, text)
-                # Kept with the choice, since a resumed run does not measure it again.
-                found = {"fields": chosen, "measured": patch.report(), "to_measure": unmeasured}
-                self.choices[patch.name] = self._remember(f"choice:{patch.name}", found)
+                # The measurements are saved with the choice, since a resumed run does not repeat them.
+                choice = {"fields": chosen, "measured": patch.report(), "to_measure": to_measure}
+                self.choices[patch.name] = self._save_result(f"choice:{patch.name}", choice)
         plan = plan_conversion(
             self.source,
             self.patches,
@@ -258,15 +296,22 @@ class _Conversion:
             max_shard_bytes=self.options.max_shard_bytes,
             left_out=self.left_out,
         )
-        if plan.after.bytes > _GROWTH * plan.before.bytes:
+        if plan.after.bytes > _SIZE_WARNING_RATIO * plan.before.bytes:
             self.warn(f"the model grows from {format_bytes(plan.before.bytes)} to {format_bytes(plan.after.bytes)}")
         return plan
 
     def write(self, workspace: Workspace, started: float) -> None:
-        """Make the checkpoint in the workspace and publish it."""
+        """Write the checkpoint in the workspace, evaluate it, and rename it to the output folder.
+
+        Args:
+            started: `time.perf_counter()` at the start of the conversion, for the report.
+
+        Raises:
+            HFEError: as `plan`, or there is too little disk space, or a weight is not finite.
+        """
         self.workspace = workspace
         folder = workspace.checkpoint
-        # First, since the tokenizer is where a source most often cannot be converted.
+        # First, since most conversions that fail do so because of the tokenizer.
         for warning in write_companions(self.source, folder, self.vocabulary):
             self.warn(warning)
         plan = self.plan()
@@ -277,7 +322,7 @@ class _Conversion:
             plan, self.source, self.patches, lambda: self.calibration, workspace, self.progress, self.vocabulary
         )
         with self.progress.stage("measuring"):
-            evaluation = self.measure(plan, folder) if self.options.evaluate else None
+            evaluation = self.compare_with_source(plan, folder) if self.options.evaluate else None
         with self.progress.stage("finishing"):
             write_text(folder / CONFIG_NAME, plan.config.to_json_string(use_diff=True))
             export_code(folder, self.architecture)
@@ -290,11 +335,15 @@ class _Conversion:
             write_card(folder)
             workspace.publish()
 
-    def measure(self, plan: ConversionPlan, folder: Path) -> dict[str, Any] | None:
-        """Loss of the written weights and of the source on held-out text; None for a model without an evaluator."""
-        known = self._recall("evaluation")
-        if known is not None:
-            return known
+    def compare_with_source(self, plan: ConversionPlan, folder: Path) -> dict[str, Any] | None:
+        """The losses of the written weights and of the source on held-out text, as the report's `evaluation`.
+
+        The result is saved, and that of an interrupted run is returned as it is. None, with a warning, for a model
+        without a head that predicts tokens, such as a classifier.
+        """
+        saved = self._load_result("evaluation")
+        if saved is not None:
+            return saved
         family = self.source.family
         evaluator = family.evaluator(self.source.config)
         if evaluator is None:
@@ -302,7 +351,7 @@ class _Conversion:
             return None
         text = self.calibration
         calibrated = any(patch.needs_calibration for patch in self.patches)
-        measured = evaluator.evaluate(
+        result = evaluator.evaluate(
             text.held_out,
             text.held_out_name,
             self._logits(evaluator, family.own_config(plan.config), open_folder_reader(folder), 1),
@@ -310,7 +359,7 @@ class _Conversion:
             tokenizer=self.source.tokenizer(),
             counts=text.token_counts() if calibrated else None,
         )
-        return self._remember("evaluation", {**measured.to_dict(), "dtype": PASS_DTYPE})
+        return self._save_result("evaluation", {**result.to_dict(), "dtype": EVAL_DTYPE})
 
     def report(self, plan: ConversionPlan) -> ConversionReport:
         """The report of the plan, and of what has been measured so far."""
@@ -340,7 +389,7 @@ class _Conversion:
             versions=_versions(),
             estimate={"disk_bytes": plan.disk_bytes, "peak_memory_bytes": plan.peak_memory_bytes},
             warnings=self.warnings,
-            calibration=self._recall("calibration"),
+            calibration=self._load_result("calibration"),
         )
 
     def warn(self, message: str) -> None:
@@ -348,38 +397,40 @@ class _Conversion:
         get_logger().warning(message, extra={IN_REPORT: True})
         self.warnings.append(message)
 
-    def _logits(self, evaluator: Evaluator, config: PreTrainedConfig, reader: TensorReader, turn: int) -> LogitSource:
-        """Logits of one of the two models that are compared; `turn` is its place in the stage's progress."""
+    def _logits(self, evaluator: Evaluator, config: PreTrainedConfig, reader: TensorReader, index: int) -> LogitSource:
+        """Logits of one of the two compared checkpoints; `index`, 0 or 1, is its half of the stage's progress."""
 
         def advance(done: int, total: int) -> None:
-            self.progress.advance(turn * total + done, 2 * total)
+            self.progress.advance(index * total + done, 2 * total)
 
         logits = evaluator.checkpoint_logits(config, reader, device=self.options.device, progress=advance)
-        # The source gives no probability to tokens that it does not have.
+        # The source has no logits for added tokens.
         return self.vocabulary.shared_logits(logits) if self.vocabulary and self.vocabulary.rows else logits
 
     def _patch_report(self, patch: Patch) -> dict[str, Any]:
-        choice, final = self.choices[patch.name], self._recall(f"patch:{patch.name}") or {}
-        kept = {name: value for name, value in choice["measured"].items() if not final.get(name)}
+        """The report's entry for one patch: its options, its choices and what it measured."""
+        choice, final = self.choices[patch.name], self._load_result(f"patch:{patch.name}") or {}
+        # A patch that is resumed reports only what it measured in this run; the rest was saved with its choice.
+        at_choice = {name: value for name, value in choice["measured"].items() if not final.get(name)}
         return {
             "name": patch.name,
             "options": patch_fields(patch),
             "calibrated": patch.needs_calibration,
             "choices": {name: value for name, value in choice["fields"].items() if name not in choice["to_measure"]},
-            "measured": {**final, **kept},
+            "measured": {**final, **at_choice},
             **({"to_measure": choice["to_measure"]} if choice["to_measure"] else {}),
         }
 
-    def _recall(self, key: str) -> Any:
-        """The result that this or an interrupted run recorded under `key`; None without one."""
-        return self.workspace.result(key) if self.workspace else self._found.get(key)
+    def _load_result(self, key: str) -> Any:
+        """The result that this or an interrupted run saved under `key`; None if there is none."""
+        return self.workspace.result(key) if self.workspace else self._results.get(key)
 
-    def _remember(self, key: str, value: Any) -> Any:
-        """Record a result as plain JSON, for the report and for a resumed run; None stands for NaN and infinity."""
+    def _save_result(self, key: str, value: Any) -> Any:
+        """Save a result for the report and a resumed run, and return it as JSON values: NaN and infinity are None."""
         plain = json.loads(json.dumps(finite_or_null(value), allow_nan=False))
         if self.workspace:
             self.workspace.record_result(key, plain)
-        self._found[key] = plain
+        self._results[key] = plain
         return plain
 
 

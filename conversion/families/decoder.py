@@ -1,4 +1,4 @@
-"""Causal decoders: Llama, Mistral, Qwen2 and Qwen3, as configurations of our one decoder."""
+"""The model family of causal decoders: Llama, Mistral, Qwen2 and Qwen3 become configurations of one decoder class."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.evaluation import Evaluator
 
 _PREFIX = "model."
-# Fields that mean the same in every family and in our decoder.
+# Fields with the same meaning in all four stock configurations and in our decoder's.
 _SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters"),
 )
-# Fields that describe a file or a class, not a model.
-_NOT_OF_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+# Fields of a configuration that describe the file or the class, not the model.
+_FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 # Buffers that old checkpoints store with the weights; every model computes them itself.
-_HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids", "freqs_cis")
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids", "freqs_cis")
 
 
 def _llama(config: LlamaConfig) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _qwen3(config: Qwen3Config) -> dict[str, Any]:
     }
 
 
-# Decoder fields that a stock model type sets in its own way.
+# Stock model type -> the decoder fields that depend on it, from its configuration.
 _OWN_FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -80,23 +80,27 @@ _OWN_FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def decoder_config(stock: PreTrainedConfig) -> EfficientDecoderConfig:
-    """The same model as a configuration of our decoder, which gives the same logits from the same tensors.
+    """The same model as a configuration of our decoder, which computes the same logits from the same tensors.
+
+    `stock` is of one of the four stock classes, or already of one of our decoders; then the runtime fields, which
+    choose how a loaded model runs, get their defaults. The argument is not changed.
 
     Raises:
         HFEError: the configuration does not describe a model that can be built.
     """
     if isinstance(stock, DecoderConfig):
         fields = stock.to_dict()
-        for name in (*_NOT_OF_THE_MODEL, *runtime_fields()):
+        for name in (*_FILE_FIELDS, *runtime_fields()):
             fields.pop(name, None)
-        return _built(fields)
+        return _checked_config(fields)
     fields = {name: getattr(stock, name) for name in _SHARED_FIELDS}
     fields["attention_dropout"] = stock.attention_dropout or 0.0
     fields.update(_OWN_FIELDS[stock.model_type](stock))
-    return _built({"source_model_type": stock.model_type, "dtype": stock.dtype, **fields})
+    return _checked_config({"source_model_type": stock.model_type, "dtype": stock.dtype, **fields})
 
 
-def _built(fields: dict[str, Any]) -> EfficientDecoderConfig:
+def _checked_config(fields: dict[str, Any]) -> EfficientDecoderConfig:
+    """The configuration with these fields; `HFEError` if a value is invalid or no model can be built from it."""
     try:
         config = EfficientDecoderConfig(**fields)
     # For a field of a wrong type or value huggingface_hub raises its own error classes.
@@ -108,7 +112,7 @@ def _built(fields: dict[str, Any]) -> EfficientDecoderConfig:
 
 
 class CausalDecoderFamily(ModelFamily):
-    """Llama-like causal language models, as configurations of our one decoder."""
+    """Llama-like causal language models; see `ModelFamily` for the methods."""
 
     name = "causal decoders"
     config_classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -131,6 +135,7 @@ class CausalDecoderFamily(ModelFamily):
     generates = True
 
     def check_source(self, fields: Mapping[str, Any]) -> None:
+        """Raise `HFEError` for a mixture of experts."""
         keys = ("num_local_experts", "num_experts", "n_routed_experts")
         experts = next((fields[key] for key in keys if fields.get(key)), 0)
         if experts:
@@ -162,7 +167,7 @@ class CausalDecoderFamily(ModelFamily):
         }
 
     def reason_to_leave_out(self, name: str) -> str:
-        return "a buffer that the model computes itself" if name.endswith(_HARMLESS) else ""
+        return "a buffer that the model computes itself" if name.endswith(_BUFFERS) else ""
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator:
         return load("hf_efficient.conversion.measuring.evaluation:CausalEvaluator")()

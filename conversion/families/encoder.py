@@ -1,4 +1,4 @@
-"""Bidirectional encoders: BERT, as registered classes of ours over the stock ones."""
+"""The model family of bidirectional encoders: BERT models become classes of ours that derive from the stock ones."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hf_efficient.errors import HFEError, error_text
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.evaluation import Evaluator
 
-# Fields that describe a file or a class, not a model.
-_NOT_OF_THE_MODEL = ("model_type", "auto_map", "transformers_version", "_name_or_path")
+# Fields of a configuration that describe the file or the class, not the model.
+_FILE_FIELDS = ("model_type", "auto_map", "transformers_version", "_name_or_path")
 _PREFIX = "bert."
 # Names of the first releases for the weight and bias of a layer norm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-_HARMLESS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# Parts of pretraining heads, which a checkpoint may hold and a class with another head does not have.
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# Prefixes of tensors of the pretraining heads, which the class that the checkpoint names may not have.
 _OTHER_HEADS = ("cls.", "bert.pooler.", "pooler.")
 
 
 class EncoderFamily(ModelFamily):
-    """Encoders with bidirectional self-attention."""
+    """Encoders with bidirectional self-attention; see `ModelFamily` for the methods."""
 
     name = "bidirectional encoders"
     config_classes = {"bert": BertConfig}
@@ -51,6 +51,7 @@ class EncoderFamily(ModelFamily):
     not_evaluated = "the model has no head that predicts tokens"
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
+        """As `ModelFamily.check_fields`; decoders, cross-attention and relative positions raise `HFEError`."""
         for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
             if fields.get(name):
                 raise HFEError(
@@ -66,8 +67,9 @@ class EncoderFamily(ModelFamily):
         return unread_fields(fields, stock, read=("position_embedding_type",))
 
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
+        """As `ModelFamily.own_config`; `architectures` names our class with the source's head."""
         spec = _spec(stock)
-        fields = {name: value for name, value in stock.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+        fields = {name: value for name, value in stock.to_dict().items() if name not in _FILE_FIELDS}
         if architecture_of(stock.model_type) is None:
             fields["source_model_type"] = stock.model_type
         for name in runtime_fields():
@@ -89,7 +91,11 @@ class EncoderFamily(ModelFamily):
         return config
 
     def auto_class(self, stock: PreTrainedConfig) -> str:
-        """That of the class in `architectures`; of a model with the heads of pretraining, the masked language model."""
+        """Name of the Auto class of the first of `architectures`; `BertForPreTraining` counts as masked language model.
+
+        Raises:
+            HFEError: `architectures` is missing, or names a class that our architecture does not have.
+        """
         named = (stock.architectures or [None])[0]
         spec = _spec(stock)
         prefix = type(stock).__name__.removesuffix("Config")
@@ -109,6 +115,7 @@ class EncoderFamily(ModelFamily):
             return model_class(config)(config)
 
     def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
+        """As `ModelFamily.stored_names`: a missing or surplus prefix `bert.`, and the old names of layer norms."""
         stored = {}
         for name in expected - names:
             # A checkpoint of the base model has no prefix before its names, one of a model with a head has.
@@ -121,7 +128,7 @@ class EncoderFamily(ModelFamily):
         return stored
 
     def reason_to_leave_out(self, name: str) -> str:
-        if name.endswith(_HARMLESS):
+        if name.endswith(_BUFFERS):
             return "a buffer that the model computes itself"
         return "part of a head that the model's class does not have" if name.startswith(_OTHER_HEADS) else ""
 
@@ -147,14 +154,14 @@ class EncoderFamily(ModelFamily):
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration of ours names in `architectures`."""
+    """The model class that a configuration of one of our encoders names first in `architectures`."""
     spec = _spec(config)
     by_name: dict[str, Any] = {cls.__name__: cls for cls in spec.auto_classes.values()}
     return by_name[config.architectures[0]]
 
 
 def _spec(config: PreTrainedConfig) -> ArchitectureSpec:
-    """The architecture that a stock model or one of ours belongs to."""
+    """The architecture of a configuration of ours; for a stock one, the one that combines patches."""
     ours = architecture_of(config.model_type)
     if ours is not None:
         return ours

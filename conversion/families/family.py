@@ -1,7 +1,8 @@
-"""`ModelFamily`, what a kind of stock model must define to be converted, and the look-up of the family of a model.
+"""`ModelFamily`, what a kind of stock model must define to be converted, and functions that find a model's family.
 
-Causal decoders are one family, bidirectional encoders another. Plan, report, inspect, evaluate, model card and command
-line call the family's methods and never test the model type themselves.
+A "stock" model is an unpatched model of transformers; "our" models are those of the architectures registered in
+`conversion/architecture.py`. Causal decoders are one family, bidirectional encoders another. Plan, report, inspect,
+evaluate, model card and command line call the family's methods and never test the model type themselves.
 
 To add a family, write one file beside this one with a subclass of `ModelFamily`, an instance of it, and the classes in
 `modeling/` that the stock models become. Then name the instance in `family=` of their entries in
@@ -37,7 +38,7 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja"),
     *("chat_template.json", "additional_chat_templates/*.jinja"),
 )
-# Snippet of a model card, for every kind of model: arguments of LoraConfig are to be filled in.
+# Heading and code for the model card of every kind of model; `format` fills in the arguments of LoraConfig.
 FINE_TUNING = "Fine-tuning with LoRA, and a merged checkpoint that loads in the same way:"
 LORA = """from peft import LoraConfig, get_peft_model
 
@@ -51,14 +52,14 @@ class ModelFamily(Protocol):
     """One kind of stock model. Subclasses set the attributes and write the methods without a body.
 
     Attributes:
-        name: of the models, in the plural, for messages.
+        name: what messages call the models, in the plural.
         config_classes: stock model type -> transformers' configuration class.
         tensor_groups: label in `inspect` -> parts of the names of its tensors; the first that matches counts.
         inspected_fields: configuration fields that `inspect` reports as numbers.
         pipeline_tags: name of an Auto class -> the Hub's name of its task.
-        generates: the models write text, so that they have generation settings and `hf-efficient generate` takes them.
+        generates: whether the models have `generate`, generation settings and `hf-efficient generate`.
         companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result.
-        not_evaluated: why a model without an `evaluator` is not measured, for the report.
+        not_evaluated: why a model without an `evaluator` is not evaluated, for the report.
     """
 
     name: ClassVar[str]
@@ -71,24 +72,24 @@ class ModelFamily(Protocol):
     not_evaluated: ClassVar[str] = ""
 
     def takes(self, fields: Mapping[str, Any]) -> bool:
-        """True for the fields of a configuration file that describe a stock model of this family."""
+        """True if the fields of a config.json describe a stock model of this family."""
         return isinstance(fields.get("model_type"), str) and fields["model_type"] in self.config_classes
 
     def check_source(self, fields: Mapping[str, Any]) -> None:
-        """Raise `HFEError` for a model that no conversion of this family takes, before a configuration is made."""
+        """Raise `HFEError` if the fields of config.json describe a variant that cannot be converted."""
         return
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
-        """Warnings about fields of the file that have no effect and are ignored.
+        """Warnings about fields of config.json that are ignored; `stock` is the configuration made of them.
 
         Raises:
             HFEError: a field changes what the model computes in a way that our model does not implement.
         """
 
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
-        """The same model as a configuration of ours, of the architecture that combines patches.
+        """The same model as a configuration of the architecture of this family that combines patches.
 
-        It gives the same output from the same tensors. `stock` may already be a configuration of ours.
+        Its model computes the same output from the same tensors. `stock` may already be a configuration of ours.
 
         Raises:
             HFEError: the configuration does not describe a model that can be built.
@@ -98,26 +99,34 @@ class ModelFamily(Protocol):
         """Name of the Auto class of the model with its head, e.g. `AutoModelForCausalLM`."""
 
     def skeleton(self, config: PreTrainedConfig) -> nn.Module:
-        """The model of a configuration that `own_config` made or that a patch changed, on the meta device."""
+        """The model of a configuration of ours, on the meta device (names and shapes, no data)."""
 
     def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
-        """Name of a tensor in the model -> its name in the file, where the two differ."""
+        """Name of a tensor in our model -> its name in the checkpoint, for those whose names differ.
+
+        Args:
+            names: names in the checkpoint.
+            expected: names in our model.
+        """
 
     def reason_to_leave_out(self, name: str) -> str:
-        """Why a tensor that the model does not have may be left out; empty where it may not."""
+        """Why a source tensor that our model does not have may be left out; an empty text if it may not."""
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
-        """What measures a model on text; None for one that cannot be measured."""
+        """The evaluator of the model's loss on text; None if the model has no head that predicts tokens."""
 
     def weight_files(self, folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
-        """The safetensors files of a folder of this family; `name` is what messages call it."""
+        """The safetensors files of a checkpoint folder; error messages refer to it as `name`. See `weight_files`."""
         return weight_files(folder, fields, name)
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
-        """Lines of `inspect` about the model's shape, by label."""
+        """Label -> text, lines of `inspect` about the shape of a model of ours."""
 
     def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
-        """Code for the model card that runs a loaded `model` and `tokenizer`, by the sentence before it."""
+        """Sentence -> code below it, for the model card; the code uses a loaded `model` and `tokenizer`.
+
+        `chat` is True if the tokenizer has a chat template.
+        """
 
 
 def families() -> list[ModelFamily]:
@@ -126,7 +135,7 @@ def families() -> list[ModelFamily]:
 
 
 def companion_files() -> list[str]:
-    """Glob patterns of the files of tokenizers and processors of every family."""
+    """Glob patterns of tokenizer and processor files, of all families, without duplicates."""
     return list(dict.fromkeys(pattern for family in families() for pattern in family.companion_files))
 
 
@@ -139,7 +148,7 @@ def family_of(model_type: Any) -> ModelFamily | None:
 
 
 def family_of_config(config: PreTrainedConfig) -> ModelFamily:
-    """The family of a configuration; a `HFEError` for a model type that no family has."""
+    """The family of a configuration; `HFEError` if no family has its model type."""
     family = family_of(config.model_type)
     if family is None:
         raise _unsupported(config.model_type)
@@ -147,13 +156,12 @@ def family_of_config(config: PreTrainedConfig) -> ModelFamily:
 
 
 def source_config(fields: dict[str, Any], origin: str = "config.json") -> PreTrainedConfig:
-    """The configuration that `config.json` describes: of a supported stock model, or one of ours.
+    """The configuration with the fields of a config.json, of a transformers class or of one of ours.
 
-    Code that the checkpoint may carry is never run: only the fields decide. `origin` is the file that they come from,
-    where it is another one.
+    Code that the checkpoint may contain is never run. `origin` is the name of the file for error messages.
 
     Raises:
-        HFEError: unsupported family, quantised weights, or a field of a wrong type or value.
+        HFEError: the model type is not supported, the weights are quantised, or a field has a wrong type or value.
     """
     try:
         return _source_config(fields)
@@ -162,6 +170,7 @@ def source_config(fields: dict[str, Any], origin: str = "config.json") -> PreTra
 
 
 def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """See `source_config`; the messages of its errors name config.json."""
     quantisation = fields.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
@@ -175,7 +184,7 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
     checked = checked_fields(fields, config_class)
     try:
         config = config_class.from_dict(checked)
-        # As every stock model does: it takes in what the configuration was given after its rotary parameters.
+        # As every stock model does when it is built: completes the rotary parameters from the other fields.
         if hasattr(config, "rope_parameters"):
             config.standardize_rope_params()
         return config
@@ -186,7 +195,7 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
-    """The configuration class of one of ours, or of a stock model that a family takes."""
+    """Our or transformers' configuration class for the `model_type`; `HFEError` if it is not supported."""
     model_type = str(fields.get("model_type"))
     spec = architecture_of(model_type)
     if spec is not None:
@@ -198,6 +207,7 @@ def _config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
 
 
 def _unsupported(model_type: Any) -> HFEError:
+    """The error for a model type that no family has."""
     known = [name for family in families() for name in family.config_classes]
     return HFEError(
         f"model_type {model_type!r} is not a supported family; a conversion takes {', '.join(known)} and our own hfe_ "
@@ -209,18 +219,19 @@ def _unsupported(model_type: Any) -> HFEError:
 def target_architecture(
     stock: PreTrainedConfig, patches: Sequence[str], *, trained_patches: Sequence[str] = ()
 ) -> ArchitectureSpec:
-    """The architecture that a model becomes.
+    """The architecture of the result of a conversion.
 
-    A single patch on a stock model gives that patch's own architecture; every other combination the architecture of
-    the family that combines patches.
+    A single patch on a stock model gives that patch's own architecture; every other combination gives the architecture
+    of the family that combines patches.
 
     Args:
-        stock: configuration of the source.
-        patches: names of those that the conversion applies.
-        trained_patches: names of those that a stock model of other training code has already.
+        stock: configuration of the source, of a transformers class or of ours.
+        patches: names of the patches that the conversion applies.
+        trained_patches: names of the patches that a source with a transformers configuration was trained with, e.g. in
+            the code of a patch's authors.
 
     Raises:
-        UsageError: a patch does not take this model.
+        UsageError: a patch does not support this model type.
     """
     ours = architecture_of(stock.model_type)
     beside = architectures_beside(ours) if ours is not None else _architectures_for(stock.model_type)
@@ -228,7 +239,8 @@ def target_architecture(
         if all(spec.patch != name for spec in beside):
             known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch) or "none"
             raise UsageError(
-                f"patch {name} does not take a {stock.model_type} model", f"such a model takes the patches: {known}"
+                f"patch {name} does not support a {stock.model_type} model",
+                f"such a model supports the patches: {known}",
             )
     active = [*trained_patches, *patches]
     single = active[0] if len(active) == 1 and ours is None else None
@@ -237,12 +249,12 @@ def target_architecture(
 
 
 def _architectures_for(model_type: str) -> list[ArchitectureSpec]:
-    """The architectures that take a stock model type."""
+    """The architectures that models of a stock model type can be converted to."""
     return [spec for spec in architectures() if model_type in (spec.source_types or load(spec.family).config_classes)]
 
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:
-    """The model of a configuration, on the meta device: names, shapes and module types, no weight."""
+    """The model of a configuration of ours, on the meta device: names, shapes and module types, no data."""
     return family_of_config(config).skeleton(config)
 
 
@@ -251,9 +263,9 @@ class ModelTensors:
     """The tensors of a model, by name.
 
     Attributes:
-        shapes: of those that a checkpoint stores, in the order of the model.
-        tied: name of each that a checkpoint does not store -> the one that it is tied to.
-        float32: those that are stored in float32, whatever the dtype of the others.
+        shapes: name -> shape of each tensor that a checkpoint stores, in the order of the model.
+        tied: name of each tensor that a checkpoint does not store -> the one that it is tied to.
+        float32: names of the tensors that are stored in float32, whatever the dtype of the others.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -275,5 +287,5 @@ def tensors_of(model: Any) -> ModelTensors:
 
 
 def expected_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors, in the order of the model, without those that are tied to others."""
+    """`ModelTensors.shapes` of the model of a configuration of ours: name -> shape, without tied tensors."""
     return model_tensors(config).shapes

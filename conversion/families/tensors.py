@@ -1,4 +1,4 @@
-"""Check that a source holds the tensors that its configuration describes."""
+"""Checks that a source has the tensors that its configuration describes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_tensors(
     config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
 ) -> dict[str, str]:
-    """Compare a source's tensors with its configuration. Returns the tensors to leave out, each with the reason.
+    """Compare a source's tensors with its configuration; returns the tensors to leave out, name -> reason.
+
+    A tensor may be left out if the model does not have it and it is tied to another one, a buffer, or part of a head
+    that the model's class does not have.
 
     Args:
-        config: of ours: see `ModelFamily.own_config`.
-        shapes, dtypes: of the source's tensors, by their names in the model.
+        config: the source's configuration as one of ours, see `ModelFamily.own_config`.
+        shapes, dtypes: shape and dtype of each of the source's tensors, by its name in our model.
 
     Raises:
-        HFEError: a tensor is missing, is not known to the model, or has another shape or an integer dtype.
+        HFEError: a tensor is missing, the model does not have it, or it has another shape or not a float dtype.
     """
-    # Before a model of that many layers is built.
+    # Checked first, so that no model with absurdly many layers is built.
     if config.num_hidden_layers > len(shapes):
         raise HFEError(
             f"the checkpoint holds {len(shapes)} tensors, and config.json calls for {config.num_hidden_layers} layers",

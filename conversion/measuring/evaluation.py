@@ -1,6 +1,6 @@
-"""Measured loss of a model, alone or compared with a reference, with confidence intervals.
+"""Evaluates a model's loss on a text, alone or compared with a reference model, with confidence intervals.
 
-The sampling unit is the sequence: a figure is the mean of the sequences' means, with Student's t interval over them.
+The sampling unit is the sequence: a metric is the mean of per-sequence means, with a Student's t interval over them.
 Differences between models are paired by sequence, so that the difficulty of the text cancels.
 """
 
@@ -25,13 +25,14 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 
 CONFIDENCE = 0.95
 # Dtype in which `checkpoint_logits` computes, whatever the dtype of the weights.
-PASS_DTYPE = "float32"
+EVAL_DTYPE = "float32"
 
-# A figure that is given for each bucket of `BUCKETS`.
-Figure = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
+# Metrics that are reported for each bucket of `BUCKETS`.
+Metric = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
 # What a model predicts.
 Objective = Literal["next tokens", "masked tokens"]
-# Token ids [B, S] -> their logits, in pieces [n, V] of n <= LOGIT_POSITIONS positions, sequence after sequence.
+# Token ids [B, S] -> their logits, in chunks [n, V]: each sequence in turn, cut into LOGIT_POSITIONS positions (the
+# last chunk of a sequence may be shorter).
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
 
@@ -45,7 +46,7 @@ class Estimate:
 
     @classmethod
     def of(cls, sequence_means: Tensor) -> Estimate:
-        """The estimate from one mean for each sequence [B], with Student's t."""
+        """The estimate from per-sequence means [B]; the bounds are None for B = 1."""
         values = sequence_means.double()
         mean = float(values.mean())
         if len(values) < 2:
@@ -61,7 +62,7 @@ class Estimate:
 def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
     """Two-sided quantile of Student's t, by the expansion in 1 / degrees (Abramowitz and Stegun 26.7.5).
 
-    Within 0.2 % from 3 degrees on; 1 % and 12 % low at 2 degrees and 1 degree.
+    Within 0.2 % from 3 degrees of freedom on; underestimates by 1 % at 2 degrees and by 12 % at 1 degree.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     terms = (
@@ -75,21 +76,22 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Measured figures of a model on a text.
+    """Metrics of a model on a text.
 
     Attributes:
         text: name of the text.
         tokens: number of predicted tokens; the first token of each sequence is not predicted.
-        sequences: number of sequences, over which the intervals are taken.
+        sequences: number of sequences, the sample size of the intervals.
         sequence_length: tokens in each sequence.
         nll: cross-entropy in nats per token.
         perplexity: ``exp(nll)``.
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
-        top1_agreement: share of positions at which both models have the same most likely token.
+        top1_agreement: fraction of positions at which both models have the same most likely token.
         objective: `next tokens`, or `masked tokens` for a bidirectional model.
-        by_count: the means by bucket of `BUCKETS`, where a position's bucket is the number of occurrences of its input
-            token in the calibration text, and the bucket's `share_of_tokens`, the weight of its means in the whole.
+        by_count: bucket -> mean of each metric over the bucket's positions, where a position's bucket is how often its
+            input token occurs in the calibration text (`BUCKETS`); `share_of_tokens` is the fraction of predicted
+            positions in the bucket. None if no counts were given.
     """
 
     text: str
@@ -102,7 +104,7 @@ class EvaluationReport:
     delta_nll: Estimate | None = None
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
-    by_count: dict[Bucket, dict[Figure, float]] | None = None
+    by_count: dict[Bucket, dict[Metric, float]] | None = None
     objective: Objective = "next tokens"
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class EvaluationReport:
         return asdict(self)
 
     def table(self) -> str:
-        """The figures as text for a terminal."""
+        """The metrics as a table for a terminal."""
         size = f"{self.tokens} {self.objective} in {self.sequences} sequences of {self.sequence_length}"
         lines = [
             f"text            {self.text}: {size}",
@@ -133,22 +135,31 @@ def checkpoint_logits(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> LogitSource:
-    """Logits of a checkpoint, computed in fp32, layer by layer; the checkpoint is never in memory as a whole.
+    """A function that computes a checkpoint's logits in fp32, layer by layer, with one layer's weights in memory.
 
-    `progress(layers done, number of layers)` is called after every layer.
+    Args:
+        config, reader: the checkpoint.
+        device: device of the computation and of the logits.
+        progress: called with (layers done, number of layers) after every layer.
+
+    Returns:
+        A `LogitSource`. It raises `TokenIdError` for an id outside the vocabulary.
     """
 
     def logits(ids: Tensor) -> Iterator[Tensor]:
         run = LayerwisePass(config, reader, [ids], device=device)
         run.run(progress)
-        (pieces,) = run.logits(*run.batches)
-        yield from pieces
+        (chunks,) = run.logits(*run.batches)
+        yield from chunks
 
     return logits
 
 
 def model_logits(model: nn.Module) -> LogitSource:
-    """Logits of a model in memory, in eval mode, one sequence at a time; its training mode is restored afterwards."""
+    """A function that computes a causal model's logits, in eval mode and without gradients, one sequence at a time.
+
+    The model's training mode is restored when the last chunk was read.
+    """
 
     @torch.no_grad()
     def logits(ids: Tensor) -> Iterator[Tensor]:
@@ -170,15 +181,15 @@ def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
-def nll_by_position(pieces: Iterator[Tensor], ids: Tensor) -> Tensor:
-    """Cross-entropy in nats [B, S - 1] of each next token of ids [B, S]; `pieces` are the logits of a `LogitSource`."""
-    nll = [next_token_nll(piece, target) for piece, target in zip(pieces, _pieces(ids.roll(-1, dims=1)), strict=True)]
+def nll_by_position(chunks: Iterator[Tensor], ids: Tensor) -> Tensor:
+    """Cross-entropy in nats [B, S - 1] of each next token of ids [B, S]; `chunks` are the ids' logits."""
+    nll = [next_token_nll(chunk, target) for chunk, target in zip(chunks, _chunks(ids.roll(-1, dims=1)), strict=True)]
     return torch.cat(nll).view_as(ids)[:, :-1]
 
 
-def _pieces(values: Tensor) -> Iterator[Tensor]:
-    """`values` [B, S] cut into the same pieces of positions as the logits of a `LogitSource`."""
-    return (piece for sequence in values for piece in sequence.split(LOGIT_POSITIONS))
+def _chunks(values: Tensor) -> Iterator[Tensor]:
+    """`values` [B, S] in chunks [n] with the same positions as the chunks of a `LogitSource`."""
+    return (chunk for sequence in values for chunk in sequence.split(LOGIT_POSITIONS))
 
 
 @torch.no_grad()
@@ -198,68 +209,78 @@ def compare_predictions(
     Args:
         ids: [B, S] input of both models.
         targets: [B, S] correct token of each position.
-        predicted: [B, S] bool, the positions to measure; at least one in each sequence.
+        predicted: [B, S] bool, True for the positions that count; at least one in each sequence.
         text: name of the text.
-        model, reference: logits of the two models.
+        model, reference: functions that compute the logits of the two models.
         counts: [vocab_size] occurrences of each token in the calibration text, for `EvaluationReport.by_count`.
         objective: see `EvaluationReport`.
 
     Raises:
         HFEError: the two models have vocabularies of different sizes.
+        ValueError: `model` returned more or fewer chunks than `ids` has.
     """
-    measured: dict[Figure, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
-    reference_pieces = iter(reference(ids)) if reference else None
-    for target, piece in zip(_pieces(targets), model(ids), strict=True):
-        measured["nll"].append(next_token_nll(piece, target).cpu())
-        if reference_pieces is None:
+    measured: dict[Metric, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
+    reference_chunks = iter(reference(ids)) if reference else None
+    for target, chunk in zip(_chunks(targets), model(ids), strict=True):
+        measured["nll"].append(next_token_nll(chunk, target).cpu())
+        if reference_chunks is None:
             continue
-        other = next(reference_pieces).to(piece.device)
-        if other.shape != piece.shape:
+        other = next(reference_chunks).to(chunk.device)
+        if other.shape != chunk.shape:
             raise HFEError(
-                f"the model's vocabulary has {piece.shape[-1]} tokens, the reference's {other.shape[-1]}",
+                f"the model's vocabulary has {chunk.shape[-1]} tokens, the reference's {other.shape[-1]}",
                 "compare a converted checkpoint with its own source",
             )
         measured["reference_nll"].append(next_token_nll(other, target).cpu())
-        log_p, log_q = other.float().log_softmax(-1), piece.float().log_softmax(-1)
+        log_p, log_q = other.float().log_softmax(-1), chunk.float().log_softmax(-1)
         measured["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
-        measured["top1_agreement"].append((other.argmax(-1) == piece.argmax(-1)).float().cpu())
+        measured["top1_agreement"].append((other.argmax(-1) == chunk.argmax(-1)).float().cpu())
 
     predicted = predicted.cpu()
-    figures = {name: torch.cat(values).view_as(predicted).double() for name, values in measured.items() if values}
+    metrics = {name: torch.cat(values).view_as(predicted).double() for name, values in measured.items() if values}
     if reference:
-        figures["delta_nll"] = figures["nll"] - figures["reference_nll"]
-    number = predicted.sum(1)
+        metrics["delta_nll"] = metrics["nll"] - metrics["reference_nll"]
+    num_predicted = predicted.sum(1)
     estimates = {
-        name: Estimate.of(torch.where(predicted, values, 0).sum(1) / number) for name, values in figures.items()
+        name: Estimate.of(torch.where(predicted, values, 0).sum(1) / num_predicted) for name, values in metrics.items()
     }
-    inside = {name: values[predicted] for name, values in figures.items()}
+    at_predicted = {name: values[predicted] for name, values in metrics.items()}
     return EvaluationReport(
         text=text,
-        tokens=int(number.sum()),
+        tokens=int(num_predicted.sum()),
         sequences=ids.shape[0],
         sequence_length=ids.shape[1],
         perplexity=math.exp(min(estimates["nll"].mean, 700.0)),
         objective=objective,
-        by_count=None if counts is None else _by_bucket(bucket_of(counts.cpu()[ids.cpu()[predicted]]), inside),
+        by_count=None if counts is None else _by_bucket(bucket_of(counts.cpu()[ids.cpu()[predicted]]), at_predicted),
         **estimates,
     )
 
 
-def _by_bucket(bucket: Tensor, figures: dict[Figure, Tensor]) -> dict[Bucket, dict[Figure, float]]:
-    """For each bucket with a position: its share of the positions, and the means of the figures [n] over them."""
-    found = {name: bucket == i for i, name in enumerate(BUCKETS)}
+def _by_bucket(bucket: Tensor, metrics: dict[Metric, Tensor]) -> dict[Bucket, dict[Metric, float]]:
+    """For each bucket with a position: its fraction of the n positions, and the mean of each metric over them.
+
+    Args:
+        bucket: [n] index of each position's bucket in `BUCKETS`.
+        metrics: values [n] of each metric.
+    """
+    masks = {name: bucket == i for i, name in enumerate(BUCKETS)}
     return {
         name: {
-            "share_of_tokens": float(inside.double().mean()),
-            **{figure: float(values[inside].mean()) for figure, values in figures.items()},
+            "share_of_tokens": float(mask.double().mean()),
+            **{metric: float(values[mask].mean()) for metric, values in metrics.items()},
         }
-        for name, inside in found.items()
-        if inside.any()
+        for name, mask in masks.items()
+        if mask.any()
     }
 
 
 class Evaluator(ABC):
-    """How a family's models are measured on text."""
+    """Evaluation of the models of one model family (decoders or encoders).
+
+    Attributes:
+        objective: what the family's models are trained to predict.
+    """
 
     objective: ClassVar[Objective]
 
@@ -272,15 +293,19 @@ class Evaluator(ABC):
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> LogitSource:
-        """Logits of a checkpoint, computed in fp32; `progress` gets (steps done, steps in all)."""
+        """A function that computes a checkpoint's logits in fp32; `progress` gets (steps done, number of steps)."""
 
     @abstractmethod
     def model_logits(self, model: nn.Module) -> LogitSource:
-        """Logits of a model in memory."""
+        """A function that computes the logits of a model in memory."""
 
     @abstractmethod
     def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """`ids`, `targets` and `predicted` of `compare_predictions`, each [B, S], for the token ids of a text."""
+        """`ids`, `targets` and `predicted` of `compare_predictions`, each [B, S], for token ids [B, S] of a text.
+
+        Raises:
+            HFEError: the tokenizer has no token that the objective needs.
+        """
 
     def evaluate(
         self,
@@ -292,7 +317,7 @@ class Evaluator(ABC):
         tokenizer: Any = None,
         counts: Tensor | None = None,
     ) -> EvaluationReport:
-        """Loss of `model` on token ids [B, S], S at least 2, and its difference from `reference` if one is given.
+        """Loss of `model` on token ids [B, S], S at least 2, by the family's `objective`; compared with `reference` if any.
 
         Args:
             ids, text, model, reference, counts: as for `compare_predictions`.
@@ -306,13 +331,14 @@ class Evaluator(ABC):
 
 
 class CausalEvaluator(Evaluator):
-    """Each next token, predicted from those before it; a checkpoint is run layer by layer."""
+    """Evaluates causal language models by next-token loss; a checkpoint is run layer by layer."""
 
     objective = "next tokens"
     checkpoint_logits = staticmethod(checkpoint_logits)
     model_logits = staticmethod(model_logits)
 
     def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """`ids`, the next token at each position, and True at all positions but the last; `tokenizer` is not used."""
         predicted = torch.ones_like(ids, dtype=torch.bool)
-        predicted[:, -1] = False  # the last token of a sequence has no next one
+        predicted[:, -1] = False  # the last token of a sequence has no next token
         return ids, ids.roll(-1, dims=1), predicted

@@ -1,4 +1,4 @@
-"""Measured loss of a masked language model: the tokens of a text that are hidden from it."""
+"""Evaluates masked language models by their loss on the masked tokens of a text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS
 from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError
 
-# As in BERT's own training; every hidden token is replaced by the mask, none by itself or a random one.
+# As in BERT's training, except that every selected token becomes the mask token, none itself or a random one.
 MASKED_SHARE = 0.15
 
 
 class MaskedEvaluator(Evaluator):
-    """Tokens at fixed random positions (seed 0), predicted from all others. The model is in memory as a whole."""
+    """Evaluates encoders by the loss at fixed random positions (seed 0). The whole model is held in memory."""
 
     objective = "masked tokens"
 
@@ -34,12 +34,19 @@ class MaskedEvaluator(Evaluator):
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> LogitSource:
+        """A function that loads the checkpoint in fp32 and computes its logits.
+
+        `progress` is called with (sequences done, number of sequences).
+        """
+
         def logits(ids: Tensor) -> Iterator[Tensor]:
             yield from self._logits(_loaded(config, reader).to(device), ids, progress)
 
         return logits
 
     def model_logits(self, model: nn.Module) -> LogitSource:
+        """A function that computes the model's logits in eval mode; its training mode is restored afterwards."""
+
         def logits(ids: Tensor) -> Iterator[Tensor]:
             training = model.training
             try:
@@ -50,6 +57,11 @@ class MaskedEvaluator(Evaluator):
         return logits
 
     def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """`ids` with the selected tokens replaced by the mask token, `ids` itself, and True at the selected positions.
+
+        Raises:
+            HFEError: the tokenizer has no mask token.
+        """
         mask = getattr(tokenizer, "mask_token_id", None)
         if mask is None:
             raise HFEError(
@@ -63,7 +75,7 @@ class MaskedEvaluator(Evaluator):
     @staticmethod
     @torch.no_grad()
     def _logits(model: Any, ids: Tensor, progress: Callable[[int, int], None] | None) -> Iterator[Tensor]:
-        """Pieces of the logits; a text longer than the model's positions is read in windows."""
+        """Logits in chunks, see `LogitSource`; a longer sequence than max_position_embeddings is cut into windows."""
         device, window = next(model.parameters()).device, model.config.max_position_embeddings
         for index, sequence in enumerate(ids):
             windows = [model(input_ids=part[None].to(device)).logits[0] for part in sequence.split(window)]
@@ -73,7 +85,7 @@ class MaskedEvaluator(Evaluator):
 
 
 def _loaded(config: PreTrainedConfig, reader: TensorReader) -> Any:
-    """The model of a checkpoint in fp32, in evaluation mode."""
+    """The encoder with the checkpoint's weights, in fp32 on the CPU, in eval mode."""
     with no_init_weights():
         model: Any = model_class(config)(config)
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())

@@ -1,4 +1,7 @@
-"""Fields of config.json that the mapping to our decoder does not read: which can be ignored, and which are refused."""
+"""Checks the fields of config.json that our models do not read: some are ignored, others raise an error.
+
+"Stock" means the unpatched transformers model of the same model type.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_efficient.errors import HFEError
 
-# Fields that the stock families' configurations do not declare, and that do not change their logits.
-_NO_EFFECT = frozenset(
+# Fields that the stock configuration classes do not declare, and that do not change the logits.
+_IGNORED_FIELDS = frozenset(
     (
-        # kind and origin of the file
+        # metadata
         *("model_type", "auto_map", "name_or_path", "torch_dtype", "configuration_files", "transformers_weights"),
         *("is_llama_config", "transformers.js_config", "license", "language", "datasets", "base_model"),
         # tokenizer and lengths
@@ -43,33 +46,39 @@ _NO_EFFECT = frozenset(
         *("use_sliding_window", "max_window_layers", "layer_types", "sliding_window", "head_dim"),
     )
 )
-_NO_EFFECT_PREFIXES = ("_", "unsloth_")
-# Parts of the names of fields that change what a model computes in some architecture.
-_COMPUTES = re.compile(
+_IGNORED_PREFIXES = ("_", "unsloth_")
+# An undeclared field whose name matches is assumed to change what the model computes.
+_CHANGES_COMPUTATION = re.compile(
     r"scal|multipl|cap|clip|clamp|window|chunk|rope|rotary|posit|alibi|attn|attention|attribute|causal|norm|bias|layer"
     r"|head|expert|moe|router|mtp|nextn|block|parallel|sparse|kv|latent|lora|mup|fus|config|residual|conv|mamba|ssm|gate"
     r"|activation|act_|hidden|embed|proj|quant|cross|encoder|decoder|prefix|prune|skip|temperature|softmax|sink"
 )
 _TASKS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-_EMPTY: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
+_UNSET: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bool = True) -> list[str]:
-    """Warnings about fields of a decoder's config.json that are ignored, as transformers ignores them.
+    """Check the fields of a decoder's config.json; returns a warning for each group of fields that is ignored.
 
     Args:
-        fields: of config.json.
+        fields: the fields of config.json.
         config: transformers' configuration with these fields.
-        others: also check fields that the stock model does not have; False if another reader checks them.
+        others: also check fields that `config` does not declare, and the class names; False if another reader did.
 
     Raises:
-        HFEError: a field changes, or may change, what the model computes in a way that our decoder does not implement.
+        HFEError: a field changes, or by its name may change, what the model computes, and our decoder does not
+            implement it: bidirectional attention, an encoder-decoder, sliding windows that the stock model applies to
+            its cache only, partial rotary embeddings.
     """
     model_type = str(config.model_type)
     if not fields.get("is_causal", True):
-        raise _refusal("is_causal", fields["is_causal"], "attends to later positions too", "use a causal model")
+        raise _unsupported_field_error(
+            "is_causal", fields["is_causal"], "means bidirectional attention", "use a causal model"
+        )
     if config.is_encoder_decoder:
-        raise _refusal("is_encoder_decoder", True, "is an encoder-decoder", "use a causal language model")
+        raise _unsupported_field_error(
+            "is_encoder_decoder", True, "is an encoder-decoder", "use a causal language model"
+        )
     _check_windows(fields, config)
     _check_rope(config)
     declared = {field.name for field in dataclasses.fields(config)}
@@ -78,10 +87,10 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
     warnings = unread_fields(fields, config)
     stock = type(config).__name__.removesuffix("Config")
     listed = config.architectures or []
-    others_named = [name for name in listed if name not in {stock + task for task in _TASKS}]
-    if others_named and "hfe_format" not in declared:
+    custom_classes = [name for name in listed if name not in {stock + task for task in _TASKS}]
+    if custom_classes and "hfe_format" not in declared:
         warnings.append(
-            f"config.json names the class {others_named[0]}; its weights were read as those of a stock {model_type}"
+            f"config.json names the class {custom_classes[0]}; its weights were read as those of a stock {model_type}"
         )
     named = fields.get("auto_map")
     if isinstance(named, dict) and "AutoModelForCausalLM" in named and "hfe_format" not in declared:
@@ -93,27 +102,33 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
 
 
 def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Sequence[str] = ()) -> list[str]:
-    """A warning about the fields of config.json that the stock model does not have; none without such fields.
+    """A list with one warning that names the fields of config.json that are ignored; empty if there are none.
+
+    Ignored are fields with a value that neither `config` nor `GenerationConfig` declares. Those known to have no effect
+    on the logits are not named.
 
     Args:
-        fields: of config.json.
+        fields: the fields of config.json.
         config: transformers' configuration with these fields.
-        read: fields that the caller has checked.
+        read: names of fields that the caller has checked.
 
     Raises:
-        HFEError: the name of such a field suggests that it changes what the model computes.
+        HFEError: the name of an ignored field suggests that it changes what the model computes, e.g. `attn_scale`.
     """
     model_type = str(config.model_type)
     known = (
-        {field.name for field in dataclasses.fields(config)} | vars(GenerationConfig()).keys() | _NO_EFFECT | {*read}
+        {field.name for field in dataclasses.fields(config)}
+        | vars(GenerationConfig()).keys()
+        | _IGNORED_FIELDS
+        | {*read}
     )
     unknown = [
         name
         for name, value in fields.items()
-        if name not in known and not name.startswith(_NO_EFFECT_PREFIXES) and value not in _EMPTY
+        if name not in known and not name.startswith(_IGNORED_PREFIXES) and value not in _UNSET
     ]
     for name in unknown:
-        if _COMPUTES.search(name.lower()):
+        if _CHANGES_COMPUTATION.search(name.lower()):
             raise HFEError(
                 f"config.json sets {name}={str(fields[name])[:80]}, a field that the stock {model_type} does not have "
                 "and whose name says that it changes what the model computes",
@@ -121,45 +136,45 @@ def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Seq
             )
     if not unknown:
         return []
-    return [f"config.json sets {', '.join(unknown)}, which the stock {model_type} does not read either"]
+    return [f"config.json sets {', '.join(unknown)}, which are ignored, as by the stock {model_type}"]
 
 
 def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Raise `HFEError` where sliding windows of config.json affect the stock model's cache but not its attention.
+    """Raise `HFEError` if the sliding windows of config.json affect the stock model's cache but not its attention.
 
-    In Llama and Mistral `layer_types` only selects the cache layers; so does `sliding_window` in Llama.
+    In transformers' Llama and Mistral `layer_types` only selects the cache layers; so does `sliding_window` in Llama.
     """
     declared = {field.name for field in dataclasses.fields(config)}
     window = fields.get("sliding_window")
     if "sliding_window" not in declared and window is not None:
-        raise _refusal(
-            "sliding_window", window, "the stock model has for its cache, not for its attention", "remove the field"
+        raise _unsupported_field_error(
+            "sliding_window", window, f"only affects the cache in {config.model_type}", "remove the field"
         )
     kinds = getattr(config, "layer_types", None)
     if "layer_types" in declared or kinds is None:
         return
     expected = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     if list(kinds) != [expected] * config.num_hidden_layers:
-        raise _refusal(
+        raise _unsupported_field_error(
             "layer_types",
             kinds,
             f"differs from what every layer of {config.model_type} does ({expected})",
-            "use a model type that has windows by layer (ministral, qwen2), or remove the field",
+            "use a model type that supports per-layer sliding windows (ministral, qwen2), or remove the field",
         )
 
 
 def _check_rope(config: PreTrainedConfig) -> None:
-    """Raise `HFEError` for a rotary embedding of a part of each head, which our decoder does not have."""
+    """Raise `HFEError` for a partial rotary embedding (partial_rotary_factor is not 1), which our decoder lacks."""
     rope = config.rope_parameters or {}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise _refusal(
+        raise _unsupported_field_error(
             "partial_rotary_factor",
             rope["partial_rotary_factor"],
-            "rotates a part of each head, while the stock model rotates all of it",
+            f"applies RoPE to part of each head; {config.model_type} applies it to the full head_dim",
             "set it to 1, or use the model type that the checkpoint was trained as",
         )
 
 
-def _refusal(name: str, value: Any, reason: str, remedy: str) -> HFEError:
-    """The error for a field that our decoder does not implement."""
+def _unsupported_field_error(name: str, value: Any, reason: str, remedy: str) -> HFEError:
+    """The error for a field that our decoder does not support; `reason` is a clause after "which"."""
     return HFEError(f"config.json sets {name}={str(value)[:120]}, which {reason}", remedy)

@@ -1,4 +1,4 @@
-"""`TensorReader`, what every reader of a checkpoint's tensors does."""
+"""`TensorReader`, the protocol of all readers of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from torch import Tensor
 
 
 class TensorReader(Protocol):
-    """Tensors of a checkpoint by stock name. Headers are parsed once; data is read by byte range, never mapped."""
+    """Tensors of a checkpoint, by their names in our model (those of transformers).
+
+    Headers are parsed by the constructor; data is read when a tensor is.
+    """
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the files."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor. This and the other methods raise KeyError for an unknown name."""
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `read` gives (GGUF: float32)."""
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, a CPU copy that the caller owns. NaN or infinity is an error."""
+        """A copy of the tensor, on the CPU.
+
+        Raises:
+            HFEError: it holds NaN or infinity, or the file is truncated.
+        """
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries `start` to `stop` of the first dimension, without reading the others."""
+        """A copy of ``read(name)[start:stop]``, with the errors of `read`; where possible no other entries are read."""

@@ -28,7 +28,7 @@ FIT_TOKENS = 18_432
 # Candidates of a greedy round that are measured in one traversal of the layers.
 _CANDIDATES_PER_TRAVERSAL = 4
 
-# Applies a layer, given by its index, to the only batch of a pass, and fits the layer's table to the hidden states.
+# (index, layer) -> table. Applies the layer to the only batch of a pass and fits a STEM table to its hidden states.
 FitLayer = Callable[[int, DecoderLayer], FittedTable]
 
 
@@ -38,8 +38,8 @@ class Round:
 
     Attributes:
         layer: the layer that was added.
-        delta_nll: rise of the probe's loss, in nats per token, with all layers chosen so far.
-        candidates: the same for every layer that was measured in this round.
+        delta_nll: increase in the probe's loss, in nats per token, with all layers chosen so far.
+        candidates: the increase with the earlier layers and each of the layers that were measured in this round.
     """
 
     layer: int
@@ -48,16 +48,16 @@ class Round:
 
 
 class LayerProbe:
-    """Measures the rise of the probe's loss when layers are converted.
+    """Measures the increase in the probe text's loss when layers are converted. Creating it runs the source model.
 
     Args:
         calibration: the source model and its texts.
-        fitter: makes the `FitLayer` for a pass of the calibration text.
+        fitter: called with the pass of the calibration text through the source model; returns its `FitLayer`.
         rounds: expected number of traversals after the first, only used for the progress bar.
 
     Attributes:
         layers: the layers that may be chosen: all but 0, whose rows could not be prefetched.
-        costs: rise of the loss with each of these layers converted alone, in nats per token.
+        costs: increase in the loss with each of these layers converted alone, in nats per token.
     """
 
     def __init__(self, calibration: Calibration, fitter: Callable[[LayerwisePass], FitLayer], rounds: int = 0) -> None:
@@ -71,7 +71,7 @@ class LayerProbe:
         self.costs = self.rises((), self.layers)
 
     def _fit_rows(self, fitter: Callable[[LayerwisePass], FitLayer]) -> dict[int, Tensor]:
-        """By layer, the fitted rows of the probe's tokens [R, intermediate_size]."""
+        """Fit each layer's table; returns layer -> rows of the probe's distinct tokens [R, intermediate_size]."""
         fit_text = self._calibration.fit
         run = self._calibration.start(fit_text[: max(FIT_TOKENS // fit_text.shape[1], 1)])
         fit, rows = fitter(run), {}
@@ -90,9 +90,10 @@ class LayerProbe:
 
     @torch.no_grad()
     def rises(self, chosen: Collection[int], candidates: Collection[int]) -> dict[int, float]:
-        """For each candidate, the rise of the loss, in nats per token, if it and the layers `chosen` are converted.
+        """For each candidate, the increase in the loss, in nats per token, with it and the layers `chosen` converted.
 
-        All are measured in one traversal of the layers: a candidate has hidden states of its own from its layer on, and
+        All candidates are measured in one traversal of the layers: a candidate has hidden states of its own from its
+            layer on, and
         shares those of the other candidates below it.
         """
         run, common = self._run, self._embedded.clone()
@@ -117,7 +118,7 @@ class LayerProbe:
     def _losses(self, *batches: BatchState) -> list[float]:
         """Mean loss of the probe, in nats per token, for each of its final hidden states."""
         ids = self._calibration.probe
-        return [float(nll_by_position(pieces, ids).double().mean()) for pieces in self._run.logits(*batches)]
+        return [float(nll_by_position(chunks, ids).double().mean()) for chunks in self._run.logits(*batches)]
 
 
 def cheapest(costs: dict[int, float], max_layers: int, max_delta: float | None) -> list[int]:
@@ -142,20 +143,20 @@ def cheapest(costs: dict[int, float], max_layers: int, max_delta: float | None) 
             break
         chosen.append(index)
     if not chosen:
-        _refuse_budget(max_delta, min(costs.values()))
+        _raise_budget_error(max_delta, min(costs.values()))
     return sorted(chosen)
 
 
 def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[Round]:
     """Rounds that add one layer each: first the layer with the lowest cost, then the one that raises the loss least.
 
-    Errors compound: the rise that a layer adds usually grows with the number of layers converted before it. So a
-    candidate is measured again only if the rise at its last measurement is less than that of the best of the round.
+    Errors compound: the increase that a layer adds usually grows with the number of layers converted before it. So a
+    candidate is measured again only if its last increase is less than that of the best layer of the round.
 
     Args:
         probe: measures the candidates.
         max_layers: largest number of rounds.
-        max_delta: largest measured rise with all chosen layers together; None for no limit.
+        max_delta: largest measured increase with all chosen layers together; None for no limit.
 
     Raises:
         HFEError: not even the cheapest layer is within `max_delta`.
@@ -177,12 +178,12 @@ def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[
         rounds.append(Round(best, measured[best], measured))
         del added[best]
     if not rounds:
-        _refuse_budget(max_delta, min(added.values()))
+        _raise_budget_error(max_delta, min(added.values()))
     return rounds
 
 
-def _refuse_budget(max_delta: float | None, cheapest_cost: float) -> NoReturn:
-    """Raise the error for a `max_delta` that not even the cheapest layer fits in."""
+def _raise_budget_error(max_delta: float | None, cheapest_cost: float) -> NoReturn:
+    """Raise the `HFEError` for a `max_delta` that is less than the cost of the cheapest layer."""
     raise HFEError(
         f"stem max_delta={max_delta} allows no layer: the cheapest costs {cheapest_cost:.4f} nats", "raise it"
     )

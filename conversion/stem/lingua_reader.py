@@ -1,13 +1,15 @@
-"""STEM checkpoints of the authors' training code, which is based on Meta Lingua, read as stock checkpoints.
+"""Reads STEM checkpoints of the authors' training code (based on Meta Lingua) with transformers parameter names.
 
-The folder of one training step has:
+The checkpoint directory of one training step has:
 
     params.json                               the training configuration; its section `model` is the architecture
-    consolidated/consolidated.pth             the backbone; or consolidated.pth in the folder itself
-    stem_shards/stem_model_mp{r}.pt           columns of every table, one file for each tensor-parallel rank r
+    consolidated/consolidated.pth             the backbone: all parameters but the STEM embedding tables; it may also
+                                              be consolidated.pth in the directory itself
+    stem_shards/stem_model_mp{r}.pt           column shards of the STEM embedding tables, one file for each
+                                              tensor-parallel rank r
 
-These are pickles. They are opened by `torch.load` with `weights_only=True`, which creates only tensors and plain
-containers, and with `mmap=True`, so that only the tensors that are read take memory.
+The weight files are pickles. They are opened by `torch.load` with `weights_only=True`, which creates only tensors and
+plain containers, and with `mmap=True`, so that only the tensors that are read take memory.
 """
 
 from __future__ import annotations
@@ -58,30 +60,34 @@ _IN_LAYER = {
 }
 _LAYER = re.compile(r"layers\.(\d+)\.([\w.]+)\.(weight)")
 _TABLE = re.compile(r"stem_embeddings\.(\d+)\.weight")
-# Upper bound of the numbers in the section `model`.
-_LARGEST = 1 << 24
-# Fields of the section `model` whose effect cannot be known from the files.
-_MUST_BE_EMPTY = {
+# Values in the section `model` above this are rejected as damaged.
+_MAX_VALUE = 1 << 24
+# Fields of the section `model` that are rejected if set, since the files do not say what effect they had.
+_UNSUPPORTED_FIELDS = {
     "rope_scaling": "some versions of the training code scale the rotary frequencies by it and others ignore it",
     "sliding_window": "some of the training code's attentions apply it and others ignore it",
 }
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """The column slices that make up one tensor of the checkpoint, and the file of the first slice."""
+class _ShardedTensor:
+    """The column shards of one tensor of the checkpoint (one part if it is not split), and the first one's file."""
 
     parts: list[Tensor]
     path: Path
 
 
 class LinguaReader:
-    """A `TensorReader` for the files of a training step, with stock names.
+    """A `TensorReader` (tensors by name, read one at a time) for a checkpoint directory of one training step.
+
+    Args:
+        folder: the checkpoint directory, or the folder `consolidated` in it.
+        params: the content of params.json.
 
     Attributes:
-        paths: the files with weights.
-        config: transformers' configuration of the backbone, without special tokens, which the files do not name.
-        stem_layers: the layers that have tables; empty for a dense checkpoint.
+        paths: the files with weights, memory-mapped.
+        config: transformers' `LlamaConfig` of the backbone, without special tokens, which the files do not name.
+        stem_layers: the layers that have tables, ascending; empty for a dense checkpoint.
 
     Raises:
         HFEError: a file is missing or damaged, or the files disagree with each other or with params.json.
@@ -91,25 +97,29 @@ class LinguaReader:
         backbone = _backbone_file(folder)
         shards = _shard_files(folder)
         self.paths = [backbone, *shards]
-        state = _backbone(backbone)
+        state = _load_tensors(backbone)
         tables = _tables(shards, state, backbone)
         model = _model_section(params)
         self.config = _config(model, vocab_size=_embedding_rows(state, backbone))
         self.stem_layers = _stem_layers(model, len(tables))
         _check_widths(tables, self.config.intermediate_size)
-        self._pieces = {stock_name(name): _Piece([tensor], backbone) for name, tensor in state.items()}
-        for position, index in enumerate(self.stem_layers):
-            self._pieces[f"model.layers.{index}.mlp.stem_embed.weight"] = tables[position]
+        self._tensors = {transformers_name(name): _ShardedTensor([tensor], backbone) for name, tensor in state.items()}
+        for index, layer in enumerate(self.stem_layers):
+            self._tensors[f"model.layers.{layer}.mlp.stem_embed.weight"] = tables[index]
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """True for a folder that holds a checkpoint of this layout, complete or not, and no `config.json`."""
-        signs = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
-        return not (folder / CONFIG_NAME).exists() and any((folder / sign).exists() for sign in signs)
+        """True for a folder without `config.json` that has any file of this layout; the rest may be missing."""
+        marker_files = (PARAMS_NAME, _BACKBONE, f"{_BACKBONE_FOLDER}/{_BACKBONE}", _SHARDS_FOLDER)
+        return not (folder / CONFIG_NAME).exists() and any((folder / marker).exists() for marker in marker_files)
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Release:
-        """The checkpoint in `folder`, which error messages call `name`."""
+        """Open the checkpoint in `folder`; error messages refer to it as `name`.
+
+        Raises:
+            HFEError: params.json is missing or not valid, or as the constructor.
+        """
         if not (folder / PARAMS_NAME).is_file():
             raise HFEError(
                 f"{name} has no {PARAMS_NAME}, which says what model its weights are",
@@ -118,46 +128,53 @@ class LinguaReader:
         reader = cls(folder, read_json(folder / PARAMS_NAME))
         config = decoder_config(reader.config)
         config.stem_layers = reader.stem_layers
-        # Built again, so that the configuration checks the field that was added.
+        # Re-create the configuration, which validates stem_layers.
         return Release(reader, reader.config, decoder_config(config), reader.paths)
 
     def names(self) -> list[str]:
-        return list(self._pieces)
+        """Names of all tensors, as in our decoder's state dict."""
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        parts = self._pieces[name].parts
+        """Shape of the whole tensor, its column shards joined."""
+        parts = self._tensors[name].parts
         return (*parts[0].shape[:1], sum(part.shape[1] for part in parts)) if len(parts) > 1 else tuple(parts[0].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._pieces[name].parts[0].dtype
+        """Dtype in which the tensor is stored."""
+        return self._tensors[name].parts[0].dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`; rows of q_proj and k_proj are reordered for transformers' rotary embedding."""
+        """A copy of the tensor `name`; rows of q_proj and k_proj are reordered for transformers' rotary embedding.
+
+        Raises:
+            HFEError: it holds NaN or infinity.
+        """
         heads = self._interleaved_heads(name)
         tensor = self._columns(name, slice(None))
         return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries `start` to `stop` of the first dimension of the tensor `name`."""
+        """``read(name)[start:stop]``; other rows are read only for q_proj and k_proj."""
         if self._interleaved_heads(name) is not None:
             return self.read(name)[start:stop].clone()
         return self._columns(name, slice(start, stop))
 
     def _columns(self, name: str, rows: slice) -> Tensor:
-        """The `rows` of a tensor, its column slices joined; `HFEError` for NaN or infinity."""
-        piece = self._pieces[name]
-        parts = [part[rows] for part in piece.parts]
-        return check_finite(name, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone(), piece.path)
+        """A copy of the `rows` of a tensor, its column shards joined; `HFEError` for NaN or infinity."""
+        sharded = self._tensors[name]
+        parts = [part[rows] for part in sharded.parts]
+        return check_finite(name, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone(), sharded.path)
 
     def _interleaved_heads(self, name: str) -> int | None:
-        """The number of heads of a q_proj or k_proj, which Lingua stores in interleaved rotary order; else None."""
+        """Number of heads of a q_proj or k_proj, whose rows Lingua stores in interleaved order; None for others."""
         if ".self_attn.q_proj." in name:
             return self.config.num_attention_heads
         return self.config.num_key_value_heads if ".self_attn.k_proj." in name else None
 
 
-def stock_name(name: str) -> str:
-    """The stock name of a backbone tensor; an unknown name is returned unchanged and reported as unknown later."""
+def transformers_name(name: str) -> str:
+    """The transformers name of a backbone tensor. An unknown name is returned unchanged; `check_source` rejects it."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     in_layer = _LAYER.fullmatch(name)
@@ -173,8 +190,8 @@ def _backbone_file(folder: Path) -> Path:
             return path
     if any(folder.glob("*.distcp")):
         raise HFEError(
-            f"{folder.name} has its backbone as a distributed checkpoint, whose index is a pickle that can run any "
-            "code when it is opened",
+            f"{folder.name} has its backbone as a distributed checkpoint, whose index is a pickle that can execute "
+            "arbitrary code when it is opened",
             "if you trust it, run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{folder.name} {folder.name}/{_BACKBONE}` and convert again",
         )
@@ -185,7 +202,13 @@ def _backbone_file(folder: Path) -> Path:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """The files of the tables' columns, in the order of their ranks: mp10 comes after mp2; empty if there are none."""
+    """The files with column shards of the tables, in the order of their ranks: mp10 comes after mp2.
+
+    An empty list if there is no folder `stem_shards`.
+
+    Raises:
+        HFEError: a rank's file is missing, or the folder is empty.
+    """
     # The user may name the folder of the step or the folder `consolidated` in it.
     places = [folder, *([folder.parent] if folder.name == _BACKBONE_FOLDER else [])]
     shards = next((place / _SHARDS_FOLDER for place in places if (place / _SHARDS_FOLDER).is_dir()), None)
@@ -195,21 +218,26 @@ def _shard_files(folder: Path) -> list[Path]:
     missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
     if missing or not ranks:
         raise HFEError(
-            f"{_SHARDS_FOLDER} lacks stem_model_mp{missing[0] if missing else 0}.pt: every rank from 0 on has columns "
-            f"of the tables, and {len(ranks)} file(s) are there",
+            f"{_SHARDS_FOLDER} lacks stem_model_mp{missing[0] if missing else 0}.pt: every rank from 0 on has column "
+            f"shards of the tables, and {len(ranks)} file(s) are there",
             "copy all of them",
         )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The dictionary in a file, with memory-mapped tensors; `HFEError` if the file is damaged or has other objects."""
+    """Load the dict saved in `path`, with memory-mapped tensors.
+
+    Raises:
+        HFEError: the file is damaged, contains objects that `weights_only=True` refuses, or is not a dict.
+    """
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise HFEError(
-            f"{path.name} has more than tensors and plain containers, so it is not opened: that could run any code",
-            "if you trust it, load it and save its tensors again with torch.save",
+            f"{path.name} is damaged or has more than tensors and plain containers, so it is not opened: it could "
+            "execute arbitrary code",
+            "copy it again, or, if you trust it, load it and save its tensors again with torch.save",
         ) from error
     # A damaged pickle can raise any exception.
     except Exception as error:
@@ -220,8 +248,12 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _backbone(path: Path) -> dict[str, Tensor]:
-    """The tensors in the file of a backbone or of table shards, by their names without wrappers' prefixes."""
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """Load the tensors, memory-mapped, of a backbone or table shard; their names lose the prefixes of wrappers.
+
+    Raises:
+        HFEError: as `_load` and `_checked`, or two tensors have the same name without prefixes.
+    """
     content = _load(path)
     # The file may also have the state of the optimizer.
     state = content["model"] if isinstance(content.get("model"), dict) else content
@@ -238,56 +270,54 @@ def _backbone(path: Path) -> dict[str, Tensor]:
 
 def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
     """`tensor`, detached; `HFEError` unless it is dense, contiguous, of a known dtype and not larger than the file."""
-    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
+    is_dense_cpu = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not is_dense_cpu or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
         raise HFEError(
             f"tensor {name} in {path.name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, or "
             "not contiguous; a checkpoint needs contiguous dense tensors",
             "save it again with torch.save, each tensor as .contiguous()",
         )
     if tensor.numel() * tensor.itemsize > path.stat().st_size:
-        raise HFEError(f"tensor {name} in {path.name} claims more bytes than the file has", "copy it again")
+        raise HFEError(f"tensor {name} in {path.name} is larger than the file", "copy it again")
     return tensor.detach()
 
 
-def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _Piece]:
-    """The tables by their position among the STEM layers, from the shards and the backbone.
+def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _ShardedTensor]:
+    """The STEM embedding tables, index -> table, from the shards and the backbone; index i is the i-th STEM layer.
 
-    Tables in `state`, the tensors of the backbone's file, are removed from it.
+    Tables in `state`, the tensors of the backbone's file, are removed from it; the shards take precedence.
 
     Raises:
-        HFEError: the shards do not have the same tables with the same number of rows, or positions are missing.
+        HFEError: a table is no matrix, the shards differ in their tables or numbers of rows, or an index is missing.
     """
-    tables: dict[int, _Piece] = {}
+    tables: dict[int, _ShardedTensor] = {}
     for name in [name for name in state if _TABLE.fullmatch(name)]:
         tensor = state.pop(name)
-        tables[_position(name)] = _Piece([tensor], backbone)
-    columns = [{_position(name): tensor for name, tensor in _backbone(path).items()} for path in shards]
-    pieces = [
-        (path, position, tensor)
-        for path, part in zip(shards, columns, strict=True)
-        for position, tensor in part.items()
+        tables[_table_index(name)] = _ShardedTensor([tensor], backbone)
+    columns = [{_table_index(name): tensor for name, tensor in _load_tensors(path).items()} for path in shards]
+    parts_by_index = [
+        (path, index, tensor) for path, part in zip(shards, columns, strict=True) for index, tensor in part.items()
     ]
-    pieces += [(backbone, position, piece.parts[0]) for position, piece in tables.items()]
-    for path, position, tensor in pieces:
+    parts_by_index += [(backbone, index, table.parts[0]) for index, table in tables.items()]
+    for path, index, tensor in parts_by_index:
         if tensor.ndim != 2:
-            raise HFEError(f"table {position} in {path.name} has {tensor.ndim} dimensions, not 2", "copy it again")
+            raise HFEError(f"table {index} in {path.name} has {tensor.ndim} dimensions, not 2", "copy it again")
     for path, part in zip(shards, columns, strict=True):
         if part.keys() != columns[0].keys():
             raise HFEError(
                 f"{path.name} has the tables {sorted(part)}, {shards[0].name} the tables {sorted(columns[0])}",
                 "use the shards of one training step",
             )
-    for position in sorted(columns[0]) if columns else []:
-        parts = [part[position] for part in columns]
+    for index in sorted(columns[0]) if columns else []:
+        parts = [part[index] for part in columns]
         rows = {path.name: len(part) for path, part in zip(shards, parts, strict=True)}
         if len(set(rows.values())) > 1:
             odd = next(name for name, count in rows.items() if count != len(parts[0]))
             raise HFEError(
-                f"table {position} has {len(parts[0])} rows in {shards[0].name} and {rows[odd]} in {odd}",
+                f"table {index} has {len(parts[0])} rows in {shards[0].name} and {rows[odd]} in {odd}",
                 "use the shards of one training step",
             )
-        tables[position] = _Piece(parts, shards[0])
+        tables[index] = _ShardedTensor(parts, shards[0])
     if sorted(tables) != list(range(len(tables))):
         raise HFEError(
             f"the files have the tables {sorted(tables)}; they must be numbered from 0 without gaps",
@@ -296,21 +326,21 @@ def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dic
     return tables
 
 
-def _position(name: str) -> int:
-    """The number of a table, from the name of its tensor."""
+def _table_index(name: str) -> int:
+    """The index of a STEM embedding table, from its tensor's name; `HFEError` for any other name."""
     match = _TABLE.fullmatch(name)
     if match is None:
         raise HFEError(f"a STEM shard has {name!r}, which is not a table", "use the files stem_model_mp*.pt")
     return int(match[1])
 
 
-def _check_widths(tables: dict[int, _Piece], intermediate_size: int) -> None:
+def _check_widths(tables: dict[int, _ShardedTensor], intermediate_size: int) -> None:
     """Raise `HFEError` if the columns of a table, over all shards, are not `intermediate_size`."""
-    for position, piece in tables.items():
-        width = sum(part.shape[1] for part in piece.parts)
+    for index, table in tables.items():
+        width = sum(part.shape[1] for part in table.parts)
         if width != intermediate_size:
             raise HFEError(
-                f"table {position} has {width} columns in {len(piece.parts)} shard(s); {PARAMS_NAME} requires a "
+                f"table {index} has {width} columns in {len(table.parts)} shard(s); {PARAMS_NAME} requires a "
                 f"feed-forward of {intermediate_size}",
                 f"copy all shards, with the {PARAMS_NAME} that belongs to them",
             )
@@ -326,17 +356,17 @@ def _embedding_rows(state: dict[str, Tensor], path: Path) -> int:
 
 
 def _model_section(params: dict[str, Any]) -> dict[str, Any]:
-    """The section `model`; `HFEError` if it is missing, of another model type, or sets a field of unknown effect."""
+    """The section `model` of params.json; `HFEError` if missing, not llama, or with one of `_UNSUPPORTED_FIELDS`."""
     model = params.get("model")
     if not isinstance(model, dict):
         raise HFEError(
             f"{PARAMS_NAME} has no section `model`, so this is not a checkpoint of Lingua",
-            "convert Meta's own releases from their safetensors on the Hub",
+            "convert official Llama checkpoints from their safetensors on the Hub",
         )
     kind = params.get("model_type", "llama")
     if kind != "llama":
         raise HFEError(f"{PARAMS_NAME} names the model type {str(kind)[:80]!r}", "only llama is supported")
-    for name, reason in _MUST_BE_EMPTY.items():
+    for name, reason in _UNSUPPORTED_FIELDS.items():
         if model.get(name) is not None:
             raise HFEError(
                 f"{PARAMS_NAME} sets {name} to {str(model[name])[:80]}; {reason}",
@@ -346,9 +376,13 @@ def _model_section(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The backbone's configuration; fields that the section leaves out get Lingua's defaults."""
-    dim, layers = _whole_number(model, "dim"), _whole_number(model, "n_layers")
-    head_dim, heads = (_whole_number(model, name, optional=True) for name in ("head_dim", "n_heads"))
+    """The backbone's `LlamaConfig`; fields that the section `model` does not have get Lingua's defaults.
+
+    Raises:
+        HFEError: a number is missing or not a positive integer, or transformers rejects the configuration.
+    """
+    dim, layers = _positive_int(model, "dim"), _positive_int(model, "n_layers")
+    head_dim, heads = (_positive_int(model, name, optional=True) for name in ("head_dim", "n_heads"))
     if not (head_dim or heads):
         raise HFEError(f"{PARAMS_NAME} names neither n_heads nor head_dim", "use the file of this training step")
     head_dim = head_dim or dim // heads
@@ -359,15 +393,15 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
             "vocab_size": vocab_size,
             "hidden_size": dim,
             "intermediate_size": feed_forward_width(
-                dim, _factor(model), _whole_number(model, "multiple_of", optional=True) or 256
+                dim, _factor(model), _positive_int(model, "multiple_of", optional=True) or 256
             ),
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": _whole_number(model, "n_kv_heads", optional=True) or heads,
+            "num_key_value_heads": _positive_int(model, "n_kv_heads", optional=True) or heads,
             "head_dim": head_dim,
             "rms_norm_eps": model.get("norm_eps", 1e-5),
             "rope_theta": model.get("rope_theta", 10000.0),
-            "max_position_embeddings": _whole_number(model, "max_seqlen", optional=True) or 1024,
+            "max_position_embeddings": _positive_int(model, "max_seqlen", optional=True) or 1024,
             "tie_word_embeddings": bool(model.get("weight_tying", False)),
             "bos_token_id": None,
             "eos_token_id": None,
@@ -376,27 +410,27 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     )
 
 
-def _whole_number(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
-    """A positive integer of the section; with `optional`, 0 if it is missing or 0."""
+def _positive_int(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
+    """The field `name` of the section `model`; 0 if it is `optional` and missing or 0, `HFEError` if not positive."""
     value: Any = model.get(name)
     if optional and (value is None or value == 0):
         return 0
-    if not is_whole(value, 1, _LARGEST):
+    if not is_whole(value, 1, _MAX_VALUE):
         raise HFEError(f"{PARAMS_NAME} has {name}={str(value)[:80]}, not a positive whole number", "correct the file")
     return value
 
 
 def _factor(model: dict[str, Any]) -> float | None:
-    """`ffn_dim_multiplier` of the section, a positive number or None."""
+    """`ffn_dim_multiplier` of the section `model`, or None without it; `HFEError` unless it is a positive number."""
     value = model.get("ffn_dim_multiplier")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX_VALUE
     if value is not None and not number:
         raise HFEError(f"{PARAMS_NAME} has ffn_dim_multiplier={str(value)[:80]}, not a number", "correct the file")
     return value
 
 
 def feed_forward_width(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """The feed-forward's width in Lingua: ``int(multiplier * int(2 * 4 * dim / 3))``, rounded up to `multiple_of`."""
+    """The `intermediate_size`: ``int(multiplier * int(2 * 4 * dim / 3))``, rounded up to `multiple_of`."""
     width = int(2 * 4 * dim / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -404,7 +438,11 @@ def feed_forward_width(dim: int, multiplier: float | None, multiple_of: int) -> 
 
 
 def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
-    """The layers that have tables, in order; without the field all but the first, as in the training code."""
+    """The layers that have STEM tables, ascending; without `stem_layers` all but layer 0, as in the training code.
+
+    Raises:
+        HFEError: the field is not a list of different integers, or their number differs from that of the `tables`.
+    """
     named = model.get("stem_layers")
     if named is None:
         layers = list(range(1, model["n_layers"])) if tables else []

@@ -123,8 +123,8 @@ class Stem:
     max_delta: float | None = field(
         default=None,
         metadata={
-            "help": "largest rise of the loss in nats per token: with auto the sum of the layers' single costs, with "
-            "greedy the measured rise with all layers"
+            "help": "largest increase in the loss in nats per token: with auto the sum of the layers' single costs, "
+            "with greedy the measured increase with all layers"
         },
     )
     keep_up_proj: bool = field(

@@ -1,4 +1,8 @@
-"""Plans of knowledge edits: which positions of a prompt use the table rows of which other tokens."""
+"""Plans of STEM knowledge edits: which embedding rows replace those of which prompt positions.
+
+A STEM layer has an embedding table with a row for each token id in place of its up-projection; an edit makes it use
+the rows of a target entity at the positions of a source entity.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,16 @@ MODES = ("auto", "one_to_one", "left_pad", "right_pad", "copy", "subset", "avera
 
 @dataclass(frozen=True)
 class StemEditPlan:
-    """Positions of a prompt, and the tokens whose rows the STEM layers use there.
+    """Positions of a prompt, and the token ids whose rows the STEM layers use there.
 
     Attributes:
-        positions: of the source entity's tokens in the tokenised prompt, counted without padding.
-        source_ids: the token at each position; a call with another token there is an error.
-        replacements: for each position the tokens whose rows are used: one, or several whose mean is taken.
-        mode: how lengths were matched; never `auto`.
-        layers: STEM layers that the edit applies to; None for all.
-        source, target: the entities.
-        target_ids: the target's tokens.
+        positions: indices of the source entity's tokens in the tokenised prompt, counted without padding.
+        source_ids: token id at each position; `stem_override` raises for a call with another token there.
+        replacements: for each position the token ids whose rows are used: one, or several whose mean is taken.
+        mode: how the lengths were matched, a mode of `stem_edit_plan` other than `auto`.
+        layers: indices of the STEM layers that the edit applies to; None for all.
+        source, target: text of the two entities.
+        target_ids: token ids of the target.
     """
 
     positions: tuple[int, ...]
@@ -46,7 +50,7 @@ def stem_edit_plan(
     keep: Sequence[int] | None = None,
     counts: Mapping[int, float] | Sequence[float] | None = None,
 ) -> StemEditPlan:
-    """A plan that gives the tokens of `source` in `prompt` the rows of `target`; for `stem_override`.
+    """Plan an edit that replaces the embedding rows of `source` in `prompt` by those of `target`; for `stem_override`.
 
     The entity is the last literal occurrence of `source` in `prompt`. Its tokens are found by their character offsets
     in the whole prompt, and those of `target` by offsets in the prompt with `target` in place of `source`, so that a
@@ -69,15 +73,18 @@ def stem_edit_plan(
         mode: one of the table.
         layers: STEM layers to edit; None for all.
         keep: for `subset`: indices of the target's tokens to keep, n of them.
-        counts: for `subset`: how often each token id occurs in some text, by id; an absent id counts 0.
+        counts: for `subset`: how often each token id occurs in some text, by id; an id that a mapping lacks has
+            count 0.
 
     The pad token is the tokenizer's, or its EOS, or, with a warning, its BOS.
 
     Raises:
-        HFEError: the source is not in the prompt, shares a token with other words, or does not fit the mode; an
-            argument is given that the mode does not take; the target has unknown tokens.
+        HFEError: the mode is unknown; an entity is empty; the source is not in the prompt; an entity shares a token
+            with other text or has none; the lengths do not suit the mode; `keep` or `counts` is given for another mode
+            than `subset`, or is wrong; the target has unknown tokens; the tokenizer gives no offsets or has no token
+            to pad with.
 
-    Source: STEM, arXiv:2601.10639, section 3.5; `subset` by counts is our own.
+    Source: STEM, arXiv:2601.10639, section 3.5; `subset` by counts is not in the paper.
 
     Example:
         >>> plan = stem_edit_plan(tokenizer, "The capital of Spain is", "Spain", "Germany")
@@ -87,7 +94,7 @@ def stem_edit_plan(
     if mode not in MODES:
         raise HFEError(f"mode={mode!r} is unknown", f"choose one of {', '.join(MODES)}")
     if mode != "subset" and (keep is not None or counts is not None):
-        raise HFEError(f"mode={mode!r} takes neither keep nor counts", "leave them out, or choose mode='subset'")
+        raise HFEError(f"mode={mode!r} supports neither keep nor counts", "leave them out, or choose mode='subset'")
     if not source or not target:
         raise HFEError(f"source={source!r} and target={target!r}: neither may be empty", "name both entities")
     start = prompt.rfind(source)
@@ -113,7 +120,11 @@ def stem_edit_plan(
 
 
 def _tokens_of_span(tokenizer: Any, text: str, start: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions and ids of the tokens of the characters [start, end) of `text`."""
+    """Positions and ids of the tokens that cover the characters [start, end) of `text`.
+
+    Raises:
+        HFEError: the tokenizer is not a fast one, a token also covers other text than white space, or there is none.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise HFEError(
             f"{type(tokenizer).__name__} gives no character offsets", "load the fast tokenizer of this checkpoint"
@@ -129,7 +140,7 @@ def _tokens_of_span(tokenizer: Any, text: str, start: int, end: int) -> tuple[tu
                 )
             positions.append(position)
     if not positions:
-        raise HFEError(f"the tokenizer gives no token for {entity!r} in {text!r}", "name an entity that it keeps")
+        raise HFEError(f"the tokenizer gives no token for {entity!r} in {text!r}", "choose text that produces tokens")
     return tuple(positions), tuple(encoded["input_ids"][position] for position in positions)
 
 
@@ -137,68 +148,83 @@ def _check_known(tokenizer: Any, target: str, ids: tuple[int, ...]) -> None:
     """Raise `HFEError` if a token of the target is the unknown token."""
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise HFEError(
-            f"the target {target!r} has tokens {list(ids)}, where {tokenizer.unk_token_id} stands for unknown ones",
-            "name a target that the vocabulary holds",
+            f"the target {target!r} has tokens {list(ids)}, where {tokenizer.unk_token_id} is the unknown token",
+            "choose a target without unknown tokens",
         )
 
 
 def _match_lengths(
     tokenizer: Any,
     mode: str,
-    source: tuple[int, ...],
-    target: tuple[int, ...],
+    source_ids: tuple[int, ...],
+    target_ids: tuple[int, ...],
     keep: Sequence[int] | None,
     counts: Mapping[int, float] | Sequence[float] | None,
 ) -> tuple[tuple[int, ...], ...]:
-    """The target tokens whose mean row each source token looks up."""
-    n, m = len(source), len(target)
+    """For each source token, the target token ids whose embedding rows are averaged as its replacement.
+
+    `mode` is one of `MODES` other than `auto`.
+
+    Raises:
+        HFEError: the lengths, `keep` or `counts` do not suit the mode, or there is no token to pad with.
+    """
+    num_source, num_target = len(source_ids), len(target_ids)
     if mode == "average":
-        return (target,) * n
-    if mode == "one_to_one" and n != m:
+        return (target_ids,) * num_source
+    if mode == "one_to_one" and num_source != num_target:
         raise HFEError(
-            f"mode='one_to_one' needs equal lengths: the source has {n} tokens {list(source)}, the target {m} "
-            f"{list(target)}",
+            f"mode='one_to_one' needs equal lengths: the source has {num_source} tokens {list(source_ids)}, the target "
+            f"{num_target} {list(target_ids)}",
             "choose another mode, for example 'average'",
         )
     if mode == "one_to_one":
-        ids = target
+        ids = target_ids
     elif mode == "copy":
-        ids = tuple(target[k % m] for k in range(n))
+        ids = tuple(target_ids[k % num_target] for k in range(num_source))
     elif mode == "subset":
-        ids = tuple(target[k] for k in _subset(n, target, keep, counts))
+        ids = tuple(target_ids[k] for k in _subset(num_source, target_ids, keep, counts))
     else:
-        pads = (_pad_id(tokenizer),) * (n - m) if n > m else ()
-        ids = pads + target[-n:] if mode == "left_pad" else target[:n] + pads
+        missing = num_source - num_target
+        pads = (_pad_id(tokenizer),) * missing if missing > 0 else ()
+        ids = pads + target_ids[-num_source:] if mode == "left_pad" else target_ids[:num_source] + pads
     return tuple((token,) for token in ids)
 
 
 def _subset(
-    n: int,
-    target: tuple[int, ...],
+    num_source: int,
+    target_ids: tuple[int, ...],
     keep: Sequence[int] | None,
     counts: Mapping[int, float] | Sequence[float] | None,
 ) -> list[int]:
-    """Indices of the `n` target tokens to keep, in order."""
-    m = len(target)
-    if m < n:
+    """Indices into `target_ids` of the `num_source` tokens to keep, ascending: `keep`, or those with the lowest counts.
+
+    Raises:
+        HFEError: the target is shorter than the source, not exactly one of `keep` and `counts` is given, or `keep` is
+            not `num_source` different indices of the target.
+    """
+    num_target = len(target_ids)
+    if num_target < num_source:
         raise HFEError(
-            f"mode='subset' needs a target at least as long as the source: it has {m} tokens, the source {n}",
+            f"mode='subset' needs a target at least as long as the source: it has {num_target} tokens, the "
+            f"source {num_source}",
             "choose 'left_pad', 'right_pad', 'copy' or 'average'",
         )
     if (keep is None) == (counts is None):
         raise HFEError(
             "mode='subset' needs either keep or counts, not both",
-            f"pass keep, {n} of the indices 0..{m - 1}, or counts, how often each token id occurs",
+            f"pass keep, {num_source} of the indices 0..{num_target - 1}, or counts, how often each token id occurs",
         )
     if keep is not None:
-        if len(keep) != n or len(set(keep)) != n or not all(0 <= k < m for k in keep):
-            raise HFEError(f"keep={list(keep)} must be {n} different indices of 0..{m - 1}", "correct keep")
+        if len(keep) != num_source or len({*keep}) != num_source or not all(0 <= k < num_target for k in keep):
+            raise HFEError(
+                f"keep={list(keep)} must be {num_source} different indices of 0..{num_target - 1}", "correct keep"
+            )
         return sorted(keep)
-    return sorted(sorted(range(m), key=lambda k: _count(counts, target[k]))[:n])
+    return sorted(sorted(range(num_target), key=lambda k: _count(counts, target_ids[k]))[:num_source])
 
 
 def _count(counts: Any, token: int) -> float:
-    """The count of a token; 0 if a mapping lacks it."""
+    """The count of a token id; 0 if a mapping lacks it, `HFEError` if a sequence is too short."""
     if isinstance(counts, Mapping):
         return counts.get(token, 0)
     if token >= len(counts):

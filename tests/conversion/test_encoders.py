@@ -187,5 +187,5 @@ def test_models_of_two_families_are_not_compared(tmp_path: Path, tiny_llama: Pat
 
 def test_a_patch_of_another_family_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "source")
-    with pytest.raises(UsageError, match="patch stem does not take a bert model"):
+    with pytest.raises(UsageError, match="patch stem does not support a bert model"):
         convert(tmp_path / "source", tmp_path / "out", [Stem(layers=[1])], evaluate=False, progress=False)

@@ -220,7 +220,7 @@ def test_converted_logits_are_those_of_transformers(
 
 
 REFUSED: dict[str, tuple[str, Edit, str]] = {
-    "bidirectional": ("llama", fields(is_causal=False), "is_causal=False, which attends to later positions"),
+    "bidirectional": ("llama", fields(is_causal=False), "is_causal=False, which means bidirectional attention"),
     "bidirectional, null": ("qwen2", fields(is_causal=None), "is_causal=None"),
     "Mistral with windows by layer": (
         "mistral-window",

@@ -97,7 +97,7 @@ def test_padding_falls_back_to_eos_then_bos(
         ({"target": ""}, "neither may be empty"),
         ({"target": "isle of man", "mode": "one_to_one"}, r"the source has 1 tokens \[8\], the target 3 \[16, 6, 17\]"),
         ({"mode": "median"}, "mode='median' is unknown.*one_to_one"),
-        ({"target": "atlantis"}, r"'atlantis' has tokens \[3\], where 3 stands for unknown"),
+        ({"target": "atlantis"}, r"'atlantis' has tokens \[3\], where 3 is the unknown token"),
         ({"mode": "subset", "target": "isle of man"}, "either keep or counts"),
         ({"mode": "subset", "target": "isle of man", "keep": [0], "counts": {}}, "either keep or counts"),
         ({"mode": "subset", "target": "isle of man", "keep": [3]}, r"keep=\[3\] must be 1 different indices of 0..2"),
@@ -107,7 +107,7 @@ def test_padding_falls_back_to_eos_then_bos(
             "counts has 2 entries, the target has token 16",
         ),
         ({"mode": "subset", "source": "capital of", "keep": [0]}, "at least as long.*it has 1 tokens, the source 2"),
-        ({"mode": "copy", "keep": [0]}, "mode='copy' takes neither keep nor counts"),
+        ({"mode": "copy", "keep": [0]}, "mode='copy' supports neither keep nor counts"),
         ({"source": "pain"}, "the token 'spain' contains more than the entity 'pain'"),
     ],
 )

@@ -76,7 +76,7 @@ def test_text_says_what_a_user_must_know(checkpoint: Path) -> None:
     assert "is lossy" in text
     assert 'repository, commit = "tester/stem"' in text
     assert "AutoModelForCausalLM.from_pretrained(repository, revision=commit, trust_remote_code=True)" in text
-    assert "| rise of the cross-entropy, nats per token | 1.0900 | 1.0100 to 1.1700 |" in text
+    assert "| increase in cross-entropy, nats per token | 1.0900 | 1.0100 to 1.1700 |" in text
     assert "| KL divergence from the source, nats per token | 0.0000 |  |" in text
     assert "8,176 tokens in 16 sequences" in text
     assert "Computed in float32 from the weights as they are stored (bfloat16)." in text
