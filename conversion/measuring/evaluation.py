@@ -317,7 +317,7 @@ class Evaluator(ABC):
         tokenizer: Any = None,
         counts: Tensor | None = None,
     ) -> EvaluationReport:
-        """Loss of `model` on token ids [B, S], S at least 2, by the family's `objective`; compared with `reference` if any.
+        """Loss of `model` on token ids [B, S], S >= 2, by the family's `objective`, compared with `reference` if any.
 
         Args:
             ids, text, model, reference, counts: as for `compare_predictions`.

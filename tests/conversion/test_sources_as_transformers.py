@@ -232,7 +232,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         fields(layer_types=["sliding_attention"] * 3),
         "layer_types=.* differs",
     ),
-    "Llama with a window": ("llama", fields(sliding_window=4), "sliding_window=4, which the stock model has for its"),
+    "Llama with a window": (
+        "llama",
+        fields(sliding_window=4),
+        "sliding_window=4, which only affects the cache in llama",
+    ),
     "sliding layers without a window": (
         "qwen2",
         fields(layer_types=["sliding_attention"] * 3),
@@ -339,7 +343,7 @@ def test_what_would_compute_something_else_is_refused(
     [
         (
             {"own_note": 3, "my_number": "x"},
-            "config.json sets own_note, my_number, which the stock llama does not read",
+            "config.json sets own_note, my_number, which are ignored, as by the stock llama",
         ),
         (
             {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}},
