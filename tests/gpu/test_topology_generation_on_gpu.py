@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.scripted_sampler import ScriptedSampler
 from hf_efficient.modeling.medverse.modeling_medverse import MedVerseConfig, MedVerseForCausalLM
 from hf_efficient.modeling.multiverse.modeling_multiverse import MultiverseConfig, MultiverseForCausalLM
-from hf_efficient.modeling.topology.generation import parallel_decoding, topology_step
+from hf_efficient.modeling.topology.generation import parallel_decoding, topology_session, topology_step
 from hf_efficient.modeling.topology.generation.branches import BranchPath
 from hf_efficient.modeling.topology.generation.generation_topology import TopologyGenerateOutput
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
@@ -154,7 +154,7 @@ def test_captured_steps_are_the_called_ones_bit_for_bit(
     assert model.captured_steps(), "steps were captured"
     again = generate(model, tokenizer, inputs, sampler=forks(tokenizer, 3, grammar), **options)
     model.free_captured_steps()
-    monkeypatch.setattr(topology_step, "can_capture_steps", lambda model: False)
+    monkeypatch.setattr(topology_session, "can_capture_steps", lambda model: False)
     called = generate(model, tokenizer, inputs, sampler=forks(tokenizer, 3, grammar), **options)
     assert not model.captured_steps()
     for other in (again, called):
@@ -171,7 +171,7 @@ def test_speculative_steps_give_what_sequential_steps_do(device: torch.device, m
     for _ in range(3):  # the first captures its steps
         speculative = generate(model, tokenizer, inputs, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(topology_step.TopologySession, "can_speculate", lambda session: False)
+        patched.setattr(topology_session.TopologySession, "can_speculate", lambda session: False)
         waited = generate(model, tokenizer, inputs, **options)
     assert torch.equal(speculative.sequences, waited.sequences) and speculative.branch_info == waited.branch_info
     assert speculative.num_forward_passes > waited.num_forward_passes, "some speculations failed"

@@ -28,16 +28,13 @@ from hf_efficient.modeling.topology.generation.limits import Limits
 from hf_efficient.modeling.topology.generation.sampling import Choice, Sampler
 from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 from hf_efficient.modeling.topology.generation.streaming import StreamWriter
-from hf_efficient.modeling.topology.generation.topology_step import (
-    MOST_CAPTURED_QUERIES,
-    RowQueries,
+from hf_efficient.modeling.topology.generation.topology_session import (
+    MAX_CAPTURED_QUERIES,
     TopologySession,
-    TopologyStep,
     acquire_session,
-    check_attention,
-    forward,
     release_session,
 )
+from hf_efficient.modeling.topology.generation.topology_step import RowQueries, TopologyStep, check_attention, forward
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import Decode
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
@@ -235,7 +232,7 @@ class ParallelDecodeLoop:
             logits or may replace tokens, steps are not captured, or the cache must be reallocated first.
         """
         session, sequences, width = self.session, self.sequences, pending.step.queries
-        if pending.read is None or not session.can_speculate() or width > MOST_CAPTURED_QUERIES:
+        if pending.read is None or not session.can_speculate() or width > MAX_CAPTURED_QUERIES:
             return None
         slots = max(
             offset + len(sequence.tokens) + len(sequence.active_branches)

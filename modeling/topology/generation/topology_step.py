@@ -1,7 +1,12 @@
-"""One forward pass of all branches of all sequences over their shared cache; on CUDA replayed from a graph.
+"""One step of parallel generation: a forward pass of the new tokens of all branches; on CUDA replayed from a graph.
 
-For each step the host sends one buffer (tokens, positions, slots, segments, bitmaps) and gets one back (the most likely
-tokens). Query counts are rounded up to powers of two, so that few graphs are captured.
+A branch is a part of a sequence that is decoded in parallel with others. All branches of a sequence share its key-value
+cache; the segment of each cache slot (a run of consecutive tokens between forks and joins) determines which queries may
+attend to it. For each step the host sends one buffer (tokens, positions, slots, segments, bitmaps) to the device and
+receives one (the most likely tokens). Query counts are rounded up to powers of two, so that few graphs are captured.
+
+B is the number of sequences, Q that of queries (new tokens) of each sequence, V the vocabulary size, and W the number
+of 64-bit words in a bitmap of segments.
 """
 
 from __future__ import annotations
@@ -14,17 +19,10 @@ import torch
 from torch import Tensor
 
 from hf_efficient.errors import HFEError
-from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
 from hf_efficient.modeling.decoder.configuration_decoder import length_dependent_rope
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
-from hf_efficient.modeling.decoder.graph_capture import (
-    SIGNATURE_CHECK_INTERVAL,
-    capture_graph,
-    capture_obstacle,
-    step_pool,
-    step_signature,
-)
+from hf_efficient.modeling.decoder.graph_capture import capture_graph
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
 from hf_efficient.modeling.topology.attention.topology_interface import TOPOLOGY_ATTENTION
 from hf_efficient.modeling.topology.attention.topology_mask import (
@@ -36,15 +34,13 @@ from hf_efficient.modeling.topology.attention.topology_mask import (
 from hf_efficient.modeling.topology.generation.sampling import most_likely
 from hf_efficient.modeling.topology.generation.scheduler import SequenceScheduler
 
-# Queries of each sequence that a captured step may take; more are rare (many headers together) and run as a call.
-MOST_CAPTURED_QUERIES = 64
-
 
 def check_attention(model: Any) -> None:
-    """Raise `HFEError` for a model that cannot generate in parallel.
+    """Raise `HFEError` if the model cannot generate in parallel.
 
-    Its attention must take a topology or a dense mask, see all tokens in every layer, and rotate keys by frequencies
-    that do not depend on the length; and the model must fill a cache.
+    Required are: an attention implementation that accepts a topology or a dense mask; full attention in every layer;
+    rotary frequencies that do not depend on the sequence length; and no gradient checkpointing in training mode, in
+    which transformers fills no cache.
     """
     config = model.config
     implementation = config._attn_implementation
@@ -62,8 +58,8 @@ def check_attention(model: Any) -> None:
     windowed = next((kind for kind in kinds if kind != "full_attention"), None)
     if windowed is not None:
         raise HFEError(
-            f"{type(model).__name__} has layers of {windowed} (sliding_window={window}), and a branch must see all of "
-            "the text before it",
+            f"{type(model).__name__} has layers of {windowed} (sliding_window={window}), but a branch must attend to "
+            "all of the text before it",
             "use a model with full attention in every layer",
         )
     unfit = length_dependent_rope(getattr(config, "rope_parameters", None))
@@ -89,15 +85,19 @@ def forward(
     logits_to_keep: int,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, logits_to_keep, V] of any causal language model.
+    """Run any causal language model; return the logits [B, logits_to_keep, V] of the last tokens.
+
+    The tokens' keys and values are written to the slots of the cache that the last `cache.place` has set.
 
     Args:
-        model: a model without topology support gets the topology as a dense mask.
-        tokens, positions: int64 [B, Q].
-        topology: `TopologyMask` for prompts, `TopologyQueries` for tokens that follow the cache, None for plain text.
-        cache: where `cache.place` has said the tokens go.
-        logits_to_keep: K; the logits of the last K tokens are computed.
-        padding: [B, Q], 0 at padding, for plain prompts.
+        model: the model. With ``hfe_topology`` or topology support it receives `topology` itself, otherwise a dense
+            mask made of it.
+        tokens, positions: token ids and rotary positions, int64 [B, Q].
+        topology: a `TopologyMask` for prompts with blocks; `TopologyQueries` for tokens that follow a filled cache;
+            None for plain prompts, which have causal attention.
+        cache: the shared cache.
+        logits_to_keep: number of tokens, from the end, whose logits are computed.
+        padding: int64 [B, Q], 0 at padding, for plain prompts; None without padding.
     """
     mask: Any = padding
     given: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def forward(
     if topology is not None and (implementation == TOPOLOGY_ATTENTION or getattr(model, "supports_topology", False)):
         given["topology"] = topology
         if not getattr(model, "supports_topology", False):
-            # transformers passes a mask of rank 4 through; without one the model would build a mask that is not read.
+            # transformers passes a 4-D mask through unchanged; without one it would build a mask that is not used.
             mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
     elif topology is not None:
         kv_length = cache.next_slots.kv_length if isinstance(topology, TopologyQueries) else None
@@ -124,14 +124,14 @@ def forward(
 
 
 class RowQueries(NamedTuple):
-    """The tokens of one sequence that a step computes: Q or fewer of them, those whose logits are wanted last.
+    """The n ≤ Q tokens of one sequence that a step computes; last come those that the active branches continue from.
 
     Attributes:
-        tokens: token ids; below zero a placeholder, see `TopologyStep.placeholder_token`.
+        tokens: n token ids; a negative one is a placeholder, see `TopologyStep.placeholder_token`.
         positions: rotary position of each token.
-        slots: cache slot of each token, counted from the sequence's first token.
+        slots: cache slot of each token, counted from the sequence's first token, without left padding.
         segments: segment of each token.
-        end: tokens that the sequence has with these.
+        end: total number of tokens of the sequence, including these.
     """
 
     tokens: Sequence[int]
@@ -142,12 +142,18 @@ class RowQueries(NamedTuple):
 
 
 class _HostBuffers:
-    """Host memory of one step in flight; a step has two, so that the host fills or reads one while the other is used.
+    """Host memory for the inputs and the result of one step in flight.
+
+    A step has two, so that the host can fill or read one while the device uses the other.
 
     Args:
-        sizes: int64 elements of each section, see `_sections`.
+        sizes: number of int64 elements of each section of the input buffer, see `_sections`.
         batch, queries, words: B, Q and W of the step.
-        pinned: the device is a CUDA device, and copies run asynchronously.
+        pinned: allocate pinned memory and copy asynchronously; True for a CUDA device.
+
+    Attributes:
+        host: the input buffer, int64.
+        views: numpy views of its sections, in the order of `_sections`.
     """
 
     def __init__(self, sizes: list[int], batch: int, queries: int, words: int, pinned: bool) -> None:
@@ -158,12 +164,12 @@ class _HostBuffers:
         self._sent, self._arrived = (torch.cuda.Event(), torch.cuda.Event()) if pinned else (None, None)
 
     def wait_until_sent(self) -> None:
-        """Wait until the device has the buffer's content, after which it may be filled again."""
+        """Wait until the last copy to the device has finished, after which the buffer may be filled again."""
         if self._sent is not None:
             self._sent.synchronize()
 
     def send(self, device_buffer: Tensor) -> None:
-        """Start to copy the buffer to the device."""
+        """Start to copy the input buffer to `device_buffer`, an int64 tensor of the same size."""
         device_buffer.copy_(self.host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
@@ -175,32 +181,44 @@ class _HostBuffers:
             self._arrived.record()
 
     def read(self) -> np.ndarray:
-        """The result that was fetched, int64 [2, B, Q]; waits for the device."""
+        """Wait for the copy of `fetch_async` and return the result, int64 [2, B, Q].
+
+        Entry 1 is unused if the result was [1, B, Q].
+        """
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._result.numpy()
 
 
 class TopologyStep:
-    """Buffers of a step of B sequences with Q queries each, and its graph once it is captured.
+    """Buffers of a step of B sequences with Q queries each, and its CUDA graph once it is captured.
+
+    A sequence with n < Q tokens uses its last n queries; the others are padding.
 
     Args:
         batch, queries: B and Q.
-        words: W, words of 64 segments in each query's bitmap.
-        with_logprobs: the result includes log-probabilities of the most likely tokens.
-        chosen: int64 [B Q] or longer; each step leaves its most likely tokens here, for the placeholders of the next.
-        suppressed: ids that are never chosen, int64 [n] on the device; or None.
+        words: W, the number of 64-bit words in each query's bitmap of segments.
+        with_logprobs: the result includes the log-probabilities of the most likely tokens.
+        chosen: int64 [n] on the device, shared by all steps. Each step writes the first n of its B * Q most likely
+            tokens here, from which the next step fills its placeholders.
+        suppressed: token ids that are never chosen, int64 [n] on the device; or None.
 
     Attributes:
-        logits: [B, Q, V] of the last run; the active branches of a sequence have the last ones of its queries.
-        signature: `step_signature` of the model at capture; None before.
+        tokens, positions: int64 [B, Q] on the device, token ids and rotary positions.
+        segment_visibility: int64 [B, Q, W], bitmap of the segments that each query may attend to.
+        slots: int32 [B, Q], cache slot of each query, left padding included; -1 for a padding query.
+        segments: int32 [B, Q], segment of each query.
+        kv_len: int32 [B], cache slots that each sequence fills after the step.
+        logits: [B, Q, V] of the last run; the active branches of a sequence have its last queries.
+        signature: `step_signature` of the model when the graph was captured; None before.
+        graph_bytes: bytes of device memory that the graph holds.
     """
 
     logits: Tensor
     # Of the graph, once it is captured.
     _graph: torch.cuda.CUDAGraph
     _result: Tensor
-    _recorded_logits: Tensor
+    _captured_logits: Tensor
 
     def __init__(
         self, batch: int, queries: int, words: int, with_logprobs: bool, chosen: Tensor, suppressed: Tensor | None
@@ -220,10 +238,13 @@ class TopologyStep:
         self.graph_bytes = 0
 
     def load(self, rows: Sequence[SequenceScheduler], offsets: Sequence[int]) -> None:
-        """Send the tokens of each sequence that no step has computed; those whose logits are wanted come last.
+        """Send all tokens of each sequence that are not yet computed to the device.
+
+        The newest tokens of the active branches, whose logits give the next tokens, come last in each row. Sets
+        `num_computed_tokens` of each sequence to the number of its tokens.
 
         Args:
-            rows: the sequences; their tokens count as computed from here on.
+            rows: the sequences.
             offsets: cache slot of each sequence's first token, which is the length of its left padding.
         """
         queries = []
@@ -246,10 +267,10 @@ class TopologyStep:
         self.send(rows, offsets, queries)
 
     def send(self, rows: Sequence[SequenceScheduler], offsets: Sequence[int], queries: Sequence[RowQueries]) -> None:
-        """Send each sequence's queries to the device.
+        """Fill a host buffer with each sequence's queries and start its copy to the device.
 
         Args:
-            rows: the sequences, for the bitmaps of their segments.
+            rows: the sequences, which give the bitmaps of the segments.
             offsets: cache slot of each sequence's first token.
             queries: at most Q tokens of each sequence.
         """
@@ -279,14 +300,24 @@ class TopologyStep:
         buffers.send(self._device)
 
     def placeholder_token(self, row: int, place: int) -> int:
-        """Placeholder, in the next step's tokens, for the token that this step chooses at one of a row's queries."""
+        """Return a negative id that stands, in the next step, for the token that this step chooses at a query.
+
+        The device replaces it by the chosen token, which the host need not know.
+
+        Args:
+            row: batch row of the query.
+            place: index of the query in its row, 0 to Q - 1.
+        """
         return -1 - (row * self.queries + place)
 
     def run(self, model: Any, cache: TopologyCache) -> Tensor:
-        """Compute the step by calling the model.
+        """Compute the step by calling the model, on the inputs in the device buffer.
+
+        Writes the tokens' keys, values and segments to the cache, and sets `logits`.
 
         Returns:
-            Most likely tokens, int64 [1, B, Q]; with log-probabilities [2, B, Q], these as the bits of float64.
+            Most likely tokens, int64 [1, B, Q]; with log-probabilities int64 [2, B, Q], where the second entry holds
+            the bits of their float64 values.
         """
         slots = torch.where(self.slots < 0, cache.capacity, self.slots).long()
         cache.segments.scatter_(1, slots, self.segments)
@@ -305,37 +336,54 @@ class TopologyStep:
         return result
 
     def execute(self, model: Any, cache: TopologyCache, signature: tuple | None) -> Tensor:
-        """Compute the step, from its graph when the model has a signature, else by a call; result as of `run`."""
+        """Compute the step by replaying its CUDA graph; returns the result of `run`.
+
+        The graph is captured if there is none or if the signature has changed.
+
+        Args:
+            model, cache: as for `run`.
+            signature: present `step_signature` of the model; with None the step is computed by `run`.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory for the graph.
+        """
         if signature is None:
             return self.run(model, cache)
         if self.signature != signature:
-            # The placeholders of this step refer to what the last one chose, which the warm-up must not replace.
+            # The warm-up run before the capture overwrites `_chosen`, which this step's placeholders refer to, so
+            # capture_graph restores it.
             self._graph, self._result, self.graph_bytes = capture_graph(
                 lambda: self.run(model, cache), self.tokens.device, (self._chosen, *cache.state_tensors())
             )
-            self._recorded_logits = self.logits
+            self._captured_logits = self.logits
             self.signature = signature
         self._graph.replay()
-        self.logits = self._recorded_logits
+        self.logits = self._captured_logits
         return self._result
 
     def fetch_async(self, result: Tensor) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
-        """Start to copy a result to the host; a function that waits for it.
+        """Start to copy a result of `run` to the host; return a function that waits for the copy.
 
-        The function returns the most likely tokens [B, Q] and their log-probabilities, or None without them.
+        That function returns the most likely tokens, int64 [B, Q], and their log-probabilities, float64 [B, Q], or None
+        if the step does not compute them. Its arrays are overwritten two steps later.
         """
         buffers = self._buffers[0]
         buffers.fetch_async(result)
 
         def read() -> tuple[np.ndarray, np.ndarray | None]:
-            found = buffers.read()
-            return found[0], found[1].view(np.float64) if self.with_logprobs else None
+            tokens, logprob_bits = buffers.read()
+            return tokens, logprob_bits.view(np.float64) if self.with_logprobs else None
 
         return read
 
 
 def _sections(buffer: Any, sizes: list[int], batch: int, queries: int, words: int) -> tuple[Any, ...]:
-    """Views of a step's int64 buffer.
+    """Return views of the sections of a step's int64 buffer, a tensor or a numpy array.
+
+    Args:
+        buffer: int64, one-dimensional.
+        sizes: number of int64 elements of the token, position, bitmap and int32 sections.
+        batch, queries, words: B, Q and W.
 
     Returns:
         Tokens and positions, int64 [B, Q]; bitmaps, int64 [B, Q, W]; slots and segments, int32 [B, Q]; key-value
@@ -352,141 +400,3 @@ def _sections(buffer: Any, sizes: list[int], batch: int, queries: int, words: in
         small[count : 2 * count].reshape(batch, queries),
         small[2 * count : 2 * count + batch],
     )
-
-
-class TopologySession:
-    """A cache and the steps over it, which one call of parallel generation leaves to the next one of the same size.
-
-    Args:
-        model: the causal language model; the session keeps no reference to it.
-        batch: number of sequences.
-        capacity: slots that are needed at first.
-        signature: `step_signature` of the model; None when its steps are to be called.
-    """
-
-    def __init__(self, model: Any, batch: int, capacity: int, signature: tuple | None = None) -> None:
-        self.batch = batch
-        self.device = execution_device(model)
-        self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, self.device)
-        self.may_capture = can_capture_steps(model)
-        self.signature = signature
-        self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
-        self._steps_until_check = SIGNATURE_CHECK_INTERVAL
-        with torch.inference_mode(False):
-            self._chosen = torch.zeros(batch * MOST_CAPTURED_QUERIES, dtype=torch.int64, device=self.device)
-        self._suppressed: tuple[int, ...] = ()
-        self._suppressed_ids: Tensor | None = None
-
-    def can_speculate(self) -> bool:
-        """True where a step may be dispatched before the host has the tokens of the last one."""
-        return self.may_capture and self.signature is not None
-
-    def step_for(self, slots: int, queries: int, segments: int, with_logprobs: bool) -> TopologyStep:
-        """The step that takes `queries` tokens of each sequence; the cache grows to `slots` slots where needed.
-
-        Args:
-            slots: key-value length of the longest sequence with this step's tokens.
-            queries: tokens of the sequence that has most.
-            segments: segments of the sequence that has most.
-            with_logprobs: as for `TopologyStep`.
-        """
-        if slots > self.cache.capacity:
-            self._steps.clear()  # their graphs write to the old memory
-            self.cache.grow(slots)
-        key = _round_up(queries), _round_up(-(-segments // 64)), with_logprobs
-        if key[0] > MOST_CAPTURED_QUERIES:
-            return TopologyStep(self.batch, *key, self._chosen, self._suppressed_ids)
-        if key not in self._steps:
-            self._steps[key] = TopologyStep(self.batch, *key, self._chosen, self._suppressed_ids)
-        return self._steps[key]
-
-    def execute(self, step: TopologyStep, model: Any) -> Tensor:
-        """Compute a loaded step; result as of `TopologyStep.run`. Falls back to calls where a graph has no memory."""
-        if not self.may_capture or step.queries > MOST_CAPTURED_QUERIES:
-            return step.run(model, self.cache)
-        try:
-            result = step.execute(model, self.cache, self.signature)
-        except torch.OutOfMemoryError:
-            get_logger().info("parallel generation calls its steps: a graph of them does not fit into memory")
-            self.may_capture = False
-            self._steps.clear()
-            return step.run(model, self.cache)
-        self._steps_until_check -= 1
-        if self._steps_until_check == 0:  # a callback may have changed the model; the device is busy meanwhile
-            self.signature = step_signature(model)
-            self._steps_until_check = SIGNATURE_CHECK_INTERVAL
-        return result
-
-    def reset(self, suppressed: tuple[int, ...]) -> None:
-        """Empty the cache for another prompt, with steps that never choose the ids `suppressed`."""
-        if suppressed != self._suppressed:
-            self._steps.clear()  # the ids are part of their graphs
-            self._suppressed = suppressed
-            with torch.inference_mode(False):
-                self._suppressed_ids = torch.tensor(suppressed, device=self.device) if suppressed else None
-        self.cache.reset()
-        self._steps_until_check = SIGNATURE_CHECK_INTERVAL
-
-    def fits(self, batch: int, capacity: int) -> bool:
-        """True when another call may use this memory."""
-        return self.batch == batch and capacity <= self.cache.capacity
-
-    def nbytes(self) -> int:
-        """Bytes of the cache and of the graphs."""
-        return self.cache.nbytes() + sum(step.graph_bytes for step in self._steps.values())
-
-    def report(self) -> list[dict[str, int]]:
-        """Batch size, queries, words and bytes of each captured step."""
-        return [
-            {"batch": self.batch, "queries": step.queries, "words": step.words, "graph_bytes": step.graph_bytes}
-            for step in self._steps.values()
-            if step.signature is not None
-        ]
-
-
-def execution_device(model: Any) -> torch.device:
-    """The device on which the model computes; under accelerate's offloading its weights are elsewhere."""
-    if model.device.type != "meta":
-        return model.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    each = (hook for several in hooks for hook in getattr(several, "hooks", (several,)))
-    devices = (getattr(hook, "execution_device", None) for hook in each)
-    return torch.device(next((device for device in devices if device is not None), "meta"))
-
-
-def can_capture_steps(model: Any) -> bool:
-    """True when steps of this model are captured: on CUDA, for models of this package with ``hfe_topology``."""
-    attention = (TOPOLOGY_ATTENTION,) if getattr(model, "supports_topology", False) else ()
-    return model.device.type == "cuda" and not capture_obstacle(model, attention)
-
-
-def _round_up(count: int) -> int:
-    """The next power of two; the number itself above `MOST_CAPTURED_QUERIES`."""
-    return count if count > MOST_CAPTURED_QUERIES else 1 << max(count - 1, 0).bit_length()
-
-
-def acquire_session(model: Any, batch: int, capacity: int, suppressed: tuple[int, ...] = ()) -> TopologySession:
-    """A session for one call: one that an earlier call left, if it fits, or a new one.
-
-    Args:
-        model: the causal language model.
-        batch: number of sequences.
-        capacity: slots that are needed at first.
-        suppressed: ids that are never chosen.
-    """
-    pool = step_pool(model)
-    signature = step_signature(model) if can_capture_steps(model) else None
-    session = None
-    if signature is not None:
-        session = pool.take(TopologySession, signature, lambda idle: idle.fits(batch, capacity))
-    if session is None:
-        pool.clear(TopologySession)  # one such cache per model is enough
-        session = TopologySession(model, batch, capacity, signature)
-    session.reset(suppressed)
-    return session
-
-
-def release_session(model: Any, session: TopologySession) -> None:
-    """Give a session to the pool for the next call, unless it has captured nothing."""
-    if session.report():
-        step_pool(model).put(session)

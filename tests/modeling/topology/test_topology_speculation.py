@@ -19,7 +19,8 @@ from hf_efficient.modeling.decoder.cache_contract import restored
 from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
 from hf_efficient.modeling.topology.generation.parallel_decoding import ParallelDecodeLoop
-from hf_efficient.modeling.topology.generation.topology_step import TopologySession
+from hf_efficient.modeling.topology.generation.topology_session import TopologySession
+from hf_efficient.modeling.topology.generation.topology_step import TopologyStep
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
@@ -183,7 +184,7 @@ def test_a_step_without_memory_for_its_graph_reads_the_tokens_of_the_last_step(
     with torch.no_grad():
         expected = logits_of(TopologySession(model, 1, 2))
         monkeypatch.setattr(f"{TopologySession.__module__}.can_capture_steps", lambda model: True)
-        monkeypatch.setattr(f"{TopologySession.__module__}.capture_graph", record_and_fail)
+        monkeypatch.setattr(f"{TopologyStep.__module__}.capture_graph", record_and_fail)
         session = TopologySession(model, 1, 2, step_signature(model))
         assert torch.equal(logits_of(session), expected) and not session.may_capture
 
