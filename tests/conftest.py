@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Nothing in the default test run may reach a network; set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +46,22 @@ def recurrent_model() -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture
+def served_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The loop of captured steps serves the CPU too; its objects, one for each call of `generate` that it served."""
+    from hf_efficient.modeling.decoder import generation_decoder, graph_capture
+
+    loops: list[Any] = []
+    generate = generation_decoder.GraphDecodeLoop.generate
+    monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
+    monkeypatch.setattr(
+        generation_decoder.GraphDecodeLoop,
+        "generate",
+        lambda loop, *given: loops.append(loop) or generate(loop, *given),
+    )
+    return loops
 
 
 @pytest.fixture(scope="session")

@@ -22,12 +22,9 @@ from transformers import (
 )
 
 from hf_efficient.conversion.patch import NewTensor, TensorChanges
+from tiny_shapes import SPECIAL_TOKENS, TINY
 
-SHAPE: dict[str, Any] = {
-    **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    **{"initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
+SHAPE: dict[str, Any] = TINY | SPECIAL_TOKENS | {"initializer_range": 0.2}
 STOCK_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "llama-biases": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),

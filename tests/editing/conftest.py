@@ -12,20 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
+from tiny_shapes import SPECIAL_TOKENS, TINY
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE: dict[str, Any] = TINY | SPECIAL_TOKENS | {"rms_norm_eps": 1e-5}
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "capital", "of", "is", "spain", "germany", "united", "states"]
 WORDS += ["america", "czech", "republic", "and", "isle", "man"]
 IDS = {word: i for i, word in enumerate(WORDS)}

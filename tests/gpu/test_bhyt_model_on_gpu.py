@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_efficient.kernels.bhyt_norm.api import bhyt_norm
 from hf_efficient.kernels.dispatch import explain
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytConfig, BhytForCausalLM
+from tiny_shapes import SMALL, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.gpu
 
@@ -28,21 +29,7 @@ by_site = pytest.mark.parametrize("site", SITES)
 
 def _model(site: str, dtype: torch.dtype) -> BhytForCausalLM:
     torch.manual_seed(0)
-    config = BhytConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=168,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        bhyt_seq_len=40,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **SITES[site],
-    )
+    config = BhytConfig(**SMALL, **SPECIAL_TOKENS, initializer_range=0.3, bhyt_seq_len=40, **SITES[site])
     return BhytForCausalLM(config).to("cuda", dtype).eval()
 
 

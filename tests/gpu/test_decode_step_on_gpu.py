@@ -22,18 +22,9 @@ from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import (
     EfficientDecoderConfig,
     EfficientDecoderForCausalLM,
 )
+from tiny_shapes import TINY
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SHAPE: dict[str, Any] = TINY | {"num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2}
 PROMPT, NEW = 7, 40
 gpu = pytest.mark.gpu
 

@@ -36,20 +36,11 @@ from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT
 from hf_efficient.modeling.decoder.cache_contract import round_capacity
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
+from tiny_shapes import SPECIAL_TOKENS, TINY
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE: dict[str, Any] = (
+    TINY | SPECIAL_TOKENS | {"num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2}
+)
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),

@@ -15,22 +15,11 @@ from torch import Tensor
 from hf_efficient import stem_edit_rows, stem_inject, stem_override
 from hf_efficient.editing.stem_edit_plan import StemEditPlan
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
+from tiny_shapes import SPECIAL_TOKENS, TINY
 
 pytestmark = pytest.mark.gpu
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE: dict[str, Any] = TINY | SPECIAL_TOKENS | {"max_position_embeddings": 512, "initializer_range": 0.2}
 SOURCE, TARGET = 11, 12
 PLAN = StemEditPlan((3,), (SOURCE,), ((TARGET,),), "one_to_one", None, "source", "target", (TARGET,))
 # A row where the mean of two others stands, and padding before the prompt.

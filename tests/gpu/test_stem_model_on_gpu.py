@@ -7,6 +7,7 @@ import torch
 
 from hf_efficient.kernels.dispatch import explain
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
+from tiny_shapes import SMALL, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.gpu
 
@@ -17,20 +18,7 @@ GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 def _model(dtype: torch.dtype) -> StemForCausalLM:
     torch.manual_seed(0)
-    config = StemConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=168,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        stem_layers=[1, 2],
-        stem_init_std=0.5,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = StemConfig(**SMALL, **SPECIAL_TOKENS, stem_layers=[1, 2], stem_init_std=0.5)
     return StemForCausalLM(config).to("cuda", dtype).eval()
 
 

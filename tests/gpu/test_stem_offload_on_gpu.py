@@ -16,6 +16,7 @@ from hf_efficient.hub.export import export
 from hf_efficient.modeling.stem import modeling_stem
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemForCausalLM
 from hf_efficient.modeling.stem.table_offload import PrefetchedRows, TableFetcher
+from tiny_shapes import SMALL, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.gpu
 
@@ -26,20 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = StemConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=168,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        stem_layers=[1, 2, 4],
-        stem_init_std=0.5,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 6, "max_position_embeddings": 2048}
+    config = StemConfig(**(SMALL | sizes | SPECIAL_TOKENS), stem_layers=[1, 2, 4], stem_init_std=0.5)
     path = tmp_path_factory.mktemp("stem")
     StemForCausalLM(config).save_pretrained(path)
     return path

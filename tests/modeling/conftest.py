@@ -26,22 +26,10 @@ from hf_efficient.conversion.families.family import family_of
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.topology.grammar.control_tokens import MEDVERSE, MULTIVERSE
 from hf_efficient.registry import ARCHITECTURES, architecture_of
+from tiny_shapes import SPECIAL_TOKENS, TINY
 
 # The wide initial weights keep greedy choices of a random model far from ties.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE: dict[str, Any] = TINY | SPECIAL_TOKENS | {"initializer_range": 0.2, "rms_norm_eps": 1e-5}
 
 # Two fields that differ between the families are set against their defaults, so that ignoring one shows.
 STOCK_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder import decode_step, generation_decoder, graph_capture
+from hf_efficient.modeling.decoder import decode_step
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT
 from hf_efficient.modeling.decoder.cache_contract import StateSnapshot, restored
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
@@ -23,38 +23,15 @@ from hf_efficient.modeling.decoder.decode_cache import DecodeCache, as_capturabl
 from hf_efficient.modeling.decoder.decode_step import DecodeStep
 from hf_efficient.modeling.decoder.graph_capture import step_signature
 from hf_efficient.modeling.topology.attention.topology_cache import TopologyCache
+from tiny_shapes import TINY
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SHAPE: dict[str, Any] = TINY | {"num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2}
 PROMPT, NEW = 5, 20
 
 
 @pytest.fixture
 def model(recurrent_model: ModuleType) -> Any:
     return recurrent_model.RecurrentForCausalLM(DecoderConfig(**SHAPE, eos_token_id=None)).eval()
-
-
-@pytest.fixture
-def served_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The loop of captured steps serves the CPU too; its objects, one for each call of `generate` that it served."""
-    loops: list[Any] = []
-    generate = generation_decoder.GraphDecodeLoop.generate
-    monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
-    monkeypatch.setattr(
-        generation_decoder.GraphDecodeLoop,
-        "generate",
-        lambda loop, *given: loops.append(loop) or generate(loop, *given),
-    )
-    return loops
 
 
 def prompt(rows: int = 3, length: int = PROMPT) -> Tensor:

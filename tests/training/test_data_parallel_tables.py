@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from two_processes import run_on_two_ranks
 
 # Common to the scripts of both ranks and to the one process that sees the whole batch.
 COMMON = """
@@ -114,11 +113,6 @@ except HFEError as error:
     assert "sparse gradient on rank 0 and a dense one on rank 1" in str(error), error
 else:
     raise AssertionError("was not refused")
-print("agreed on rank", rank)
-dist.destroy_process_group()
-# All checks are done; torch 2.13 sometimes aborts at exit, when its communication threads are stopped.
-sys.stdout.flush()
-os._exit(0)
 """
 )
 
@@ -164,29 +158,12 @@ for batch in DataLoader(data, 4):
 for (name, each), his in zip(mine.named_parameters(), alone.parameters()):
     torch.testing.assert_close(each, his, rtol=1e-3, atol=1e-4, msg=name)
 assert not torch.equal(mine.model.layers[1].mlp.stem_embed.weight, tiny().model.layers[1].mlp.stem_embed.weight)
-print("agreed on rank", dist.get_rank())
-dist.destroy_process_group()
-# All checks are done; torch 2.13 sometimes aborts at exit, when its communication threads are stopped.
-sys.stdout.flush()
-os._exit(0)
 """
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "script"), [("tables", TABLES), ("stem", STEM)])
-def test_two_processes_train_the_same_model_as_one(
-    name: str, script: str, tmp_path: Path, repository_root: Path
-) -> None:
+@pytest.mark.parametrize("script", [TABLES, STEM], ids=["tables", "stem"])
+def test_two_processes_train_the_same_model_as_one(script: str, tmp_path: Path, repository_root: Path) -> None:
     """Also where a rank's batch has no row of a table, and where no rank's has."""
-    path = tmp_path / f"{name}.py"
-    path.write_text(script, encoding="utf-8")
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path)],
-        env=os.environ | {"PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stdout.count("agreed on rank") == 2
+    run_on_two_ranks(script, tmp_path, repository_root)

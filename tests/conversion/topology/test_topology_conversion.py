@@ -23,7 +23,6 @@ from hf_efficient.convert_checkpoint import convert
 from hf_efficient.data.topology_collator import mark_topology_trained
 from hf_efficient.errors import HFEError
 from hf_efficient.evaluation import evaluate
-from hf_efficient.modeling.decoder import generation_decoder, graph_capture
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS, MULTIVERSE, control_token_ids
 
 Stock = Callable[..., Path]
@@ -189,26 +188,16 @@ def test_an_untrained_conversion_never_writes_a_control_token(name: str, stock: 
     assert torch.isin(sampled(model, 250, 8), control).sum() > 20
 
 
-def test_nor_does_it_in_the_loop_of_captured_steps(
-    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nor_does_it_in_the_loop_of_captured_steps(stock: Stock, tmp_path: Path, served_by_the_loop: list[Any]) -> None:
     """The loop that serves CUDA graphs; here its steps are called, with the reference of the attention."""
-    loops: list[Any] = []
-    generate = generation_decoder.GraphDecodeLoop.generate
-    monkeypatch.setattr(graph_capture, "can_capture_on", lambda device: True)
-    monkeypatch.setattr(
-        generation_decoder.GraphDecodeLoop,
-        "generate",
-        lambda loop, *given: loops.append(loop) or generate(loop, *given),
-    )
     convert(stock("llama"), tmp_path / "out", [Multiverse()], **QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="hfe_decode").eval()
     control = torch.tensor(list(model.config.topology["token_ids"].values()))
     tokens = sampled(model, 250, 40)
-    assert (tokens.numel(), len(loops)) == (10_000, 1)
+    assert (tokens.numel(), len(served_by_the_loop)) == (10_000, 1)
     assert not torch.isin(tokens, control).any()
     model.generation_config.suppress_tokens = None
-    assert torch.isin(sampled(model, 250, 8), control).sum() > 20 and len(loops) == 2
+    assert torch.isin(sampled(model, 250, 8), control).sum() > 20 and len(served_by_the_loop) == 2
 
 
 def test_greedy_text_is_the_sources(stock: Stock, tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from two_processes import SAME_LOSS_AND_GRADIENTS, run_on_two_ranks
 
 START = """
 import os
@@ -103,11 +102,6 @@ for layer in inner.model.layers:
 adapted.eval()
 assert same_on_all_ranks(stored(inner))
 torch.testing.assert_close(stored(inner), expected, rtol=1e-5, atol=0)
-print("equal on rank", dist.get_rank())
-dist.destroy_process_group()
-# All is checked; torch 2.13 sometimes aborts while the interpreter takes its communication threads down.
-sys.stdout.flush()
-os._exit(0)
 """
 
 TENSOR_PARALLEL = """
@@ -119,38 +113,16 @@ weight = split.model.layers[0].self_attn.v_proj.weight
 assert weight.to_local().shape[0] * 2 == weight.shape[0], "each rank holds half of the heads"
 assert same_on_all_ranks(stored(split))
 torch.testing.assert_close(stored(split), stored(whole), rtol=1e-5, atol=0)
-losses = [model(input_ids=ids, labels=ids).loss for model in (whole, split)]
-torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
-for loss in losses:
-    loss.backward()
-gradients = {name: p.grad for name, p in whole.named_parameters()}
-for name, parameter in split.named_parameters():
-    gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-    torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
-print("equal on rank", dist.get_rank())
-dist.destroy_process_group()
-# All is checked; torch 2.13 sometimes aborts while the interpreter takes its communication threads down.
-sys.stdout.flush()
-os._exit(0)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "script"), [("fsdp", FSDP), ("tensor-parallel", TENSOR_PARALLEL)])
+@pytest.mark.parametrize(
+    ("name", "script"), [("fsdp", FSDP), ("tensor-parallel", TENSOR_PARALLEL + SAME_LOSS_AND_GRADIENTS)]
+)
 def test_two_processes_have_what_one_has(
     name: str, script: str, bhyt_model: Callable, tmp_path: Path, repository_root: Path
 ) -> None:
     model = bhyt_model(bhyt_final="bhyt", attention_bias=True, vocab_size=62, tie_word_embeddings=name == "fsdp")
     model.save_pretrained(tmp_path / "model")
-    path = tmp_path / "rank.py"
-    path.write_text(START + script, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path)]
-    finished = subprocess.run(
-        [*launch, str(tmp_path / "model"), str(tmp_path / "saved")],
-        env=os.environ | {"PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stdout.count("equal on rank") == 2
+    run_on_two_ranks(START + script, tmp_path, repository_root, tmp_path / "model", tmp_path / "saved")

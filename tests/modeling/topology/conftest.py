@@ -23,6 +23,7 @@ from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 from hf_efficient.modeling.topology.grammar.forced_text import ForcedText
 from hf_efficient.modeling.topology.grammar.topology import Topology
+from tiny_shapes import TINY
 
 EOS = 1
 BLOCK = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
@@ -239,20 +240,9 @@ def tokenizer(toy_tokenizer: Callable) -> Any:
 def model(tokenizer: Any) -> Any:
     """A small Multiverse model over the toy vocabulary; test modules with a `model` of their own override it."""
     torch.manual_seed(0)
-    config = MultiverseConfig(
-        vocab_size=150,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        topology={"token_ids": tokenizer.token_ids},
-    )
+    sizes = {"vocab_size": 150, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2}
+    fields = TINY | sizes | {"bos_token_id": None, "eos_token_id": EOS}
+    config = MultiverseConfig(**fields, topology={"token_ids": tokenizer.token_ids})
     return MultiverseForCausalLM(config).eval()
 
 
