@@ -29,7 +29,7 @@ from benchmarks.harness import RESULTS, describe_machine, time_interleaved
 from benchmarks.plot import load_pyplot
 from benchmarks.stem_gate import zipf_ids
 from hf_efficient.kernels.stem_gate.api import stem_gate
-from hf_efficient.modeling.decoder.modeling_decoder import GatedMLP
+from hf_efficient.modeling.decoder.decoder_layer import GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemConfig, StemMLP
 from hf_efficient.modeling.stem.token_rows import TokenRows
 from hf_efficient.training.row_sparse_adamw import RowSparseAdamW

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 
 # A gain is between 1 / a, because |tanh(u)| <= |u|, and this factor times 1 / a: a larger one would amplify noise.
 _MAX_GAIN = 4.0

@@ -13,7 +13,7 @@ from hf_efficient.conversion.architecture import token_tables
 from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import TokenIdError
 from hf_efficient.modeling.decoder.cache_compat import cache_argument
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 from hf_efficient.modeling.decoder.rms_norm import add_and_norm
 from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder import EfficientDecoderConfig
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderModel

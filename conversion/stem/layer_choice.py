@@ -20,7 +20,7 @@ from hf_efficient.conversion.measuring.evaluation import nll_by_position
 from hf_efficient.conversion.measuring.layerwise import BatchState, LayerwisePass
 from hf_efficient.conversion.stem.tables import FittedTable, stem_feed_forward
 from hf_efficient.errors import HFEError
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 
 # Largest number of calibration tokens that the candidates' tables are fitted to. On SmolLM2-135M, 6,144 took 50 seconds
 # less of processor time, and the chosen layers had a KL of 0.255 instead of 0.228.

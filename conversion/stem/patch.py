@@ -33,7 +33,7 @@ from hf_efficient.errors import UsageError
 from hf_efficient.json_file import is_whole
 from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 
 # Ways of choosing layers by measurement.
 _CHOICES = ("auto", "greedy")

@@ -33,7 +33,7 @@ from hf_efficient.conversion.measuring.layerwise import EMBEDDING, BatchState, L
 from hf_efficient.conversion.measuring.token_counts import BUCKETS, Bucket, bucket_of, occurrences
 from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.conversion.stem.output_fit import OutputFit
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer, GatedMLP
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer, GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
 # Quantities whose relative error is measured: the up-projection u, the gated g * u, and the feed-forward's output. The

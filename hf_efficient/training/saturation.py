@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_efficient.errors import UsageError
 from hf_efficient.modeling.bhyt.bhyt_norm import BhytNorm
-from hf_efficient.modeling.bhyt.effective_weight import whole
+from hf_efficient.modeling.bhyt.effective_weight import full_tensor
 from hf_efficient.modeling.bhyt.modeling_bhyt import BhytModel
 
 _PREFIX = "bhyt/saturation"
@@ -149,5 +149,5 @@ def bhyt_depth_bound(model: nn.Module) -> float:
         if isinstance(part, BhytModel):
             for site in part.layers.modules():
                 if isinstance(site, BhytNorm):
-                    bounds.append(abs(float(whole(site.lam))) / site.kappa * math.sqrt(len(part.layers)))
+                    bounds.append(abs(float(full_tensor(site.lam))) / site.kappa * math.sqrt(len(part.layers)))
     return max(bounds)

@@ -15,34 +15,50 @@ from hf_efficient.kernels.bhyt_norm.reference import estimate
 from hf_efficient.modeling.bhyt.configuration_bhyt import BhytConfig
 from hf_efficient.modeling.decoder.rms_norm import rms_norm
 
-# What the input norm of a layer passes to the post-attention norm: its mean square [...] and its lambda [1].
+# What a layer's input norm passes to its post-attention norm: the mean square of each of its rows, [...], and its
+# lambda [1].
 Statistic = tuple[Tensor, Tensor]
 
 
 class BhytNorm(nn.Module):
     """Bounded hyperbolic tangent in place of RMSNorm, with the residual addition before it.
 
-    | tensor | shape | where | meaning |
-    |---|---|---|---|
-    | `weight` | [hidden_size] | always | gamma |
-    | `lam` | [1] | always | lambda |
-    | `out_scale` | [hidden_size] | `bhyt_output_scale` | constant factor beside gamma, float32 |
-    | `affine` | [2] | `affine`, learnable `approx` | slope and intercept of the estimate, float32 |
-    | `branch` | [2] | `approx` | what the attention is expected to add (`branch_variance.py`), float32 |
+    For ``s = x + residual``, with the mean square v of each row over the last dimension::
 
-    `exact`, `approx` and `affine` are the values of `config.bhyt_estimate(layer_idx)`: how a post-attention norm gets
-    its mean square. Every other norm is exact. With `efficient` set to False the stock RMSNorm runs, with the same
-    `weight`.
+        normed = weight * out_scale * tanh(lam / kappa * s / sqrt(v + eps))
+
+    By Chebyshev's inequality at most one channel in kappa^2 of a row has an absolute value above kappa times the root
+    mean square, so at most this share has an argument of tanh above `lam`. v depends on the attribute `estimate`: a
+    post-attention norm has the value of `config.bhyt_estimate(layer_idx)`, every other norm is exact. With ``v_in,
+    lam_in`` of the layer's input norm::
+
+        exact:   v = mean(s^2)
+        approx:  v = slope * v_in + intercept * (branch[0] * (lam_in / kappa)^2 + branch[1])
+        affine:  v = slope * v_in + intercept
+
+    where ``slope, intercept = affine``, or 1, 1 without that tensor; an estimate is at least ``v_in / 1000``.
+
+    | tensor | kind | shape | created if | meaning |
+    |---|---|---|---|---|
+    | `weight` | parameter | [hidden_size] | always | gamma |
+    | `lam` | parameter | [1] | always | lambda |
+    | `affine` | float32 parameter | [2] | `affine`, or `approx` with `bhyt_learnable_estimate` | slope and intercept |
+    | `branch` | float32 buffer | [2] | `approx` | branch variance: what attention adds, see `branch_variance.py` |
+    | `out_scale` | float32 buffer | [hidden_size] | `bhyt_output_scale` | fixed scale of each channel |
+
+    A tensor that is not created is None. `lam` is trained if `bhyt_learnable_lambda` is set, `affine` if
+    `bhyt_learnable_estimate` is; otherwise they are frozen. A user who sets the attribute `efficient` to False gets
+    the stock RMSNorm with the same `weight`, to compare.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         position: ``input`` (`input_layernorm`), ``post`` (`post_attention_layernorm`) or ``final`` (the model's norm).
         layer_idx: index of the layer; None for the final norm.
 
     Source: arXiv:2601.09719.
     """
 
-    # Called by the decoder as ``norm(x, residual, statistic)``.
+    # Makes `add_and_norm` of the decoder call this norm as ``norm(x, residual, statistic)``.
     adds_residual = True
     branch: Tensor | None
     out_scale: Tensor | None
@@ -62,8 +78,8 @@ class BhytNorm(nn.Module):
         self.lam = nn.Parameter(torch.empty(1))
         self.learnable_lambda = config.bhyt_learnable_lambda
         self.learnable_estimate = self.estimate == "approx" and config.bhyt_learnable_estimate
-        has_line = self.learnable_estimate or self.estimate == "affine"
-        self.register_parameter("affine", nn.Parameter(torch.empty(2, dtype=torch.float32)) if has_line else None)
+        has_affine = self.learnable_estimate or self.estimate == "affine"
+        self.register_parameter("affine", nn.Parameter(torch.empty(2, dtype=torch.float32)) if has_affine else None)
         shapes = {
             "branch": (2,) if self.estimate == "approx" else None,
             "out_scale": (config.hidden_size,) if config.bhyt_output_scale else None,
@@ -75,10 +91,15 @@ class BhytNorm(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the paper's initial values; `branch` is NaN until it is computed from the weights."""
+        """Set the initial values of arXiv:2601.09719, in place.
+
+        `weight` and `out_scale` are 1 and `lam` is the configured lambda. `branch` is NaN, which marks that it has not
+        been computed yet: `refresh_branch_variance` of the model computes it from the weights.
+        """
         init.ones_(self.weight)
         init.constant_(self.lam, self.initial_lambda)
-        if self.affine is not None:  # (1, 1) leaves an `approx` estimate unchanged; (1, 0) is the input norm's value
+        # (1, 1) makes `approx` the same as without `affine`; (1, 0) makes `affine` the mean square of the input norm.
+        if self.affine is not None:
             init.copy_(self.affine, self.affine.new_tensor([1.0, float(self.estimate == "approx")]))
         if self.out_scale is not None:
             init.ones_(self.out_scale)
@@ -86,7 +107,10 @@ class BhytNorm(nn.Module):
             init.constant_(self.branch, float("nan"))
 
     def freeze_constants(self) -> None:
-        """Freeze the parameters that the configuration does not train; call it after loading, which replaces them."""
+        """Set `requires_grad` to False for `lam` and `affine` where the configuration does not train them.
+
+        Call it after loading, which replaces the parameters.
+        """
         if not self.learnable_lambda:
             self.lam.requires_grad_(False)
         if self.affine is not None and not self.learnable_estimate:
@@ -101,24 +125,26 @@ class BhytNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, statistic: Statistic | None = None
     ) -> tuple[Tensor, Tensor, Statistic | None]:
-        """The norm of ``x + residual``, the sum itself, and the statistic for the layer's post-attention norm.
+        """Return the norm of ``x + residual``, the sum, and the statistic for the layer's post-attention norm.
 
         Args:
             x: [..., hidden_size].
-            residual: [..., hidden_size] in the dtype of `x` or a wider one, or None.
-            statistic: returned by the layer's input norm; needed if this norm estimates its mean square.
+            residual: [..., hidden_size] in the dtype of `x` or a wider one; None to add nothing.
+            statistic: the third result of the layer's input norm; read only if `estimate` is `approx` or `affine`.
 
         Returns:
             ``(normed, summed, statistic)``: [..., hidden_size] in the dtype of `x`; [..., hidden_size] in the dtype of
-            `residual`; the mean square [...] and lambda [1], or None if `efficient` is False.
+            `residual`, `x` itself without one; and ``(mean square [...], lam [1])``, lam detached, or None if
+            `efficient` is False. The mean square is float32 (float64 for float64) and that of an exact norm; another
+            norm returns the one of `statistic`.
 
         Raises:
-            HFEError: this norm estimates its mean square, and `statistic` is None.
+            HFEError: `estimate` is not `exact`, and `statistic` is None.
         """
         if not self.efficient:
             summed = x if residual is None else residual + x
             return rms_norm(summed, self.weight, self.stock_eps), summed, None
-        variance = first_lam = None
+        input_mean_square = input_lam = None
         if self.estimate != "exact":
             if statistic is None:
                 raise HFEError(
@@ -127,43 +153,48 @@ class BhytNorm(nn.Module):
                     "switch `efficient` of both norms of a layer together; a replacement of the input norm must return "
                     "a statistic too",
                 )
-            variance, first_lam = statistic
-        normed, summed, found = bhyt_norm(
+            input_mean_square, input_lam = statistic
+        normed, summed, mean_square = bhyt_norm(
             x,
             self.weight,
             self.lam,
             self.eps,
             kappa=self.kappa,
             residual=residual,
-            variance=variance,
+            variance=input_mean_square,
             affine=self.affine,
             branch=self.branch,
-            first_bound=None if self.branch is None else first_lam,
+            first_bound=None if self.branch is None else input_lam,
             out_scale=self.out_scale,
         )
-        return normed, summed, (found, self.lam.detach())
+        return normed, summed, (mean_square, self.lam.detach())
 
     def tanh_scale(self, statistic: Statistic | None, returned: Statistic) -> Tensor:
-        """The factor [...] of each row inside the tanh, from the `statistic` of a call and the one that it returned."""
-        variance = returned[0]
+        """Return ``lam / kappa / sqrt(v + eps)``, the factor [...] of each row inside the tanh of an earlier call.
+
+        Args:
+            statistic: the argument `statistic` of that call.
+            returned: the statistic that the call returned.
+        """
+        mean_square = returned[0]
         if self.estimate != "exact" and statistic is not None:
-            first_lam = None if self.branch is None else statistic[1]
-            variance = estimate(variance, self.kappa, self.affine, self.branch, first_lam)
-        return self.lam.to(variance.dtype) / self.kappa * torch.rsqrt(variance + self.eps)
+            input_lam = None if self.branch is None else statistic[1]
+            mean_square = estimate(mean_square, self.kappa, self.affine, self.branch, input_lam)
+        return self.lam.to(mean_square.dtype) / self.kappa * torch.rsqrt(mean_square + self.eps)
 
     def float32_tensors(self) -> dict[str, Tensor]:
-        """By name, the tensors that stay in float32 whatever the model's dtype."""
+        """The tensors that stay in float32 whatever the model's dtype, by attribute name."""
         tensors = {"affine": self.affine, "branch": self.branch, "out_scale": self.out_scale}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in PyTorch, but ``.to(torch.bfloat16)`` does not round the tensors that stay in float32."""
-        exact = {name: tensor.data for name, tensor in self.float32_tensors().items()}
+        originals = {name: tensor.data for name, tensor in self.float32_tensors().items()}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
+        for name, original in originals.items():
             tensor = getattr(self, name)
             if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = before.to(tensor.device)
+                tensor.data = original.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:

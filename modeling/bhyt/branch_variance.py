@@ -1,4 +1,4 @@
-"""What attention is expected to add to the variance of the residual stream, from the weights of v_proj and o_proj."""
+"""The mean square that attention is expected to add to the residual stream, from the weights of v_proj and o_proj."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ def branch_variance(
     head_dim: int,
     seq_len: int,
 ) -> Tensor:
-    """``c = ||W_O repeat(W_V)||_F^2 / (T d)`` and ``||W_O repeat(b_V)||^2 / d``, float32 [2].
+    """Return ``c = ||W_O repeat(W_V)||_F^2 / (T d)`` and ``||W_O repeat(b_V)||^2 / d`` as a float32 tensor [2].
 
-    If attention is uniform over T independent positions, the expected mean square of ``W_O attention(W_V x)`` is c
-    times the variance of x. A bias of v_proj is the same at all positions, so the mean does not reduce it.
+    d is the hidden size; repeat is `repeat_kv` of grouped-query attention. If attention is uniform over T independent
+    positions, the expected mean square of ``W_O attention(W_V x)`` is c times the variance of x. A bias of v_proj is
+    the same at all positions, so averaging over positions does not reduce it. The bias of o_proj is left out.
 
     Args:
         value_weight: W_V [num_key_value_heads * head_dim, d].
-        output_weight: W_O [d, num_attention_heads * head_dim]; consecutive heads share a key-value head.
-        value_bias: b_V [num_key_value_heads * head_dim], or None.
-        head_dim: width of a head.
+        output_weight: W_O [d, num_attention_heads * head_dim]; consecutive heads share a key-value head. On the device
+            of W_V; both of any floating-point dtype.
+        value_bias: b_V [num_key_value_heads * head_dim], or None for 0.
+        head_dim: channels of a head.
         seq_len: T, the length of the training sequences.
 
     Source: arXiv:2601.09719, Assumption 3.3; the bias is ours.

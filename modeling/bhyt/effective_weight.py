@@ -13,19 +13,25 @@ from torch import Tensor, nn
 
 
 def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight [out, in] and bias [out] such that ``x @ weight.T + bias`` is what `module` computes in evaluation mode.
+    """Return weight and bias such that ``x @ weight.T + bias`` is what `module` computes in evaluation mode.
 
     A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of another
-    type than `nn.Linear` or PEFT's LoRA is evaluated on the unit vectors, in the dtype and on the device of `like`,
-    unless it belongs to a serving engine.
+    type than `nn.Linear` or PEFT's LoRA is called on the unit vectors, in the dtype and on the device of `like`, unless
+    it belongs to a serving engine.
+
+    Args:
+        module: a linear module, with or without adapters, quantised or not.
+        like: any tensor; only its dtype and device are used.
 
     Returns:
-        None if they cannot be read: they are on the meta device, or this process has a shard of unknown layout.
+        Weight [out, in] and bias [out] or None, in the module's dtype, float32 where adapters were added or the module
+        was called. None instead of both if they are not available: the weights are on the meta device, belong to a
+        serving engine, or are sharded in an unknown layout.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return None
     if type(module) is nn.Linear and (type(module.weight) in (nn.Parameter, Tensor) or is_sharded(module.weight)):
-        weight, bias = whole(module.weight), whole(module.bias)
+        weight, bias = full_tensor(module.weight), full_tensor(module.bias)
         if weight.is_floating_point():
             return (weight, bias) if weight.shape == (module.out_features, module.in_features) else None
     adapters = _low_rank_adapters(module)
@@ -39,21 +45,22 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
     weight, bias = base
     for name, sign in adapters:
         down, up = module.lora_A[name], module.lora_B[name]
-        factors = whole(up.weight), whole(down.weight)
+        factors = full_tensor(up.weight), full_tensor(down.weight)
         if factors[0].shape[0] != weight.shape[0] or factors[1].shape[1] != weight.shape[1]:
             return None
         scale = sign * module.scaling[name]
         weight = weight.float() + scale * (factors[0].float() @ factors[1].float())
         if up.bias is not None:
-            change = scale * whole(up.bias).float()
+            change = scale * full_tensor(up.bias).float()
             bias = change if bias is None else bias.float() + change
     return weight, bias
 
 
 def fingerprint(module: Any) -> Hashable:
-    """A value that changes when `effective_weight` may change, much cheaper than it; None if weights are sharded.
+    """Return a value that changes when `effective_weight` may change and is much cheaper; None if weights are sharded.
 
-    It is made of addresses and version counters, so it misses writes through `Tensor.data`, as some optimizers do them.
+    It is made of addresses and version counters of the parameters and of the state of adapters, so it does not change
+    with writes through `Tensor.data`, which some optimizers make.
     """
     found: list[Any] = []
     if type(module) is not nn.Linear:
@@ -70,7 +77,7 @@ def fingerprint(module: Any) -> Hashable:
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """As `nn.Module.parameters`, but faster: no names and no search for duplicates."""
+    """Yield the parameters as `nn.Module.parameters` does, but faster: no names and no search for duplicates."""
     for parameter in module._parameters.values():
         if parameter is not None:
             yield parameter
@@ -80,19 +87,20 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, of which this process has only a part."""
+    """True for a DTensor, of which this process may hold only a shard."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Any:
-    """`tensor`, gathered from all processes if it is sharded."""
+def full_tensor(tensor: Any) -> Any:
+    """Return `tensor`, gathered if it is a DTensor: then all processes of its mesh must call this. None stays None."""
     return tensor.full_tensor() if tensor is not None and is_sharded(tensor) else tensor
 
 
 def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
-    """LoRA adapters to add to (1) or subtract from (-1) a PEFT module's base weight; None if it has other adapters.
+    """Names of the LoRA adapters to add to (1) or subtract from (-1) the weight of a PEFT module's `base_layer`.
 
-    An adapter is subtracted if it is merged into the base weight but switched off.
+    An adapter is subtracted if it is merged into the base weight but disabled. None if `module` is not a LoRA module of
+    PEFT, or one of these adapters is of another kind, such as DoRA.
     """
     factors = getattr(module, "lora_A", None)
     if not isinstance(factors, nn.ModuleDict) or not isinstance(getattr(module, "base_layer", None), nn.Module):
@@ -106,7 +114,10 @@ def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
 
 
 def _by_calling(module: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [out, in] and bias [out] of an affine module, from its values at zero and at the unit vectors."""
+    """Return float32 weight [out, in] and bias [out] of an affine module, from its outputs at zero and unit vectors.
+
+    The module is called in evaluation mode, with inputs in the dtype and on the device of `like`.
+    """
     parts = [(part, part.training) for part in module.modules()]  # type: ignore[attr-defined]
     for part, _ in parts:
         part.training = False  # no dropout; `eval()` could run overridden methods

@@ -1,9 +1,9 @@
-"""Names that differ between the supported releases of transformers, each difference in one place.
+"""The cache argument under both of its names: transformers renamed it between the supported releases.
 
 The cache of a call is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on: as an argument of every
 forward, of `generate` and of the mask functions, and as a field of every output. A forward takes both names, passes on
-the one of the installed release, and raises for a cache, a mask or positions under any other name: ignored in `kwargs`,
-they would change the text without an error.
+the one of the installed release, and raises for a cache, a mask or positions under any other name: if they were ignored
+in `kwargs`, the output would be wrong without an error.
 """
 
 from __future__ import annotations
@@ -19,46 +19,53 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_efficient.environment import TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 
-# The names, in the order of a forward's arguments.
+# Both names; the older one first.
 CACHE_ARGUMENTS = ("past_key_values", "cache")
-# The installed release's name.
+# The name in the installed release, whose output classes have a field of this name.
 CACHE_ARGUMENT = (
     "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else CACHE_ARGUMENTS[0]
 )
 # Substrings of the names that releases have had for a cache, a mask or positions (`cache_position`, `head_mask`).
 _CHECKED_SUBSTRINGS = ("cache", "mask", "mems", "past", "position", "sequence_ids")
-# Such names that layers pass on to the attention implementation.
+# Names with such a substring that layers pass on to the attention implementation, so they are accepted.
 _PASSED_TO_ATTENTION = ("cache", "position_ids", "use_cache")
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """The cache under the installed release's name, as keyword arguments of a call or of an output class."""
+    """Return ``{name: cache}`` with the name in the installed release: for a call or for an output class."""
     return {CACHE_ARGUMENT: cache}
 
 
 def cache_of_arguments(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, under either name; None when there is none."""
+    """Return the cache among the keyword arguments of a call, under either name; None if there is none."""
     return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with the cache under the installed release's name.
+    """Return keyword arguments of `generate` with the cache under its name in the installed release.
+
+    A `cache` that is a paged cache (see `one_cache`) keeps its name. Without a cache, `arguments` itself is returned.
 
     Raises:
         HFEError: there are two different caches.
     """
-    given = {name: arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None}
-    if not given:
+    caches = {name: arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None}
+    if not caches:
         return arguments
-    kept = {name: value for name, value in arguments.items() if name not in CACHE_ARGUMENTS}
-    return {**kept, **cache_argument(one_cache(given.get("past_key_values"), given.get("cache"), kept))}
+    others = {name: value for name, value in arguments.items() if name not in CACHE_ARGUMENTS}
+    return {**others, **cache_argument(one_cache(caches.get("past_key_values"), caches.get("cache"), others))}
 
 
 def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
-    """The cache that was passed to a forward under either name; None when there is none.
+    """Return the cache that was passed to a forward under either name; None if there is none.
 
     Before transformers 5.24 `cache` was the paged cache of continuous batching, which the attention implementation
-    reads from `kwargs`: it is put back there.
+    reads from its keyword arguments: with such a release, a `cache` that is not a `Cache` is added to `kwargs`, and the
+    result is None.
+
+    Args:
+        past_key_values, cache: the forward's two arguments.
+        kwargs: its further keyword arguments; may be changed, see above.
 
     Raises:
         HFEError: there are two different caches.
@@ -78,11 +85,14 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def check_arguments(module: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise `HFEError` for a cache, a mask or positions in `kwargs`: no supported release passes them under that name.
+    """Check that a forward was not given a cache, a mask or positions under an unknown name, which it would ignore.
 
     Args:
         module: the module that was called, for the message.
         kwargs: keyword arguments that its forward has no parameter for; a value of None is accepted.
+
+    Raises:
+        HFEError: a name contains one of `_CHECKED_SUBSTRINGS` and is not one that the attention implementation reads.
     """
     for name, value in kwargs.items():
         if value is not None and name not in _PASSED_TO_ATTENTION and any(part in name for part in _CHECKED_SUBSTRINGS):
@@ -97,9 +107,17 @@ def check_arguments(module: Any, kwargs: Mapping[str, Any]) -> None:
 def update_cache(
     cache: Any, keys: Tensor, values: Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Add a call's keys and values [B, Hkv, S, D] to a layer of the cache; return all of them [B, Hkv, L, D].
+    """Call ``cache.update``: add keys and values to a layer of the cache, and return those to attend to.
 
-    From transformers 5.24 on a paged cache changes `kwargs`, which go to the attention implementation.
+    Args:
+        cache: the cache.
+        keys, values: [B, Hkv, S, D] each, of the S tokens of the call.
+        layer_idx: index of the layer.
+        kwargs: keyword arguments for the attention implementation; from transformers 5.24 on a paged cache adds to
+            them.
+
+    Returns:
+        Keys and values, [B, Hkv, L, D] each, with the key-value length L.
     """
     if CACHE_ARGUMENT == "cache":
         return cache.update(keys, values, layer_idx, kwargs=kwargs)

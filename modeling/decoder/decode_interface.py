@@ -1,18 +1,23 @@
-"""The attention implementation ``hfe_decode``: our kernel after a cache, PyTorch's fastest attention elsewhere.
+"""The attention implementation ``hfe_decode``: our kernel `decode_attention` for queries after a cache, else `sdpa`.
 
-Registered with transformers, so any stock model takes it: ``from_pretrained(..., attn_implementation="hfe_decode")``.
-Its masks never have a row per query. A plain causal mask is None; the others are small int32 tensors of rank 4, a rank
-that transformers passes through unchanged:
+Registered with transformers, so any stock model supports it: ``from_pretrained(...,
+attn_implementation="hfe_decode")``. Its masks have no [Q, L] matrix of queries and keys. A plain causal mask is None;
+the others, called packed masks here, are small int32 tensors of rank 4, a rank that transformers passes on unchanged:
 
-| shape | meaning |
-|---|---|
-| [B, 1, 1, L] | queries after a cache: row 0 has the cache slot of each query, then the key-value length |
-| [B, 1, 2, L] | the same, and row 1 the segment of each slot: -1 where no query may look, as at padding |
-| [B, 1, 3, S] | a prompt without cache: row 1 as above, and padding comes first in every row |
+| name | shape | meaning |
+|---|---|---|
+| decode mask | [B, 1, 1, W] | Q queries after a cache: row 0 has the cache slot of each query, then the key-value |
+| | | length; W > Q |
+| | [B, 1, 2, W] | the same, and row 1 is the segment of each slot: -1 where no query may attend, as at padding, |
+| | | else 0 |
+| prompt mask | [B, 1, 3, S] | a left-padded prompt without cache: all rows are as row 1 above |
 
-What these cannot express (packed sequences, a model's own mask functions, other padding) gets transformers' boolean
-mask and runs as `sdpa` does, and so does everything where the kernel cannot run: off CUDA, in training, in
-`torch.compile`.
+Query i attends to the slots up to its own, in a sliding-window layer to the last `sliding_window` of them, except those
+of segment -1. What these masks cannot express (packed sequences, a model's own mask functions, other padding) gets
+transformers' boolean mask and runs as `sdpa` does, as does everything where the kernel cannot run: off CUDA, in
+training, in `torch.compile`.
+
+Letters of the shapes: B sequences, S tokens of a prompt, Q queries, L key-value length, Hq and Hkv heads, D `head_dim`.
 """
 
 from __future__ import annotations
@@ -39,18 +44,22 @@ from hf_efficient.kernels.namespace import NS
 
 # An exported copy registers under a name of its own, so that two versions never replace each other.
 DECODE_ATTENTION = "hfe_decode" if NS == "hf_efficient" else f"{NS}_decode"
-# Queries that one call of the kernel takes.
+# Maximum number of queries of one call of the kernel.
 MAX_QUERIES = 64
 
 
 def pack_decode_mask(queries: int, offset: int | Tensor, batch_size: int, visible: Tensor | None = None) -> Tensor:
-    """The mask of `queries` tokens that follow `offset` cached tokens: int32 [B, 1, 1 or 2, L].
+    """Return the decode mask of `queries` tokens that follow `offset` cached tokens.
 
     Args:
         queries: number of queries Q.
-        offset: slot of the first query; an integer, or a scalar tensor on the device of the mask.
+        offset: slot of the first query; an integer, or a scalar integer tensor on the device of the mask.
         batch_size: B.
-        visible: [B, key-value length], bool or integer, False where no query may look; None when there is no such slot.
+        visible: [B, L], bool or 0 and 1: False where no query may attend; None if there is no such slot.
+
+    Returns:
+        int32 [B, 1, 1, Q + 1], or with `visible` [B, 1, 2, max(Q + 1, L)]; on the device of `visible`, else of
+        `offset`, else on the CPU.
     """
     device = visible.device if visible is not None else getattr(offset, "device", None)
     numbers = torch.arange(queries + 1, dtype=torch.int32, device=device)
@@ -66,27 +75,34 @@ def pack_decode_mask(queries: int, offset: int | Tensor, batch_size: int, visibl
 
 
 def pack_prompt_mask(padding_mask: Tensor) -> Tensor:
-    """The mask of a prompt without cache, int32 [B, 1, 3, S]; `padding_mask` [B, S] is False at padding."""
+    """Return the prompt mask, int32 [B, 1, 3, S], of a padding mask [B, S]: bool, False at padding, which is left."""
     return (padding_mask.to(torch.int32) - 1)[:, None, None].expand(-1, -1, 3, -1).contiguous()
 
 
 def is_packed(mask: Any) -> bool:
-    """True for a mask that this module made."""
+    """True for a packed mask: `pack_decode_mask` or `pack_prompt_mask` made it. transformers' masks are not int32."""
     return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 def is_decode_mask(mask: Any) -> bool:
-    """True for a mask that `pack_decode_mask` made."""
+    """True for a decode mask, which `pack_decode_mask` made."""
     return is_packed(mask) and mask.shape[2] < 3
 
 
 def query_slots(mask: Tensor, queries: int) -> Tensor:
-    """Cache slots of the queries of a decode mask, int32 [Q], the same in every sequence."""
+    """Return the cache slots of the `queries` queries of a decode mask, int32 [Q]; the same in every sequence."""
     return mask[0, 0, 0, :queries]
 
 
 def _unpack(mask: Tensor, queries: int, kv_length: int, window: int | None) -> Tensor:
-    """The boolean mask [B, 1, Q, kv_length] that a packed one stands for."""
+    """Return the boolean mask [B, 1, Q, kv_length], True where a query may attend, that a packed mask describes.
+
+    Args:
+        mask: a decode or prompt mask.
+        queries: number of queries Q.
+        kv_length: number of keys.
+        window: tokens of the sliding window, the query's own included; None for no window.
+    """
     j = torch.arange(kv_length, device=mask.device)
     i = torch.arange(queries, device=mask.device)[None] if mask.shape[2] == 3 else mask[:, 0, 0, :queries]
     visible = j <= i[..., None]
@@ -98,22 +114,25 @@ def _unpack(mask: Tensor, queries: int, kv_length: int, window: int | None) -> T
 
 
 def _is_left_padded(padding_mask: Tensor) -> bool:
-    """True when padding comes before the real tokens in every row of [B, S]; waits for the device."""
+    """True if padding, False in bool [B, S], comes before the tokens in every row; synchronises with the device."""
     return bool((padding_mask[:, 1:] >= padding_mask[:, :-1]).all())
 
 
 def _evaluate(
     mask_function: Callable, queries: range, keys: range, batch_size: int, offset: int | Tensor, device: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A mask function at some queries and keys, with index tensors as transformers passes them.
+    """Call a mask function of transformers on index tensors of some queries and keys.
 
     Args:
-        queries: Q consecutive queries of the call.
+        mask_function: ``(batch, head, query position, key position) -> bool``, of broadcasting index tensors.
+        queries: Q consecutive indices of queries in the call.
         keys: K consecutive key positions.
+        batch_size: B.
         offset: position of the call's first query.
+        device: device of the index tensors.
 
     Returns:
-        Bool, expands to [B, Q, K]; the positions of the queries [Q, 1]; those of the keys [K].
+        The result, bool, expands to [B, Q, K]; the positions of the queries [Q, 1]; those of the keys [K].
     """
     batch = torch.arange(batch_size, device=device)[:, None, None]
     q = torch.arange(queries.start, queries.stop, device=device)[:, None] + offset
@@ -136,7 +155,29 @@ def decode_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Mask of the implementation ``hfe_decode``; arguments as for transformers' `sdpa_mask`, result as above."""
+    """Return the attention mask of ``hfe_decode``; transformers calls it with the arguments of its `sdpa_mask`.
+
+    For more than one query it may synchronise with the device.
+
+    Args:
+        batch_size: B.
+        q_length: number of queries Q of the call.
+        kv_length: number of keys L.
+        q_offset: position of the first query, the number of tokens before it; an integer or a scalar tensor.
+        kv_offset: position of the first key.
+        mask_function: whether a query may attend to a key; causal, or of a sliding window or chunks.
+        attention_mask: [B, at most kv_offset + L], 0 at padding; None without padding.
+        local_size: size of the sliding window or chunks; None without.
+        allow_is_causal_skip: False if the caller needs a mask even where plain causal attention is the same.
+        use_vmap: True if `mask_function` is combined with functions of the model or its user.
+        device: device of the mask.
+        config: the model's configuration.
+        kwargs: passed to `sdpa_mask`.
+
+    Returns:
+        None for a causal prompt without padding; a decode or prompt mask; or the result of `sdpa_mask`, a bool mask
+        [B, 1, Q, L] or None, where the kernel cannot run or these masks cannot express the mask.
+    """
     transformers_mask = functools.partial(
         sdpa_mask,
         batch_size=batch_size,
@@ -177,7 +218,8 @@ def decode_mask(
         return pack_decode_mask(1, torch.as_tensor(offset, device=device), batch_size, visible)
 
     if local_size is not None:
-        # Attention in chunks has a `local_size` too; of two neighbouring queries one sees less than with a window.
+        # Chunked attention has a `local_size` too; of two consecutive queries one attends to fewer keys than with a
+        # window, so two are enough to distinguish them.
         last = range(q_length - 2, q_length)
         visible, q, kv = _evaluate(mask_function, last, keys, batch_size, q_offset, device)
         if not bool((visible == ((kv <= q) & (kv > q - local_size))).all()):
@@ -199,10 +241,20 @@ def decode_mask(
 def _attend_prompt(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention of left-padded prompts without a mask: [B, H, S, D] -> [B, S, Hq, D].
+    """Causal attention of left-padded prompts, by `sdpa` with ``is_causal=True`` and without a mask.
 
-    Each row is rotated along the sequence until its real tokens come first; padding then comes later, where no real
-    token looks.
+    Each sequence is shifted circularly to the left so that its tokens come first; the padding then follows them, where
+    a causal query does not attend. The output is shifted back.
+
+    Args:
+        module: the attention module.
+        query: [B, Hq, S, D].
+        key, value: [B, Hkv, at least S, D]; later keys, empty slots of a static cache, are not read.
+        mask: the prompt mask, int32 [B, 1, 3, S].
+        kwargs: passed to `sdpa`.
+
+    Returns:
+        Output [B, S, Hq, D], undefined at padding, and None for the weights.
     """
     length = query.shape[2]
     start = (mask[:, 0, 1] >= 0).to(torch.int8).argmax(1, keepdim=True)
@@ -225,17 +277,26 @@ def decode_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the implementation ``hfe_decode``: query [B, Hq, Q, D] -> [B, Q, Hq, D], no weights.
+    """Compute attention; the function that transformers calls for ``hfe_decode``.
+
+    The kernel runs for a decode mask, `sdpa` for other masks, for dropout and gradients, and for shapes that the kernel
+    does not support.
 
     Args:
         module: the attention module, as in transformers.
         query: [B, Hq, Q, D].
-        key, value: [B, Hkv, L, D], the queries' own tokens included.
-        attention_mask: None, a packed mask of this module, or a mask for `sdpa`.
-        dropout, scaling, sliding_window: as in transformers.
+        key, value: [B, Hkv, L, D], with the tokens of the call.
+        attention_mask: result of `decode_mask`: None, a decode or prompt mask, or a mask for `sdpa`.
+        dropout: probability of dropping a weight.
+        scaling: factor of the scores; None for ``D ** -0.5``.
+        sliding_window: tokens of the window, the query's own included; None for no window.
+        kwargs: passed to `sdpa`.
+
+    Returns:
+        Output [B, Q, Hq, D] and None for the weights.
 
     Raises:
-        HFEError: the model asks for soft-capped logits or attention sinks.
+        HFEError: the model uses soft-capped logits (`softcap`) or attention sinks (`s_aux`).
     """
     for name in ("softcap", "s_aux"):  # soft-capped logits, attention sinks
         if kwargs.get(name) is not None:

@@ -1,4 +1,4 @@
-"""Fused kernels, used only when bypassing the module cannot change the result.
+"""Linear layers by the fused kernel `skinny_linear`, used only when bypassing the modules cannot change the result.
 
 A kernel reads a module's weights instead of calling the module. With an adapter, a hook, an offloading wrapper, a
 parametrisation, a quantised or distributed weight, autocast or a gradient, the modules are called.
@@ -17,12 +17,12 @@ from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.skinny_linear.api import skinny_linear
 from hf_efficient.kernels.skinny_linear.configs import MAX_ROWS
 
-# Classes of the activation that the kernels compute; transformers has two names for it.
+# Classes of the activation SiLU, which the kernel computes; transformers has two names for it.
 SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """True when calling `module` runs its class's forward and nothing else: no hook, no replaced forward."""
+    """True when calling `module` only runs the forward of its class: no hook, also no global one, no wrapper."""
     return (
         not module._forward_hooks
         and not module._forward_pre_hooks
@@ -34,18 +34,25 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """True when `module` is unhooked and exactly of one of these classes: adapters and parametrisations change it."""
+    """True when `module` has no hook and is exactly of a class in `kinds`: an adapter or parametrisation changes it."""
     return type(module) in kinds and is_unhooked(module)
 
 
 def has_plain_weight(module: Any, like: Tensor) -> bool:
-    """True when the weight is an ordinary tensor of the dtype and device of `like`: not quantised, not distributed."""
+    """True when `module.weight` is an `nn.Parameter` in the dtype and on the device of `like`.
+
+    Quantised and distributed weights are of another type.
+    """
     weight = module.weight
     return type(weight) is nn.Parameter and weight.dtype == like.dtype and weight.device == like.device
 
 
 def may_fuse(x: Tensor) -> bool:
-    """True when fused kernels may run on `x`: they have no backward pass, and `torch.compile` fuses by itself."""
+    """True when fused kernels without a backward pass may run on `x`.
+
+    That is for a non-empty floating-point tensor (not float64) where Triton runs, without gradients and autocast. Not
+    inside `torch.compile`, which fuses by itself.
+    """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -59,7 +66,10 @@ def may_fuse(x: Tensor) -> bool:
 
 
 def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
-    """True when `skinny_linear` may read the weights of these modules instead of calling them on `x` [..., K]."""
+    """True when `skinny_linear` may be used in place of calling these linear modules on `x` [..., K].
+
+    `x` must have at most `MAX_ROWS` rows, and each module must be a plain `nn.Linear` without hooks.
+    """
     return (
         may_fuse(x)
         and x.numel() // x.shape[-1] <= MAX_ROWS
@@ -68,7 +78,16 @@ def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
 
 
 def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = None) -> Tensor | None:
-    """Concatenated outputs [..., sum of N] of linear modules on one `x` [..., K]; None when they must be called."""
+    """Return the concatenated outputs of linear modules on the same input, in one kernel.
+
+    Args:
+        x: [..., K].
+        modules: linear modules, module i from K to N_i channels.
+        residual: [..., sum of N_i], added to the result; None to add nothing.
+
+    Returns:
+        [..., sum of N_i], or None if the modules must be called instead, see `may_fuse_linear`.
+    """
     if not may_fuse_linear(x, modules):
         return None
     weights, biases = [m.weight for m in modules], [m.bias for m in modules]
@@ -76,7 +95,7 @@ def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = 
 
 
 def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tensor:
-    """``module(x)`` [..., N] of `x` [..., K], plus `residual` [..., N] where given."""
+    """Return ``module(x)`` [..., N] of `x` [..., K], plus `residual` [..., N] if given; fused where possible."""
     out = fused_linear(x, (module,), residual)
     if out is not None:
         return out
@@ -84,7 +103,10 @@ def linear(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> Tens
 
 
 def fused_gate(x: Tensor, gate_proj: Any, up_proj: Any, act_fn: nn.Module) -> Tensor | None:
-    """``act_fn(gate_proj(x)) * up_proj(x)`` [..., N] of `x` [..., K]; None when the modules must be called."""
+    """Return ``act_fn(gate_proj(x)) * up_proj(x)`` [..., N] of `x` [..., K] in one kernel, if `act_fn` is SiLU.
+
+    None if the modules must be called instead: another activation, or `may_fuse_linear` is False.
+    """
     if not is_bare(act_fn, SILU) or not may_fuse_linear(x, (gate_proj, up_proj)):
         return None
     modules = (gate_proj, up_proj)

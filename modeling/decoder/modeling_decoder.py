@@ -1,13 +1,17 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
-Nothing here depends on a patch. A patch subclasses `DecoderModel` and overrides a factory method (`build_norm`,
-`build_mlp`, `build_mixer`) or a hook (`build_masks`, `resolve_token_ids`, `prepare_token_inputs`, `begin_lookup`); the
-overrides call `super()`, so that patches compose. A recurrent model sets `cache_class`.
+Nothing here depends on a patch, a change of the architecture such as BHyT or STEM. A patch subclasses `DecoderModel`
+and overrides a factory method (`build_norm`, `build_mlp`, `build_mixer`) or a hook (`build_masks`, `resolve_token_ids`,
+`prepare_token_inputs`, `begin_lookup`); the overrides call `super()`, so that patches compose. A recurrent model sets
+`cache_class`.
+
+Letters of the shapes: B sequences, S tokens of the call, L key-value length (cached tokens and S, or all slots of a
+static cache).
 """
 
 from __future__ import annotations
 
-# ruff: noqa: E402  (a too old transformers fails on an import below; this error names the releases that work)
+# ruff: noqa: E402  (an old transformers fails on an import below; this check first names the releases that work)
 from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
@@ -17,14 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -47,110 +48,24 @@ from hf_efficient.modeling.decoder.cache_contract import round_capacity
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decode_cache import DecodeCache
 from hf_efficient.modeling.decoder.decode_interface import DECODE_ATTENTION
-from hf_efficient.modeling.decoder.fused_steps import fused_gate, is_unhooked, linear, may_fuse
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer, GatedMLP
+from hf_efficient.modeling.decoder.fused_steps import linear
 from hf_efficient.modeling.decoder.generation_decoder import CapturedGeneration
 from hf_efficient.modeling.decoder.rms_norm import DecoderRMSNorm, add_and_norm
 
 # Tensors that change what attention computes: a checkpoint that has them needs a configuration that does.
 _ATTENTION_EXTRA = re.compile(r"\.self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)$")
-_PASSIVE_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.fsdp.")
-
-
-class GatedMLP(nn.Module):
-    """Gated feed-forward: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, plus `residual` where given.
-
-        Args:
-            hidden_states: [..., hidden_size].
-            token_ids: not used; every feed-forward is called with them.
-            residual: [..., hidden_size], added to the output.
-
-        Returns:
-            [..., hidden_size].
-        """
-        gated = fused_gate(hidden_states, self.gate_proj, self.up_proj, self.act_fn)
-        if gated is None:
-            gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return linear(gated, self.down_proj, residual)
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block ``h += mixer(norm(h)); h += mlp(norm(h))`` of modules that the model's factory methods built."""
-
-    def __init__(self, mixer: nn.Module, mlp: nn.Module, input_norm: nn.Module, post_norm: nn.Module) -> None:
-        super().__init__()
-        # Typed Any: a patch's module has attributes of its own.
-        self.self_attn: Any = mixer
-        self.mlp: Any = mlp
-        self.input_layernorm: Any = input_norm
-        self.post_attention_layernorm: Any = post_norm
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        pending: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        token_ids: Tensor | None = None,
-        carry_residual: bool = False,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The residual stream after this layer.
-
-        Args:
-            hidden_states: [B, S, hidden_size], the residual stream.
-            pending: [B, S, hidden_size], output of the previous layer's feed-forward that is still to be added to
-                `hidden_states`; None when it is. Positional: gradient checkpointing may look for gradients only there.
-            attention_mask: mask of this layer's attention, of whatever type the attention implementation takes.
-            position_embeddings: cosines and sines, [B, S, head_dim] each.
-            past_key_values, cache: the cache, under either name.
-            token_ids: what `prepare_token_inputs` of the model returned; int64 [B, S] without a patch.
-            carry_residual: return the feed-forward's output beside the stream instead of adding it, so that the next
-                norm adds it in the same kernel.
-
-        Returns:
-            [B, S, hidden_size]; with `carry_residual` the stream and the pending output, both of that shape.
-        """
-        cache = one_cache(past_key_values, cache, kwargs)
-        inputs = (hidden_states, None) if pending is None else (pending, hidden_states)
-        normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *inputs)
-        mixed, _ = self.self_attn(
-            normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            **cache_argument(cache),
-            **kwargs,
-        )
-        normed, hidden_states, _ = add_and_norm(self.post_attention_layernorm, mixed, hidden_states, statistic)
-        if carry_residual:
-            return hidden_states, self.mlp(normed, token_ids)
-        if may_fuse(normed) and is_unhooked(self.mlp):  # a hook must see the feed-forward's own output
-            return self.mlp(normed, token_ids, residual=hidden_states)
-        return hidden_states + self.mlp(normed, token_ids)
-
-    def has_output_hooks(self) -> bool:
-        """True when a hook or wrapper may read the layer's output, which then must be the whole residual stream."""
-        # transformers' recording hooks stay installed after one use; FSDP's hooks accept any output.
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        origins = [getattr(hook, "__module__", "") for each in hooks for hook in each.values()]
-        foreign = [origin for origin in origins if not origin.startswith(_PASSIVE_HOOKS)]
-        return bool(foreign) or "forward" in self.__dict__ or _has_any_global_hook()
 
 
 class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
+    """Loading, checks and settings that `DecoderModel` and the models with a head share.
+
+    Raises:
+        ValueError: the configuration breaks a rule across fields, see `DecoderConfig.validate_architecture`.
+    """
+
     config: DecoderConfig
-    config_class = DecoderConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = DecoderConfig  # set too: transformers does not resolve the string annotation above
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
@@ -160,7 +75,8 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The `CapturableCache` of captured steps. A recurrent model sets its own class, which its forward creates too.
+    # Cache of decoding with CUDA graphs, a `CapturableCache` (see `cache_contract.py`). A recurrent model sets its own
+    # class, of which its forward creates a cache too.
     cache_class: type[Any] = DecodeCache
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
 
@@ -170,39 +86,54 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint that the configuration does not describe is an error, not a warning.
+        """As in transformers; then `check_loaded` checks missing and unexpected tensors.
 
         Raises:
-            HFEError: the checkpoint is of another architecture; see `check_loaded`.
+            HFEError: the checkpoint is of another architecture; transformers only warns.
         """
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing_keys = set(loading_info["missing_keys"])
-        # An empty state dict asks for fresh weights.
+        # With an empty state dict every parameter is missing: the caller wants initial weights, so nothing is checked.
         if any(name not in missing_keys for name, _ in model.named_parameters()):
             model.check_loaded(missing_keys, set(loading_info["unexpected_keys"]))
         return (model, loading_info) if output_loading_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, with `hfe_decode` as the default."""
-        if requested_attention in (None, "hfe_decode"):  # an exported copy registers it under a name of its own
+        """As in transformers, with `hfe_decode` (see `decode_interface.py`) as the default."""
+        if requested_attention in (
+            None,
+            "hfe_decode",
+        ):  # code exported into a checkpoint registers it under its own name
             requested_attention = DECODE_ATTENTION
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
-        """Raise `HFEError` when the loaded checkpoint is of another architecture."""
-        foreign = sorted(key for key in unexpected_keys if _ATTENTION_EXTRA.search(key))
-        if foreign:
+        """Check that the checkpoint has no attention biases or QK-norms that the model lacks. A patch checks more.
+
+        Args:
+            missing_keys: parameters and buffers of the model that the checkpoint does not have.
+            unexpected_keys: tensors of the checkpoint that the model does not have.
+
+        Raises:
+            HFEError: the checkpoint is of another architecture.
+        """
+        unexpected = sorted(key for key in unexpected_keys if _ATTENTION_EXTRA.search(key))
+        if unexpected:
             raise HFEError(
-                f"the configuration has no place for {len(foreign)} tensors of the checkpoint, {foreign[0]} first",
+                f"the model does not have {len(unexpected)} tensors of the checkpoint, e.g. {unexpected[0]}",
                 "convert the stock model with `hf-efficient convert`, which sets attention_bias and qk_norm",
             )
 
     def build_cache(self, batch_size: int, capacity: int) -> Any:
-        """An empty cache of `cache_class` with memory for `capacity` tokens of each sequence."""
+        """Return an empty cache of `cache_class` with memory for `capacity` tokens of each sequence.
+
+        In the dtype and on the device of the model.
+        """
         return self.cache_class(self.config, batch_size, capacity, self.dtype, self.device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module in place, as in transformers; the rotary frequencies too."""
         super()._init_weights(module)
         if isinstance(module, DecoderRotaryEmbedding):
             inv_freq, module.attention_scaling = module.frequencies()
@@ -211,7 +142,7 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
 
 
 class DecoderModel(DecoderPreTrainedModel):
-    """Embedding, layers, final norm. Patches override the factory methods and hooks below."""
+    """Decoder without a head: embedding, layers, final norm. Patches override the factory methods and hooks below."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -227,35 +158,55 @@ class DecoderModel(DecoderPreTrainedModel):
     # Factory methods
 
     def build_layer(self, layer_idx: int) -> nn.Module:
-        """One decoder layer, made of the modules that the other factory methods return."""
+        """Return layer `layer_idx`, made of the modules that the other factory methods return."""
         norms = (self.build_norm(position, layer_idx) for position in ("input", "post"))
         return DecoderLayer(self.build_mixer(layer_idx), self.build_mlp(layer_idx), *norms)
 
     def build_norm(self, position: str, layer_idx: int | None = None) -> nn.Module:
-        """The norm of a position: `input` (before a mixer), `post` (before a feed-forward) or `final` (after all)."""
+        """Return a norm over `hidden_size` channels.
+
+        Args:
+            position: `input` (before a mixer), `post` (before a feed-forward) or `final` (after the last layer).
+            layer_idx: index of the layer; None for `final`.
+        """
         return DecoderRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 
     def build_mixer(self, layer_idx: int) -> nn.Module:
-        """The token mixer of a layer, called like `DecoderAttention`."""
+        """Return the token mixer of a layer, called like `DecoderAttention`."""
         return DecoderAttention(self.config, layer_idx)
 
     def build_mlp(self, layer_idx: int) -> nn.Module:
-        """The feed-forward of a layer, called like `GatedMLP`."""
+        """Return the feed-forward of a layer, called like `GatedMLP`."""
         return GatedMLP(self.config)
 
     # Hooks
 
     def build_masks(self, **mask_inputs: Any) -> dict[str, Any]:
-        """Attention mask of each type in `config.layer_types`; arguments as for transformers' `create_causal_mask`."""
+        """Return the attention mask of each type in `config.layer_types`.
+
+        Args:
+            mask_inputs: arguments of transformers' `create_causal_mask` except `config`: `inputs_embeds`
+                [B, S, hidden_size], `attention_mask`, `position_ids` and the cache.
+
+        Returns:
+            Layer type -> mask of the attention implementation's type; None where it needs none.
+        """
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         types = set(self.config.layer_types)
         if isinstance(cache_of_arguments(mask_inputs), DecodeCache) and mask_inputs["inputs_embeds"].shape[1] == 1:
-            # Without a mask a single token would see the empty slots; transformers only knows its own static caches.
+            # Without a mask a single token would attend to the empty slots; transformers handles this for its own
+            # static caches only.
             mask_inputs["allow_is_causal_skip"] = False
         return {layer_type: create[layer_type](config=self.config, **mask_inputs) for layer_type in types}
 
     def create_cache(self, inputs_embeds: Tensor) -> Any:
-        """The cache of a call with `use_cache` and without a cache, from its embeddings [B, S, hidden_size]."""
+        """Return an empty cache for a call with `use_cache` that was passed none.
+
+        A `DynamicCache`, or a cache of `cache_class` if the model sets another class than `DecodeCache`.
+
+        Args:
+            inputs_embeds: embeddings of the call, [B, S, hidden_size].
+        """
         if self.cache_class is DecodeCache:
             return DynamicCache(config=self.config)
         return self.build_cache(inputs_embeds.shape[0], round_capacity(inputs_embeds.shape[1]))
@@ -263,9 +214,11 @@ class DecoderModel(DecoderPreTrainedModel):
     def resolve_token_ids(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Ids, int64 [B, S], for token-indexed modules; None with `inputs_embeds` alone.
+        """Return the ids of the call for token-indexed modules, int64 [B, S]; None with `inputs_embeds` alone.
 
-        A patch may remove its own arguments from `kwargs`.
+        Args:
+            input_ids, inputs_embeds: as for `forward`; one of them is None.
+            kwargs: further arguments of `forward`; a patch may remove its own.
         """
         return input_ids
 
@@ -277,22 +230,37 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the layers get as `token_ids`, from the arguments of the call.
+        """Return what the layers get as `token_ids`; without a patch the ids themselves.
 
-        A patch overrides it to change what token-indexed modules read, and may remove its own arguments from `kwargs`.
+        A patch overrides it to change what token-indexed modules read.
+
+        Args:
+            token_ids: result of `resolve_token_ids`.
+            attention_mask, position_ids, past_key_values: as for `forward`, the cache under either name.
+            kwargs: further arguments of `forward`; a patch may remove its own.
         """
         return self.begin_lookup(token_ids)
 
     def begin_lookup(self, token_ids: Tensor | None) -> Any:
-        """The token ids; a patch may start to fetch table rows for them and return a handle in their place."""
+        """Return the ids, int64 [B, S] or None.
+
+        A patch may start to copy the rows of its tables for these ids, and return an object that holds them instead.
+        """
         return token_ids
 
     def vocabulary_rows(self) -> int:
-        """Rows of the embedding; `config.vocab_size` where an adapter's wrapper hides them."""
+        """Return the number of rows of the embedding; `config.vocab_size` if an adapter's wrapper hides it."""
         return getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
 
     def check_token_ids(self, ids: Tensor) -> None:
-        """Raise `TokenIdError` for an id outside [0, vocab_size): on the CPU always, elsewhere with HFE_CHECK=1."""
+        """Check that all ids, int64 [B, S], are rows of the embedding.
+
+        Ids on the CPU are always checked; on other devices with HFE_CHECK=1 only, since the check synchronises. Not in
+        a compiled call.
+
+        Raises:
+            TokenIdError: an id is negative or too large; the message has the first such id and its position.
+        """
         if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
             return
         if ids.device.type != "cpu" and not check_data():
@@ -319,21 +287,24 @@ class DecoderModel(DecoderPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm, `last_hidden_state` [B, S, hidden_size], and the cache.
+        """Return the hidden states after the final norm, `last_hidden_state` [B, S, hidden_size], and the cache.
 
         Args:
             input_ids: int64 [B, S]; or `inputs_embeds`, not both.
-            attention_mask: [B, cached tokens + S], 0 at padding; a mask [B, 1, S, key-value length]; or a mapping of
-                layer type to mask, which is used as it is.
+            attention_mask: [B, cached tokens + S], 0 at padding; a mask [B, 1, S, L]; or a dictionary of layer type to
+                mask, which is used as it is.
             position_ids: int64 [B, S] or [1, S]; by default those that follow the cached tokens.
             past_key_values, cache: the cache, under either name.
             inputs_embeds: [B, S, hidden_size].
-            use_cache: create a cache where none is passed; by default `config.use_cache`.
+            use_cache: create a cache if none is passed; by default `config.use_cache`.
+            kwargs: `output_hidden_states`, `output_attentions`, arguments of patches; the others are passed to the
+                layers.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds` were passed.
             TokenIdError: an id is outside the vocabulary; see `check_token_ids`.
-            HFEError: two different caches were passed, or a cache, mask or positions under an unknown name.
+            HFEError: two different caches were passed, or a cache, mask or positions were passed as an unknown keyword
+                argument.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -351,7 +322,7 @@ class DecoderModel(DecoderPreTrainedModel):
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
-        # `generate` with a static cache prepares the masks itself and passes the mapping.
+        # `generate` with a static cache prepares the masks itself and passes the dictionary.
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.build_masks(
@@ -364,7 +335,7 @@ class DecoderModel(DecoderPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         # Early exit in assisted generation lowers `num_hidden_layers` during a call.
         layers = self.layers[: self.config.num_hidden_layers]
-        defer = self._may_defer_residual(layers, kwargs)
+        carry_residual = self._may_carry_residual(layers, kwargs)
         pending: Tensor | None = None
         for layer_type, layer in zip(self.config.layer_types, layers, strict=False):
             outputs = layer(
@@ -375,21 +346,32 @@ class DecoderModel(DecoderPreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 token_ids=token_inputs,
-                carry_residual=defer,
+                carry_residual=carry_residual,
                 **cache_argument(cache),
                 **kwargs,
             )
-            hidden_states, pending = outputs if defer else (outputs, None)
+            hidden_states, pending = outputs if carry_residual else (outputs, None)
         inputs = (hidden_states, None) if pending is None else (pending, hidden_states)
         normed, _, _ = add_and_norm(self.norm, *inputs)
         return BaseModelOutputWithPast(last_hidden_state=normed, **cache_argument(cache))
 
     def layers_here(self) -> dict[int, Any]:
-        """This pipeline stage's layers by index; a serving engine leaves an `nn.Identity` for each of another stage."""
+        """Return the layers of this pipeline stage by index.
+
+        A serving engine replaces each layer of another stage by an `nn.Identity`.
+        """
         return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)}
 
-    def _may_defer_residual(self, layers: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether the residual add may be deferred into the next norm: no output between two layers is read."""
+    def _may_carry_residual(self, layers: Any, kwargs: dict[str, Any]) -> bool:
+        """True if a layer may leave its last residual addition to the next norm (`carry_residual` of `DecoderLayer`).
+
+        `config.carry_residual` must be set, and nothing may read the hidden states between two layers: no recording of
+        hidden states, no hook on a layer, no pipeline stage.
+
+        Args:
+            layers: the layers that the call runs.
+            kwargs: further arguments of `forward`.
+        """
         recorded = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if not self.config.carry_residual or recorded or len(self.layers_here()) < len(self.layers):
             return False
@@ -397,7 +379,10 @@ class DecoderModel(DecoderPreTrainedModel):
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationMixin):
-    """A `DecoderModel` and a language-model head. Subclasses set `model_class`."""
+    """A `DecoderModel` and a language-model head. Subclasses set `model_class`, the class of the `DecoderModel`.
+
+    Defining a subclass sets it as an attribute of `transformers`, see `offer_to_transformers`.
+    """
 
     model_class: type[DecoderModel] = DecoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -430,13 +415,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, K, vocab_size], the cache, and with `labels` the next-token cross-entropy.
+        """Return logits [B, K, vocab_size], the cache, and with `labels` the next-token cross-entropy.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as for
-                `DecoderModel`.
-            labels: int64 [B, S]; -100 is ignored.
-            logits_to_keep: 0 for all positions (K = S), n for the last n, or a tensor of K positions.
+                `DecoderModel.forward`, which raises the same errors.
+            labels: int64 [B, S], the ids themselves: the loss shifts them; -100 is ignored.
+            logits_to_keep: 0 for all positions (K = S), n for the last n, or an int64 tensor [K] of indices.
+            kwargs: passed to the model and to the loss (`num_items_in_batch`).
         """
         outputs = self.model(
             input_ids=input_ids,

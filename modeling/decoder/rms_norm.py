@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation of the decoder."""
+"""RMSNorm of the decoder, and the residual addition before a norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_efficient.modeling.decoder.fused_steps import has_plain_weight, is_bare,
 
 
 class DecoderRMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; statistics in fp32, output in x's dtype."""
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, of `width` channels, as `LlamaRMSNorm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class DecoderRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``weight * x / sqrt(mean(x^2) + eps)``: [..., width] -> [..., width]."""
+        """Return the norm of `hidden_states` [..., width]: same shape; one kernel where `may_fuse_norm` holds."""
         if may_fuse_norm(self, hidden_states):
             return add_rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -30,40 +30,50 @@ class DecoderRMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x^2) + eps)`` in plain PyTorch: [..., width] -> [..., width]."""
-    wide = x.to(torch.float32)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    # Rounded to the input dtype before the weight is applied, as the stock families do.
-    return weight * wide.to(x.dtype)
+    """Return ``weight * x / sqrt(mean(x^2) + eps)`` in plain PyTorch.
+
+    Args:
+        x: [..., width], of any floating-point dtype; normalised in float32 and rounded to this dtype.
+        weight: [width].
+        eps: added to the mean square.
+
+    Returns:
+        [..., width], in the dtype that `x` and `weight` promote to.
+    """
+    normed = x.to(torch.float32)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    # Rounded to the input dtype before the weight is applied, as Llama and the other stock models do.
+    return weight * normed.to(x.dtype)
 
 
 def may_fuse_norm(norm: nn.Module, x: Tensor) -> bool:
-    """True when a kernel may read the weight of `norm` instead of calling it on `x`."""
+    """True when a kernel may replace the call of `norm` on `x`: a plain `DecoderRMSNorm`; see `fused_steps.py`."""
     return is_bare(norm, (DecoderRMSNorm,)) and may_fuse(x) and has_plain_weight(norm, x)
 
 
 def norm_attribute(norm: Any, name: str) -> Any:
-    """An attribute of `norm`, or of the norm that an adapter wraps; None when neither has it."""
-    found = getattr(norm, name, None)
-    return getattr(getattr(norm, "base_layer", None), name, None) if found is None else found
+    """Return an attribute of `norm`, or of the norm that a PEFT adapter wraps; None if neither has it."""
+    value = getattr(norm, name, None)
+    return getattr(getattr(norm, "base_layer", None), name, None) if value is None else value
 
 
 def add_and_norm(
     norm: Any, x: Tensor, residual: Tensor | None = None, statistic: Any = None
 ) -> tuple[Tensor, Tensor, Any]:
-    """Add the residual and normalise.
+    """Return ``norm(x + residual)``, the sum ``x + residual``, and the statistic for the layer's next norm.
 
-    A norm with the attribute `adds_residual` is called as ``norm(x, residual, statistic)`` and returns all three
-    results. `DecoderRMSNorm` returns no statistic; where `may_fuse_norm` holds, one kernel adds and normalises.
+    A norm with the attribute `adds_residual`, such as `BhytNorm`, is called as ``norm(x, residual, statistic)`` and
+    returns all three results. For other norms the statistic is None; where `may_fuse_norm` holds, one kernel adds and
+    normalises.
 
     Args:
-        norm: the norm, perhaps inside an adapter.
+        norm: the norm, possibly wrapped by an adapter.
         x: [..., width].
-        residual: [..., width], added to `x`; None for no addition.
-        statistic: what the layer's previous norm returned.
+        residual: [..., width], added to `x`; None to add nothing.
+        statistic: the statistic that the layer's previous norm returned; read by norms with `adds_residual` only.
 
     Returns:
-        ``norm(x + residual)`` and ``x + residual``, [..., width] each; and the statistic for the layer's next norm.
+        ``(normed, summed, statistic)``: [..., width] each and any object; `summed` is `x` itself without a residual.
     """
     if type(norm) is not DecoderRMSNorm and norm_attribute(norm, "adds_residual"):
         return norm(x, residual, statistic)

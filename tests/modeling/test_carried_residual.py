@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.modeling.decoder.modeling_decoder import DecoderLayer
+from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 
 KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},

@@ -288,7 +288,7 @@ def test_weights_of_another_attention_are_refused(model_type: str, tiny_model: C
     from hf_efficient.errors import HFEError
 
     tiny_model(model_type, attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(HFEError, match=r"no place for 9 tensors.*k_proj\.bias.*hf-efficient convert"):
+    with pytest.raises(HFEError, match=r"does not have 9 tensors.*k_proj\.bias.*hf-efficient convert"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=False)
 
 

@@ -283,7 +283,9 @@ class TestBadInput:
 
     def test_a_checkpoint_of_another_architecture(self, tmp_path: Path) -> None:
         LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path)
-        with pytest.raises(HFEError, match=r"lacks 6 lambdas, model\.layers\.0\.input_layernorm\.lam first.*convert"):
+        with pytest.raises(
+            HFEError, match=r"is missing 6 lam tensors, e\.g\. model\.layers\.0\.input_layernorm\.lam,.*convert"
+        ):
             BhytForCausalLM.from_pretrained(tmp_path, config=BhytConfig(**TINY, bhyt_seq_len=4))
 
     @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ class TestBadInput:
     ) -> None:
         bhyt_model(**saved).save_pretrained(tmp_path)
         for model_class in (BhytForCausalLM, BhytModel):
-            with pytest.raises(HFEError, match=rf"disagree .* {re.escape(first)} first.*leave bhyt_output_scale"):
+            with pytest.raises(HFEError, match=rf"disagree .* e\.g\. {re.escape(first)}.*leave bhyt_output_scale"):
                 model_class.from_pretrained(tmp_path, **opened)
 
     def test_a_trained_checkpoint_may_be_opened_with_exact_sites_or_fewer(
