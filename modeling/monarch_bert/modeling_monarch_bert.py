@@ -10,6 +10,8 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
+from typing import Any
+
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -26,6 +28,10 @@ from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import Monarc
 class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
     config: MonarchBertConfig
     config_class = MonarchBertConfig  # transformers reads annotations unevaluated, so it is named here too
+
+    def __init__(self, config: MonarchBertConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
+        super().__init__(config, *args, **kwargs)
 
 
 class MonarchBertModel(MonarchBertPreTrainedModel, BertModel):

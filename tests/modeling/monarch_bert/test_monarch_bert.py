@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -92,3 +93,12 @@ def test_a_method_without_targets_trains_what_it_trains_of_stock_bert(method: st
 def test_a_wrong_field_is_named_with_its_rule(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(Exception, match=words):
         MonarchBertForMaskedLM(MonarchBertConfig(**{**SHAPE, **fields}))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_field_that_is_set_while_loading_is_checked_too(head: str, tmp_path: Path) -> None:
+    _, ours = stock_and_ours(head)
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="is_decoder and add_cross_attention must be False"):
+        type(ours).from_pretrained(tmp_path, is_decoder=True)
+    assert type(type(ours).from_pretrained(tmp_path)) is type(ours)
