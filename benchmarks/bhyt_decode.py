@@ -10,9 +10,7 @@ it is the step that `generate` captures. All steps share one set of weights and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, StaticCache
 
 from benchmarks.generation import captured, fill
-from benchmarks.harness import RESULTS, describe_machine, times, write
+from benchmarks.harness import common_options, describe_machine, times, write
 from benchmarks.llama_norms import (
     SHAPE,
     TINY,
@@ -162,13 +160,10 @@ def measure(steps: dict[str, tuple[str, Step, Step]], device: torch.device) -> l
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = common_options(__doc__, "bhyt_decode.jsonl and bhyt_decode.png")
     options.add_argument("--only", nargs="+", help="only providers whose name holds one of these texts")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="a tiny model, to see that the benchmark runs")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of bhyt_decode.jsonl and bhyt_decode.png")
     options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
-    options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     device = torch.device(arguments.device)
     shape = TINY if arguments.tiny else SHAPE

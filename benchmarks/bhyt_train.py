@@ -13,14 +13,13 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.harness import RESULTS, describe_machine, times, write
+from benchmarks.harness import common_options, describe_machine, times, write
 from benchmarks.llama_norms import (
     SHAPE,
     TINY,
@@ -132,15 +131,12 @@ def measure(part: str, names: Sequence[str], arguments: argparse.Namespace) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = common_options(__doc__, "bhyt_train.jsonl and bhyt_train.png")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--only", nargs="+", help="only providers whose name holds one of these texts")
     options.add_argument("--seconds", type=float, default=150, help="compile nothing more after so many")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="a tiny model, to see that the benchmark runs")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder for bhyt_train.jsonl and bhyt_train.png")
     options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
-    options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     arguments.began = time.perf_counter()
     environment = describe_machine(torch.device(arguments.device), arguments.commit)

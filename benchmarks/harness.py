@@ -331,14 +331,20 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[[], Callable[...
 # Command line
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Options that every benchmark takes."""
-    options = argparse.ArgumentParser(description=description)
+def common_options(description: str | None, files: str) -> argparse.ArgumentParser:
+    """A parser with device, folder of the results and commit; `files` names the results in that folder."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {files}")
+    options.add_argument("--commit", help="commit to record where the checkout has no .git")
+    return options
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that every benchmark of one operation takes."""
+    options = common_options(description, "NAME.jsonl and NAME.png")
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--cases", default="", help="measure only the cases whose label holds this text")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder for NAME.jsonl and NAME.png")
-    options.add_argument("--commit", help="commit to record where the checkout has no .git")
     return options
 
 

@@ -13,7 +13,6 @@ Plain causal attention computes another function: it shows what the same tokens 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import statistics
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks.harness import RESULTS, describe_machine, read, times, write
+from benchmarks.harness import common_options, describe_machine, read, times, write
 from benchmarks.plot import load_pyplot
 from benchmarks.topology_cases import WIDTH, Layout, Problem, layouts, sample_ids
 from benchmarks.topology_providers import (
@@ -329,17 +328,14 @@ def draw(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = common_options(__doc__, "topology_attention.jsonl and .png")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--cases", nargs="+", help="only cases whose label holds one of these texts")
     options.add_argument("--only", nargs="+", help="only providers whose name holds one of these texts")
     options.add_argument("--seconds", type=float, default=600, help="start no new case after so many")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--tiny", action="store_true", help="short sequences, to see that the benchmark runs")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of topology_attention.jsonl and .png")
     options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
-    options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     path = arguments.output / "topology_attention.jsonl"
     if arguments.draw:

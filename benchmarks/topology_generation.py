@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness import RESULTS, describe_machine, read, write
+from benchmarks.harness import common_options, describe_machine, read, write
 from benchmarks.plot import load_pyplot
 from benchmarks.scripted_sampler import ScriptedSampler
 from benchmarks.topology_transcripts import Transcript, medverse, multiverse, tokenizer_of
@@ -411,16 +411,13 @@ def draw(path: Path) -> None:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = common_options(__doc__, "topology_generation.jsonl and .png")
     options.add_argument("--models", nargs="+", choices=SHAPES, default=["1b", "7b"])
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--cases", nargs="+", help="only cases whose label holds one of these texts")
     options.add_argument("--whole", action="store_true", help="decode all of the sequential runs")
     options.add_argument("--seconds", type=float, default=600, help="start no new case after so many")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of topology_generation.jsonl and .png")
     options.add_argument("--draw", action="store_true", help="only draw the picture of the results that are there")
-    options.add_argument("--commit", help="commit to record where the checkout has no .git")
     arguments = options.parse_args(argv)
     path = arguments.output / "topology_generation.jsonl"
     start = time.perf_counter()
