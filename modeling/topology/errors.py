@@ -1,4 +1,4 @@
-"""The error of text or segments that do not make a topology."""
+"""The error for text or segments that do not form a topology (a graph of segments; see `grammar/topology.py`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from hf_efficient.errors import HFEError
 
 
 class TopologyError(HFEError):
-    """Text or segments that do not make a topology.
+    """Text or segments do not form a valid topology, or a tokenizer lacks the control tokens.
 
-    Attributes:
-        index: index of the offending token in its row; None where no token is to blame.
-        tag: the control token there.
-        row: row of the batch.
+    The message is prefixed with `row`, `index` and `tag` where they are given; all three are also attributes.
+
+    Args:
+        problem: what is wrong.
+        remedy: how to correct it.
+        index: index of the malformed token in its row; None if the error is not at one token.
+        tag: the control token there, or None.
+        row: batch row, or None.
     """
 
     def __init__(

@@ -1,4 +1,12 @@
-"""Branches of a sequence in parallel generation: the tokens that each has written, and its state."""
+"""Branches of a sequence in parallel generation: the tokens of each, its forks, and its state.
+
+A branch is a part of a sequence that is decoded in parallel with its siblings: a Multiverse path or a MedVerse step.
+The trunk is the root branch. At a fork a branch stops sampling and waits for its children; at the join, after all of
+them have ended, it goes on. Control tokens (tags such as `<Path>`) mark these points; forced tokens are those that
+generation appends without sampling (headers, separators, joins). Branches thus form a tree, whose traversal in
+pre-order gives the order of the text: a branch's tokens up to a fork, the children one after another, then the branch's
+further tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +15,13 @@ from enum import Enum
 
 from hf_efficient.modeling.topology.grammar.builder import TopologyBuilder
 
-# From the trunk to a branch: at each fork, the number of that fork in its branch, and the label of the next branch.
+# Path in the tree from the trunk to a branch: for each fork on the way, its index in its branch (0 for the first) and
+# the label of the child that the path enters. () for the trunk; ((0, "2"), (1, "2.1")) for a path inside path 2.
 BranchPath = tuple[tuple[int, str], ...]
 
 
 class BranchState(Enum):
-    """State of a branch in its life cycle."""
+    """State of a branch: queued, then active and possibly waiting in turns, then done; or queued, then skipped."""
 
     QUEUED = "queued"  # not started: its dependencies are not done, or max_branches are active
     ACTIVE = "active"  # samples tokens
@@ -22,27 +31,29 @@ class BranchState(Enum):
 
 
 class Branch:
-    """The trunk of a sequence, or one path or step of it.
+    """The trunk of a sequence, or one path or step of it; new branches are `QUEUED`.
 
     Args:
         row: batch row.
-        path: identifies the branch in its sequence.
-        builder: assigns segments and positions to its tokens.
+        path: identifies the branch in its sequence; see `BranchPath`.
+        builder: state machine that assigns a segment and a position to each token fed to it.
         parent: the branch that forked into this one; None for the trunk.
-        visible_ids: gives `visible_ids` of a branch.
-        header: tokens that the branch begins with.
-        step: number of a MedVerse step.
-        reserve: positions reserved for its closing tag, and for the joins and closing tags of the branches above.
+        visible_ids: function behind the method `visible_ids`.
+        header: forced token ids that the branch begins with.
+        step: number of a MedVerse step; None for other branches.
+        reserve: positions kept free for forced tokens: its closing tag and separator, and the joins and closing tags of
+            the branches above it.
 
     Attributes:
-        contents: cache slots of its tokens, and its forks, in the order of the text.
-        last_slot: cache slot of its newest token, whose logits give the next token.
+        state: a `BranchState`.
+        contents: cache slots of its tokens, and its forks (`Fork`), in the order of the text.
+        last_slot: cache slot of its newest token, whose logits give the next token; -1 before the first token.
         num_sampled_tokens: tokens chosen by the sampler; forced tokens do not count.
-        num_forks: forks so far.
-        finish_reason: why it ended without its own closing tag, or an empty text.
-        logprobs: log-probability of each sampled token, where they are kept.
-        rng_key: key of its random numbers; see `sampling.branch_key`.
-        budget_check_position: position from which on the scheduler must check its budget after each token.
+        num_forks: number of forks so far.
+        finish_reason: why it ended without its own closing tag; otherwise an empty string.
+        logprobs: log-probability of each sampled token; empty if they are not kept.
+        rng_key: key of its random numbers, see `sampling.branch_key`; None until the first is drawn.
+        budget_check_position: the scheduler checks the branch's budget after each token at this position or later.
     """
 
     __slots__ = (
@@ -82,24 +93,30 @@ class Branch:
 
     @property
     def is_trunk(self) -> bool:
+        """True for the root branch of the sequence."""
         return self.parent is None
 
     @property
     def position(self) -> int:
-        """Position of the next token, unless that token opens a segment."""
+        """Rotary position of the next token, unless that token is a control token that starts a new segment."""
         return self.builder.graph.end[self.builder.segment] + 1
 
     @property
     def open_blocks(self) -> int:
-        """Number of blocks opened inside this branch and not closed; the block of its own path does not count."""
+        """Number of blocks (`<Parallel>`, `<Execution>`) that the branch has opened and not closed.
+
+        The block in which the branch is itself a path or step does not count.
+        """
         return len(self.builder.frames) - (not self.is_trunk)
 
     @property
     def context(self) -> str:
-        """Where the next token goes, as a key of `ForcedText.disallowed_ids`.
+        """Where the next token will be, as a key of `ForcedText.disallowed_ids`.
 
-        `outside` blocks; directly inside a `branch`; in a `path` of a block that the branch opened, or in such a
-        `block` between its paths.
+        Returns:
+            `outside`: in the trunk, in no block. `branch`: directly in a path or step that was forked. `path`: in a
+            path of a block that is decoded sequentially inside this branch. `block`: in such a block, between its
+            paths.
         """
         if self.is_trunk and not self.builder.frames:
             return "outside"
@@ -108,18 +125,21 @@ class Branch:
         return "path" if self.builder.in_path else "block"
 
     def visible_ids(self) -> list[int]:
-        """Ids of all tokens that the next token sees, in the order of the text."""
+        """Return the ids of all tokens that the next token may attend to, in the order of the text.
+
+        Ids of the left padding come first.
+        """
         return self._visible_ids(self)
 
 
 class Fork:
-    """The child branches of one fork.
+    """The child branches of one fork and the order in which they may run.
 
     Args:
-        parent: the branch that forked.
-        branches: its children, in the order of the text.
+        parent: the branch that forked and waits for the children.
+        branches: the children, in the order of the text.
         dependencies: for each child, the indices of the children that must be done before it starts.
-        max_active: limit of active children.
+        max_active: maximum number of children that run (are active or waiting) at the same time.
     """
 
     __slots__ = ("branches", "dependencies", "max_active", "parent")
@@ -131,19 +151,19 @@ class Fork:
         self.max_active = max_active
 
     def can_start(self, index: int) -> bool:
-        """True when all dependencies of a child are done and fewer than `max_active` children run."""
+        """True if all dependencies of child `index` are done and fewer than `max_active` children run."""
         running = sum(branch.state in (BranchState.ACTIVE, BranchState.WAITING) for branch in self.branches)
         return running < self.max_active and all(
             self.branches[i].state is BranchState.DONE for i in self.dependencies[index]
         )
 
     def is_finished(self) -> bool:
-        """True when every child is done or skipped."""
+        """True if every child is done or skipped, so that the parent can be continued."""
         return all(branch.state in (BranchState.DONE, BranchState.SKIPPED) for branch in self.branches)
 
 
 def slots_in_text_order(branch: Branch) -> Iterator[int]:
-    """Cache slots of a branch and its descendants in the order of the text: children of a fork one after another."""
+    """Iterate over the cache slots of a branch and its descendants, in the order of the text."""
     for item in branch.contents:
         if isinstance(item, Fork):
             for child in item.branches:
@@ -153,7 +173,7 @@ def slots_in_text_order(branch: Branch) -> Iterator[int]:
 
 
 def all_branches(branch: Branch) -> Iterator[Branch]:
-    """A branch and its descendants, in the order of the text."""
+    """Iterate over a branch and its descendants in pre-order, which is the order of the text."""
     yield branch
     for item in branch.contents:
         if isinstance(item, Fork):
@@ -162,9 +182,12 @@ def all_branches(branch: Branch) -> Iterator[Branch]:
 
 
 class TextOrderReader:
-    """Reads the cache slots of a growing tree of branches in the order of the text.
+    """Reads the cache slots of a tree of branches in the order of the text while the tree is still growing.
 
-    A slot is given once all tokens before it in the text are written, so an unfinished branch holds back later ones.
+    A slot is returned once all tokens before it in the text exist, so an unfinished branch delays its later siblings.
+
+    Args:
+        trunk: the root branch.
     """
 
     def __init__(self, trunk: Branch) -> None:
@@ -172,7 +195,7 @@ class TextOrderReader:
         self._stack: list[tuple[Branch, int]] = [(trunk, 0)]
 
     def read(self) -> Iterator[int]:
-        """The slots that became readable since the last call."""
+        """Iterate over the slots that have become readable since the last call; each slot is returned once."""
         while self._stack:
             branch, index = self._stack.pop()
             if index < len(branch.contents):

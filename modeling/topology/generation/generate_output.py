@@ -1,4 +1,10 @@
-"""The output of parallel generation."""
+"""The output of parallel generation.
+
+Terms: a branch is a part of a sequence that is decoded in parallel with others, a Multiverse path or a MedVerse
+step; the trunk is the root branch. Child branches start at a fork and end at a join. A segment is a run of consecutive
+tokens between forks and joins; a token may attend to the tokens before it in its own segment and to those of the
+segment's ancestors. Forced tokens are appended by generation without sampling (headers, separators, joins).
+"""
 
 from __future__ import annotations
 
@@ -18,15 +24,15 @@ class BranchInfo:
     """One branch of a generated sequence.
 
     Attributes:
-        path: identifies the branch: for each fork from the trunk to it, the number of the fork in its branch and the
-            label of the next branch; () for the trunk.
+        path: identifies the branch: for each fork from the trunk to it, the index of the fork in its branch (from 0)
+            and the label of the child; () for the trunk.
         state: `done`, or `skipped` when the budget was too small to start it.
         finish_reason: why it ended without its own closing tag (`eos`, `length`, `max_time`, `stopping_criteria`,
-            `branch_max_new_tokens`, or the control token sampled instead), or an empty text. For the trunk, why the
-            sequence ended.
-        num_tokens: tokens written, including forced ones and those of its joins.
+            `branch_max_new_tokens`, or the control token sampled instead); an empty string if it ended with the tag.
+            For the trunk, why the sequence ended.
+        num_tokens: tokens generated in it, including forced ones and those of its joins, without those of its children.
         num_sampled_tokens: tokens chosen by the sampler.
-        segments: segments of its tokens.
+        segments: segments of its tokens, ascending, numbered as in `TopologyGenerateOutput.segment_ids`.
         logprobs: log-probability of each sampled token, under the distribution that it was chosen from; empty without
             `output_scores`.
     """
@@ -41,7 +47,7 @@ class BranchInfo:
 
     @property
     def truncated(self) -> bool:
-        """True for a path or step that did not end with its own closing tag."""
+        """True for a path or step that did not sample its own closing tag; always False for the trunk."""
         return bool(self.path) and bool(self.finish_reason)
 
 
@@ -50,18 +56,19 @@ class TopologyGenerateOutput(ModelOutput):
     """Output of parallel generation with ``return_dict_in_generate=True``.
 
     Args:
-        sequences: int64 [B, L]: prompts and generated tokens in the order of the text (trunk, paths by label, join),
-            padded on the right. `Topology.from_token_ids` reads from them the topology they were generated with.
+        sequences: int64 [B, L]: prompts with their left padding, and generated tokens in the order of the text (trunk,
+            branches one after another, join), padded on the right. `Topology.from_token_ids` recovers from them the
+            topology that they were generated with.
         segment_ids: int32 [B, L], -1 at padding. Segments are numbered in the order of the text.
         position_ids: int64 [B, L], 0 at padding.
-        parents: for each sequence, the parents of each segment.
+        parents: for each sequence and each of its segments, the list of the segment's parents.
         branch_info: for each sequence, its branches in the order of the text, the trunk first.
-        warnings: for each sequence, what was malformed in its text, and which forks were refused.
+        warnings: for each sequence, what was malformed in its text, and which forks were rejected.
         num_forward_passes: forward passes of the model, including the prefill.
         generated_tokens: for each sequence, the number of tokens after the prompt, including forced ones.
-        critical_path: for each sequence, the number of positions after the prompt: the length of the longest chain of
-            tokens.
-        parallelism: generated tokens divided by the critical path, summed over the batch first.
+        critical_path: for each sequence, the number of positions after the prompt: the length of the longest dependency
+            path of tokens.
+        parallelism: sum of `generated_tokens` divided by the sum of `critical_path`.
     """
 
     sequences: Tensor | None = None
@@ -77,7 +84,13 @@ class TopologyGenerateOutput(ModelOutput):
 
 
 def collect_output(loop: ParallelDecodeLoop, pad_token_id: int, device: torch.device) -> TopologyGenerateOutput:
-    """The output of a finished decoding loop, with tensors on `device`."""
+    """Return the output of a finished decoding loop.
+
+    Args:
+        loop: a loop whose `run` has returned.
+        pad_token_id: id that fills `sequences` on the right.
+        device: where the tensors of the output are placed.
+    """
     schedulers = loop.sequences
     slots = [list(scheduler.slots_in_text_order()) for scheduler in schedulers]
     length = max(offset + len(listed) for offset, listed in zip(loop.offsets, slots, strict=True))
@@ -86,7 +99,7 @@ def collect_output(loop: ParallelDecodeLoop, pad_token_id: int, device: torch.de
     position_ids = torch.zeros((len(schedulers), length), dtype=torch.long)
     parents, info = [], []
     for row, (scheduler, offset, listed) in enumerate(zip(schedulers, loop.offsets, slots, strict=True)):
-        renumbered: dict[int, int] = {}  # the scheduler's segments -> numbers in the order of the text
+        renumbered: dict[int, int] = {}  # segment number in the scheduler -> number in the order of the text
         for slot in listed:
             renumbered.setdefault(scheduler.segments[slot], len(renumbered))
         end = offset + len(listed)
@@ -114,11 +127,16 @@ def collect_output(loop: ParallelDecodeLoop, pad_token_id: int, device: torch.de
 
 
 def _branch_info(scheduler: SequenceScheduler, renumbered: dict[int, int]) -> list[BranchInfo]:
-    """Each branch of a sequence; `renumbered` maps the scheduler's segments to those of the output."""
-    found = []
+    """Return a `BranchInfo` for each branch of a sequence, in the order of the text, the trunk first.
+
+    Args:
+        scheduler: the finished sequence.
+        renumbered: segment number in the scheduler -> segment number in the output.
+    """
+    infos = []
     for branch in all_branches(scheduler.trunk):
         slots = [item for item in branch.contents if isinstance(item, int)]
-        found.append(
+        infos.append(
             BranchInfo(
                 path=branch.path,
                 state="skipped" if branch.state is BranchState.SKIPPED else "done",
@@ -129,7 +147,7 @@ def _branch_info(scheduler: SequenceScheduler, renumbered: dict[int, int]) -> li
                 logprobs=list(branch.logprobs),
             )
         )
-    return found
+    return infos
 
 
 __all__ = ["BranchInfo", "TopologyGenerateOutput"]

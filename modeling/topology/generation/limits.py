@@ -1,4 +1,8 @@
-"""Limits of a sequence in parallel generation."""
+"""Limits of a sequence in parallel generation.
+
+A branch is a part of the sequence that is decoded in parallel with others (a Multiverse path or a MedVerse step);
+blocks are the groups of such parts in the text.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,30 @@ BUDGETS = ("positions", "tokens")
 
 
 def is_integer(value: Any) -> bool:
-    """True for integers, including those of numpy; False for booleans."""
+    """True if `value` is an integer, of Python or numpy; False for booleans."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one sequence.
+    """Limits of one sequence, checked when the object is created.
 
     Attributes:
-        max_new_tokens: the budget.
-        budget: unit of the budget: `positions`, the longest chain of tokens, as in the published engine; or `tokens`,
-            the tokens of all branches.
-        branch_max_new_tokens: limit of sampled tokens in one branch; None for no limit besides the budget.
-        max_branches: limit of active branches; further ones are queued and start as soon as one ends.
-        max_depth: limit of nested parallel blocks; the paths of deeper blocks are decoded sequentially.
-        min_fork_budget: with a smaller remaining budget, branches are decoded sequentially.
-        eos_ids: tokens that end a branch.
+        max_new_tokens: the budget, at least 1.
+        budget: unit of the budget: `positions`, rotary positions after the prompt, which parallel branches share, so
+            that it limits the longest dependency path of tokens, as in the published engine; or `tokens`, the tokens of
+            all branches together.
+        branch_max_new_tokens: maximum number of sampled tokens in one branch, at least 1; None for no limit besides the
+            budget.
+        max_branches: maximum number of active branches, at least 1; further ones are queued and start as soon as one
+            ends.
+        max_depth: maximum depth of nested parallel blocks, at least 0; the paths of deeper blocks are decoded
+            sequentially.
+        min_fork_budget: with a smaller remaining budget, branches are decoded sequentially; at least 0.
+        eos_ids: ids of the tokens that end a branch or, in the trunk, the sequence.
 
     Raises:
-        UsageError: a value is not an integer, is too small, or names no budget.
+        UsageError: a number is not an integer or is below its minimum, or `budget` is unknown.
     """
 
     max_new_tokens: int

@@ -1,4 +1,12 @@
-"""The state machine that assigns a segment and a position to every token, in training and in generation."""
+"""The state machine that assigns a segment and a position to every token, in training and in generation.
+
+A segment is a run of consecutive tokens: a token may attend to the tokens before it in its own segment and to all
+tokens of the segment's ancestors in the graph of segments. Control tokens (tags such as `<Path>` that are one token
+each) start
+segments: a path or step begins one that follows the segment before its block (a fork), and the conclusion begins one
+that follows all paths (a join). Forced tokens are those that parallel generation appends without sampling: the headers
+of paths and steps, separators (white space after a closing tag), and the control tokens of a join.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +30,37 @@ from hf_efficient.modeling.topology.grammar.plan import Plan
 from hf_efficient.modeling.topology.grammar.segment_graph import Placement, Placements, SegmentGraph
 
 RULES = {"multiverse": MULTIVERSE_RULES, "medverse": MEDVERSE_RULES}
-# Tokens after the control token within which a path's label, and a step's title, must end.
+# Number of tokens after `<Path>` and `<Step>` that are searched for the path's label and the step's title.
 LABEL_TOKENS = 16
 TITLE_TOKENS = 64
-# Control tokens that generation forces, and control tokens after which it forces a separator.
+# Control tokens that generation appends without sampling, and control tokens after which it appends a separator.
 _FORCED = frozenset({"<Path>", "<Step>", "<Execution>", "</Execution>", "<Conclusion>"})
 _SEPARATED = frozenset({"</Goal>", "</Path>", "</Plan>", "</Step>"})
 
 
 class TopologyBuilder(MultiverseRules, MedVerseRules):
-    """A cursor that appends tokens to a graph of segments and applies the rules of the control tokens among them.
+    """Appends tokens to a graph of segments and applies the rules of the control tokens among them.
 
-    A separator after a path's closing tag belongs to that path, and its siblings do not see it.
+    Feed it the tokens of one row in order: `feed` or `feed_many`, then `finish`. For parallel generation, `fork` makes
+    a builder for each path of a block, all on one graph, and `join` ends them. A separator after a path's closing tag
+    belongs to that path, so the sibling paths may not attend to it.
 
     Args:
         grammar: `multiverse` or `medverse`.
         token_ids: control token -> id.
-        mode: what MedVerse's steps see: `dag`, `layers` or `flat`; see `StepOrder`.
-        strict: malformed input raises `TopologyError`; otherwise it is read leniently and listed in `warnings`.
-        decode: text of token ids. Required for MedVerse; without it Multiverse's labels are not read.
+        mode: what a MedVerse step may attend to: `dag`, `layers` or `flat`; see `StepOrder`.
+        strict: raise `TopologyError` at malformed input; otherwise the control token is ignored or the text repaired
+            (an open path is closed, for example), and a message is added to `warnings`.
+        decode: function from token ids to text. Required for MedVerse; without it Multiverse's labels are not read.
         graph: graph to continue at its last segment; by default a new one with a root segment.
-        row: batch row, for messages.
+        row: batch row that messages name; None for no row.
+
+    Attributes:
+        graph: the segments, with their parents, positions and labels.
+        segment: segment of the next token, unless that token starts a new one.
+        frames: open blocks, the innermost last.
+        warnings: a message for each malformed token.
+        num_tokens: number of tokens fed so far.
 
     Raises:
         UsageError: `grammar` or `mode` is unknown.
@@ -88,19 +106,21 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
 
     @property
     def outline_labels(self) -> list[str]:
-        """Labels of the open block's outlines, an empty text for each without a label."""
+        """Labels of the innermost open block's outlines, an empty string for one without; empty outside blocks."""
         return list(self.frames[-1].outline_labels) if self.frames else []
 
     def feed(self, token_id: int, step: int | None = None) -> Placement:
-        """Append one token.
+        """Append one token; return its segment and position.
 
         Args:
             token_id: the token.
-            step: number of the step that a `<Step>` opens. A step without a number sees all steps before it.
-                `feed_many` reads the number from the header instead.
+            step: number of the step that a `<Step>` opens; None for other tokens. A step without a number may
+                attend to all steps before it, except in mode `flat`. `feed_many` reads the number from the header
+                instead.
 
         Raises:
-            TopologyError: the token is malformed here, and the cursor is `strict`.
+            TopologyError: the control token is malformed here and the builder is `strict`; or, in a forked builder, the
+                step opens before one that it depends on.
         """
         tag = self._tags.get(token_id)
         if tag is not None:
@@ -111,11 +131,17 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return Placement(self.segment, self.graph.append(self.segment))
 
     def feed_many(self, ids: Sequence[int] | np.ndarray) -> Placements:
-        """Append tokens [S]; faster than `feed`, because the tokens between two control tokens are appended together.
+        """Append tokens; return their segments, positions and which of them are forced, arrays [S].
+
+        Faster than `feed`, because the tokens between two control tokens are appended together. Labels of paths and
+        numbers of steps are read from the tokens after `<Path>` and `<Step>`.
+
+        Args:
+            ids: token ids [S], of any integer type.
 
         Raises:
             UsageError: `ids` is not one-dimensional, or not of integers.
-            TopologyError: the text is malformed, and the cursor is `strict`.
+            TopologyError: the text is malformed, and the builder is `strict`.
         """
         array = np.asarray(ids)
         if array.size and (array.size != array.shape[-1] or array.dtype.kind not in "iu"):
@@ -124,7 +150,7 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             )
         ids = array.astype(np.int64).reshape(-1)
         forced = np.zeros(len(ids), dtype=bool)
-        # Runs of consecutive tokens of one segment: the segment, the first position, the number of tokens.
+        # For each run of consecutive tokens of one segment: the segment, its first position, its number of tokens.
         segments: list[int] = []
         starts: list[int] = []
         counts: list[int] = []
@@ -147,9 +173,9 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             append_text(start, index)
             tag = self._tags[int(ids[index])]
             header = self._read_header(tag, ids[index + 1 : min(following, index + 1 + TITLE_TOKENS)])
-            # No token is forced after a control token that counts as ordinary text.
+            # A control token without meaning at its place is an ordinary token, and no forced tokens follow it.
             if self._apply_rule(tag, header):
-                first = index + (tag in _SEPARATED)  # a tag before a separator is the model's own
+                first = index + (tag in _SEPARATED)  # the tag before a separator is sampled, so not forced
                 forced[first : index + 1 + header.length] = tag in _FORCED or tag in _SEPARATED
             append_run(1)
             start = index + 1
@@ -161,13 +187,15 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return Placements(np.repeat(np.array(segments, dtype=np.int32), lengths), position_ids, forced)
 
     def finish(self, allow_truncated: bool = False) -> None:
-        """Check at the end of a text that every block is closed and every plan executed.
+        """Check at the end of a text that every block is closed and the last plan is executed.
+
+        A violation is added to `warnings` unless the builder is `strict`.
 
         Args:
-            allow_truncated: check nothing, for a text that may be cut.
+            allow_truncated: check nothing, for a text that may be truncated.
 
         Raises:
-            TopologyError: a block is open or a plan not executed, and the cursor is `strict`.
+            TopologyError: a block is open or a plan not executed, and the builder is `strict`.
         """
         if allow_truncated:
             return
@@ -186,10 +214,10 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
     # Parallel cursors
 
     def fork(self, branches: int | Sequence[Any]) -> list[TopologyBuilder]:
-        """One cursor for each path of the open block, or each step of the open execution, on the same graph.
+        """Return a builder for each path of the open block, or each step of the open execution, on the same graph.
 
-        The first token fed to such a cursor must be its `<Path>`, or its `<Step>` with ``step=``, fed after the steps
-        that it depends on are done. Feed nothing to this cursor until `join`.
+        The first token fed to such a builder must be its `<Path>`, or its `<Step>` with ``step=``, and a step must be
+        fed after the steps that it depends on are done. Feed nothing to this builder until `join`.
 
         Args:
             branches: number of paths, which take the labels of the outlines; or the paths' labels; or, for an
@@ -219,10 +247,13 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return children
 
     def join(self, children: Iterable[TopologyBuilder]) -> None:
-        """End the cursors of a fork, given in the order of their labels, so that this cursor can be fed again.
+        """End the builders of a fork so that this builder can be fed again; adds their warnings to its own.
 
-        Its next control token joins their segments: `<Conclusion>` or `</Parallel>`, for steps `</Execution>` or
-        `<Conclusion>`.
+        The next control token fed must be the one that joins their segments: `<Conclusion>` or `</Parallel>`, for steps
+        `</Execution>` or `<Conclusion>`.
+
+        Args:
+            children: builders returned by `fork`, in the order of their labels; some may be left out.
         """
         frame = self.frames[-1]
         for child in children:
@@ -232,7 +263,12 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
     # Control tokens
 
     def _apply_rule(self, tag: str, header: _Header) -> bool:
-        """Apply the rule of `tag`; False when it counts as ordinary text."""
+        """Apply the rule of control token `tag`; False if it has no meaning here and is an ordinary token.
+
+        Args:
+            tag: the control token.
+            header: label or step number that follows it, for `<Path>` and `<Step>`.
+        """
         if tag == "<Step>":
             return self.open_step(header.step)
         if tag == "<Path>":
@@ -240,7 +276,14 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         return self._rules[tag](self)
 
     def _read_header(self, tag: str, tail: np.ndarray) -> _Header:
-        """The header of `tag` at the beginning of `tail`, the ids between it and the next control token."""
+        """Return the header that follows a control token: its label or number and its length in tokens.
+
+        The header is empty without `decode`, and for control tokens that no forced tokens follow.
+
+        Args:
+            tag: the control token.
+            tail: int64 [n], ids between it and the next control token, at most `TITLE_TOKENS`.
+        """
         if self.decode is None or not (tag in _FORCED or tag in _SEPARATED):
             return _Header()
         following = tail.tolist()
@@ -249,24 +292,28 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         blank = next((i for i, token_id in enumerate(following) if self._token_text(token_id).strip()), len(following))
         if tag != "<Step>":
             return _Header(blank)
-        # The title ends with its line, or where tokens run out.
+        # The title ends at the end of its line, or with the last token.
         breaks = (i for i in range(blank, len(following)) if "\n" in self._token_text(following[i]))
         count = next(breaks, len(following) - 1) + 1
         title = self.decode(following[:count]).lstrip().split("\n", 1)[0]
-        found = STEP_NUMBER.search(title)
-        return _Header(count, step=int(found[1])) if found else _Header()
+        number = STEP_NUMBER.search(title)
+        return _Header(count, step=int(number[1])) if number else _Header()
 
     def _read_label(self, following: list[int]) -> _Header:
+        """Return the header of a path whose label ends within the first `LABEL_TOKENS` ids; otherwise an empty one."""
         text = ""
         for count, token_id in enumerate(following[:LABEL_TOKENS], 1):
             text += self._token_text(token_id)
-            found = PATH_LABEL.match(text)
-            if found:
-                return _Header(count, label=found[1])
+            match = PATH_LABEL.match(text)
+            if match:
+                return _Header(count, label=match[1])
         return _Header()
 
     def _token_text(self, token_id: int) -> str:
-        """Text of one token, cached: decoding is slow, and headers consist of few different tokens."""
+        """Return the text of one token, or an empty string without `decode`.
+
+        Texts are cached, because decoding is slow and headers consist of few different tokens.
+        """
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self.decode([token_id]) if self.decode is not None else ""
@@ -274,12 +321,12 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
 
 
 class _Header(NamedTuple):
-    """The tokens that belong to the control token before them.
+    """The tokens that follow a control token and belong to it; forced in generation.
 
     Attributes:
         length: number of these tokens: white space, a path's label, or a step's title with its line break.
-        label: label of a path, or an empty text.
-        step: number of a step.
+        label: label of a path such as `2.1`; otherwise an empty string.
+        step: number of a step; otherwise None.
     """
 
     length: int = 0

@@ -1,5 +1,7 @@
 """The control tokens of the two grammars, and the patterns of the text between them.
 
+A control token is a tag that is one token of the vocabulary and marks the structure of a text.
+
 Multiverse: text, and blocks of parallel paths that may be nested.
 
     <Parallel> <Goal> (<Outline> 1: text </Outline>)+ </Goal>
@@ -30,10 +32,13 @@ MEDVERSE = (
 )
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {"multiverse": MULTIVERSE, "medverse": MEDVERSE}
 GRAMMARS = tuple(CONTROL_TOKENS)
-# What a MedVerse step sees besides the text before the steps: its ancestors, all steps of earlier layers, or nothing.
+# Which steps a MedVerse step may attend to, besides the text before the steps: those that it depends on and their
+# ancestors (`dag`), all steps of earlier layers (`layers`), or none (`flat`).
 MODES = ("dag", "layers", "flat")
 
-# At most nine digits: a model may write a number of any length, and Python limits the digits that `int` takes.
+# Group 1 of STEP_NUMBER is the number of a step, of STEP_TITLE its title, of DEPENDENCIES the numbers between brackets,
+# of PATH_LABEL the label of a path. At most nine digits: a model may generate longer numbers, and Python limits the
+# digits that `int` accepts.
 STEP_NUMBER = re.compile(r"Transient\s+Step\s+([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 STEP_TITLE = re.compile(
     r"Transient\s+Step\s+[0-9]{1,9}\s*:\s*(.*?)\s*(?:;\s*Dependency\b|$)", re.IGNORECASE | re.DOTALL
@@ -45,19 +50,23 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def check_grammar(grammar: str, mode: str) -> None:
-    """Raise `UsageError` for a grammar or a visibility mode that does not exist."""
+    """Raise `UsageError` unless `grammar` is one of `GRAMMARS` and `mode` one of `MODES`."""
     for name, value, known in (("grammar", grammar, GRAMMARS), ("mode", mode, MODES)):
         if value not in known:
             raise UsageError(f"{name}={value!r} is unknown", f"choose one of {', '.join(known)}")
 
 
 def is_trained(config: Any) -> bool:
-    """True for the configuration of a model that was trained to write control tokens."""
+    """True if ``config.topology["trained"]`` says that the model was trained to generate control tokens."""
     return bool((getattr(config, "topology", None) or {}).get("trained"))
 
 
 def control_token_ids(tokenizer: Any, grammar: str) -> dict[str, int]:
-    """Control token -> id, for the control tokens of `grammar`.
+    """Return control token -> id, for the control tokens of `grammar`.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        grammar: `multiverse` or `medverse`.
 
     Raises:
         UsageError: `tokenizer` is not a tokenizer, or `grammar` is unknown.
@@ -66,21 +75,21 @@ def control_token_ids(tokenizer: Any, grammar: str) -> dict[str, int]:
     check_grammar(grammar, "dag")
     if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
         raise UsageError(f"tokenizer={tokenizer!r} is not a tokenizer", "pass AutoTokenizer.from_pretrained(…)")
-    found = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in CONTROL_TOKENS[grammar]}
-    # A tokenizer encodes every text that it lacks as its unknown token, which is one id too.
+    encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in CONTROL_TOKENS[grammar]}
+    # Some tokenizers encode a tag that they lack as the unknown token, which is a single id as well.
     unknown = getattr(tokenizer, "unk_token_id", None)
-    lacking = [tag for tag, ids in found.items() if len(ids) != 1 or ids[0] == unknown]
+    lacking = [tag for tag, ids in encoded.items() if len(ids) != 1 or ids[0] == unknown]
     if lacking:
         raise TopologyError(
             f"the tokenizer lacks topology tokens: {' '.join(lacking)}",
             f"convert the model with `hf-efficient convert --patch {grammar}`, which adds them, or pass such a "
             "model's tokenizer",
         )
-    return {tag: ids[0] for tag, ids in found.items()}
+    return {tag: ids[0] for tag, ids in encoded.items()}
 
 
 def decode_function(tokenizer: Any) -> Decode:
-    """A function from token ids to their text, with control tokens and without cleaning up spaces."""
+    """Return a function from token ids to their text, which keeps control tokens and does not clean up spaces."""
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,4 +1,10 @@
-"""Forced tokens: the openers, headers, separators and joins that parallel generation writes in place of the model."""
+"""Forced tokens: the control tokens, headers and separators that parallel generation appends without sampling.
+
+Control tokens are tags such as `<Path>`, each one token. A branch is a path or step that is decoded in parallel with
+its siblings. It begins after a fork with a forced header, `<Path>` and a label or `<Step>` and a title. When all
+branches have ended, their parent is continued with the forced tokens of the join. A separator is the white space
+between two control tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +19,37 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def encode_function(tokenizer: Any) -> Encode:
-    """A function from a text with control tokens to its ids, without special tokens added."""
+    """Return a function from a text, which may contain control tokens, to its ids, without special tokens added.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+    """
     return functools.partial(tokenizer.encode, add_special_tokens=False)
 
 
 class ForcedText:
     """The forced tokens of a grammar, as ids.
 
-    A text is encoded together with the control token before it, as in the training data.
+    Each text is encoded together with the control token before it, so that its tokens are those of the training data.
 
     Args:
         grammar: `multiverse` or `medverse`.
         token_ids: control token -> id.
-        encode: token ids of a text.
-        separator: text between two control tokens.
+        encode: function from a text to its token ids; see `encode_function`.
+        separator: white space between two control tokens; may be empty.
 
     Attributes:
         fork_id: the token after which branches begin: `</Goal>` or `</Plan>`.
-        close_id: the token that ends a branch: `</Path>` or `</Step>`.
+        close_id: the closing tag of a branch: `</Path>` or `</Step>`.
         open_id: the token that opens a block inside a branch: `<Parallel>`; None for MedVerse.
-        invalid_in_branch: id -> control token, for the control tokens that are invalid directly inside a branch and
-            therefore end it.
+        invalid_in_branch: id -> control token, for the control tokens that are invalid directly inside a branch: when
+            one is sampled there, the scheduler closes the branch instead.
         control_ids: ids of all control tokens.
-        separator_ids: follow `fork_id` and `close_id`.
-        execution_ids: follow the separator after MedVerse's plan; empty for Multiverse.
-        join_ids: the first tokens of a join.
+        separator_ids: ids of the separator, appended after `fork_id` and `close_id`.
+        execution_ids: `<Execution>` and a separator, appended after the separator that follows MedVerse's plan; empty
+            for Multiverse.
+        join_ids: first tokens of a join: `<Conclusion>` and a separator, for MedVerse after `</Execution>` and a
+            separator.
 
     Raises:
         TopologyError: the tokenizer encodes a control token as another id.
@@ -68,38 +80,48 @@ class ForcedText:
         self._headers: dict[str, tuple[int, ...]] = {}
 
     def path_header(self, label: str) -> tuple[int, ...]:
-        """Ids of a Multiverse path's header: ``<Path>``, separator, ``label:``."""
+        """Return the ids of a Multiverse path's header: ``<Path>``, separator, ``label:``."""
         return self._header("<Path>", f"{self._separator}{label}:")
 
     def step_header(self, number: int, title: str) -> tuple[int, ...]:
-        """Ids of a MedVerse step's header: ``<Step> Transient Step number: title`` and a line break."""
+        """Return the ids of a MedVerse step's header: ``<Step> Transient Step number: title`` and a line break."""
         title = " ".join(title.split())
         return self._header("<Step>", f" Transient Step {number}: {title}".rstrip() + "\n")
 
     def close_block_ids(self, in_path: bool) -> tuple[int, ...]:
-        """Ids that close a block inside a Multiverse path: first the block's open path where `in_path`."""
+        """Return the ids that close a block nested in a Multiverse path: `</Path>` if `in_path`, then `</Parallel>`."""
         close_block = self._token_ids["</Parallel>"]
         return (self.close_id, close_block) if in_path else (close_block,)
 
     def disallowed_ids(self, eos_ids: Collection[int]) -> dict[str, tuple[int, ...]]:
-        """Value of `Branch.context` -> ids that would make the text malformed there; no entry where none would.
+        """Return for each place in the text the token ids that would make the text malformed there.
 
         Args:
-            eos_ids: tokens that end the text.
+            eos_ids: ids of the tokens that end the text.
+
+        Returns:
+            Place (a value of `Branch.context`) -> ids. `branch`: directly in a branch; `path`: in a path of a block
+            that is decoded sequentially inside a branch; `block`: in such a block, between its paths. There is no entry
+            for `outside`, where no id is disallowed.
         """
         in_path = tuple(sorted((self.control_ids - {self.close_id, self.open_id}) | set(eos_ids)))
         return {"branch": in_path, "path": in_path, "block": (self.close_id, *eos_ids)}
 
     def _header(self, tag: str, text: str) -> tuple[int, ...]:
+        """Return the ids of a control token and the text after it, without other control tokens; cached."""
         key = tag + text
         if key not in self._headers:
             first, *rest = self._encode_tag(tag, text)
-            # The model wrote the label or title, which may contain the text of a control token.
+            # The model has generated the label or title, which may contain the text of a control token.
             self._headers[key] = (first, *(token for token in rest if token not in self.control_ids))
         return self._headers[key]
 
     def _encode_tag(self, tag: str, text: str) -> tuple[int, ...]:
-        """Ids of a control token and the text after it."""
+        """Return the ids of a control token and the text after it.
+
+        Raises:
+            TopologyError: the first id is not that of the control token.
+        """
         ids = tuple(int(token) for token in self._encode(tag + text))
         if not ids or ids[0] != self._token_ids[tag]:
             raise TopologyError(

@@ -1,4 +1,13 @@
-"""MedVerse's control tokens: a plan of numbered steps with dependencies, and the steps of its execution."""
+"""MedVerse's control tokens: a plan of numbered steps with dependencies, and the steps of its execution.
+
+    <Plan> (<Outline> Transient Step 1: A -> B; Dependency: [] </Outline>)+ </Plan>
+    <Execution> (<Step> Transient Step 1: A -> B\\n text </Step>)+ </Execution> <Conclusion> text </Conclusion>
+
+A segment is a run of consecutive tokens; a token may attend to the tokens before it in its own segment and to all
+tokens of the segment's ancestors. Each step is a segment that follows the steps that it depends on, or else the trunk,
+which is the segment in which the execution opened. The join is the segment after the execution, which follows all
+steps.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,11 @@ from hf_efficient.modeling.topology.grammar.plan import Plan, StepOrder
 
 
 class MedVerseRules(Cursor):
-    """The rule of each control token; see `Cursor` for what a rule returns.
+    """The rule of each control token, to be called before the token is appended to `segment`.
+
+    A rule returns True if it applied its token, and False if the token has no meaning at this place and is an ordinary
+    token. At a malformed token it raises `TopologyError` if `strict`; otherwise it adds to `warnings` (see
+    `Cursor.report_malformed`) and goes on, or returns False.
 
     Attributes:
         in_plan: a plan is open.
@@ -23,7 +36,7 @@ class MedVerseRules(Cursor):
 
     @property
     def plan(self) -> dict[int, list[int]]:
-        """Number of each planned step -> numbers of the steps that it depends on."""
+        """Number of each planned step -> numbers of the steps that it depends on, in the order of the outlines."""
         return self.parsed_plan.dependencies
 
     @property
@@ -33,7 +46,7 @@ class MedVerseRules(Cursor):
 
     @property
     def step_segment(self) -> dict[int, int]:
-        """Number of each step opened in the open execution -> its segment."""
+        """Number of each step opened so far in the open execution -> its segment; empty outside an execution."""
         steps = self.frame.steps if self.frame else None
         if steps is None:
             return {}
@@ -48,11 +61,11 @@ class MedVerseRules(Cursor):
         return True
 
     def open_planned_step(self) -> bool:
-        """`<Outline>`: start collecting a planned step; ordinary text outside a plan."""
+        """`<Outline>`: start to collect the token ids of a planned step; an ordinary token outside a plan."""
         return self.in_plan and self.open_outline()
 
     def close_planned_step(self) -> bool:
-        """`</Outline>`: add the step to the plan."""
+        """`</Outline>`: add the collected step to the plan; an ordinary token if no outline is open."""
         if self.outline_ids is None:
             return False
         if self.parsed_plan.add(self.pop_outline()) is None:
@@ -60,7 +73,7 @@ class MedVerseRules(Cursor):
         return True
 
     def close_plan(self) -> bool:
-        """`</Plan>`: check that the plan can be executed."""
+        """`</Plan>`: end the plan and check that it can be executed; True also for a plan that cannot."""
         if not self.in_plan:
             return self.report_malformed("no plan is open", "</Plan>", "open it with <Plan>")
         self.in_plan, self.outline_ids = False, None
@@ -70,7 +83,7 @@ class MedVerseRules(Cursor):
         return True
 
     def open_execution(self) -> bool:
-        """`<Execution>`: open the block of the steps."""
+        """`<Execution>`: open the block of the steps of the last plan; marks the plan as executed."""
         if self.frames:
             return self.report_malformed(
                 "an execution opens inside another", "<Execution>", "close it with </Execution>"
@@ -83,13 +96,16 @@ class MedVerseRules(Cursor):
         return True
 
     def open_step(self, number: int | None) -> bool:
-        """`<Step>`: continue in a new segment that follows the steps it depends on, or the trunk.
+        """`<Step>`: make `segment` a new segment that follows the steps it depends on, or the trunk.
+
+        If not `strict`, a step outside an execution opens one, and a step inside another closes that one.
 
         Args:
-            number: the step's number; None where its header has none.
+            number: the step's number; None if its header has none.
 
         Raises:
-            TopologyError: a step that it depends on has not been opened, in an execution whose steps were forked.
+            TopologyError: malformed and `strict`; or, even if not `strict`, a step that it depends on has not been
+                opened in an execution whose steps were forked (see `TopologyBuilder.fork`).
         """
         if self.frame is None:
             self.report_malformed("a step opens outside an execution", "<Step>", "open it with <Execution>")
@@ -120,7 +136,7 @@ class MedVerseRules(Cursor):
         return True
 
     def close_step(self) -> bool:
-        """`</Step>`: end the open step."""
+        """`</Step>`: close the open step, whose segment a separator may still extend."""
         frame = self.frame
         if frame is None or not frame.in_path:
             return self.report_malformed("no step is open", "</Step>", "open it with <Step>")
@@ -128,21 +144,28 @@ class MedVerseRules(Cursor):
         return True
 
     def close_execution(self) -> bool:
-        """`</Execution>`: join the steps."""
+        """`</Execution>`: join the steps in a new segment and close the block."""
         if self.frame is None:
             return self.report_malformed("no execution is open", "</Execution>", "open it with <Execution>")
         self.end_steps(self.frame, "</Execution>")
         return True
 
     def conclude_execution(self) -> bool:
-        """`<Conclusion>`: join the steps where `</Execution>` has not."""
+        """`<Conclusion>`: join the steps and close the block if `</Execution>` has not; that is malformed."""
         if self.frame is not None:
             self.report_malformed("the execution is still open", "<Conclusion>", "close it with </Execution>")
             self.end_steps(self.frame, "<Conclusion>")
         return True
 
     def end_steps(self, frame: Frame, tag: str) -> None:
-        """Close the open step, check that every planned step was executed, join the steps and close the block."""
+        """Close the open step, check that every planned step was executed, join the steps and close the block.
+
+        Without any step `segment` stays the same.
+
+        Args:
+            frame: the open execution.
+            tag: control token that ends it, for messages.
+        """
         if frame.in_path:
             self.report_malformed("a step is still open", tag, "close it with </Step>")
             self.close_path(frame)
@@ -157,6 +180,7 @@ class MedVerseRules(Cursor):
         self.frames.pop()
 
 
+# Control token -> its rule. The rule of `<Step>` takes the step's number; `<Think>` and `</Think>` have none.
 MEDVERSE_RULES: dict[str, Callable[..., Any]] = {
     "<Plan>": MedVerseRules.open_plan,
     "</Plan>": MedVerseRules.close_plan,

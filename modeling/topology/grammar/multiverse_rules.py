@@ -1,4 +1,12 @@
-"""Multiverse's control tokens: blocks of parallel paths, which may be nested."""
+"""Multiverse's control tokens: blocks of parallel paths, which may be nested.
+
+    <Parallel> <Goal> (<Outline> 1: text </Outline>)+ </Goal>
+    (<Path> 1: text </Path>)+ <Conclusion> text </Conclusion> </Parallel>
+
+A segment is a run of consecutive tokens; a token may attend to the tokens before it in its own segment and to all
+tokens of the segment's ancestors. Each path begins a segment that follows the block's trunk, the segment in which the
+block opened. The join is the segment after the paths, which begins at `<Conclusion>` and follows the ends of all paths.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +18,15 @@ from hf_efficient.modeling.topology.grammar.cursor import Cursor, Frame
 
 
 class MultiverseRules(Cursor):
-    """The rule of each control token; see `Cursor` for what a rule returns."""
+    """The rule of each control token, to be called before the token is appended to `segment`.
+
+    A rule returns True if it applied its token, and False if the token has no meaning at this place and is an ordinary
+    token. At a malformed token it raises `TopologyError` if `strict`; otherwise it adds to `warnings` (see
+    `Cursor.report_malformed`) and goes on, or returns False.
+    """
 
     def open_parallel(self) -> bool:
-        """`<Parallel>`: open a block."""
+        """`<Parallel>`: open a block; False if blocks would be nested deeper than `MAX_DEPTH`."""
         if self.frames and not self.in_path:
             self.report_malformed(
                 "a block opens beside the paths of another", "<Parallel>", "open it in a path or outside"
@@ -21,17 +34,20 @@ class MultiverseRules(Cursor):
         return self.open_frame("<Parallel>") is not None
 
     def close_outline(self) -> bool:
-        """`</Outline>`: add the outline's label to the block."""
+        """`</Outline>`: add the label of the collected outline to the block, an empty string if it has none.
+
+        An ordinary token if no outline is open, or if the block's paths have begun.
+        """
         if self.outline_ids is None:
             return False
-        found, frame = PATH_LABEL.match(self.pop_outline()), self.frame
+        label, frame = PATH_LABEL.match(self.pop_outline()), self.frame
         if frame is None or frame.in_path or frame.joined:
             return False
-        frame.outline_labels.append(found[1] if found else "")
+        frame.outline_labels.append(label[1] if label else "")
         return True
 
     def close_goal(self) -> bool:
-        """`</Goal>`: check that the outlines have different labels."""
+        """`</Goal>`: check that the outlines have different labels; an ordinary token outside a block or in a path."""
         frame = self.frame
         if frame is None or frame.in_path or frame.joined:
             return False
@@ -41,10 +57,13 @@ class MultiverseRules(Cursor):
         return True
 
     def open_path(self, label: str = "") -> bool:
-        """`<Path>`: continue in a new segment that follows the trunk of the block.
+        """`<Path>`: make `segment` a new segment that follows the trunk of the block.
+
+        If not `strict`, a path inside another closes that one.
 
         Args:
-            label: label in the path's header. The segment takes the label of its outline where that has one.
+            label: label in the path's header, or an empty string. It names the segment if the path's outline has no
+                label; without either, the segment is named by the path's number in the block.
         """
         frame = self.frame
         if frame is None or frame.joined:
@@ -66,7 +85,7 @@ class MultiverseRules(Cursor):
         return True
 
     def close_open_path(self) -> bool:
-        """`</Path>`: end the open path."""
+        """`</Path>`: close the open path, whose segment a separator may still extend."""
         frame = self.frame
         if frame is None or not frame.in_path:
             return self.report_malformed("no path is open", "</Path>", "open it with <Path>")
@@ -74,7 +93,7 @@ class MultiverseRules(Cursor):
         return True
 
     def conclude_block(self) -> bool:
-        """`<Conclusion>`: join the paths of the block."""
+        """`<Conclusion>`: join the paths of the block in a new segment; False if the block has no path."""
         frame = self.frame
         if frame is None:
             return self.report_malformed("no block is open", "<Conclusion>", "open it with <Parallel>")
@@ -88,7 +107,7 @@ class MultiverseRules(Cursor):
         return bool(frame.path_ends)
 
     def close_parallel(self) -> bool:
-        """`</Parallel>`: close the block, joining its paths where no conclusion has."""
+        """`</Parallel>`: close the block, and join its paths if no conclusion has; that is malformed."""
         frame = self.frame
         if frame is None:
             return self.report_malformed("no block is open", "</Parallel>", "open it with <Parallel>")
@@ -107,7 +126,12 @@ class MultiverseRules(Cursor):
         return True
 
     def end_paths(self, frame: Frame, tag: str) -> None:
-        """Close the open path before a join, and check that there is one path for each outline."""
+        """Close the open path before a join, and check that there is one path for each outline.
+
+        Args:
+            frame: the innermost open block.
+            tag: control token that joins the paths, for messages.
+        """
         if frame.in_path:
             self.report_malformed("a path is still open", tag, "close it with </Path>")
             self.close_path(frame)
@@ -121,10 +145,11 @@ class MultiverseRules(Cursor):
 
 
 def first_repeated(labels: Sequence[str]) -> str:
-    """The first label that occurs again, or an empty text; empty labels do not count."""
+    """Return the first label that repeats an earlier one, or an empty string; empty labels do not count."""
     return next((label for i, label in enumerate(labels) if label and label in labels[:i]), "")
 
 
+# Control token -> its rule. The rule of `<Path>` takes the label; `<Think>` and others have none.
 MULTIVERSE_RULES: dict[str, Callable[..., Any]] = {
     "<Parallel>": MultiverseRules.open_parallel,
     "</Parallel>": MultiverseRules.close_parallel,

@@ -1,4 +1,9 @@
-"""The plan of a MedVerse text: steps and their dependencies, and the order in which the steps are executed."""
+"""The plan of a MedVerse text: steps and their dependencies, and the order in which the steps are executed.
+
+A plan consists of outlines such as ``<Outline> Transient Step 2: A -> B; Dependency: [1] </Outline>``, where 2 is the
+step's number. The steps are then executed as segments (runs of consecutive tokens) whose parents depend on the plan: a
+step's tokens may attend to the tokens of its ancestors, and to all text before the steps.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,12 @@ Node = TypeVar("Node", bound=Hashable)
 
 
 def find_cycle(dependencies: Mapping[Node, Sequence[Node]]) -> list[Node]:
-    """A cycle of dependencies: each node is followed by one that it depends on; an empty list when there is none.
+    """Return a cycle of dependencies, in which each node is followed by one that it depends on; [] without a cycle.
 
     The cycle begins and ends with the same node, the one of the cycle that comes first in `dependencies`.
+
+    Args:
+        dependencies: node -> nodes that it depends on.
     """
     try:
         TopologicalSorter(dependencies).prepare()
@@ -44,11 +52,17 @@ class Plan:
     unparsed: set[int] = field(default_factory=set)
 
     def add(self, outline: str) -> int | None:
-        """Add the step that an outline's text describes; its number, or None when the text has no number."""
-        found = STEP_NUMBER.search(outline)
-        if found is None:
+        """Add the step that an outline describes; return its number, or None if the text has no number.
+
+        A number that the plan has already is only added to `repeated`.
+
+        Args:
+            outline: text between `<Outline>` and `</Outline>`.
+        """
+        match = STEP_NUMBER.search(outline)
+        if match is None:
             return None
-        number = int(found[1])
+        number = int(match[1])
         if number in self.dependencies:
             self.repeated.add(number)
             return number
@@ -56,14 +70,14 @@ class Plan:
         if listed is None:
             self.unparsed.add(number)
         numbers = listed[1].replace(",", " ").split() if listed else []
-        # STEP_NUMBER matches at most nine digits, so a longer number is never that of a step.
+        # STEP_NUMBER matches at most nine digits, so a longer number is never that of a step: it becomes -1.
         self.dependencies[number] = list(dict.fromkeys(int(text) if len(text) < 10 else -1 for text in numbers))
         title = STEP_TITLE.search(outline)
         self.titles[number] = title[1] if title else ""
         return number
 
     def problem(self) -> str:
-        """Why the plan cannot be executed as it is written, or an empty text."""
+        """Return why the plan cannot be executed as it is written, or an empty string if it can."""
         if self.repeated:
             return f"the plan has step {min(self.repeated)} more than once"
         if self.unparsed:
@@ -85,16 +99,22 @@ class Plan:
 
 
 class StepOrder:
-    """Parents of each step's segment, for steps that are added in the order of the text and indexed from 0.
+    """Determines the parents of each step's segment, for steps that are added in the order of the text.
 
-    | mode | a step sees |
+    Steps have indices from 0 in the order in which they are added.
+
+    | mode | steps that a step may attend to |
     |---|---|
-    | `dag` | the steps that it depends on, and the steps that those see |
+    | `dag` | those that it depends on, and those that these may attend to |
     | `layers` | every step of earlier layers; a new layer starts at a step that depends on one of the current layer |
-    | `flat` | no other step |
+    | `flat` | none |
 
-    Without a plan each step follows the one before. In `dag` and `layers`, a step that does not match the plan (see
-    `problem`) sees all steps before it.
+    Without a plan each step follows the one before, except in `flat`. In `dag` and `layers`, a step that does not match
+    the plan (see `problem`) may attend to all steps before it.
+
+    Args:
+        plan: the plan; without steps if the text has none.
+        mode: `dag`, `layers` or `flat`.
 
     Attributes:
         count: steps added so far.
@@ -110,7 +130,11 @@ class StepOrder:
         self._previous_layer: list[int] = []
 
     def problem(self, number: int | None) -> str:
-        """Why a step of this number does not match the plan if it is added next, or an empty text."""
+        """Return why a step of this number does not match the plan if it is added next; an empty string if it does.
+
+        Args:
+            number: number of the step; None if its header has none.
+        """
         if number is None:
             return "the step's first line has no `Transient Step N`"
         if not self.plan.dependencies:
@@ -129,7 +153,11 @@ class StepOrder:
         return ""
 
     def add(self, number: int | None) -> list[int]:
-        """Add a step; the indices of its parents, empty when its parent is the text before the steps."""
+        """Add a step; return the indices of its parents, empty if its parent is the text before the steps.
+
+        Args:
+            number: number of the step; None if its header has none. Any number is accepted.
+        """
         problem, index = self.problem(number), self.count
         needed = [] if problem else [self.index[other] for other in self.plan.dependencies[number or 0]]
         self.count += 1
@@ -148,12 +176,15 @@ class StepOrder:
 
 
 def step_schedule(plan: Plan, mode: str, numbers: Iterable[int] | None = None) -> dict[int, list[int]]:
-    """Number of each step -> numbers of the steps that must be done before it starts, in the order of the plan.
+    """Return the number of each step -> numbers of the steps that must be done before it starts.
 
-    A step whose dependencies are invalid waits for all steps before it, which matches how `TopologyBuilder` reads it.
+    A step whose dependencies are invalid waits for all steps before it, except in mode `flat`; `TopologyBuilder` reads
+    the generated text in the same way.
 
     Args:
-        numbers: the steps in their order; by default those of the plan.
+        plan: the plan.
+        mode: `dag`, `layers` or `flat`; see `StepOrder`.
+        numbers: the steps in their order, without repetition; by default those of the plan.
     """
     order = StepOrder(plan, mode)
     listed = list(plan.dependencies if numbers is None else numbers)

@@ -1,4 +1,9 @@
-"""The graph of a text's segments: parents, positions, and the ancestors of each segment as a bitmap."""
+"""The graph of a text's segments: parents, positions, and the ancestors of each segment as a bitmap.
+
+A segment is a run of consecutive tokens between two points where the text forks into parallel branches or joins them. A
+token may attend to the tokens before it in its own segment and to all tokens of the segment's ancestors. Forced tokens
+are those that parallel generation appends without sampling: headers, separators and joins.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import numpy as np
 
 from hf_efficient.modeling.topology.errors import TopologyError
 
+# Largest number of segments in a graph.
 MAX_SEGMENTS = 4096
 
 
@@ -22,7 +28,7 @@ class SegmentGraph:
         parents: segments that each segment follows.
         start: position of each segment's first token.
         end: position of each segment's last token; ``start - 1`` while it has none.
-        closure: bitmap of each segment's ancestors and itself, as a Python integer.
+        closure: bitmap of each segment's ancestors and itself, as a Python integer: bit t stands for segment t.
         labels: readable name of each segment: `root`, `1`, `2.1`, `join`.
     """
 
@@ -37,10 +43,14 @@ class SegmentGraph:
         return len(self.parents)
 
     def new(self, parents: Iterable[int], label: str = "") -> int:
-        """Add a segment that follows `parents`; its number.
+        """Add an empty segment that follows `parents`; return its number, which is the number of segments before.
+
+        Args:
+            parents: numbers of existing segments, in any order; repeated ones count once. Empty for a root.
+            label: readable name.
 
         Raises:
-            TopologyError: a parent does not exist, or there are `MAX_SEGMENTS` segments.
+            TopologyError: a parent does not exist, or there are `MAX_SEGMENTS` segments already.
         """
         parents, segment = list(dict.fromkeys(parents)), len(self.parents)
         closure = with_ancestors(parents, self.closure)
@@ -55,17 +65,20 @@ class SegmentGraph:
         return segment
 
     def append(self, segment: int, count: int = 1) -> int:
-        """Append `count` tokens to a segment; the position of the first."""
+        """Append `count` tokens to a segment; return the position of the first.
+
+        The positions of its descendants do not change, so append tokens before descendants are added.
+        """
         first = self.end[segment] + 1
         self.end[segment] += count
         return first
 
 
 def with_ancestors(parents: Iterable[int], closure: Sequence[int]) -> int:
-    """Bitmap of the next segment's ancestors and itself.
+    """Return the bitmap of the ancestors and itself of the segment with number ``len(closure)``.
 
     Args:
-        parents: its parents.
+        parents: numbers of its parents.
         closure: the bitmaps of all segments before it.
 
     Raises:
@@ -84,12 +97,16 @@ def with_ancestors(parents: Iterable[int], closure: Sequence[int]) -> int:
 
 
 def bitmap_bytes(closures: Iterable[int], words: int) -> bytes:
-    """Bitmaps as bytes: `words` little-endian 64-bit integers for each of `closures`."""
+    """Return bitmaps as bytes: for each of `closures` in order, `words` little-endian 64-bit integers.
+
+    Raises:
+        OverflowError: a bitmap has bits beyond ``64 * words``.
+    """
     return b"".join([bits.to_bytes(8 * words, "little") for bits in closures])
 
 
 class Placement(NamedTuple):
-    """Segment and position of a token."""
+    """Segment number and rotary position of one token."""
 
     segment: int
     position: int
@@ -101,7 +118,8 @@ class Placements(NamedTuple):
     Attributes:
         segment_ids: int32 [n].
         position_ids: int64 [n].
-        forced: bool [n], true for forced tokens: headers and separators, which generation writes in place of the model.
+        forced: bool [n], true for tokens that parallel generation appends without sampling: headers, separators and
+            joins.
     """
 
     segment_ids: np.ndarray

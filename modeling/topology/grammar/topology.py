@@ -1,4 +1,10 @@
-"""The topology of one row of tokens, as numpy arrays: the segment and position of each token, and the segment graph."""
+"""The topology of one row of tokens: the segment and position of each token, and the graph of segments.
+
+A segment is a run of consecutive tokens between two points where the text forks into parallel branches or joins them. A
+token may attend to the tokens before it in its own segment and to all tokens of the segment's ancestors. Forced tokens
+are those that parallel generation appends without sampling: headers of paths and steps, separators and joins. B is the
+batch size, S the number of tokens, N that of segments, and W that of 64-bit words in a bitmap, at least ⌈N / 64⌉.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +25,13 @@ from hf_efficient.modeling.topology.grammar.segment_graph import SegmentGraph, b
 
 
 class TopologyBatch(NamedTuple):
-    """Topologies of a batch, as the arguments of a model's forward.
+    """Topologies of a batch, as arguments of the same names for a model's `forward`.
 
     Attributes:
-        segment_ids: int32 [B, S], -1 at padding.
-        position_ids: int64 [B, S], 0 at padding.
-        segment_visibility: int64 [B, N, W]: bit t of row s is set where segment s sees segment t.
+        segment_ids: int32 [B, S], segment of each token, -1 at padding.
+        position_ids: int64 [B, S], rotary positions, 0 at padding.
+        segment_visibility: int64 [B, N, W]: bit t of row s is set where tokens of segment s may attend to tokens of
+            segment t.
     """
 
     segment_ids: Tensor
@@ -32,23 +39,23 @@ class TopologyBatch(NamedTuple):
     segment_visibility: Tensor
 
     def to_mask(self) -> TopologyMask:
-        """The argument `topology` of a model or an attention function."""
+        """Return the same as a `TopologyMask`, the argument `topology` of a model or an attention function."""
         return TopologyMask(self.segment_ids, self.segment_visibility)
 
 
 @dataclass
 class Topology:
-    """Segments and positions of S tokens.
+    """Segments and positions of S tokens, on the host.
 
-    Token i sees token j iff both have a segment, that of j is that of i or an ancestor of it, and ``j <= i``.
+    Token i may attend to token j iff both have a segment, that of j is that of i or an ancestor of it, and ``j <= i``.
 
     Attributes:
-        segment_ids: int32 [S], -1 at holes.
-        position_ids: int64 [S].
-        parents: segments that each segment follows; they have smaller numbers.
-        labels: name of each segment.
-        forced: bool [S], true for tokens that generation writes in place of the model.
-        warnings: what was malformed in the text, when it was read with `strict=False`.
+        segment_ids: numpy int32 [S], -1 for tokens without a segment.
+        position_ids: numpy int64 [S], rotary positions.
+        parents: for each of N segments, the segments that it follows; they have smaller numbers.
+        labels: name of each segment; by default its number.
+        forced: numpy bool [S], true for tokens that generation appends without sampling; by default all false.
+        warnings: a message for each malformed token, if the text was read with `strict=False`.
     """
 
     segment_ids: np.ndarray
@@ -77,14 +84,19 @@ class Topology:
         allow_truncated: bool = False,
         row: int | None = None,
     ) -> Topology:
-        """The topology that the control tokens of a text describe; other arguments as for `TopologyBuilder`.
+        """Return the topology that the control tokens of a text describe; other arguments as for `TopologyBuilder`.
 
         Args:
-            ids: token ids [S].
+            ids: token ids [S], of any integer type.
+            grammar: `multiverse` or `medverse`.
+            token_ids: control token -> id.
+            decode: function from token ids to text; required for MedVerse.
             allow_truncated: blocks may be open at the end.
 
         Raises:
-            TopologyError: the text is malformed and `strict`.
+            UsageError: `grammar` or `mode` is unknown, or `ids` are not integers [S].
+            TopologyError: the text is malformed and `strict`, `token_ids` lacks a control token, or `decode` is
+                missing.
         """
         builder = TopologyBuilder(grammar, token_ids, mode=mode, strict=strict, decode=decode, row=row)
         placed = builder.feed_many(ids.cpu().numpy() if isinstance(ids, Tensor) else ids)
@@ -94,7 +106,15 @@ class Topology:
 
     @classmethod
     def from_spec(cls, segments: Sequence[tuple[int, Sequence[int]]]) -> Topology:
-        """The topology of consecutive segments, each given as (number of tokens, parents)."""
+        """Return the topology of consecutive segments.
+
+        Args:
+            segments: (number of tokens, numbers of the parents) of each segment; parents come before it.
+
+        Raises:
+            UsageError: a number of tokens is negative.
+            TopologyError: a parent does not come before its segment, or there are too many segments.
+        """
         graph = SegmentGraph()
         for count, parents in segments:
             if count < 0:
@@ -108,6 +128,7 @@ class Topology:
 
     @property
     def n_segments(self) -> int:
+        """N, the number of segments."""
         return len(self.parents)
 
     def __len__(self) -> int:
@@ -115,47 +136,54 @@ class Topology:
 
     @property
     def first_tokens(self) -> np.ndarray:
-        """Index of the first token of each segment except segment 0, ascending.
+        """Indices [n] of the first token of each segment except segment 0, ascending.
 
-        The token before it in the row is not the one before it in the topology, so the next-token loss, which predicts
-        a token from the one before it in the row, must leave it out.
+        The next-token loss predicts a token from the one before it in the row. The first token of a segment continues
+        another token than that, so it must have no label.
         """
         segments, first = np.unique(self.segment_ids, return_index=True)
         return np.sort(first[segments > 0])
 
     @property
     def critical_path(self) -> int:
-        """Number of tokens on the longest chain of segments: the least number of decoding steps."""
+        """Number of tokens on the longest path through the segment graph: the least number of decoding steps."""
         return int(self.position_ids[self.segment_ids >= 0].max(initial=-1)) + 1
 
     def closure(self) -> list[int]:
-        """Bitmap of each segment's ancestors and itself, as an integer."""
+        """Return for each segment the bitmap of its ancestors and itself, as a Python integer.
+
+        Raises:
+            TopologyError: a parent does not come before its segment.
+        """
         closure: list[int] = []
         for parents in self.parents:
             closure.append(with_ancestors(parents, closure))
         return closure
 
     def reachable(self, segment: int, other: int) -> bool:
-        """True when segment `segment` sees segment `other`."""
+        """True if tokens of segment `segment` may attend to segment `other`: it is that segment or an ancestor."""
         return bool(self.closure()[segment] >> other & 1)
 
     def bitmaps(self) -> Tensor:
-        """`closure` as int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``."""
+        """Return `closure` as a tensor, int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``."""
         words = max(1, -(-self.n_segments // 64))
         data = bitmap_bytes(self.closure(), words)
         return torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, words))
 
     def dense_mask(self) -> Tensor:
-        """Bool [S, S], true where token i (row) sees token j (column)."""
+        """Return a bool tensor [S, S], true where token i (row) may attend to token j (column)."""
         return visible_pairs(torch.from_numpy(self.segment_ids)[None], self.bitmaps()[None])[0]
 
     def to_mask(self) -> TopologyMask:
-        """The argument `topology` of a model or an attention function, for a batch of this row alone."""
+        """Return the `TopologyMask` of a batch of this row alone, the argument `topology` of a model."""
         return Topology.stack([self]).to_mask()
 
     @staticmethod
     def pack(topologies: Sequence[Topology]) -> Topology:
-        """Several topologies as one row; their tokens do not see each other, and positions restart at each."""
+        """Return the topology of several texts in one row, whose tokens may not attend to those of other texts.
+
+        Segments are renumbered; positions are kept, so they restart at each text.
+        """
         offsets = np.cumsum([0, *(each.n_segments for each in topologies)]).tolist()
         shifted = [
             np.where(each.segment_ids >= 0, each.segment_ids + offset, -1)
@@ -176,7 +204,12 @@ class Topology:
 
     @staticmethod
     def stack(topologies: Sequence[Topology], pad_to: int | None = None, side: str = "right") -> TopologyBatch:
-        """Topologies as a batch, padded to the longest or to `pad_to` tokens, on the side `left` or `right`.
+        """Return topologies as a padded batch of tensors.
+
+        Args:
+            topologies: one for each row.
+            pad_to: S, the length of the rows; by default that of the longest topology.
+            side: `left` or `right`, where the padding is.
 
         Raises:
             UsageError: `pad_to` is too small, or `side` is unknown.
