@@ -21,7 +21,7 @@ _PATCH_MEMBERS = ("name", "needs_calibration", "measures_choice", "check", "choo
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Checked options; `hf_efficient.convert` says what each one means.
+    """Checked options of a conversion, with the meaning of the arguments of `hf_efficient.convert`.
 
     Raises:
         UsageError: an option is wrong; the message names its value and the rule.
@@ -42,30 +42,30 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         _check_patches(self.patches)
         check_device(self.device)
-        _ = self.torch_dtype, self.max_shard_bytes
+        _ = self.torch_dtype, self.max_shard_bytes  # both raise for a wrong value
         if not -(1 << 63) <= self.seed < 1 << 64:
             raise UsageError(f"seed={self.seed} does not fit into 64 bits", "give a smaller number")
         if self.calibration_tokens < 1:
             raise UsageError(f"calibration_tokens={self.calibration_tokens} must be at least 1", "the default is 18432")
-        named = self.tokenizer
-        if named is not None and not Path(named).expanduser().is_dir() and not is_repo_id(str(named)):
-            raise UsageError(f"tokenizer={str(named)!r} is neither a folder nor a Hub id", "name one of the two")
+        tokenizer = self.tokenizer
+        if tokenizer is not None and not Path(tokenizer).expanduser().is_dir() and not is_repo_id(str(tokenizer)):
+            raise UsageError(f"tokenizer={str(tokenizer)!r} is neither a folder nor a Hub id", "name one of the two")
         if self.base_model is not None and not is_repo_id(self.base_model):
             raise UsageError(f"base_model={self.base_model!r} is not a Hub id", "write it as org/name")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype of the result; None for `auto`."""
+        """The dtype of the result, None for `auto`; `UsageError` for any other than float32, bfloat16 and float16."""
         if self.dtype == "auto":
             return None
-        found = _DTYPES.get(str(self.dtype).removeprefix("torch."))
-        if found is None:
+        dtype = _DTYPES.get(str(self.dtype).removeprefix("torch."))
+        if dtype is None:
             raise UsageError(f"dtype={self.dtype!r} is not known", f"choose auto, {', '.join(_DTYPES)}")
-        return found
+        return dtype
 
     @property
     def max_shard_bytes(self) -> int:
-        """Bytes in a size such as `5GB`, `500MB`, `2GiB` or a number."""
+        """`max_shard_size` (a number, or a text such as `5GB` or `2GiB`) in bytes; `UsageError` if it is no size."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(self.max_shard_size).strip().upper())
         count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
         if count < 1:
@@ -75,7 +75,7 @@ class ConversionOptions:
         return count
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that determines the result, as plain values. Of a file the name counts, not the folder."""
+        """Everything that determines the result, as JSON values; a local path is shortened to its last part."""
         values = {
             name: getattr(self, name)
             for name in (
@@ -89,23 +89,25 @@ class ConversionOptions:
         }
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["device"] = str(self.device)
-        values["calibration"] = None if self.calibration is None else _name_of(self.calibration)
-        values["tokenizer"] = None if self.tokenizer is None else _name_of(self.tokenizer)
+        values["calibration"] = None if self.calibration is None else _name_without_folder(self.calibration)
+        values["tokenizer"] = None if self.tokenizer is None else _name_without_folder(self.tokenizer)
         values["patches"] = {patch.name: patch_fields(patch) for patch in self.patches}
         return values
 
 
 def patch_fields(patch: Any) -> dict[str, Any]:
-    """The fields of a patch and their values."""
+    """Field -> value of a patch, a dataclass."""
     return asdict(patch)
 
 
-def _name_of(location: str | Path) -> str:
+def _name_without_folder(location: str | Path) -> str:
+    """The last part of an existing local path; any other text, such as a Hub id, unchanged."""
     path = Path(location).expanduser()
     return path.resolve().name if path.exists() else str(location)
 
 
 def _check_patches(patches: Sequence[Patch]) -> None:
+    """Raise `UsageError` unless these are instances of different patches, at most one of which adds tokens."""
     if isinstance(patches, str) or not isinstance(patches, Sequence):
         raise UsageError(f"patches={patches!r} must be a list of patches", "for example [Stem(layers=[1, 4])]")
     for patch in patches:
@@ -120,7 +122,7 @@ def _check_patches(patches: Sequence[Patch]) -> None:
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raise `UsageError` for a device that cannot compute here."""
+    """Raise `UsageError` for a device on which no tensor with data can be created on this machine."""
     try:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no data")

@@ -1,4 +1,4 @@
-"""Progress of a whole conversion by stage: a bar on a terminal, a few plain lines in a log file."""
+"""Shows the progress of a conversion by stage: as a bar on a terminal, as a few lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
-# A stage calls it with (done, total), in any unit.
+# Called with (done, total), in any unit, to report the progress of the current stage.
 Advance = Callable[[int, int], None]
 
-# A log file gets a line for each stage, and another after this much progress and this many seconds.
+# A log file gets a line for each stage, and another one when both this much progress and this much time have passed.
 _LINE_PERCENT = 10
 _LINE_SECONDS = 10.0
 
 
 class _Display(Protocol):
-    """Output of the progress."""
+    """What shows the progress: a bar or lines."""
 
     def begin(self, stage: str, percent: float) -> None:
-        """Show the start of a stage, and the percentage of the whole that is done."""
+        """Show the start of a stage, and the percentage of the conversion that is done."""
 
     def update(self, percent: float, step: str | None = None) -> None:
-        """Show the percentage of the whole that is done, and the name of the current step if it has one."""
+        """Show the percentage of the conversion that is done, and the name of the current step if given."""
 
     def close(self) -> None:
         """End the output."""
 
 
 class _Bar:
-    """A tqdm bar."""
+    """A `_Display` by a tqdm bar."""
 
     def __init__(self, file: TextIO) -> None:
         layout = "{desc:<14} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -53,7 +53,7 @@ class _Bar:
 
 
 class _Lines:
-    """Plain lines, few enough for a log file."""
+    """A `_Display` by lines of text, few enough for a log file."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -76,16 +76,17 @@ class _Lines:
             self._write()
 
     def _write(self) -> None:
+        """Print percentage, elapsed time and step as a line."""
         self._written_at, self._written_percent = time.monotonic(), self._percent
         minutes, seconds = divmod(int(self._written_at - self._started), 60)
         print(f"{self._percent:3.0f}%  {minutes}:{seconds:02d}  {self._step}", file=self._file, flush=True)
 
 
 class Progress:
-    """Progress of several stages, from 0 to 100 %.
+    """Progress of several stages, from 0 to 100 %, on standard error. Used as a context, it ends the output.
 
     Args:
-        shares: stage -> its expected share of the time, in any unit, in order.
+        shares: stage -> expected time, in any unit.
         show: False for no output.
     """
 
@@ -100,7 +101,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
-        """Context of a stage: yields the function that reports its progress; at the end, the stage counts as done."""
+        """Context of the stage `name`: yields `advance`; when it ends without an error, the stage counts as done."""
         self._share = self._shares[name]
         if self._display is not None:
             self._display.begin(name, min(self._finished, 100.0))
@@ -112,11 +113,11 @@ class Progress:
     def advance(self, done: int, total: int, step: str | None = None) -> None:
         """Set the progress of the current stage to `done` of `total`; `step` names what is being done."""
         if self._display is not None:
-            # Rounding of the shares must not push the progress past its end.
+            # Rounding errors must not make the progress exceed 100 %.
             self._display.update(min(self._finished + self._share * min(done / max(total, 1), 1.0), 100.0), step)
 
     def step(self, name: str, done: int, total: int) -> None:
-        """`advance` with the arguments of `measuring.calibration.Progress`."""
+        """`advance(done, total, name)`, as the callback of `Calibration.progress`."""
         self.advance(done, total, name)
 
     def __enter__(self) -> Progress:

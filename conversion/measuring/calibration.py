@@ -1,4 +1,4 @@
-"""The source model and the text on which a patch measures it, layer by layer, before it computes weights."""
+"""`Calibration`: the source model, and the text on which patches run it layer by layer to choose and fit weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 CALIBRATION_TOKENS = 18_432
 HELD_OUT_TOKENS = 4_096
 PROBE_TOKENS = 1_024
-# Tokens of each document that weights are fitted to: few, since a table gains from many different words.
+# Tokens of each document that weights are fitted to: few, so that the text has words of many documents.
 FIT_EXCERPT = 128
 
 # Called with (stage, steps done, number of steps).
@@ -32,7 +32,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class CalibrationSummary(TypedDict, total=False):
-    """Names and sizes of the texts, as the report gives them."""
+    """Names of the texts and their numbers of tokens, the report's `calibration`."""
 
     calibration_text: str
     calibration_tokens: int
@@ -44,16 +44,16 @@ class CalibrationSummary(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The source model and the text it is measured on; every part [B, S] of token ids.
+    """The source model and three texts, each as token ids [B, S], int64.
 
     Attributes:
-        config, reader: the source checkpoint.
+        config, reader: configuration (of our decoder) and tensors of the source checkpoint.
         fit: text that weights are fitted to.
-        probe: a short text for choices between options, of the same source as `fit` and after it.
-        held_out: text of other documents, for the reported figures.
+        probe: a short text for choices such as the layers, from the same documents as `fit`; the sequences after it.
+        held_out: text of other documents, for the metrics in the report.
         fit_name, held_out_name: names of the texts in reports.
-        device: on which layers run.
-        progress: called after every layer.
+        device: device of the computation.
+        progress: called with (stage, steps done, number of steps), by patches after every layer.
     """
 
     config: EfficientDecoderConfig
@@ -67,15 +67,15 @@ class Calibration:
     progress: Progress = no_progress
 
     def start(self, *batches: Tensor) -> LayerwisePass:
-        """A layer-by-layer pass through the source model of batches of token ids [B, S]."""
+        """Start a layer-by-layer forward pass of batches of token ids [B, S] through the source model."""
         return LayerwisePass(self.config, self.reader, batches, device=self.device)
 
     def token_counts(self) -> Tensor:
-        """Number of occurrences of each token in `fit` [vocab_size], fp32, counted as in `occurrences`."""
+        """Number of occurrences of each token id in `fit` [vocab_size], fp32, counted by the rule of `occurrences`."""
         return occurrences(self.fit, self.config.vocab_size)[0]
 
     def summary(self) -> CalibrationSummary:
-        """Names and sizes of the texts, for the report."""
+        """Names of the texts and their numbers of tokens, for the report."""
         return {
             "calibration_text": self.fit_name,
             "calibration_tokens": self.fit.numel(),
@@ -95,13 +95,17 @@ def prepare_calibration(
     device: str | torch.device = "cpu",
     progress: Progress = no_progress,
 ) -> Calibration:
-    """The calibration of a patch on `source`, with the text that `load_text(text)` reads.
+    """Read a text, tokenize it with the tokenizer of `source`, and cut it into the parts of a `Calibration`.
 
     Args:
-        tokens, held_out_tokens: upper bounds, rounded down to whole sequences; a short text gives fewer.
+        source: the opened source checkpoint.
+        text: a .jsonl or .txt file, the Hub id of a data set, or None for the built-in sample.
+        tokens, held_out_tokens: maximum number of tokens of `fit` and of `held_out`, rounded down to whole sequences.
+        device, progress: see `Calibration`.
 
     Raises:
-        HFEError: the text or the tokenizer cannot be read, or they do not fit the model; see `load_text` and `pack`.
+        HFEError: the text or the tokenizer cannot be read, the text is too short, or a token id is outside the model's
+            vocabulary; see `load_text` and `pack`.
     """
     fit_text, held_out_text = load_text(text)
     tokenizer, vocab_size = source.tokenizer(), source.config.vocab_size

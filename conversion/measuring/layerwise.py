@@ -1,4 +1,4 @@
-"""A checkpoint run layer by layer: memory holds one layer's weights and the text's hidden states, not the model."""
+"""Runs a decoder checkpoint layer by layer: only one layer's weights and the text's hidden states are in memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from hf_efficient.modeling.efficient_decoder.configuration_efficient_decoder imp
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderModel
 
 EMBEDDING = "model.embed_tokens.weight"
+# Tokens that a layer processes at a time (at least one sequence).
 MICRO_BATCH_TOKENS = 2048
+# Positions whose logits are computed at a time.
 LOGIT_POSITIONS = 256
 
 
 def read_token_rows(reader: TensorReader, name: str, ids: Tensor) -> Tensor:
-    """Rows `ids` [R] of a tensor [V, W], as [R, W] in its own dtype.
+    """Rows `ids` [R] of the tensor `name` [V, W], as [R, W] in its stored dtype on the CPU.
 
     Args:
         reader: the checkpoint's tensors.
-        name: of the tensor.
-        ids: token ids, sorted and unique; each run of consecutive ids is one read.
+        name: name of the tensor.
+        ids: token ids, sorted and unique; consecutive ids are read together.
     """
     if ids.numel() == 0:
         return torch.empty(0, reader.shape(name)[1], dtype=reader.dtype(name))
@@ -41,11 +43,11 @@ def read_token_rows(reader: TensorReader, name: str, ids: Tensor) -> Tensor:
 
 @dataclass
 class BatchState:
-    """One batch between two layers.
+    """One batch of a `LayerwisePass` between two layers.
 
     Attributes:
         ids: token ids [B, S], int64.
-        local_ids: index of each token in the pass's `vocabulary` [B, S], int64.
+        local_ids: index of each token in `LayerwisePass.vocabulary` [B, S], int64.
         hidden: hidden states after the layers run so far [B, S, hidden_size], fp32.
     """
 
@@ -54,21 +56,21 @@ class BatchState:
     hidden: Tensor
 
     def clone(self) -> BatchState:
-        """The same batch with a copy of its hidden states, so that both can continue on their own."""
+        """The same batch with a copy of the hidden states, so that each can be run through different layers."""
         return BatchState(self.ids, self.local_ids, self.hidden.clone())
 
 
 class LayerwisePass:
     """A forward pass of several batches through a checkpoint, layer after layer, in fp32.
 
-    Of tensors with a row for each token, only the rows of the batches' tokens are read. Inside a pass a token is
-    therefore given by its index in `vocabulary`.
+    Creating it computes the embedding. Of tensors with a row for each token, only the rows of the batches' tokens are
+    read; the layers therefore get local ids, the indices of the tokens in `vocabulary`.
 
     Args:
         config: the checkpoint's configuration.
         reader: the checkpoint's tensors.
         batches: token ids [B, S] of each batch, without padding.
-        device: on which the layers run.
+        device: device of the layers and the hidden states.
 
     Attributes:
         vocabulary: the token ids that occur in the batches, sorted [R].
@@ -87,12 +89,12 @@ class LayerwisePass:
         *,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.config = copy.deepcopy(config)  # building a model writes its choice of attention into the configuration
+        self.config = copy.deepcopy(config)  # building a model writes `_attn_implementation` into the configuration
         self.reader = reader
         self.device = torch.device(device)
         with torch.device("meta"):
             self.model = EfficientDecoderModel(self.config).eval()
-        # The buffers of the rotary embedding are not stored but computed, so it is built again outside the meta device.
+        # No checkpoint stores the buffers of the rotary embedding, so it is created outside the meta device.
         self.model.rotary_emb = type(self.model.rotary_emb)(self.config).to(self.device)
 
         self.vocabulary = torch.unique(torch.cat([ids.flatten() for ids in batches]))
@@ -102,12 +104,16 @@ class LayerwisePass:
         self._shapes: dict[tuple[int, int], tuple[dict, tuple[Tensor, Tensor], Tensor]] = {}
 
     def _embed(self, ids: Tensor) -> BatchState:
-        """A batch of token ids [B, S] with the output of the embedding as hidden states."""
+        """The state of a batch of token ids [B, S] after the embedding."""
         local_ids = torch.searchsorted(self.vocabulary, ids.contiguous()).to(self.device)
         return BatchState(ids, local_ids, self.embeddings[local_ids])
 
     def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        """Yields (index, layer) for each layer with its weights loaded; they are freed when the iterator advances."""
+        """Yield (index, layer) for each layer with its weights loaded; they are freed when the iterator advances.
+
+        Raises:
+            HFEError: a weight holds NaN or infinity, or its file is truncated.
+        """
         for index, layer in enumerate(self.model.layers):
             self._materialise(layer, f"model.layers.{index}.")
             yield index, layer
@@ -115,7 +121,7 @@ class LayerwisePass:
 
     @torch.no_grad()
     def run_layer(self, index: int, layer: DecoderLayer, batch: BatchState) -> None:
-        """Apply layer `index` to a batch and write the result into `batch.hidden`."""
+        """Apply layer `index` to a batch and write the result into `batch.hidden`, without gradients."""
         kind = self.config.layer_types[index]
         sequences, length, _ = batch.hidden.shape
         step = max(MICRO_BATCH_TOKENS // length, 1)
@@ -142,19 +148,25 @@ class LayerwisePass:
 
     @torch.no_grad()
     def logits(self, *batches: BatchState) -> Iterator[Iterator[Tensor]]:
-        """For each batch that has passed the last layer, an iterator over its logits in pieces: see `LogitSource`."""
+        """For each batch that has passed the last layer, an iterator over its logits [n, V] in chunks of LOGIT_POSITIONS.
+
+        The chunks are those of `measuring.evaluation.LogitSource`. Reads the final norm and the head, in fp32.
+        """
         self._materialise(self.model.norm, "model.norm.")
         name = EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
         head = self.reader.read(name).to(self.device, torch.float32)
         for batch in batches:
             yield (
-                nn.functional.linear(add_and_norm(self.model.norm, piece)[0], head)
+                nn.functional.linear(add_and_norm(self.model.norm, chunk)[0], head)
                 for sequence in batch.hidden
-                for piece in sequence.split(LOGIT_POSITIONS)
+                for chunk in sequence.split(LOGIT_POSITIONS)
             )
 
     def _positions(self, hidden: Tensor) -> tuple[dict, tuple[Tensor, Tensor], Tensor]:
-        """Masks by layer type, (cos, sin) and position ids of a micro-batch [B, S, D]; computed once for each shape."""
+        """Masks by layer type, (cos, sin) [1, S, head_dim] and position ids [1, S] for hidden states [B, S, D].
+
+        Computed once for each shape [B, S].
+        """
         shape = hidden.shape[0], hidden.shape[1]
         if shape not in self._shapes:
             position_ids = torch.arange(shape[1], device=self.device).unsqueeze(0)
@@ -165,7 +177,10 @@ class LayerwisePass:
         return self._shapes[shape]
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
-        """Give every parameter and buffer of `module` its values in fp32 from the tensors `prefix + name`."""
+        """Load every parameter and buffer of `module`, in fp32, from the tensors `prefix + name`.
+
+        Tensors with a row for each token get the rows of `vocabulary` only.
+        """
         parameters = {name for name, _ in module.named_parameters()}
         for name in module.state_dict():
             path, _, leaf = name.rpartition(".")
@@ -182,7 +197,7 @@ class LayerwisePass:
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    """Raise `TokenIdError` for an id below 0 or from `vocab_size` on."""
+    """Raise `TokenIdError` unless all ids are in 0..`vocab_size` - 1."""
     bad = ids[(ids < 0) | (ids >= vocab_size)]
     if bad.numel():
         raise TokenIdError(

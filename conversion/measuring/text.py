@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate on: reading it, splitting it in two, and packing it into token ids."""
+"""Reads text for calibration and evaluation, splits it into the two, and packs it into token ids."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hf_efficient.errors import HFEError, TokenIdError
 from hf_efficient.json_file import parse_json
 
 SEQUENCE_LENGTH = 512
-# Of the documents of a file or data set, the last 1 / HELD_OUT_SHARE are held out.
-HELD_OUT_SHARE = 5
-# Origin, licence and format: sample/README.md.
+# The last 1 / HELD_OUT_DIVISOR of the documents of a file or data set are held out.
+HELD_OUT_DIVISOR = 5
+# For origin, licence and format see sample/README.md.
 _SAMPLE = "sample/python_documentation.jsonl.gz"
 _SAMPLE_NAME = "documentation of Python 3.11"
 _SAMPLE_SHA256 = "fdf39973aa712b570dc9c0064c67ef4ea882e9c3ea163a174abbd1a639570f22"
@@ -35,7 +35,7 @@ class Text:
 
 
 def load_text(source: str | None) -> tuple[Text, Text]:
-    """Text to calibrate on, and held-out text of other documents.
+    """Read (calibration text, held-out text); their documents are different.
 
     Args:
         source: a `.jsonl` file with a field `text` on each line, a `.txt` file (documents are paragraphs, separated by
@@ -43,7 +43,8 @@ def load_text(source: str | None) -> tuple[Text, Text]:
             `text`), or None for the sample of Python's English documentation that is part of this package.
 
     Raises:
-        HFEError: the source is missing or cannot be read (the message names the line), or has fewer than two documents.
+        HFEError: the source is missing or cannot be read, a line of a .jsonl file has no text (the message names it),
+            or there are fewer than two documents.
     """
     if source is None:
         return _read_sample()
@@ -57,10 +58,10 @@ def load_text(source: str | None) -> tuple[Text, Text]:
 
 
 def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: int = SEQUENCE_LENGTH) -> Tensor:
-    """Token ids [B, SEQUENCE_LENGTH] of at most `tokens` tokens in all; a shorter text gives one shorter sequence.
+    """Token ids [B, SEQUENCE_LENGTH], int64, of at most `tokens` tokens of text; a short text gives [1, its length].
 
     Every sequence begins with the tokenizer's BOS if it has one, whether or not the tokenizer adds it: the first
-    position is an attention sink, and should hold the same token in every text. The rest is the first `excerpt` tokens
+    position is an attention sink, and should be the same token in every text. The rest is the first `excerpt` tokens
     of each document followed by EOS, concatenated and cut into sequences; an incomplete last one is dropped.
 
     Raises:
@@ -86,13 +87,13 @@ def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: i
 
 
 def _split_in_order(name: str, documents: tuple[str, ...]) -> tuple[Text, Text]:
-    """The first documents, and the last 1 / HELD_OUT_SHARE of them."""
+    """(the first documents, the last 1 / HELD_OUT_DIVISOR of them); `HFEError` for fewer than two documents."""
     if len(documents) < 2:
         raise HFEError(
             f"the text {name} holds {len(documents)} document(s); calibration and held-out text need one each",
             "give a file with more documents",
         )
-    cut = len(documents) - max(len(documents) // HELD_OUT_SHARE, 1)
+    cut = len(documents) - max(len(documents) // HELD_OUT_DIVISOR, 1)
     return (
         Text(f"{name}, documents 0 to {cut - 1}", documents[:cut]),
         Text(f"{name}, documents {cut} to {len(documents) - 1}", documents[cut:]),
@@ -122,7 +123,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_paragraphs(path: Path) -> Iterator[str]:
-    """The paragraphs of a .txt file, which empty lines separate."""
+    """The paragraphs of a .txt file, which are separated by empty lines; `HFEError` as `_read_text`."""
     return (paragraph.strip() for paragraph in _read_text(path).split("\n\n") if paragraph.strip())
 
 
@@ -138,14 +139,14 @@ def _read_dataset(name: str) -> Iterator[str]:
     try:
         for row in load_dataset(name, split="train", streaming=True).take(10_000):
             yield row["text"]
-    except Exception as error:  # the package raises errors of many libraries
+    except Exception as error:  # datasets raises the error classes of many libraries
         raise HFEError(
             f"cannot read the column text of the data set {name!r}: {error}", "name another data set or a file"
         ) from error
 
 
 def _read_sample() -> tuple[Text, Text]:
-    """The built-in text: pages to calibrate on, and held-out pages.
+    """(calibration pages, held-out pages) of the built-in text.
 
     Raises:
         HFEError: the file is missing or is not the one that this release was made with.

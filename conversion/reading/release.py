@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of their authors' own training code, and what a reader of such a layout offers."""
+"""`Release`, an opened checkpoint, and `ReleaseReader`, the protocol for layouts of authors' own training code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Release:
-    """A checkpoint folder, opened: its headers are read, its weights are not.
+    """An opened checkpoint folder, of which headers are read but no weights.
 
     Attributes:
         reader: the tensors by the names of our model.
         stock_config: transformers' configuration of the model.
-        config: the same model as a configuration of ours: see `ModelFamily.own_config`.
+        config: the same model as one of our configurations, see `ModelFamily.own_config`.
         weight_files: the files that hold the weights.
-        fields: what config.json holds; empty for a layout without one.
-        warnings: what the user should know about how it was read.
+        fields: the fields of config.json; empty for a layout without one.
+        warnings: texts about how the checkpoint was read, for the user.
     """
 
     reader: TensorReader
@@ -34,15 +34,15 @@ class Release:
 
 
 class ReleaseReader(Protocol):
-    """A `TensorReader` for the checkpoints of one training code."""
+    """A `TensorReader` for checkpoints of one training code, with two more class methods."""
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """True for a folder in this layout, complete or not. Never raises for a damaged folder."""
+        """True for a folder in this layout, complete or not. Does not raise for a damaged folder."""
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Release:
-        """The checkpoint in `folder`, which error messages call `name`.
+        """Open the checkpoint in `folder`; error messages refer to it as `name`.
 
         Raises:
             HFEError: the checkpoint is damaged, incomplete, or has a feature that our model does not have.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def to_rotate_half_order(tensor: Tensor, heads: int) -> Tensor:
-    """The rows [heads * head_dim, …] of each head reordered from (0, 1, 2, 3, …) to (0, 2, …, 1, 3, …).
+    """Reorder each head's rows of `tensor` [heads * head_dim, ...] from (0, 1, 2, 3, ...) to (0, 2, ..., 1, 3, ...).
 
     Meta's code and llama.cpp rotate channels 2i and 2i + 1 as a pair; transformers' `rotate_half` pairs channel i with
     i + head_dim / 2.

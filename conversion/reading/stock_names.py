@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors have other names than the model's, which transformers maps when it loads them."""
+"""Renames the tensors of checkpoints whose names differ from the model's, as transformers does when it loads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RenamedReader:
-    """A `TensorReader` that gives some tensors of another reader new names.
+    """A `TensorReader` (see `tensor_reader.py`) that gives some tensors of another reader new names.
 
     Args:
         reader: the tensors by their names in the file.
@@ -25,10 +25,10 @@ class RenamedReader:
     def __init__(self, reader: TensorReader, stored: dict[str, str]) -> None:
         self._reader = reader
         self._stored = stored
-        self._given = {name: given for given, name in stored.items()}
+        self._new_names = {name: new for new, name in stored.items()}
 
     def names(self) -> list[str]:
-        return [self._given.get(name, name) for name in self._reader.names()]
+        return [self._new_names.get(name, name) for name in self._reader.names()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shape(self._stored.get(name, name))
@@ -44,10 +44,10 @@ class RenamedReader:
 
 
 def with_stock_names(reader: TensorReader, config: PreTrainedConfig) -> TensorReader:
-    """The reader with the tensor names of the model of `config`, a configuration of ours.
+    """`reader` with the tensor names of the model of `config`, a configuration of ours; `reader` itself if they agree.
 
-    The family maps the names that its files may have. If the file has only the derived one of two tied tensors, it is
-    read as the other.
+    The model family maps other names that its checkpoints may have. If a checkpoint stores only the tied tensor (e.g.
+    lm_head.weight), it is read under the name of the one that it is tied to (model.embed_tokens.weight).
     """
     names, tensors = set(reader.names()), model_tensors(config)
     stored = family_of_config(config).stored_names(names, set(tensors.shapes))

@@ -1,6 +1,6 @@
-"""Reading tensors by byte range into memory that the caller owns.
+"""Reads tensors by byte range into new tensors.
 
-No file is mapped into memory: a mapping counts towards a limit on address space, and its pages as memory in use.
+Files are not memory-mapped: a mapping counts towards a limit on address space, and its pages as memory in use.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import open_file
 
-# Elements per step where a step needs temporary memory, so that this stays small beside a tensor.
+# Elements that are processed at a time where temporary memory is needed, to keep it small compared with a tensor.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the bytes of `path` from `offset` on."""
+    """Fill `buffer` with the bytes of `path` from `offset` on; `HFEError` if the file ends before."""
     filled = 0
     with open_file(path) as file:
         file.seek(offset)
@@ -35,7 +35,7 @@ def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:
 
 
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor whose raw little-endian elements begin at byte `offset` of `path`."""
+    """Read the tensor whose little-endian elements begin at byte `offset` of `path`; `HFEError` if it is truncated."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         read_bytes(path, offset, tensor.view(-1).view(torch.uint8).numpy().data)

@@ -48,7 +48,7 @@ def test_a_tokenizer_that_takes_no_tokens(stock: Stock, tmp_path: Path, monkeypa
     tokenizer = AutoTokenizer.from_pretrained(stock())
     tokenizer.add_tokens = refuse
     monkeypatch.setattr(Source, "tokenizer", lambda self: tokenizer)
-    refused(stock(), tmp_path / "out", r"takes no new tokens \(this tokenizer is fixed\).*tokenizer.json")
+    refused(stock(), tmp_path / "out", r"supports no new tokens \(this tokenizer is fixed\).*tokenizer.json")
 
 
 def test_a_tokenizer_that_still_splits_added_tokens(
