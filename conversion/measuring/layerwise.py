@@ -148,7 +148,7 @@ class LayerwisePass:
 
     @torch.no_grad()
     def logits(self, *batches: BatchState) -> Iterator[Iterator[Tensor]]:
-        """For each batch that has passed the last layer, an iterator over its logits [n, V] in chunks of LOGIT_POSITIONS.
+        """For each batch that has passed the last layer, an iterator over its logits in chunks [LOGIT_POSITIONS, V].
 
         The chunks are those of `measuring.evaluation.LogitSource`. Reads the final norm and the head, in fp32.
         """

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder that are read: those that transformers would load."""
+"""Finds the files of a checkpoint folder that transformers would load: configuration and weights."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         HFEError: there is no configuration, it cannot be read, or the folder holds an adapter.
     """
-    whole = (folder / CONFIG_NAME).is_file()
+    has_config = (folder / CONFIG_NAME).is_file()
     if (folder / ADAPTER_CONFIG_NAME).exists():
         raise HFEError(
             f"{name} holds an adapter beside its weights ({ADAPTER_CONFIG_NAME}), which transformers would load too"
-            if whole
+            if has_config
             else f"{name} is an adapter, not a model",
             "merge it (PeftModel.merge_and_unload, or hf-efficient merge) or remove its files, and convert the result"
-            if whole
+            if has_config
             else "merge it into its base model and convert that",
         )
-    if not whole:
+    if not has_config:
         ggufs = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")
         if ggufs:
             raise HFEError(
@@ -46,15 +46,15 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         weight_files(folder, {}, name)  # a folder of pickles has a better message
         raise HFEError(f"{name} has no {CONFIG_NAME}", "name the folder of a whole checkpoint")
     fields = read_json(file_inside(folder, CONFIG_NAME, name))
-    named = fields.get("configuration_files")
+    file_names = fields.get("configuration_files")
     if "configuration_files" not in fields:
         return fields
-    if not isinstance(named, list) or not all(is_file_name(each) for each in named):
+    if not isinstance(file_names, list) or not all(is_file_name(each) for each in file_names):
         raise HFEError(
             f"configuration_files in {CONFIG_NAME} must be a list of file names", "correct or remove the field"
         )
     try:
-        chosen = get_configuration_file(named)
+        chosen = get_configuration_file(file_names)
     except ValueError as error:  # raised by packaging for an invalid version
         raise HFEError(
             f"configuration_files in {CONFIG_NAME} are not named by versions ({error})", "correct it"

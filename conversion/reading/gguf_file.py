@@ -1,4 +1,4 @@
-"""The GGUF container: metadata, and tensors dequantised to float32 one at a time.
+"""Reads GGUF files: the metadata, and tensors that are dequantised to float32 one at a time.
 
 Layout: magic, version, counts, metadata pairs, tensor table, then the tensors, each at an aligned offset. Quantised
 tensors are rows of blocks; the package gguf dequantises each block type.
@@ -29,12 +29,12 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
-# What a file may hold of each; the largest models have a few thousand tensors.
+# Largest number of tensors, and of metadata entries; the largest models have a few thousand tensors.
 _MAX_ENTRIES = 1 << 16
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = (1 << 16) - 1
 _MAX_TEXT_BYTES = 1 << 24
-# Of a longer array, such as the scores of a vocabulary, only the length is kept.
+# Of a longer array of numbers, such as the scores of a vocabulary, only the length is stored.
 _MAX_KEPT_NUMBERS = 1 << 12
 
 
@@ -49,7 +49,7 @@ class GGUFTensor:
 
     @property
     def rows(self) -> int:
-        """Number of rows of the tensor seen as [rows, last dimension]."""
+        """Number of rows of the tensor viewed as [rows, last dimension]."""
         return math.prod(self.shape[:-1])
 
 
@@ -81,7 +81,11 @@ class GGUFFile:
                 )
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor seen as [rows, last dimension], dequantised to float32."""
+        """Rows `start` to `stop` of a tensor viewed as [rows, last dimension], dequantised to float32.
+
+        Raises:
+            HFEError: the rows hold NaN or infinity, or the file is truncated.
+        """
         dequantize = _gguf().dequantize
         tensor = self.tensors[name]
         width = tensor.shape[-1]
@@ -96,7 +100,7 @@ class GGUFFile:
         return check_finite(name, out, self.path)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, dequantised to float32."""
+        """The whole tensor, dequantised to float32, with the errors of `read_rows`."""
         tensor = self.tensors[name]
         return self.read_rows(name, 0, tensor.rows).view(tensor.shape)
 
@@ -106,7 +110,7 @@ class GGUFFile:
         if magic != b"GGUF" or version not in _VERSIONS:
             what = f"GGUF version {version}" if magic == b"GGUF" else "not a GGUF file"
             raise HFEError(
-                f"{self.path.name} is {what}; this reader takes little-endian GGUF, versions {_VERSIONS}",
+                f"{self.path.name} is {what}; this reader supports little-endian GGUF, versions {_VERSIONS}",
                 "write it again with a current llama.cpp",
             )
         tensor_count, pair_count = header.unpack("QQ")
@@ -136,7 +140,11 @@ class GGUFFile:
             self.tensors[name] = GGUFTensor(data + offset, shape, kind, row_bytes)
 
     def _row_bytes(self, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
-        """Block type of a tensor and bytes of a row; `HFEError` if it cannot be dequantised or does not fit `shape`."""
+        """(block type, bytes of a row) of a tensor whose type has the `number` of the file format.
+
+        Raises:
+            HFEError: the type is unknown, cannot be dequantised, or its block size does not divide a row of `shape`.
+        """
         package = _gguf()
         try:
             kind = package.GGMLQuantizationType(number)
@@ -161,7 +169,7 @@ class GGUFFile:
 
 
 def _gguf() -> Any:
-    """The package gguf, imported only for GGUF sources."""
+    """The package gguf, which is imported only for GGUF sources; `HFEError` if it is not installed."""
     try:
         import gguf
     except ImportError as error:
@@ -182,14 +190,14 @@ class _Header:
         self.position = 0
 
     def damaged(self, what: str) -> HFEError:
-        """The error for a header that has `what` at the current position."""
+        """The error (not raised) for a header that has `what` at the current position."""
         return HFEError(
             f"{self._path.name} is truncated or damaged at byte {self.position} of its header: it has {what}",
             "download or copy it again",
         )
 
     def unpack(self, form: str) -> tuple[Any, ...]:
-        """The next little-endian values, by the format of `struct`."""
+        """The next values by a format of `struct`, little-endian; `HFEError` if the file is too short."""
         form = "<" + form
         return struct.unpack(form, self._take(struct.calcsize(form)))
 

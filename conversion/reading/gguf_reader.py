@@ -1,4 +1,8 @@
-"""GGUF files as stock checkpoints: stock names, llama.cpp's reordering undone, configuration from the metadata."""
+"""Reads GGUF files as transformers checkpoints.
+
+Tensors get transformers' names, llama.cpp's reordering of q and k is undone, and the configuration comes from the
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Metadata keys, after the architecture's prefix, and the configuration fields they fill.
+# Metadata key without the architecture's prefix -> configuration field.
 _FIELDS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -52,12 +56,20 @@ _OTHER_KEYS = frozenset(
 )
 # Factors that mean no scaling.
 _UNSCALED = (None, 0, 1)
-# The names that llama.cpp gives the files of a model that it splits.
+# File names of a model that llama.cpp split into several files.
 _PART = re.compile(r".*-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 class GGUFReader:
-    """A `TensorReader` over one GGUF file. Every tensor is dequantised to float32."""
+    """A `TensorReader` (see `tensor_reader.py`) for one GGUF file. Every tensor is dequantised to float32.
+
+    Attributes:
+        file: the parsed GGUF file.
+        config: transformers' configuration of the model.
+
+    Raises:
+        HFEError: the file is damaged (see `GGUFFile`) or not supported (see `gguf_config`).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +107,7 @@ class GGUFReader:
 
 
 def stock_name(name: str) -> str:
-    """The stock name of a GGUF tensor; an unknown name is returned unchanged, and refused when tensors are checked."""
+    """The transformers name of a GGUF tensor. An unknown name is returned unchanged; `check_source` rejects it."""
     module, dot, suffix = name.rpartition(".")
     if module in _TOP_LEVEL:
         return _TOP_LEVEL[module] + dot + suffix
@@ -106,16 +118,16 @@ def stock_name(name: str) -> str:
 
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
-    """transformers' configuration of the model in a GGUF file, the same as transformers' GGUF loader makes.
+    """transformers' configuration of the model in a GGUF file, the same as that of transformers' GGUF loader.
 
     Mistral models are stored as llama files without their sliding window; both loaders give them full attention.
 
     Raises:
         HFEError: the file is one part of a split model, its architecture is not supported, a field is missing or
-            invalid, or the metadata describe something that the configuration cannot express.
+            invalid, or the metadata has a feature that is not supported (e.g. scaled RoPE, sliding windows).
     """
     metadata = file.metadata
-    _refuse_parts(file)
+    _check_not_split(file)
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise HFEError(
@@ -127,8 +139,8 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     def value(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
 
-    _refuse_scaled_rotary(file, architecture)
-    _refuse_other_keys(file, architecture)
+    _check_rope_unscaled(file, architecture)
+    _check_other_keys(file, architecture)
     fields: dict[str, Any] = {"model_type": architecture}
     for key, field in _FIELDS.items():
         if value(key) is None:
@@ -164,8 +176,8 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     return source_config(fields, f"the metadata of {file.path.name}")
 
 
-def _refuse_parts(file: GGUFFile) -> None:
-    """Raise `HFEError` for one file of a model that is split into several."""
+def _check_not_split(file: GGUFFile) -> None:
+    """Raise `HFEError` if the model is split into several files."""
     part = _PART.fullmatch(file.path.name)
     count = file.metadata.get("split.count") or (int(part[1]) if part else 1)
     if count != 1:
@@ -175,7 +187,7 @@ def _refuse_parts(file: GGUFFile) -> None:
         )
 
 
-def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
+def _check_rope_unscaled(file: GGUFFile, architecture: str) -> None:
     """Raise `HFEError` for scaled rotary frequencies: GGUF does not store all parameters of transformers' rope types.
 
     llama.cpp reads a factor without a type as linear scaling, under its older name too.
@@ -200,8 +212,11 @@ def _refuse_scaled_rotary(file: GGUFFile, architecture: str) -> None:
         )
 
 
-def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
-    """Raise `HFEError` for metadata keys that no other check covers, since they may change what the model computes."""
+def _check_other_keys(file: GGUFFile, architecture: str) -> None:
+    """Raise `HFEError` for unknown metadata keys with a value, bidirectional attention and effective sliding windows.
+
+    An unknown key of the architecture may change what the model computes.
+    """
     for key, value in file.metadata.items():
         prefix, _, name = key.partition(".")
         if prefix == architecture and name not in _FIELDS and name not in _OTHER_KEYS and value not in (0, "", []):
@@ -210,7 +225,7 @@ def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
                 "convert from the original safetensors checkpoint",
             )
     if not file.metadata.get(f"{architecture}.attention.causal", True):
-        raise HFEError(f"{file.path.name} attends to later positions too (attention.causal)", "use a causal model")
+        raise HFEError(f"{file.path.name} has bidirectional attention (attention.causal)", "use a causal model")
     window = file.metadata.get(f"{architecture}.attention.sliding_window")
     context = file.metadata.get(f"{architecture}.context_length")
     if window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
@@ -221,7 +236,7 @@ def _refuse_other_keys(file: GGUFFile, architecture: str) -> None:
 
 
 def _check_head_dim(file: GGUFFile, architecture: str, fields: dict[str, Any]) -> None:
-    """Raise `HFEError` unless queries, keys and values have one head_dim, all of which is rotated."""
+    """Raise `HFEError` unless q, k and v have one head_dim and RoPE applies to all of it."""
     heads = fields["num_attention_heads"] or 1
     expected = fields["hidden_size"] // heads if architecture == "qwen2" else fields["head_dim"]
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
@@ -235,7 +250,7 @@ def _check_head_dim(file: GGUFFile, architecture: str, fields: dict[str, Any]) -
 
 
 def gguf_special_tokens(file: GGUFFile) -> dict[str, int]:
-    """Ids of the special tokens that the metadata names: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+    """`bos_token`, `eos_token`, `unk_token` and `pad_token` -> token id, as far as the metadata names them."""
     roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {token: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role, token in roles.items()}
     return {token: value for token, value in ids.items() if value is not None}

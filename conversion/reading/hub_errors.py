@@ -1,4 +1,4 @@
-"""The errors of huggingface_hub, each as one line that names the fix."""
+"""Turns the errors of huggingface_hub into `HFEError` with one line that names the fix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from hf_efficient.errors import HFEError, error_text
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the `with` block into `HFEError`.
+    """Context: what huggingface_hub raises inside becomes `HFEError`; other errors pass through.
 
     Args:
-        repo_id, revision: the repository, for the message.
-        or_folder: `repo_id` may also be a local folder, and the Hub's cache is searched when the Hub cannot be reached.
+        repo_id, revision: the repository, for the messages.
+        or_folder: True if `repo_id` could also have been a local folder and the Hub's cache is used when the Hub cannot
+            be reached, which the messages then say.
     """
     no_folder = f"there is no local folder {repo_id}" if or_folder else ""
     try:

@@ -1,4 +1,4 @@
-"""Downloading a checkpoint from the Hub, and the repository that local files name as their origin."""
+"""Downloads checkpoints from the Hub, and finds the Hub repository that local files come from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.errors import HFEError, UsageError, error_text, hide_secret
 from hf_efficient.modeling.decoder.weight_files import shard_names, weight_file_names
 
-# Everything but weights: configuration, tokenizer, licence, card. Small files, fetched first.
+# Everything but weights: configuration, tokenizer, licence, card. They are downloaded first.
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "LICEN?E*", "NOTICE*", "COPYING*", "README.md"]
 
 
-# The id of a model, or the URL of its page.
+# The Hub id of a model (group 1), or the URL of its page.
 _HUB_ID = re.compile(
     r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?!datasets/|spaces/)([\w-][\w.-]*/[\w-][\w.-]*)(?:/|/tree/[\w.-]+)?",
     re.ASCII,
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(
 
 
 def is_repo_id(location: str) -> bool:
-    """True for something that can be the id of a Hub repository."""
+    """True if `location` has the form of the id of a Hub repository. Does not access the Hub."""
     try:
         validate_repo_id(location)
     except HFValidationError:
@@ -53,7 +53,10 @@ def checked_token(token: str | None) -> str | None:
 
 
 def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
-    """Download the files of a checkpoint that a conversion reads, and no other weights; returns the snapshot's folder.
+    """Download the files of a checkpoint that a conversion reads; returns the snapshot's folder in the Hub's cache.
+
+    Of the weights only the safetensors that transformers would load are downloaded. If there are none, the folder has
+    only the small files, unless the repository has weights of another kind, which raises.
 
     Raises:
         HFEError: the repository cannot be read (see `hub_errors`), or has pickle or GGUF files and no safetensors.
@@ -88,7 +91,12 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
 
 
 def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
-    """Download a repository's small files, which include the tokenizer; returns the snapshot's folder."""
+    """Download a repository's small files, which include the tokenizer; returns the snapshot's folder.
+
+    Raises:
+        HFEError: the repository cannot be read (see `hub_errors`), or the disk is full.
+        UsageError: the token is malformed.
+    """
     return _snapshot(repo_id, _SMALL_FILES, None, token)
 
 
@@ -103,7 +111,7 @@ def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: st
 
 
 def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
-    """Repository id and commit of a folder `models--ORG--NAME/snapshots/COMMIT` of the Hub's cache, or (None, None)."""
+    """(repository id, commit) of a folder `models--ORG--NAME/snapshots/COMMIT` of the cache, else (None, None)."""
     match = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
     if folder.parent.name != "snapshots" or match is None:
         return None, None
@@ -111,7 +119,7 @@ def repo_of_snapshot(folder: Path) -> tuple[str | None, str | None]:
 
 
 def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Hub id and name of the model in a GGUF file, each None where its metadata do not give it.
+    """(Hub id, name) of the model in a GGUF file, each None if the metadata does not give it.
 
     The id is that of the model itself, or of what it was converted from, or of its only base model, in this order.
     """
@@ -120,21 +128,21 @@ def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
         *("general.repo_url", "general.source.huggingface.repository", "general.source.repo_url", "general.source.url"),
         *(("general.base_model.0.repo_url", "general.base_model.0.url") if based_on_one else ()),
     )
-    found = (_HUB_ID.fullmatch(value) for key in keys if isinstance(value := metadata.get(key), str))
+    matches = (_HUB_ID.fullmatch(value) for key in keys if isinstance(value := metadata.get(key), str))
     name = metadata.get("general.name")
-    return next((match[1] for match in found if match), None), name if isinstance(name, str) and name else None
+    return next((match[1] for match in matches if match), None), name if isinstance(name, str) and name else None
 
 
 def card_metadata(folder: Path) -> dict[str, str]:
-    """`license` and `base_model` from the metadata of a folder's model card, if each is a single string."""
+    """`license` and `base_model` from the metadata of a folder's README.md, each only if it is a single string."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
         header = metadata_load(card) or {}
-    # A card with invalid metadata is ignored: it is no reason to refuse the weights.
+    # A card with invalid metadata is ignored: the weights can still be converted.
     except Exception:
         return {}
-    found = {key: header.get(key) for key in ("license", "base_model")}
-    single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in found.items()}
+    values = {key: header.get(key) for key in ("license", "base_model")}
+    single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in values.items()}
     return {key: value for key, value in single.items() if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints, in one file or in shards, one tensor at a time."""
+"""Reads safetensors checkpoints, in one file or in shards, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hf_efficient.conversion.reading.tensor_file import check_finite, read_tenso
 from hf_efficient.errors import HFEError
 from hf_efficient.json_file import MAX_JSON_BYTES, is_whole, open_file, parse_json
 
-# The format's names of dtypes. Weights have those of the first row; the others may occur in buffers, which are skipped.
+# Name of a dtype in the format -> torch dtype. Weights have those of the first row; buffers, which a conversion leaves
+# out, may have the others.
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -26,7 +27,7 @@ _MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Place of a tensor: file, offset of its first byte, shape and dtype."""
+    """Location of a tensor: file, offset of its first byte in the file, shape and dtype."""
 
     path: Path
     offset: int
@@ -35,12 +36,12 @@ class TensorEntry:
 
     @property
     def row_elements(self) -> int:
-        """Elements in one entry of the first dimension."""
+        """Number of elements in one entry of the first dimension."""
         return math.prod(self.shape[1:])
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file as parsed JSON, its length in bytes, and the size of the file in bytes.
+    """(header as parsed JSON, length of the header in bytes, size of the file in bytes) of a safetensors file.
 
     Raises:
         HFEError: the file cannot be read, is shorter than its header claims, has a header of more than
@@ -58,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             )
         if length > MAX_JSON_BYTES:
             raise HFEError(
-                f"the header of {path.name} has {length} bytes; this reader takes at most {MAX_JSON_BYTES}",
+                f"the header of {path.name} has {length} bytes; this reader supports at most {MAX_JSON_BYTES}",
                 "save the checkpoint in more shards",
             )
         text = file.read(length)
@@ -66,7 +67,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def parse_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensors of one safetensors file by name, in the order of their bytes. Reads the header only.
+    """Name -> location of the tensors of one safetensors file, in the order of their bytes. Reads the header only.
 
     Raises:
         HFEError: the file cannot be read, is truncated, or breaks a rule of the format: the tensors are contiguous
@@ -108,7 +109,10 @@ def parse_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Dtype, shape, and the offsets of first byte and end of a header's entry; `HFEError` if it is malformed."""
+    """(dtype name, shape, offset of the first byte, offset of the end) of a header's entry; `HFEError` if malformed.
+
+    Offsets count from the end of the header.
+    """
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str):
@@ -132,7 +136,11 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
 
 
 class SafetensorsReader:
-    """A `TensorReader` over the given safetensors files."""
+    """A `TensorReader` (see `tensor_reader.py`) for the given safetensors files. Creating it reads their headers.
+
+    Raises:
+        HFEError: a file is damaged (see `parse_header`), or two files have a tensor of the same name.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths

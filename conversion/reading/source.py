@@ -1,4 +1,7 @@
-"""A checkpoint as the converter sees it: a configuration, and tensors that are read one at a time."""
+"""`Source`: an opened checkpoint (configuration, tensors that are read one at a time, tokenizer); and `open_source`.
+
+"Stock" means transformers' own; "a configuration of ours" is one of a registered architecture of this package.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +35,21 @@ from hf_efficient.errors import HFEError, error_text
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source: Hub id, local folder, GGUF file, or a folder that an architecture's own training code wrote.
+    """An opened source: a Hub id, a local folder, a GGUF file, or a checkpoint of an architecture's own training code.
 
     Attributes:
-        location: what the user gave.
-        files: local folder that holds configuration and tokenizer; for a GGUF file its folder.
+        location: the source as the user named it.
+        files: local folder with configuration and tokenizer; for a GGUF file its folder.
         reader: the weights.
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of ours: see `ModelFamily.own_config`.
-        fields: what config.json holds; empty for a source without one.
+        fields: the fields of config.json; empty for a source without one.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
-        special_tokens: roles such as `eos_token` and the ids that a GGUF file's metadata gives them.
-        weight_files: the files that hold the weights.
-        base_model, model_name, license, revision: for the model card; None when the source does not say. Never a path.
-        warnings: what the user should know of how it was read.
+        special_tokens: role, such as `eos_token` -> token id, from the metadata of a GGUF file.
+        weight_files: the files with the weights.
+        base_model, model_name, license, revision: for the model card; None if unknown. Never a path.
+        warnings: texts about how the source was read, for the user.
     """
 
     location: str
@@ -67,13 +70,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What a report may call the source: a Hub id as it is, of a path the last part."""
+        """Name of the source for reports and messages: its Hub id, or the last part of its path."""
         path = Path(self.location).expanduser()
         return path.resolve().name if path.exists() else self.location
 
     @property
     def patched(self) -> bool:
-        """True for a checkpoint of one of our own architectures."""
+        """True if the checkpoint is already of one of our architectures."""
         return architecture_of(self.stock_config.model_type) is not None
 
     @property
@@ -83,7 +86,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration, tensor headers and file sizes, which identify a source without its weights."""
+        """SHA-256 of configuration, tensor headers and file sizes. Reads no weights, so it does not depend on them."""
         fields = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for path in self.weight_files:
@@ -95,10 +98,12 @@ class Source:
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
-        """The tokenizer that the user named, or the source's; of a GGUF file with the tokens that its metadata names.
+        """Load the tokenizer that the user named, or the source's own; later calls return the same object.
+
+        One from a GGUF file gets the special tokens that the metadata names.
 
         Raises:
-            HFEError: the source has none that transformers can load.
+            HFEError: transformers cannot load one.
         """
         try:
             return self._tokenizer
@@ -113,8 +118,8 @@ class Source:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        # Kept, since transformers takes seconds to read one from a GGUF file.
-        # False, not None: a checkpoint's own code is never run, nor is the user asked whether it may.
+        """See `tokenizer`; raises the errors of transformers. Cached: reading one from a GGUF file takes seconds."""
+        # With None instead of False, transformers would ask the user whether to run a checkpoint's own code.
         if self.gguf_file is None or self.tokenizer_files is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer_files or self.files, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(self.files, gguf_file=self.gguf_file, trust_remote_code=False)
@@ -132,15 +137,19 @@ def open_source(
     token: str | None = None,
     tokenizer: str | None = None,
 ) -> Source:
-    """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weight.
+    """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weights.
+
+    A Hub source, or a tokenizer named by a Hub id, is downloaded first.
 
     Args:
         location: the source. A path that exists locally is never looked up on the Hub.
-        revision, token: of the Hub repository.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for the Hub.
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
 
     Raises:
-        HFEError: the source is absent, damaged, or not a checkpoint that a conversion takes.
+        HFEError: the source is missing, damaged, cannot be downloaded, or is not supported by conversions.
+        UsageError: the token is malformed.
     """
     source = _open(location, revision, token)
     if tokenizer is not None:
@@ -150,6 +159,7 @@ def open_source(
 
 
 def _open(location: str, revision: str | None, token: str | None) -> Source:
+    """`open_source` without a named tokenizer; the special tokens of a layout without config.json are not set yet."""
     path = Path(location).expanduser()
     if path.is_dir():
         return _open_folder(location, path)
@@ -165,6 +175,7 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
 
 
 def _open_folder(location: str, folder: Path) -> Source:
+    """Open a checkpoint folder, in the layout of transformers or of an architecture's own training code."""
     repo, revision = repo_of_snapshot(folder)
     name = repo or folder.resolve().name
     readers = [load(path) for spec in architectures() for path in spec.release_readers]
@@ -188,7 +199,7 @@ def _open_folder(location: str, folder: Path) -> Source:
 
 
 def _open_stock(folder: Path, name: str) -> Release:
-    """A folder in the layout of transformers, of a stock model or of one of our own."""
+    """Open a folder in the layout of transformers: config.json and safetensors of a stock model or of one of ours."""
     fields = read_config(folder, name)
     stock_config = source_config(fields)
     family = family_of_config(stock_config)
@@ -200,7 +211,7 @@ def _open_stock(folder: Path, name: str) -> Release:
 
 
 def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
-    """transformers loads a model in the dtype that config.json names, a conversion keeps that of the weights."""
+    """A warning if no weight has the dtype of config.json, since a conversion keeps the dtype of the weights."""
     stored = {dtype for dtype in map(reader.dtype, reader.names()) if dtype.is_floating_point}
     if config.dtype is None or config.dtype in stored or not stored:
         return []
@@ -212,6 +223,7 @@ def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
 
 
 def _open_gguf(location: str, path: Path) -> Source:
+    """Open a GGUF file; configuration, licence and names come from its metadata."""
     reader = GGUFReader(path)
     base_model, model_name = gguf_names(reader.file.metadata)
     return Source(
@@ -230,7 +242,11 @@ def _open_gguf(location: str, path: Path) -> Source:
 
 
 def _with_special_tokens(source: Source) -> Source:
-    """A source without config.json with the special tokens of its tokenizer; none if no tokenizer can be loaded."""
+    """Set the special token ids of a source without config.json to its tokenizer's; none if no tokenizer can be loaded.
+
+    Changes the configurations in place, and returns the source. `HFEError` if a tokenizer that the user named cannot be
+    loaded.
+    """
     try:
         tokenizer = source.tokenizer()
     except HFEError:

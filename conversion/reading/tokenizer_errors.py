@@ -1,4 +1,4 @@
-"""Errors of tokenizer libraries as `HFEError`."""
+"""Turns the errors of tokenizer libraries into `HFEError`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_efficient.errors import HFEError, error_text
 
 @contextmanager
 def tokenizer_errors(problem: str, remedy: str) -> Iterator[None]:
-    """Turn any error inside the `with` block into `HFEError` with the text `problem (cause)`."""
+    """Context: any error inside but `HFEError` becomes `HFEError` with the text `problem (cause); remedy`."""
     try:
         yield
     except HFEError:

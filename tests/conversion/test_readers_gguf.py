@@ -160,7 +160,7 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
         ({"metadata": {"rope.scale_linear": 2}}, r"scales its rotary frequencies \(rope.scale_linear 2"),
         ({"metadata": {"rope.dimension_sections": 3}}, "sets llama.rope.dimension_sections=3"),
         ({"metadata": {"logit_scale": 3}}, "sets llama.logit_scale=3"),
-        ({"metadata": {"attention.causal": 0}}, "attends to later positions too"),
+        ({"metadata": {"attention.causal": 0}}, "has bidirectional attention"),
         ({"metadata": {"attention.sliding_window": 64}}, "has a sliding window of 64 positions"),
         ({"metadata": {"attention.value_length": 8}}, "value_length 8 where heads are 16 wide"),
         ({"metadata": {"attention.key_length": 32}}, "rope.dimension_count 16 where heads are 32 wide"),
