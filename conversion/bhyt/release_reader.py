@@ -259,6 +259,9 @@ class BhytReleaseReader:
         fields = read_config(folder, name)
         stock_config = source_config(fields)
         files = weight_files(folder, fields, name)
+        folded = fields.get(_GAMMA_FOLDED, False)
+        if not isinstance(folded, bool):
+            raise HFEError(f"config.json sets {_GAMMA_FOLDED}={folded!r}", "write true or false without quotes")
         stored = SafetensorsReader(files)
         # The fields that only the authors' code has are checked below.
         warnings = check_fields(fields, stock_config, others=False)

@@ -108,6 +108,25 @@ class RecurrentCache(CapturableCache):
         if tokens_to_remove:
             self.truncate(tokens_to_remove)
 
+    @abstractmethod
+    def select_sequences(self, indices: Tensor) -> None:
+        """Keep the sequences with these indices, an integer tensor [new batch size], in its order, repeated ones too.
+
+        It must select recurrent states as well as keys and values.
+        """
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As in transformers: the sequences that beam search keeps [B]."""
+        self.select_sequences(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As in transformers: keep the sequences with these indices [new batch size]."""
+        self.select_sequences(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers: repeat each sequence `repeats` times, next to itself."""
+        self.select_sequences(torch.arange(self.batch_size).repeat_interleave(repeats))
+
     def truncate(self, length: int) -> None:
         """Always raises `HFEError`: a recurrent state cannot be truncated."""
         raise HFEError(

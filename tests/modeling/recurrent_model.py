@@ -35,6 +35,10 @@ class StateCache(RecurrentCache, DecodeCache):
     def state_tensors(self) -> list[Tensor]:
         return [self.states, *super().state_tensors()]
 
+    def select_sequences(self, indices: Tensor) -> None:
+        DecodeCache.batch_select_indices(self, indices)
+        self.states = self.states[:, indices]
+
     def reset(self) -> None:
         super().reset()
         self.states.zero_()

@@ -191,3 +191,22 @@ def test_only_a_cache_of_the_models_class_is_continued_in_the_loop(
     expected = greedy_without_cache(model, prompt(), NEW)
     assert torch.equal(generate(model, prompt(), past_key_values=own), expected), "it grows"
     assert len(served_by_the_loop) == 1
+
+
+def test_beams_carry_their_own_state(model: Any) -> None:
+    settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # beams of the initial weights are nearly alike
+    found = model.generate(prompt(), **settings)
+    assert torch.equal(found, model.generate(prompt(), use_cache=False, **settings))
+
+
+def test_a_recurrent_cache_repeats_and_selects_sequences(model: Any) -> None:
+    cache = model.build_cache(3, 256)
+    with torch.no_grad():
+        model(prompt(), **{CACHE_ARGUMENT: cache})
+    before = cache.states.clone()
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 6 and torch.equal(cache.states, before.repeat_interleave(2, dim=1))
+    cache.batch_select_indices(torch.tensor([5, 0]))
+    assert cache.batch_size == 2 and torch.equal(cache.states, before[:, [2, 0]])

@@ -235,10 +235,10 @@ def test_an_rms_checkpoint_of_the_release_is_a_plain_llama(tmp_path: Path) -> No
     assert (found - reference(ids)).norm() / reference(ids).norm() < 1e-5
 
 
-def mark_folded(source: Path) -> None:
+def mark_folded(source: Path, value: Any = True) -> None:
     """Add the field that says that `norm_fold` was applied, as a user does."""
     fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**fields, "bhyt_gamma_folded": True}))
+    (source / "config.json").write_text(json.dumps({**fields, "bhyt_gamma_folded": value}))
 
 
 @pytest.mark.parametrize("norm_type", ["bhyt", "rms"])
@@ -350,6 +350,14 @@ def test_an_estimate_that_vanishes_is_refused(tmp_path: Path) -> None:
     reference.p["model.layers.2.var_eta"] = torch.tensor(-1.5)
     with pytest.raises(HFEError, match=r"layer 2 estimates its second mean square as -0.5 times the first"):
         convert(reference.save(tmp_path / "release"), tmp_path / "out", [], **QUIET)
+
+
+@pytest.mark.parametrize("value", ["false", 1])
+def test_folded_gammas_are_true_or_false(value: Any, tmp_path: Path) -> None:
+    source = Reference().save(tmp_path / "release")
+    mark_folded(source, value)
+    with pytest.raises(HFEError, match=f"bhyt_gamma_folded={value!r}; write true or false"):
+        convert(source, tmp_path / "out", [], **QUIET)
 
 
 def test_folded_gammas_are_a_field_of_such_checkpoints_only(tmp_path: Path) -> None:
