@@ -1,4 +1,4 @@
-"""The modules that PEFT adapts by default in our models: those of a stock model type, or a list for a method."""
+"""Registers the modules that PEFT adapts by default in our models: as in a stock model type, or a list per method."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 
 
 def register_peft_targets(model_type: str, stock: str, by_method: Mapping[str, Sequence[str]]) -> None:
-    """Register PEFT's default target modules for `model_type`.
+    """Register PEFT's default target modules for `model_type`, in the tables of `peft.utils.constants`.
+
+    Nothing happens if PEFT is not imported; an existing entry of `model_type` stays.
 
     Args:
-        model_type: of our model.
-        stock: stock model type whose defaults it gets, for every method that has defaults for that type.
+        model_type: the model type of our model.
+        stock: stock model type, such as `llama`, whose defaults it gets, for every method that has defaults for it.
         by_method: PEFT method, such as `LORA`, -> target modules in place of the stock ones.
-
-    No effect where PEFT is not imported, or on a second call.
     """
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:

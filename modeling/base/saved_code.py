@@ -1,7 +1,7 @@
-"""The code files in a saved checkpoint, with which it loads wherever torch and transformers are installed.
+"""The code files in a saved checkpoint, with which it loads if only torch and transformers are installed.
 
-In the installed package, `save_pretrained` gets them from the exporter. In a checkpoint's copy of this file, `EXPORTED`
-is filled in, and `save_pretrained` copies the files that the checkpoint was loaded from.
+In the installed package, `save_pretrained` gets the files from the exporter (`hub/export.py`). In a checkpoint's copy
+of this file, `EXPORTED` is filled in, and `save_pretrained` copies the files that the checkpoint was loaded from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hf_efficient.json_file import read_json
 CODE_MANIFEST = "code_manifest.json"
 CUSTOM_GENERATE = "custom_generate"
 GENERATE = f"{CUSTOM_GENERATE}/generate.py"
-# Folder with a complete copy of the new code, from which the checkpoint loads while its own files are replaced.
+# Folder for a complete copy of the new code, from which the checkpoint loads while its own files are replaced.
 STAGING = "hfe_new_code"
-# The exporter fills it in for a checkpoint, with the keys that `SavedCode.of` lists; empty in the installed package.
+# In a checkpoint's copy of this file the dictionary `about` of `SavedCode.of`; empty in the installed package.
 EXPORTED: dict[str, Any] = {}
 _IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
 
@@ -49,7 +49,7 @@ class SavedCode:
 
     @classmethod
     def of(cls, code: dict[str, str], about: dict[str, Any]) -> SavedCode:
-        """All files of a checkpoint's code.
+        """Return the code files of a checkpoint, with its manifest and `custom_generate/`.
 
         Args:
             code: text of each flat code file by its name.
@@ -107,21 +107,24 @@ class SavedCode:
         replace_file(folder / CODE_MANIFEST, self.manifest)
 
     def _config_text(self, config: dict[str, Any], prefix: str = "") -> str:
+        """Return the text of config.json with our `auto_map`; `prefix` is the folder of its files, such as "dir/"."""
         return json_text({**config, "auto_map": {name: prefix + value for name, value in self.auto_map.items()}})
 
 
 def carried_code(config_class: type) -> SavedCode | None:
-    """The code that a checkpoint's configuration class was loaded with; None for a class of another file.
+    """Return the code files that a configuration class was loaded with from a checkpoint.
+
+    None in the installed package, and for a class of other code or of another model type.
 
     Raises:
-        HFEError: the files are no longer there.
+        HFEError: the files cannot be read any more.
     """
     if not EXPORTED or not is_ours(config_class) or getattr(config_class, "model_type", None) != EXPORTED["model_type"]:
         return None
     folder = Path(inspect.getfile(config_class)).parent
 
     def read(name: str) -> str:
-        """Text of one of the checkpoint's own code files."""
+        """Return the text of one of the checkpoint's code files."""
         try:
             return (folder / name).read_bytes().decode()
         except OSError as error:
@@ -135,33 +138,50 @@ def carried_code(config_class: type) -> SavedCode | None:
 
 
 def is_ours(cls: type) -> bool:
-    """Whether a class is defined in the package, or in the checkpoint's copy of it that this file belongs to."""
+    """True if `cls` is defined in the installed package, or in the same checkpoint's code as this file."""
     package = __name__.partition(".")[0] if not EXPORTED else __name__.rpartition(".")[0]
     return cls.__module__.startswith(f"{package}.")
 
 
 def reached_files(entry: str, read: Callable[[str], str | None]) -> dict[str, str]:
-    """Text of the file `entry` and of all code files that it imports, directly or not, sorted by name."""
-    found: dict[str, str] = {}
-    waiting = [entry]
-    while waiting:
-        name = waiting.pop()
+    """Return the file `entry` and all code files that it imports, directly or indirectly.
+
+    Args:
+        entry: name of a flat code file.
+        read: returns the text of a code file by its name, or None if there is no such file.
+
+    Returns:
+        Name -> text, sorted by name.
+
+    Raises:
+        HFEError: a file does not exist.
+    """
+    texts: dict[str, str] = {}
+    pending = [entry]
+    while pending:
+        name = pending.pop()
         text = read(name)
         if text is None:
             raise HFEError(f"the code has no file {name}, which it imports", "import it in the modeling file")
-        if name not in found:
-            found[name] = text
-            waiting += [f"{target}.py" for target in _IMPORT.findall(text)]
-    return {name: found[name] for name in sorted(found)}
+        if name not in texts:
+            texts[name] = text
+            pending += [f"{target}.py" for target in _IMPORT.findall(text)]
+    return {name: texts[name] for name in sorted(texts)}
 
 
 def json_text(value: dict[str, Any]) -> str:
-    """The text of a JSON file of a checkpoint."""
+    """Return `value` as the text of a JSON file: sorted keys, indent 2, a final newline."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `path` atomically, unless it has this content already; a symbolic link is replaced, not followed."""
+    """Write `path` atomically, unless it has this content already; a symbolic link is replaced, not followed.
+
+    The parent folder is created if absent.
+
+    Raises:
+        HFEError: the file cannot be written.
+    """
     if not _differs(path, text):
         return
     temporary = path.with_name(f".{path.name}.partial")
@@ -177,11 +197,12 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _differs(path: Path, text: str) -> bool:
+    """True unless `path` is a regular file with exactly this content."""
     return path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode()
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove the code files in a folder, and the folder where it is then empty."""
+    """Remove the Python files in a folder, and the folder if it is then empty; nothing for a link or no folder."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.glob("*.py*"):
@@ -191,7 +212,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _named_modeling_file(folder: Path) -> Path | None:
-    """Path of the modeling file that `config.json` names; None where it names none, or the file is absent."""
+    """Return the path of the code file that `auto_map` in config.json names for `AutoConfig`; None if there is none."""
     names = _read_object(folder / CONFIG_NAME).get("auto_map")
     named = names.get("AutoConfig") if isinstance(names, dict) else None
     path = folder / f"{named.rpartition('.')[0]}.py" if isinstance(named, str) else None
@@ -199,7 +220,7 @@ def _named_modeling_file(folder: Path) -> Path | None:
 
 
 def _files_of_earlier_code(folder: Path) -> set[str]:
-    """Code files that an earlier release wrote here, as its manifest lists them."""
+    """Return the names of the code files in a checkpoint folder that its manifest lists; empty without a manifest."""
     named = _read_object(folder / CODE_MANIFEST).get("files")
     if not isinstance(named, dict):
         return set()
@@ -209,7 +230,7 @@ def _files_of_earlier_code(folder: Path) -> set[str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where it is absent or damaged, since it is about to be replaced."""
+    """Return the JSON object in a file; {} if the file is absent or damaged, since it is about to be replaced."""
     try:
         return read_json(path)
     except HFEError:

@@ -1,4 +1,4 @@
-"""Whether this code knows the installed transformers: asked before anything is imported that other releases lack."""
+"""Checks the release of transformers, before anything is imported that other releases lack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from hf_efficient.logging import get_logger
 
 
 def check_transformers() -> None:
-    """Raise `HFEError` where transformers is too old to run this code; warn once where it is newer than was tested."""
+    """Check that the installed transformers can run this code; warn once if it is newer than the tested releases.
+
+    Raises:
+        HFEError: it is older than the oldest supported release.
+    """
     from transformers import __version__ as installed
 
     oldest, newest = TESTED_TRANSFORMERS
@@ -21,7 +25,8 @@ def check_transformers() -> None:
             f"pip install 'transformers>={oldest}'",
         )
     if _release(installed) > _release(newest):
-        # transformers' method, whose memory the package and the copies of this file in checkpoints share.
+        # transformers' `warning_once` caches messages in the process, so the package and the copies of this file in
+        # checkpoints warn once together.
         logger: Any = get_logger()
         logger.warning_once(
             f"transformers {installed} is newer than what this code was tested with, {oldest} to {newest}; "
@@ -30,5 +35,5 @@ def check_transformers() -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number: (5, 24) of 5.24.1 and of 5.24.0.dev0."""
+    """Return major and minor number: (5, 24) for 5.24.1 and for 5.24.0.dev0."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -19,19 +19,19 @@ class BhytConfig(DecoderConfig):
     |---|---|
     | `bhyt_layers` | layers whose two norms are BHyT, sorted and unique; by default all. The others keep RMSNorm |
     | `bhyt_second_site` | mean square in `post_attention_layernorm`: `exact`; `approx`, that of `input_layernorm` |
-    | | plus what attention is expected to add (the paper's choice); `affine`, a line fitted to that of |
-    | | `input_layernorm` |
+    | | plus what attention is expected to add (the paper's choice); `affine`, slope times that of |
+    | | `input_layernorm` plus intercept, both fitted |
     | `bhyt_exact_layers` | layers with an exact `post_attention_layernorm`, whatever `bhyt_second_site` says |
     | `bhyt_lambda_input` | initial lambda of `input_layernorm`: one number, or one for each layer of the model |
     | `bhyt_lambda_post` | the same for `post_attention_layernorm` |
     | `bhyt_lambda_final` | the same for a BHyT final norm, one number |
     | `bhyt_learnable_lambda` | train the lambdas |
-    | `bhyt_kappa` | coverage constant of Chebyshev's inequality |
+    | `bhyt_kappa` | coverage constant of Chebyshev's inequality: tanh gets lambda / kappa * x / rms(x) |
     | `bhyt_eps` | added to every mean square; by default `rms_norm_eps` |
     | `bhyt_final` | the final norm: `rms`, or `bhyt` (exact) |
     | `bhyt_seq_len` | length of the training sequences, T of the paper; `approx` needs it |
     | `bhyt_learnable_estimate` | train slope and intercept of the `approx` estimate, from (1, 1) |
-    | `bhyt_output_scale` | every norm has a constant factor for each channel, as converted checkpoints need |
+    | `bhyt_output_scale` | every BHyT norm has a fixed factor for each channel, as converted checkpoints need |
     """
 
     model_type = "hfe_bhyt"
@@ -51,6 +51,7 @@ class BhytConfig(DecoderConfig):
     bhyt_output_scale: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        """Replace the defaults None by the values that the table describes."""
         if self.bhyt_layers is None:
             self.bhyt_layers = [] if self.patch_is_optional else list(range(self.num_hidden_layers))
         if self.bhyt_exact_layers is None:
@@ -61,24 +62,35 @@ class BhytConfig(DecoderConfig):
 
     @property
     def active_patches(self) -> list[str]:
+        """Names of the patches that this configuration has, `bhyt` if any norm is BHyT."""
         active = bool(self.bhyt_layers) or self.bhyt_final == "bhyt"
         return [*super().active_patches, *(["bhyt"] if active else [])]
 
     def bhyt_estimate(self, layer_idx: int) -> str:
-        """How this layer's post-attention norm gets its mean square: `exact`, `approx` or `affine`."""
+        """Return how this layer's post-attention norm gets its mean square: `exact`, `approx` or `affine`."""
         return "exact" if layer_idx in self.bhyt_exact_layers else self.bhyt_second_site
 
     def bhyt_lambda(self, position: str, layer_idx: int | None = None) -> float:
-        """Initial lambda of a norm: `input` or `post` of a layer, or `final`."""
-        given = getattr(self, f"bhyt_lambda_{position}")
-        return float(given[layer_idx] if isinstance(given, list) else given)
+        """Return the initial lambda of a norm.
+
+        Args:
+            position: `input` (before attention), `post` (after attention) or `final`.
+            layer_idx: index of the layer; None for `final`.
+        """
+        initial = getattr(self, f"bhyt_lambda_{position}")
+        return float(initial[layer_idx] if isinstance(initial, list) else initial)
 
     def fields_of_absent_patches(self) -> set[str]:
+        """As in `DecoderConfig`; all BHyT fields if no norm is BHyT."""
         absent = super().fields_of_absent_patches()
         return absent if "bhyt" in self.active_patches else absent | set(BhytConfig.__annotations__)
 
     def validate_bhyt(self) -> None:
-        """Rules of the BHyT fields; raises `ValueError` with the value and the rule."""
+        """Check the BHyT fields; transformers calls it when a configuration is created.
+
+        Raises:
+            ValueError: a rule is broken; the message has the value and the rule.
+        """
         count = self.num_hidden_layers
         if not self.patch_is_optional and not self.bhyt_layers and self.bhyt_final == "rms":
             raise ValueError("bhyt_layers is empty; name at least one layer, or use the unpatched decoder")

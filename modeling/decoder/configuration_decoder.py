@@ -14,13 +14,14 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def length_dependent_rope(rope_parameters: dict[str, Any] | None) -> str | None:
-    """`rope_type` of a rotary embedding whose frequencies depend on the longest position so far; None for others.
+    """Return the first `rope_type` whose frequencies depend on the largest position (`dynamic`, `longrope`), or None.
 
     Args:
-        rope_parameters: transformers' dictionary, or one dictionary for each layer type.
+        rope_parameters: transformers' dictionary, or a dictionary of layer type to such a dictionary; None for default.
     """
-    given = rope_parameters or {}
-    types = [str(each.get("rope_type", "")) for each in (given, *given.values()) if isinstance(each, dict)]
+    parameters = rope_parameters or {}
+    candidates = (parameters, *parameters.values())
+    types = [str(each.get("rope_type", "")) for each in candidates if isinstance(each, dict)]
     return next((rope_type for rope_type in types if "dynamic" in rope_type or rope_type == "longrope"), None)
 
 
@@ -34,19 +35,19 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
     | `attention_output_bias` | bias on the attention's output projection |
     | `mlp_bias` | biases on gate, up and down |
     | `qk_norm` | RMSNorm over each head of q and k, before the rotary embedding (Qwen3) |
-    | `head_dim` | width of a head; by default `hidden_size // num_attention_heads` |
+    | `head_dim` | channels of a head; by default `hidden_size // num_attention_heads` |
     | `layer_types` | `full_attention` or `sliding_attention` for each layer; by default sliding where a window is set |
-    | `sliding_window` | number of tokens a sliding layer sees, the current one included |
+    | `sliding_window` | number of tokens a query of a sliding layer may attend to, its own included |
     | `rope_parameters` | transformers' rotary dictionary (`rope_type`, `rope_theta`, …) |
-    | `carry_residual` | a layer leaves its last residual add to the next norm; the same results, faster |
-    | `source_model_type` | stock family that the weights come from; None when trained from scratch |
+    | `carry_residual` | a layer leaves its last residual addition to the next norm's kernel; the same results, faster |
+    | `source_model_type` | stock model type that the weights were converted from; None if trained from scratch |
     | `hfe_format` | version of the checkpoint layout |
 
     The remaining fields mean what they mean in `LlamaConfig`.
     """
 
     model_type = "hfe_decoder_base"
-    # An architecture is defined by its patch, so the patch may not be absent; `hfe_decoder` takes any combination.
+    # False: the patch that defines an architecture cannot be absent. `hfe_decoder`, with any combination, sets True.
     patch_is_optional = False
     peft_targets = "llama"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -94,6 +95,7 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
     hfe_format: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        """Replace the defaults None by the values that the table describes."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -105,7 +107,7 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Tensor-parallel style of each module of this configuration. A patch adds its own."""
+        """Return transformers' tensor-parallel plan: pattern of module names -> style. A patch adds its own entries."""
         plan = dict(type(self).base_model_tp_plan)
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
@@ -113,16 +115,20 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
         return plan
 
     def fields_of_absent_patches(self) -> set[str]:
-        """Names of the fields without effect, because their patch is absent. A patch adds its own."""
+        """Return the names of the fields that have no effect because their patch is absent. A patch adds its own."""
         return set()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the fields of absent patches, which get their defaults when loaded."""
+        """As in transformers, without the fields of absent patches: these have their defaults."""
         absent = self.fields_of_absent_patches()
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 
     def validate_architecture(self) -> None:
-        """Cross-field rules; raises `ValueError` with the value and the rule."""
+        """Check rules across fields; transformers calls it when a configuration is created.
+
+        Raises:
+            ValueError: a rule is broken; the message has the value and the rule.
+        """
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "

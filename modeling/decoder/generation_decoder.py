@@ -1,10 +1,10 @@
-"""`generate()` at the speed of the device: each step of greedy search and sampling is a CUDA graph replay.
+"""`generate()` with CUDA graphs: each decoding step of greedy search and sampling is one graph replay.
 
-transformers' loop prepares inputs, calls the model and waits for the device for every token. The loop here keeps ids,
-scores and stopping state on the device, checks every few tokens whether all sequences have finished, and discards what
-it computed after that point. It serves the calls for which it gives the same tokens and falls back to transformers'
-loop for the others: beam search, assisted and prompt-lookup decoding, a model on the CPU or spread over devices,
-adapters, hooks, another attention implementation, another kind of cache.
+transformers' loop prepares inputs, calls the model and synchronises with the device for every token. The loop here
+keeps ids, scores and stopping state on the device, checks every few tokens whether all sequences have finished, and
+discards the tokens computed after that point. It is used for the calls for which it gives the same tokens; the others
+fall back to transformers' loop: beam search, assisted and prompt-lookup decoding, a model on the CPU or spread over
+devices, adapters, hooks, another attention implementation, another kind of cache.
 """
 
 from __future__ import annotations
@@ -36,11 +36,9 @@ from hf_efficient.modeling.decoder.graph_capture import (
     step_pool,
     step_signature,
 )
+from hf_efficient.modeling.decoder.stop_check import AsyncStopCheck
 
-# Tokens between two checks whether all sequences have finished. A check takes the host a millisecond or two; up to
-# twice as many tokens are computed past the end and discarded.
-STOP_CHECK_INTERVAL = 8
-# Arguments that may come with a prompt without changing what a step computes.
+# Arguments of the prompt's forward that do not change what a later decoding step computes.
 _STEP_ARGUMENTS = {
     "attention_mask",
     "cache",
@@ -55,7 +53,10 @@ _STEP_ARGUMENTS = {
 
 
 class CapturedGeneration:
-    """Mixin before `GenerationMixin`; its `_sample` serves greedy search and sampling from captured steps."""
+    """Mixin to list before `GenerationMixin`: greedy search and sampling run as replays of captured steps.
+
+    A captured step is one decoding step, all kernels of a forward of one token per sequence, in a CUDA graph.
+    """
 
     # Attributes of the model that this is mixed into.
     config: Any
@@ -64,13 +65,17 @@ class CapturedGeneration:
     prepare_inputs_for_generation: Any
     set_attn_implementation: Any
 
-    # Arguments of `generate` that belong to the prompt alone; patches add to them.
+    # Further such arguments of `generate`, which only the prompt's forward reads; patches add to them.
     prompt_arguments: frozenset[str] = frozenset()
     # Attention implementations that compute what `hfe_decode` does; patches add to them.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the cache may be passed under the name of any supported release."""
+        """As in transformers; the cache may be passed as `past_key_values` or as `cache` with every supported release.
+
+        Raises:
+            HFEError: two different caches were passed, or a static cache is full before all sequences have finished.
+        """
         return super().generate(*args, **rename_cache(kwargs))
 
     @classmethod
@@ -79,10 +84,10 @@ class CapturedGeneration:
         return cls.cache_class is DecodeCache and super()._supports_default_dynamic_cache()
 
     def captured_steps(self) -> list[dict[str, Any]]:
-        """Shapes and bytes of each captured step that `generate` keeps for its next calls, of parallel generation too.
+        """Return shapes and bytes of each captured step that is kept for the next calls of `generate`.
 
-        They belong to at most 4 caches and hold at most a quarter of the device's memory; `free_captured_steps` frees
-        them.
+        Those of parallel generation too. They belong to at most 4 caches and hold at most a quarter of the device's
+        memory; `free_captured_steps` frees them.
         """
         return step_pool(self).report()
 
@@ -93,7 +98,16 @@ class CapturedGeneration:
     def generation_obstacle(
         self, input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
     ) -> str:
-        """Why a call of `generate` falls back to transformers' loop; an empty string when captured steps serve it."""
+        """Return why a call of `generate` must fall back to transformers' loop; an empty string if it need not.
+
+        Modules and weights are checked by `step_signature`, not here.
+
+        Args:
+            input_ids: int64 [B, S], the prompts.
+            generation_config: the configuration of the call, as `generate` resolved it.
+            synced_gpus: whether all processes must run the same number of steps, as in transformers.
+            model_kwargs: arguments of the prompt's forward.
+        """
         cache = cache_of_arguments(model_kwargs)
         mask = model_kwargs.get("attention_mask")
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
@@ -101,13 +115,13 @@ class CapturedGeneration:
             "the configuration disables compilation": bool(generation_config.disable_compile),
             # As prefix and prompt tuning do.
             "something else prepares the inputs": prepare is not type(self).prepare_inputs_for_generation,
-            "the attention mask has no row for each sequence": mask is not None and getattr(mask, "ndim", 0) != 2,
-            "other processes generate in step": synced_gpus,
+            "the attention mask is not of shape [B, length]": mask is not None and getattr(mask, "ndim", 0) != 2,
+            "synced_gpus is set": synced_gpus,
             "the cache is switched off": not model_kwargs.get("use_cache"),
             "attentions or hidden states are requested": bool(
                 generation_config.output_attentions or generation_config.output_hidden_states
             ),
-            "the call serves another model's generation": bool(generation_config.is_assistant),
+            "the call is that of an assistant model": bool(generation_config.is_assistant),
             "there is nothing to generate": input_ids.shape[1] >= generation_config.max_length,
             f"the caller passed a {type(cache).__name__}": not _can_use(cache, self.cache_class),
         }
@@ -128,6 +142,10 @@ class CapturedGeneration:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
+        """As in transformers, called by `generate` for greedy search and sampling.
+
+        With captured steps if there is no obstacle, else by transformers' loop, with the reason as an info message.
+        """
         obstacle = self.generation_obstacle(input_ids, generation_config, synced_gpus, model_kwargs)
         signature = None if obstacle else step_signature(self)
         if not obstacle and signature is None:
@@ -138,7 +156,7 @@ class CapturedGeneration:
         loop = None
         if signature is not None and not obstacle:
             try:
-                # Ids on another device stay there in transformers; here the step needs them on its own.
+                # The step reads ids on the model's device; transformers leaves them on the device of the prompt.
                 loop = GraphDecodeLoop(self, input_ids.to(self.device), generation_config, model_kwargs, signature)
             except torch.OutOfMemoryError:
                 obstacle = f"a cache for max_length={generation_config.max_length} tokens does not fit into memory"
@@ -158,7 +176,10 @@ class CapturedGeneration:
         return result.to(device) if isinstance(result, Tensor) else result
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with `sdpa` or flash attention, which take its paged cache, in place of our attention."""
+        """As in transformers, but with `sdpa` in place of our attention, which does not support its paged cache.
+
+        transformers may replace `sdpa` by flash attention. The manager sets our attention again when it stops.
+        """
         own = self.config._attn_implementation
         if own not in self.captured_attention:
             return super().init_continuous_batching(*args, **kwargs)
@@ -168,15 +189,17 @@ class CapturedGeneration:
         except BaseException:
             self.set_attn_implementation(own)
             raise
-        # The manager sets this implementation again when it stops.
+        # The implementation that the manager sets when it stops.
         manager._original_attn_impl = own
         return manager
 
 
 def _can_use(cache: Cache | None, cache_class: type) -> bool:
-    """True for a cache that `generate` made for this call, which is replaced, and for a caller's that can be captured.
+    """True if the loop can run with this cache argument of `generate`.
 
-    A caller may pass a cache of the model's class, or a plain `StaticCache` where that class is a `DecodeCache`.
+    That is: no cache; a `DynamicCache` or `StaticCache` that `generate` created for this call, which is replaced by one
+    of ours; or a user's cache of the model's `cache_class`, or if that is `DecodeCache`, one that `as_capturable` of
+    `decode_cache.py` supports.
     """
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return cache is None or type(cache) in (DynamicCache, StaticCache) and not cache.offloading
@@ -186,21 +209,23 @@ def _can_use(cache: Cache | None, cache_class: type) -> bool:
 
 
 class GraphDecodeLoop:
-    """One call of `generate`: its cache, its step, and the tokens so far.
+    """The decoding loop of one call of `generate`, with its cache, its decoding step and the tokens so far.
+
+    Created, it has a cache with room for `max_length` tokens; `generate` then runs the prompt and the loop.
 
     Args:
         model: the causal language model.
-        input_ids: int64 [B, S], the prompts.
-        generation_config: as `generate` resolved it.
+        input_ids: int64 [B, S], the prompts, on the model's device.
+        generation_config: the configuration of the call, as `generate` resolved it.
         model_kwargs: arguments of the prompt's forward.
-        signature: `step_signature` of the model.
+        signature: `step_signature` of the model (see `graph_capture.py`): a step captured under it may be replayed.
 
     Raises:
         torch.OutOfMemoryError: there is no memory for a cache of `max_length` tokens.
     """
 
-    length: int  # tokens in the cache after the prompt, earlier calls included
-    step: DecodeStep
+    length: int  # tokens in the cache after the prompt, with those of earlier calls
+    step: DecodeStep  # one decoding step, as a call of the model or a graph replay
     capturable: CapturableCache  # `cache` as decoding steps use it
 
     def __init__(
@@ -220,33 +245,44 @@ class GraphDecodeLoop:
         self.ids[:, : self.prompt_length] = input_ids
 
         mask = model_kwargs.get("attention_mask")
-        # [B, tokens so far], False at padding; None when there is none.
+        # bool [B, length of the attention mask], False at padding; None without padding.
         self.padding_mask = None if mask is None or bool(mask.all()) else mask.to(model.device, torch.bool)
-        given = cache_of_arguments(model_kwargs)
+        passed_cache = cache_of_arguments(model_kwargs)
         embeds = model_kwargs.get("inputs_embeds")
-        is_callers = getattr(given, "_is_user_defined", False)
-        self.keeps_cache = is_callers or bool(generation_config.return_dict_in_generate)
+        is_users_cache = getattr(passed_cache, "_is_user_defined", False)
+        # The caller gets the cache back, so it does not go to the pool.
+        self.keeps_cache = is_users_cache or bool(generation_config.return_dict_in_generate)
         self._pooled_step: DecodeStep | None = None
-        self.cache: Any = given if is_callers else self._new_cache(embeds)
+        self.cache: Any = passed_cache if is_users_cache else self._new_cache(embeds)
         self.model_kwargs = {**model_kwargs, **cache_argument(self.cache)}
-        if is_callers and isinstance(given, CapturableCache):
+        if is_users_cache and isinstance(passed_cache, CapturableCache):
             # Ids, mask or embeddings may include the tokens of earlier calls.
             prompt = max(x.shape[1] for x in (input_ids, mask, embeds) if x is not None)
-            given.ensure_capacity(given.get_seq_length() + prompt + self.max_length - self.prompt_length)
+            new_tokens = prompt + self.max_length - self.prompt_length
+            passed_cache.ensure_capacity(passed_cache.get_seq_length() + new_tokens)
 
     def _new_cache(self, embeds: Tensor | None) -> Any:
-        """An empty cache for this call; from the pool, together with its step, where one fits."""
+        """Return an empty cache for this call, from the pool of captured steps if one fits.
+
+        A pooled cache comes with its captured step, which is stored as `self._pooled_step`.
+
+        Args:
+            embeds: `inputs_embeds` [B, S, hidden_size] of the prompt, or None.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it, even with an empty pool.
+        """
         model, batch_size = self.model, self.ids.shape[0]
         # Embeddings replace the prompt's ids and may be more. The last token is never fed to the model.
         prompt = self.prompt_length if embeds is None else embeds.shape[1]
         capacity = round_capacity(prompt + self.max_length - self.prompt_length - 1)
         padded = self.padding_mask is not None
         pool = step_pool(model)
-        found = pool.take(PooledStep, self.signature, lambda steps: steps.fits(batch_size, capacity, padded))
-        if found is not None:
-            self._pooled_step = found.step
-            found.cache.reset()
-            return found.cache
+        pooled = pool.take(PooledStep, self.signature, lambda steps: steps.fits(batch_size, capacity, padded))
+        if pooled is not None:
+            self._pooled_step = pooled.step
+            pooled.cache.reset()
+            return pooled.cache
         try:
             return model.build_cache(batch_size, capacity)
         except torch.OutOfMemoryError:
@@ -254,7 +290,7 @@ class GraphDecodeLoop:
             return model.build_cache(batch_size, capacity)
 
     def _find_step(self) -> DecodeStep:
-        """The step of this call's cache: an existing one that fits it, or a new one."""
+        """Return a decoding step for `self.cache`: one of an earlier call if it fits the cache, or a new one."""
         step = self._pooled_step or RETURNED_CACHE_STEPS.get(self.cache)
         padded = self.padding_mask is not None
         if step is None or not step.fits(self.cache) or (padded and not step.padded):
@@ -262,23 +298,25 @@ class GraphDecodeLoop:
         return step
 
     def generate(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, streamer: Any) -> Any:
-        """Run the loop.
+        """Run the prompt and then the loop until all sequences have finished.
 
         Args:
-            processors: as in transformers.
-            criteria: as in transformers.
-            streamer: gets each token [B]; or None.
+            processors: logits processors, as in transformers.
+            criteria: stopping criteria, as in transformers.
+            streamer: its `put` gets each token [B]; or None.
 
         Returns:
-            Sequences, int64 [B, length], or transformers' output class where `return_dict_in_generate` is set.
+            Sequences, int64 [B, length], prompt and generated tokens; or transformers' `GenerateDecoderOnlyOutput` if
+            `return_dict_in_generate` is set.
 
         Raises:
-            HFEError: a static cache of the caller's is full before all sequences have finished.
+            HFEError: the user's static cache is full before all sequences have finished.
         """
         ids, config = self.ids, self.config
         logits = self._prefill()
         has_callbacks = _needs_every_token(processors, criteria)
-        # A step past the end is dispatched before the host knows of the end. A kept cache must not keep its token.
+        # A step past the end is launched before the host reads that all have finished. A cache that the caller keeps
+        # must not contain its token; a recurrent state must be restored for this.
         snapshot = None
         if self.keeps_cache and not self.capturable.can_truncate:
             snapshot = StateSnapshot(self.capturable.state_tensors())
@@ -324,7 +362,7 @@ class GraphDecodeLoop:
                 )
             if snapshot is not None:
                 snapshot.save()
-            # The device has its next step before the host waits for the last one.
+            # The next step is launched before the host waits for the state after the last one.
             logits = self._advance(token, check_signature=length % SIGNATURE_CHECK_INTERVAL == 0)
             if stop_check.all_finished():
                 if snapshot is not None:
@@ -333,7 +371,7 @@ class GraphDecodeLoop:
         return self._finish(stop_check.finish(), all_scores, all_logits)
 
     def _prefill(self) -> Tensor:
-        """Logits [B, V] after the prompt; the step is set to resume there."""
+        """Run the model on the prompt and set the decoding step to follow it; return the last logits [B, V]."""
         outputs: CausalLMOutputWithPast = self.model._prefill(
             self.ids[:, : self.prompt_length].clone(), self.config, self.model_kwargs, is_first_iteration=True
         )
@@ -344,24 +382,31 @@ class GraphDecodeLoop:
         return outputs.logits[:, -1]
 
     def _is_full(self, length: int) -> bool:
-        """True when the cache has no slot for the last of `length` tokens: only a caller's static one can be."""
+        """True if the cache has no slot for the last of `length` tokens, prompt and generated.
+
+        Only a user's `StaticCache` can be full.
+        """
         return self.length + length - self.prompt_length > self.step.capacity
 
     def _next_positions(self) -> Tensor:
-        """Position of each sequence's next token, int64 [B]."""
+        """Return the position id of each sequence's first generated token, int64 [B]."""
         batch_size = self.ids.shape[0]
-        given = self.model_kwargs.get("position_ids")
-        if given is not None:
-            return (given[:, -1] + 1).expand(batch_size)
+        position_ids = self.model_kwargs.get("position_ids")
+        if position_ids is not None:
+            return (position_ids[:, -1] + 1).expand(batch_size)
         if self.padding_mask is None:
             return self.ids.new_full((batch_size,), self.length)
         return self.padding_mask.sum(1)
 
     def _advance(self, token: Tensor, check_signature: bool) -> Tensor:
-        """Logits [B, V] after one more token of each sequence, int64 [B]."""
+        """Run one decoding step with `token`, int64 [B]; return logits [B, V].
+
+        The step is replayed from its CUDA graph, captured first if there is none for the model's signature. It is a
+        call of the model if the model may not be captured (a callback has changed it) or is not on CUDA.
+        """
         step = self.step
         step.tokens.copy_(token[:, None])
-        if check_signature:  # a callback may have changed the model
+        if check_signature:
             self.signature = step_signature(self.model)
         if self.signature is None or not step.tokens.is_cuda:
             return step.run(self.model, self.cache)
@@ -370,7 +415,15 @@ class GraphDecodeLoop:
         return step.replay()
 
     def _finish(self, steps: int, scores: list[Tensor] | None, logits: list[Tensor] | None) -> Any:
-        """What `generate` returns after `steps` tokens; tokens computed past them are removed from a kept cache."""
+        """Return the result of `generate`, and keep the cache and the step for later calls.
+
+        Tokens computed past the end are removed from a cache that the caller keeps; another one goes to the pool if its
+        step was captured.
+
+        Args:
+            steps: number of generated tokens.
+            scores, logits: [B, V] of each token, at least `steps` of them; None if they are not requested.
+        """
         sequences = self.ids[:, : self.prompt_length + steps].clone()
         if self.keeps_cache:
             if self.capturable.can_truncate:
@@ -389,65 +442,11 @@ class GraphDecodeLoop:
 
 
 def _needs_every_token(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
-    """True when a callback may count its calls or read a clock, so that it must not be called past the end."""
+    """True if a processor or criterion must not be called past the end.
+
+    A user's own may count its calls, and `MaxTimeCriteria` reads a clock.
+    """
     return any(
         not type(callback).__module__.startswith("transformers.") or isinstance(callback, MaxTimeCriteria)
         for callback in (*processors, *criteria)
     )
-
-
-class AsyncStopCheck:
-    """Polls finished flags copied asynchronously, and passes tokens to a streamer, while the device computes.
-
-    Args:
-        ids: int64 [B, length] on the model's device.
-        streamer: gets each token [B]; or None.
-        every_token: check after every token; otherwise every `STOP_CHECK_INTERVAL`, one check late.
-    """
-
-    def __init__(self, ids: Tensor, streamer: Any, every_token: bool) -> None:
-        self.streamer = streamer
-        self.every_token = every_token
-        self._steps = ids.new_zeros(())
-        self._in_flight: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        self._tokens = 0
-
-    def count_step(self, unfinished: Tensor) -> None:
-        """Count a step if any sequence was unfinished before it; `unfinished` [B] is 1 or 0."""
-        self._steps += unfinished.max()
-
-    def send(self, unfinished: Tensor, token: Tensor) -> None:
-        """Start to copy the state after a token, `unfinished` and `token` [B], to the host, where a check is due."""
-        self._tokens += 1
-        if not self.every_token and self._tokens % STOP_CHECK_INTERVAL:
-            return
-        state = torch.cat((unfinished.max()[None], token))
-        if not state.is_cuda:
-            self._in_flight.append((state, None))
-            return
-        event = torch.cuda.Event()
-        host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
-        host.copy_(state, non_blocking=True)
-        event.record()
-        self._in_flight.append((host, event))
-
-    def all_finished(self) -> bool:
-        """True when the oldest state in flight says that every sequence had finished; waits for that state."""
-        if len(self._in_flight) < (1 if self.every_token else 2):
-            return False
-        return self._read(*self._in_flight.pop(0))
-
-    def _read(self, state: Tensor, event: torch.cuda.Event | None) -> bool:
-        if event is not None:
-            event.synchronize()
-        if self.streamer is not None:
-            self.streamer.put(state[1:].clone().cpu())
-        return not bool(state[0])
-
-    def finish(self) -> int:
-        """Number of tokens until every sequence had finished; ends the streamer."""
-        if self.streamer is not None:
-            for state in self._in_flight:
-                self._read(*state)
-            self.streamer.end()
-        return int(self._steps)

@@ -1,6 +1,7 @@
-"""The task heads that transformers has for every decoder: sequence and token classification, question answering.
+"""Models with the task heads of transformers: sequence and token classification, question answering.
 
-The classes of an architecture only set `model_class`, their base model.
+`forward` is that of transformers' generic classes (`GenericForSequenceClassification`, ...). The classes of an
+architecture only set `model_class`, the class of their base model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from hf_efficient.modeling.decoder.modeling_decoder import DecoderModel, Decoder
 
 
 class TaskHead:
-    """Mixin that creates the base model from `model_class`: transformers' `AutoModel` does not know exported code."""
+    """Mixin that creates the base model from `model_class` and the head by `build_head`.
+
+    The generic classes would use `AutoModel`, where the classes of code exported into a checkpoint are not registered.
+    """
 
     model_class: type[DecoderModel] = DecoderModel
 
@@ -30,12 +34,12 @@ class TaskHead:
         cast(DecoderPreTrainedModel, self).post_init()
 
     def build_head(self, config: DecoderConfig) -> None:
-        """Create the modules that transformers' head of this task calls."""
+        """Set the modules that the `forward` of transformers' generic class calls; each subclass implements it."""
         raise NotImplementedError
 
 
 class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassification, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer on the last token that is not padding: logits [B, num_labels]."""
+    """A `DecoderModel` and a linear layer on the last token that is not padding: `logits` [B, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.num_labels = config.num_labels
@@ -43,7 +47,7 @@ class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassificatio
 
 
 class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer on every token: logits [B, S, num_labels]."""
+    """A `DecoderModel`, dropout and a linear layer on every token: `logits` [B, S, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.num_labels = config.num_labels
@@ -53,7 +57,7 @@ class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, Dec
 
 
 class DecoderForQuestionAnswering(TaskHead, GenericForQuestionAnswering, DecoderPreTrainedModel):
-    """A `DecoderModel` and a linear layer on every token: logits of an answer's start and end, [B, S] each."""
+    """A `DecoderModel` and a linear layer on every token: `start_logits` and `end_logits` of an answer, [B, S]."""
 
     def build_head(self, config: DecoderConfig) -> None:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

@@ -20,14 +20,14 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_file_names(config: Mapping[str, Any] | None = None, variant: str | None = None) -> tuple[str, ...]:
-    """Names of the file to load, single file or index, in transformers' order: the first that exists is the one.
+    """Return the names of the weight file or its index to look for, in transformers' order: the first found is loaded.
 
     Args:
-        config: fields of config.json, whose `transformers_weights` names the file.
-        variant: as for `from_pretrained`: `fp16` stands for `model.fp16.safetensors`.
+        config: fields of config.json; its field `transformers_weights`, if set, is the only name.
+        variant: as for `from_pretrained`: `fp16` for `model.fp16.safetensors`.
 
     Raises:
-        HFEError: `transformers_weights` names what is not safetensors, or lies outside the folder.
+        HFEError: `transformers_weights` is not the name of a safetensors file or index inside the folder.
     """
     named = None if config is None else config.get("transformers_weights")
     if named is None:
@@ -42,12 +42,15 @@ def weight_file_names(config: Mapping[str, Any] | None = None, variant: str | No
 
 
 def shard_names(index: Path) -> list[str]:
-    """Names of the files that an index lists, in the order in which transformers reads them.
+    """Return the names of the files that an index lists, sorted, the order in which transformers reads them.
 
-    Of a tensor that several of them hold, the last one counts.
+    If several of them have a tensor of the same name, the last one is used.
+
+    Args:
+        index: path of a `.safetensors.index.json`.
 
     Raises:
-        HFEError: the index cannot be read, lists nothing, or lists what is not a safetensors file in its folder.
+        HFEError: the index cannot be read, lists nothing, or lists a name that is not a safetensors file in its folder.
     """
     return sorted({_inside(name, index.name, _SHARD) for name in read_weight_map(index).values()})
 
@@ -60,22 +63,22 @@ def resolve_weight_files(
     subfolder: str = "",
     name: str | None = None,
 ) -> list[Path]:
-    """The safetensors files that `from_pretrained(folder)` would load, in the order in which it reads them.
+    """Return the paths of the safetensors files that `from_pretrained(folder)` loads, in the order of reading.
 
-    A single file comes before an index; shards that no index lists are not loaded.
+    A single file takes precedence over an index; shards that no index lists are not loaded.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         config: fields of its config.json.
         variant, subfolder: as for `from_pretrained`.
-        name: what a message calls the checkpoint; its folder's name by default.
+        name: name of the checkpoint in error messages; by default the folder's name.
 
     Raises:
-        HFEError: there are none, a shard is missing, or the weights are of a kind that is not read: pickle, or the
-            files of a distributed model.
+        HFEError: the folder cannot be read or has no such file, a shard is missing, or the weights are of an
+            unsupported kind: pickle, or the files of a distributed model.
     """
-    place, name = folder / subfolder, name or folder.resolve().name
-    present = _file_names(place)
+    directory, name = folder / subfolder, name or folder.resolve().name
+    present = _file_names(directory)
     distributed = [file for file in present if _DISTRIBUTED.match(file)]
     if distributed:
         raise HFEError(
@@ -83,12 +86,12 @@ def resolve_weight_files(
             "load it with transformers and save it again with save_pretrained, without distributed_checkpoint",
         )
     wanted = weight_file_names(config, variant)
-    entry = next((place / file for file in wanted if (place / file).is_file()), None)
+    entry = next((directory / file for file in wanted if (directory / file).is_file()), None)
     if entry is None:
         raise _absent(name, wanted, present)
     if not entry.name.endswith(".json"):
         return [entry]
-    files = [place / shard for shard in shard_names(entry)]
+    files = [directory / shard for shard in shard_names(entry)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise HFEError(
@@ -99,7 +102,16 @@ def resolve_weight_files(
 
 
 def _inside(name: Any, origin: str, suffix: str = "") -> str:
-    """`name`, after a check that it names a file below the checkpoint's folder; `origin` is where it comes from."""
+    """Return `name` after a check that it is a relative path inside the checkpoint's folder.
+
+    Args:
+        name: the name, any value from a JSON file.
+        origin: where it comes from, for the message.
+        suffix: what it must end with.
+
+    Raises:
+        HFEError: it is not such a path.
+    """
     if isinstance(name, str) and name.endswith(suffix) and name.isprintable():
         path = PurePosixPath(name.replace("\\", "/"))
         if not (path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name)):
@@ -111,7 +123,7 @@ def _inside(name: Any, origin: str, suffix: str = "") -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Sorted names in a folder; `HFEError` where it cannot be read."""
+    """Return the sorted names in a folder; raise `HFEError` if it cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -119,7 +131,13 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _absent(name: str, wanted: tuple[str, ...], present: list[str]) -> HFEError:
-    """The error for a checkpoint without the `wanted` weight files; it names pickles or variants that are there."""
+    """Return the error for a checkpoint without weight files that can be loaded.
+
+    Args:
+        name: name of the checkpoint.
+        wanted: names of the files of which one is needed.
+        present: names in its folder; pickle files or other variants among them are named in the message.
+    """
     pickles = [file for file in present if file.endswith(_PICKLES) and file != "training_args.bin"]
     if pickles:
         return HFEError(
