@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ def command(
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
     patch: Annotated[
         list[str] | None,
-        typer.Option(help="Patch to apply; repeat it to combine patches. `none` re-homes the model unchanged."),
+        typer.Option(help="Patch to apply; repeat it to combine patches. `none` moves the model unchanged."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto (the source's; GGUF gives float32), float32, bfloat16, float16.")
@@ -72,7 +73,7 @@ def command(
 
     if not patch:
         raise UsageError(
-            "no --patch was given", "name one, e.g. --patch stem, or --patch none to re-home the model unchanged"
+            "no --patch was given", "name one, e.g. --patch stem, or --patch none to move the model unchanged"
         )
     hide_reported_warnings()
     report = convert(
@@ -101,5 +102,10 @@ def command(
     show_report(report, json)
     if not json and not dry_run:
         family = family_of(report.model_type)
-        following = f'generate {output} "Hello"' if family is not None and family.generates else f"inspect {output}"
-        typer.echo(f"\n{output} is complete. Next: hf-efficient {following}")
+        folder = shlex.quote(str(output))
+        steps = [f'generate {folder} "Hello"' if family is not None and family.generates else f"inspect {folder}"]
+        if report.evaluation is not None or not evaluate:  # Neither: the model cannot be measured on text.
+            steps.append(f"evaluate {folder} --reference {shlex.quote(source)}")
+        if push_to_hub is None:
+            steps.append(f"push {folder} YOU/{shlex.quote(output.resolve().name)}")
+        typer.echo("\n".join([f"\n{output} is complete. Next:", *(f"  hf-efficient {step}" for step in steps)]))

@@ -41,6 +41,11 @@ def export(folder: str | Path) -> CodeExport:
         HFEError: `folder` holds no configuration of an architecture of this package.
     """
     folder = Path(folder)
+    if not (folder / CONFIG_NAME).exists():
+        raise HFEError(
+            f"{folder} has no {CONFIG_NAME}",
+            "name the folder of a whole checkpoint; merge an adapter into its base first",
+        )
     model_type = read_json(folder / CONFIG_NAME).get("model_type")
     architecture = architecture_of(str(model_type))
     if architecture is None:

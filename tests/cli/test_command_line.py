@@ -41,7 +41,13 @@ def converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     assert done.returncode == 0, done.stderr
     (output.parent / "stderr.txt").write_text(done.stderr, newline="")
-    assert done.stdout.endswith(f'{output} is complete. Next: hf-efficient generate {output} "Hello"\n')
+    steps = [
+        f'generate {output} "Hello"',
+        f"evaluate {output} --reference {tiny_llama}",
+        f"push {output} YOU/tiny-stem",
+    ]
+    shown = "".join(f"  hf-efficient {step}\n" for step in steps)
+    assert done.stdout.endswith(f"{output} is complete. Next:\n{shown}")
     return output
 
 
@@ -286,4 +292,4 @@ def test_export_writes_the_code_again_and_renews_the_card(
         path.name: path.read_bytes() for path in converted.iterdir()
     }
     assert status_of("export", str(tmp_path)) == 1
-    assert "config.json cannot be read" in capsys.readouterr().err
+    assert "has no config.json" in capsys.readouterr().err

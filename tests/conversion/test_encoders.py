@@ -1,4 +1,4 @@
-"""A tiny BERT re-homed unchanged: converted, loaded, inspected, evaluated, verified; and sources that are refused."""
+"""A tiny BERT moved unchanged: converted, loaded, inspected, evaluated, verified; and sources that are refused."""
 
 from __future__ import annotations
 
