@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypedDict
 
+from hf_efficient.conversion.measuring.evaluation import figure_labels
 from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
 from hf_efficient.errors import HFEError
@@ -13,13 +14,7 @@ from hf_efficient.errors import HFEError
 REPORT_NAME = "conversion_report.json"
 # Largest number of ranges of integers that `_ranges` writes.
 _MAX_RANGES = 12
-_METRIC_LABELS = {
-    "reference_nll": "nll of the source",
-    "nll": "nll",
-    "delta_nll": "Δ nll",
-    "kl": "KL from the source",
-    "top1_agreement": "top-1 agreement",
-}
+_METRIC_LABELS = figure_labels("source")
 
 
 Package = Literal["hf_efficient", "python", "torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf"]
@@ -126,7 +121,8 @@ class ConversionReport:
         if self.dry_run:
             rows.append(("needs", f"{format_bytes(self.estimate['disk_bytes'])} of disk"))
             rows.append(("weights in memory", format_bytes(self.estimate["peak_memory_bytes"])))
-            more = " or measured; --measure does the latter" if any(map(_to_measure, self.patches)) else ""
+            unmeasured = any(map(_to_measure, self.patches))
+            more = ", and nothing measured (--measure measures the choices)" if unmeasured else ""
             rows.append(("dry run", f"nothing was written{more}"))
         elif self.seconds is not None and self.peak_memory_bytes is not None:
             rows.append(("took", f"{self.seconds:.1f} s, peak memory {format_bytes(self.peak_memory_bytes)}"))

@@ -36,6 +36,17 @@ Objective = Literal["next tokens", "masked tokens"]
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
 
+def figure_labels(reference: str) -> dict[str, str]:
+    """Field of a measured figure -> its label in a table, in order; `reference` names the model compared with."""
+    return {
+        "reference_nll": f"nll of the {reference}",
+        "nll": "nll",
+        "delta_nll": "Δ nll",
+        "kl": f"KL from the {reference}",
+        "top1_agreement": "top-1 agreement",
+    }
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and the bounds of its 95 % confidence interval, which are None for a single sequence."""
@@ -114,17 +125,15 @@ class EvaluationReport:
     def table(self) -> str:
         """The metrics as a table for a terminal."""
         size = f"{self.tokens} {self.objective} in {self.sequences} sequences of {self.sequence_length}"
-        lines = [
-            f"text            {self.text}: {size}",
-            f"nll             {self.nll} nats/token, perplexity {self.perplexity:.2f}",
-        ]
-        if self.delta_nll is not None:
-            lines += [
-                f"reference nll   {self.reference_nll}",
-                f"delta nll       {self.delta_nll}",
-                f"KL              {self.kl}",
-                f"top-1 agreement {self.top1_agreement}",
-            ]
+        rows = [("measured on", f"{self.text}: {size}")]
+        for key, label in figure_labels("reference").items():
+            figure: Estimate | None = getattr(self, key)
+            if figure is not None:
+                rows.append(
+                    (label, f"{figure} nats/token, perplexity {self.perplexity:.2f}" if key == "nll" else str(figure))
+                )
+        width = max(len(label) for label, _ in rows)
+        lines = [f"{label:<{width}}  {value}" for label, value in rows]
         return "\n".join([*lines, "in brackets: 95 % confidence, Student's t over sequences, paired"])
 
 

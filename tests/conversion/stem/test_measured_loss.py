@@ -142,7 +142,8 @@ def test_a_folder_is_measured_like_the_model_in_it(checkpoint, tiny_source):
     assert both.reference_nll == alone.nll
     assert both.delta_nll.mean == pytest.approx(both.nll.mean - alone.nll.mean)
     assert json.loads(json.dumps(both.to_dict()))["kl"]["mean"] == both.kl.mean
-    assert "delta nll" in both.table()
+    labels = ("measured on", "nll of the reference", "nll", "Δ nll", "KL from the reference", "top-1 agreement")
+    assert all(line.startswith(label + " ") for line, label in zip(both.table().splitlines(), labels, strict=False))
     assert str(folder) not in both.table()
 
 
