@@ -253,7 +253,7 @@ class Bhyt:
                 run.run_layer(index, layer, converted)
             if source is not None:
                 run.run_layer(index, layer, source)
-            calibration.progress("calibrate", index + 1, config.num_hidden_layers)
+            calibration.progress("calibrating", index + 1, config.num_hidden_layers)
         if config.bhyt_final == "bhyt":
             gain = self._gain("model.norm", config, lam, converted.hidden, None if source is None else source.hidden)
             yield "model.norm.out_scale", gain

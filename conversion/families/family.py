@@ -237,10 +237,10 @@ def target_architecture(
     beside = architectures_beside(ours) if ours is not None else _architectures_for(stock.model_type)
     for name in patches:
         if all(spec.patch != name for spec in beside):
-            known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch) or "none"
+            known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch)
             raise UsageError(
                 f"patch {name} does not support a {stock.model_type} model",
-                f"such a model supports the patches: {known}",
+                f"such a model supports the patches: {known}" if known else "convert it without a patch: --patch none",
             )
     active = [*trained_patches, *patches]
     single = active[0] if len(active) == 1 and ours is None else None

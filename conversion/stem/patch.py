@@ -232,7 +232,7 @@ class Stem:
                         run.run_layer(index, layer, converted)
                 dtype = config.dtype or torch.float32
                 yield _table_name(index), table.write(calibration.reader, config.vocab_size, dtype)
-            calibration.progress("calibrate", index + 1, last + 1)
+            calibration.progress("calibrating", index + 1, last + 1)
             if index == last:
                 return
 

@@ -27,4 +27,6 @@ def command(
     try:
         app(["serve", checkpoint, *context.args], standalone_mode=False)
     except ImportError as error:
-        raise HFEError(f"transformers cannot serve here: {error}", "pip install 'transformers[serving]'") from error
+        raise HFEError(
+            "transformers cannot serve here: packages for serving are missing", "pip install 'transformers[serving]'"
+        ) from error

@@ -85,7 +85,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
         _measurements(report),
         _sizes(report),
         _patches(patches),
-        _provenance(report, source),
+        _provenance(report, source, patches),
         citations(all_names),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
@@ -214,11 +214,12 @@ def _patches(patches: list[dict[str, Any]]) -> str:
     return "## Patches\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _provenance(report: dict[str, Any], source: dict[str, Any]) -> str:
+def _provenance(report: dict[str, Any], source: dict[str, Any], patches: list[dict[str, Any]]) -> str:
     """The section with calibration text, fingerprint, versions, warnings and licence."""
     lines = []
     calibration = _mapping(report.get("calibration"))
-    if text := _strip_local_paths(calibration.get("calibration_text")):
+    text = _strip_local_paths(calibration.get("calibration_text"))
+    if text and any(patch.get("calibrated", True) for patch in patches):
         tokens = calibration.get("calibration_tokens")
         lines.append(f"- Calibrated on {text}" + (f", {tokens:,} tokens." if isinstance(tokens, int) else "."))
     if fingerprint := _identifier_or_none(source.get("fingerprint")):

@@ -76,7 +76,7 @@ class VerificationReport:
         """The report for a terminal."""
         at = f" at {self.commit}" if self.commit else ""
         lines = [f"{self.source}{at}: {'verified' if self.ok else 'NOT verified'}"]
-        model_type = _printable(str(self.model_type))
+        model_type = "no model_type" if self.model_type is None else _printable(str(self.model_type))
         lines.append(f"  code     {self.code}: {model_type}, {self.code_files} files, hf-efficient {self.installed}")
         lines.append(f"  weights  {self.tensors} tensors")
         if self.not_part:

@@ -62,8 +62,8 @@ def test_a_step_within_a_stage_is_named_in_the_next_line(clock: list[float], mon
     with Progress({"computing": 1}) as bar, bar.stage("computing"):
         for done in range(101):
             clock[0] += 1
-            bar.step("calibrate", done, 100)
-    assert [line.split()[-1] for line in log.getvalue().splitlines()] == ["computing", *["calibrate"] * 10]
+            bar.step("calibrating", done, 100)
+    assert [line.split()[-1] for line in log.getvalue().splitlines()] == ["computing", *["calibrating"] * 10]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
