@@ -1,4 +1,4 @@
-"""What a conversion to BHyT fits to text: gains of bounded norms, and lines that estimate mean squares."""
+"""What a conversion to BHyT fits to text: gains of the tanh norms, and lines that estimate mean squares."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mean_square(hidden: Tensor) -> Tensor:
 
 
 class NormMeasurements(TypedDict, total=False):
-    """What was fitted at one norm: the figures of `ChannelGains` and `MeanSquareLine`."""
+    """What was fitted at one norm: the numbers of `ChannelGains` and `MeanSquareLine`."""
 
     relative_error: float
     max_over_rms: float
@@ -45,9 +45,10 @@ class ChannelGains:
 
     Attributes:
         gain: [D], float32.
-        relative_error: of ``gain * tanh(a z')`` as an approximation of the source's normalised rows z.
+        relative_error: error of ``gain * tanh(a z')`` as an approximation of the source's normalised rows z, relative
+            to the norm of z over all tokens.
         max_over_rms: the largest |x| / rms(x).
-        saturated: share of channels with |tanh| above 0.9.
+        saturated: fraction of the elements with |tanh| above 0.9.
         gain_times_a: the smallest, the median and the largest gain, times a.
     """
 
@@ -59,7 +60,7 @@ class ChannelGains:
 
     @classmethod
     def fit(cls, a: float, eps: float, source: Tensor, converted: Tensor) -> ChannelGains:
-        """Fits the gains by least squares over the tokens of a text.
+        """Fit the gains by least squares over the tokens of a text.
 
         With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token,
         channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, clamped to between 1/a and 4/a. The first position of each
@@ -67,8 +68,8 @@ class ChannelGains:
         tokens.
 
         Args:
-            a: lambda / kappa.
-            eps: of the norm.
+            a: lambda / kappa, the factor of the argument of tanh.
+            eps: epsilon of the norm.
             source, converted: residual stream before the norm, of the source and of the converted model [B, S, D], with
                 S at least 2.
         """
@@ -86,7 +87,7 @@ class ChannelGains:
         tiny = torch.finfo(energy.dtype).tiny
         gain = (product / energy.clamp_min(tiny)).clamp(1 / a, _MAX_GAIN / a)
         gain = torch.where(energy < _MIN_ENERGY * tokens, 1 / a, gain)
-        # Where all rows are zero, so are their approximations.
+        # If all rows are zero, so are their approximations, and the error is 0.
         squared_error = (gain.square() * energy - 2 * gain * product + target).sum() / target.sum().clamp_min(tiny)
         return cls(
             gain=gain.float(),
@@ -98,7 +99,7 @@ class ChannelGains:
 
     @property
     def report(self) -> NormMeasurements:
-        """The fitted figures, without the gains."""
+        """The fields without `gain`, for the report."""
         return {
             "relative_error": self.relative_error,
             "max_over_rms": self.max_over_rms,
@@ -108,6 +109,7 @@ class ChannelGains:
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` over the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
@@ -154,7 +156,7 @@ class MeanSquareLine:
 
     @property
     def report(self) -> NormMeasurements:
-        """The fields by name."""
+        """The fields by name, for the report."""
         return {
             "slope": self.slope,
             "intercept": self.intercept,
@@ -165,7 +167,7 @@ class MeanSquareLine:
 
 @contextmanager
 def replaced(layer: DecoderLayer, **parts: nn.Module) -> Iterator[None]:
-    """Inside this context `layer` has the given submodules instead of its own."""
+    """Context: `layer` has the given submodules, name -> module, in place of its own."""
     own = {name: getattr(layer, name) for name in parts}
     try:
         for name, part in parts.items():
@@ -180,11 +182,12 @@ class _NoFeedForward(nn.Module):
     """A feed-forward whose output is zero."""
 
     def forward(self, hidden_states: Tensor, *_: Any, residual: Tensor | None = None) -> Tensor:
+        """Zeros of the shape of `hidden_states` [B, S, D], or `residual` if given, whose sum it is then."""
         return torch.zeros_like(hidden_states) if residual is None else residual
 
 
 def after_attention(run: LayerwisePass, index: int, layer: DecoderLayer, batch: BatchState) -> Tensor:
-    """The residual stream between attention and feed-forward of layer `index` [B, S, D]; `batch` is not changed."""
+    """The residual stream [B, S, D] after the attention of layer `index`; `batch`, its input, is not changed."""
     copied = batch.clone()
     with replaced(layer, mlp=_NoFeedForward()):
         run.run_layer(index, layer, copied)

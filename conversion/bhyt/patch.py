@@ -126,10 +126,12 @@ class Bhyt:
 
     @property
     def needs_calibration(self) -> bool:
+        """True unless the conversion is lossless and no second norm is estimated by a line."""
         return self.bound is not None or self.second_site == "affine"
 
     @property
     def measures_choice(self) -> bool:
+        """True if the exact layers are chosen by running the source model."""
         return self.second_site == "affine" and self.exact_layers == "auto"
 
     def check(self, config: DecoderConfig) -> None:
@@ -147,7 +149,11 @@ class Bhyt:
             )
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        """The configuration fields of the BHyT model; `exact_layers="auto"` measures the exact layers on text."""
+        """The configuration fields of the BHyT model; with `exact_layers="auto"` the exact layers are measured.
+
+        Raises:
+            UsageError: the exact layers are to be measured and `calibration` is None.
+        """
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
             self._misses = _line_misses(required_calibration(calibration))
@@ -158,7 +164,7 @@ class Bhyt:
         return self._fields(config, exact)
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
-        """The fields that `choose` will return, with the fewest possible exact layers where it would measure them."""
+        """The fields that `choose` will return, with the fewest possible exact layers in place of measured ones."""
         count = config.num_hidden_layers
         exact = [index for index in _ALWAYS_EXACT if index < count]
         known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
@@ -212,6 +218,7 @@ class Bhyt:
             yield f"{prefix}.lam", lam
 
     def report(self) -> BhytMeasurements:
+        """What was fitted at each norm, the misses by which exact layers were chosen, and lines for the table."""
         return {"sites": self._measured, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:
@@ -272,10 +279,11 @@ class Bhyt:
         return fit.gain
 
     def _plain_gain(self, config: DecoderConfig, lam: Tensor) -> Tensor:
+        """The gain 1 / a = kappa / lambda of every channel [hidden_size], fp32, used if lambda is lossless."""
         return torch.full((config.hidden_size,), self.kappa / lam.item())
 
     def _summarise(self) -> None:
-        """Set the figures that the report's table shows."""
+        """Add the numbers that the report's table shows to the summary."""
         norms = self._measured
         if self.bound is not None:
             errors = sorted((found["relative_error"], name) for name, found in norms.items())
@@ -297,7 +305,7 @@ class Bhyt:
 
 
 def _line_misses(calibration: Calibration) -> dict[int, float]:
-    """For each layer of the source, the `miss` of a `MeanSquareLine` that is fitted to the probe text."""
+    """Layer -> `miss` of a `MeanSquareLine` (relative error of the second norm's scale), fitted to the probe text."""
     run = calibration.start(calibration.probe)
     (batch,) = run.batches
     misses = {}
@@ -318,7 +326,10 @@ def _norm(
     gain: Tensor,
     line: MeanSquareLine | None = None,
 ) -> BhytNorm:
-    """The norm `input` or `post` of layer `index` in the converted model, in fp32."""
+    """The converted norm at `position` (`input` or `post`) of layer `index`, in fp32, on the device of `stock`.
+
+    `stock` is the source's norm, `lam` [1] lambda, `gain` [D] the output scale, `line` the estimate of the mean square.
+    """
     tensors = {"weight": stock.weight, "lam": lam, "out_scale": gain, **({"affine": line.tensor} if line else {})}
     norm = BhytNorm(config, position, index).to(stock.weight.device).requires_grad_(False)
     norm.load_state_dict(tensors)
@@ -326,13 +337,13 @@ def _norm(
 
 
 def _norms(config: DecoderConfig) -> list[tuple[str, int]]:
-    """(name, layer index) of each norm that is converted; the final norm has the number of layers for an index."""
+    """(name, layer index) of each norm that is converted; the index of the final norm is the number of layers."""
     norms = [(f"model.layers.{index}.{leaf}", index) for index in config.bhyt_layers for leaf in _LEAVES]
     return [*norms, ("model.norm", config.num_hidden_layers)] if config.bhyt_final == "bhyt" else norms
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
-    """`exact_layers` as a list of indices; `UsageError` for anything but `none` and different non-negative indices."""
+    """`exact_layers` as a sorted list of indices, empty for `none`; `UsageError` if one is negative or occurs twice."""
     if isinstance(layers, str) and layers.strip() == "none":
         return []
     parsed = layer_indices(layers)

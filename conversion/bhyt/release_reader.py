@@ -1,4 +1,4 @@
-"""Checkpoints that the BHyT authors' training code writes, read as checkpoints of our decoder.
+"""Reads checkpoints of the BHyT authors' training code as checkpoints of our decoder.
 
 Their `model_type` is `llama`. They differ from Llama by fields of `config.json`, such as `norm_type`, and by additional
 tensors: `lam` of every BHyT norm, a scalar without dimensions if it was not trained, and for some estimates of the mean
@@ -111,14 +111,14 @@ def _release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> Ef
     try:
         for name, value in own_fields.items():
             setattr(config, name, value)
-        return decoder_config(config)  # built again, so that the configuration checks the fields that were set
+        return decoder_config(config)  # re-create the configuration, which validates the fields that were set
     # huggingface_hub raises its own error classes for a field of a wrong type or value.
     except Exception as error:
         raise HFEError(f"config.json is not valid ({' '.join(str(error).split())})", "correct config.json") from error
 
 
 def _layer_kind(fields: dict[str, Any], index: int) -> str:
-    """The norm of a layer: `rms`, `bhyt`, `bhytline` or `bhytstar`."""
+    """The norm of a layer: `rms`, `bhyt`, `bhytline` or `bhytstar`; `HFEError` for any other in config.json."""
     kind, bounds = fields.get("norm_type", "rms"), fields.get("bhyt_layer_range")
     if bounds is not None and kind in _ESTIMATED:
         if not (isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int) for bound in bounds)):
@@ -137,7 +137,11 @@ def _layer_kind(fields: dict[str, Any], index: int) -> str:
 
 
 def _is_exact(fields: dict[str, Any], index: int) -> bool:
-    """True if `post_attention_layernorm` of this layer computes its own mean square although others estimate it."""
+    """True if `post_attention_layernorm` of this layer computes its own mean square although others estimate it.
+
+    Raises:
+        HFEError: the fields that list these layers are malformed.
+    """
     first, listed = fields.get("var_approx_exact_layers") or 0, fields.get("var_approx_exact_layer_list")
     try:
         named = {int(part) for part in str("" if listed is None else listed).split(",") if part.strip()}
@@ -151,7 +155,7 @@ def _is_exact(fields: dict[str, Any], index: int) -> bool:
 
 
 def _method(fields: dict[str, Any]) -> str:
-    """The method of the estimate, a key of `_METHODS`."""
+    """The method of the estimate, a key of `_METHODS`; `HFEError` for any other in config.json."""
     method = fields.get("var_approx_method") or "baseline"
     if method not in _METHODS:
         raise HFEError(
@@ -255,7 +259,13 @@ class BhytReleaseReader:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Release:
-        """The checkpoint in `folder`, which error messages call `name`."""
+        """Open the checkpoint in `folder`; error messages refer to it as `name`.
+
+        Without BHyT norms or folded gammas it is read as a Llama checkpoint.
+
+        Raises:
+            HFEError: a file is missing or damaged, or the checkpoint needs a feature that our decoder does not have.
+        """
         fields = read_config(folder, name)
         stock_config = source_config(fields)
         files = weight_files(folder, fields, name)
@@ -274,12 +284,15 @@ class BhytReleaseReader:
         return Release(reader, stock_config, config, files, fields, warnings + reader.warnings())
 
     def names(self) -> list[str]:
+        """Names of the tensors of our decoder: those that are stored, and those that are computed from others."""
         return [*self._names, *self._computed]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor; a stored scalar without dimensions has shape [1], a computed tensor [2]."""
         return (2,) if name in self._computed else self._stored.shape(name) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the stored tensor; float32 for computed ones."""
         return torch.float32 if name in self._computed else self._stored.dtype(name)
 
     def read(self, name: str) -> Tensor:
@@ -290,13 +303,13 @@ class BhytReleaseReader:
         return self._unfolded(name, self._stored.read(name).view(self.shape(name)))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries `start` to `stop` of the first dimension of the tensor `name`."""
+        """``read(name)[start:stop]``; of stored tensors only these rows are read."""
         if name in self._computed or self._stored.shape(name) == ():
             return self.read(name)[start:stop]
         return self._unfolded(name, self._stored.read_rows(name, start, stop))
 
     def warnings(self) -> list[str]:
-        """What the user should know about how the tensors are read."""
+        """Texts for the user about how the tensors are read; empty unless gammas are divided out."""
         norms = len(set(self._gamma_of.values()))
         return [f"the gammas of {norms} norms were divided out of the projections after them"] if norms else []
 
@@ -321,7 +334,7 @@ class BhytReleaseReader:
         )
 
     def _affine(self, index: int) -> Tensor:
-        """Slope and intercept of the layer's estimate [2], fp32."""
+        """Slope and intercept of the layer's estimate [2], fp32; `HFEError` if the slope is not above `_MIN_SLOPE`."""
         slope, intercept = 1 + self._scalar(index, self._slope), self._scalar(index, self._intercept)
         if not slope > _MIN_SLOPE:
             raise HFEError(
@@ -332,4 +345,5 @@ class BhytReleaseReader:
         return torch.tensor([slope, intercept], dtype=torch.float32)
 
     def _scalar(self, index: int, leaf: str | None) -> float:
+        """The stored scalar `leaf` of the layer; 0 for None."""
         return 0.0 if leaf is None else self._stored.read(f"model.layers.{index}.{leaf}").item()

@@ -1,4 +1,4 @@
-"""STEM rows that minimise the error of the feed-forward's output, instead of that of the input of `down_proj`.
+"""Fits STEM rows that minimise the error of the feed-forward's output, not that of the input of `down_proj`.
 
 With gates g_i and targets a_i (the source's g * u) of a token's occurrences i, the row U minimises
 
@@ -23,10 +23,10 @@ from hf_efficient.errors import HFEError
 
 # Occurrences that are processed at a time.
 _CHUNK = 4096
-# Largest number of steps, and the share of the initial residual at which a token's row has converged.
+# Largest number of steps, and the fraction of the initial residual at which a token's row has converged.
 STEPS = 8
 _TOLERANCE = 1e-3
-# A direction with less curvature, as a share of the preconditioner's, is not determined by the occurrences.
+# A direction with less curvature, relative to the preconditioner's, is not determined by the occurrences.
 _MIN_CURVATURE = 1e-5
 _MAX_BYTES = 8 << 30
 
@@ -37,8 +37,8 @@ class OutputFit:
     Keeps the gates of all occurrences, ``occurrences * F`` numbers in fp32, and five tensors [R, F].
 
     Args:
-        down_proj: of the feed-forward, F -> D.
-        occurrences: largest number of occurrences that will be added.
+        down_proj: the feed-forward's down-projection, F -> D.
+        occurrences: upper bound of the number of occurrences that will be added, for the memory limit.
         rows: R, the number of distinct tokens.
 
     Raises:
@@ -52,7 +52,7 @@ class OutputFit:
         if needed > _MAX_BYTES:
             raise HFEError(
                 f"stem init=output_ls keeps the gates of {occurrences} tokens of {width} channels, "
-                f"{needed / 2**30:.1f} GiB in all, and may take {_MAX_BYTES / 2**30:.0f} GiB",
+                f"{needed / 2**30:.1f} GiB in all; the limit is {_MAX_BYTES / 2**30:.0f} GiB",
                 "calibrate on fewer tokens, or choose init=gated_mean",
             )
         self._ids: list[Tensor] = []
@@ -60,14 +60,14 @@ class OutputFit:
         self._projected = torch.zeros(rows, width, device=self._down.device)
 
     def add(self, local_ids: Tensor, gate: Tensor, target: Tensor) -> None:
-        """Add occurrences: local ids [n], gates g of the converted model [n, F] and targets a [n, F]."""
+        """Add n occurrences: row indices of tokens [n], gates g of the converted model [n, F], targets a [n, F]."""
         self._ids.append(local_ids)
         self._gates.append(gate)
         self._projected.index_add_(0, local_ids, gate * (target @ self._down.T @ self._down))
 
     @torch.no_grad()
     def rows(self, start: Tensor, prior: Tensor, weight: Tensor, prior_weight: Tensor) -> Tensor:
-        """The fitted rows [R, F].
+        """The fitted rows [R, F], fp32.
 
         Args:
             start: initial rows [R, F].
@@ -104,7 +104,7 @@ class OutputFit:
         return rows
 
     def _apply(self, rows: Tensor, penalty: Tensor) -> Tensor:
-        """Each token's matrix of the normal equations times its row of `rows` [R, F], with ``k s diag(M)`` [F]."""
+        """Each token's normal-equation matrix times its row of `rows` [R, F]; `penalty` = ``k s diag(M)`` [F]."""
         image = penalty * rows
         for all_ids, all_gates in zip(self._ids, self._gates, strict=True):
             for ids, gate in zip(all_ids.split(_CHUNK), all_gates.split(_CHUNK), strict=True):

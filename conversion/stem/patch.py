@@ -1,4 +1,4 @@
-"""Stock checkpoint -> STEM: the up-projections of chosen layers become tables with one row for each token.
+"""The STEM patch: the up-projections of chosen layers become embedding tables with one row for each token.
 
 The conversion is lossy, because a row does not depend on the token's context. The formulas are in
 `conversion/stem/tables.py`.
@@ -35,14 +35,17 @@ from hf_efficient.logging import get_logger
 from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer
 
-# Ways of choosing layers by measurement.
+# Values of `layers` for which the layers are chosen by measurement.
 _CHOICES = ("auto", "greedy")
 # Held-out tokens on which each layer's errors are measured.
 _ERROR_TOKENS = 2_048
 
 
 class LayerMeasurements(TypedDict, total=False):
-    """Relative errors of one layer's table on held-out text, by quantity, in all and by count in the fitted text."""
+    """Relative errors of one layer's table on held-out text, over all tokens and by count in the calibration text.
+
+    For the quantities and for `within_token_share` see `conversion/stem/tables.py`.
+    """
 
     relative_error: dict[Quantity, float]
     relative_error_by_count: dict[Bucket, dict[Quantity, float]]
@@ -75,7 +78,7 @@ class Stem:
     """Options of the STEM patch.
 
     Raises:
-        UsageError: an option is malformed here, or does not suit the model in `check`.
+        UsageError: an option is invalid. (`check` raises it for options that do not suit the model.)
     """
 
     name: ClassVar[str] = "stem"
@@ -156,6 +159,7 @@ class Stem:
 
     @property
     def measures_choice(self) -> bool:
+        """True if the layers are chosen by running the source model."""
         return self.layers in _CHOICES
 
     def check(self, config: DecoderConfig) -> None:
@@ -176,11 +180,17 @@ class Stem:
                 get_logger().warning("STEM in layer 0: its rows are needed first, so they cannot be prefetched")
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
+        """The configuration fields `stem_layers` and `stem_keep_up_proj`; `auto` and `greedy` measure layers on text.
+
+        Raises:
+            UsageError: the layers are to be measured and `calibration` is None.
+            HFEError: no layer is within `max_delta`.
+        """
         layers = self._choose(required_calibration(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
-        """The fields that `choose` will return, with the largest number of layers where it would measure them."""
+        """The fields that `choose` will return, with the largest possible number of layers if they are measured."""
         most = min(self._limit(config), config.num_hidden_layers - 1)
         count = f"{most} layer{'s' if most > 1 else ''}"
         if self.max_delta is not None and most > 1:
@@ -190,7 +200,7 @@ class Stem:
         return ExpectedChoice(fields, {"stem_layers": count})
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
-        """The tables that are added, and the up-projections that are dropped."""
+        """The tables [vocab_size, intermediate_size] that are added, and the up-projections that are dropped."""
         changes = TensorChanges()
         shape = (config.vocab_size, config.intermediate_size)
         for index in config.stem_layers:
@@ -201,7 +211,10 @@ class Stem:
         return changes
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of the tables, in the order of the layers; text runs through the model layer by layer."""
+        """(name, table) of each STEM layer, ascending; runs the calibration text through the model layer by layer.
+
+        Also measures each table's errors on held-out text, for `report`.
+        """
         calibration = required_calibration(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
         run = calibration.start(calibration.fit, calibration.held_out[:sequences])
@@ -237,7 +250,7 @@ class Stem:
                 return
 
     def report(self) -> StemMeasurements:
-        """What was measured for the choice of layers and for each table."""
+        """The options, and what was measured for the choice of layers and for each table."""
         rounds = ", ".join(f"{r.layer} {r.delta_nll:+.3f}" for r in self._rounds)
         return {
             "init": self.init,
@@ -253,11 +266,12 @@ class Stem:
         }
 
     def _regression(self, run: LayerwisePass, batch: BatchState) -> EmbeddingRegression:
+        """The regression on the embeddings of the batch's tokens, by which tables get rows for all other tokens."""
         count, _ = occurrences(batch.local_ids, len(run.vocabulary))
         return EmbeddingRegression.of(count, run.embeddings, self.shrinkage, self.ridge)
 
     def _fitter(self, run: LayerwisePass) -> FitLayer:
-        """What fits each layer's table to the source's hidden states, in a pass of the calibration text."""
+        """A function (index, layer) -> table, which runs the layer on the only batch of `run` and fits its table."""
         (batch,) = run.batches
         regression = self._regression(run, batch)
 
@@ -268,10 +282,11 @@ class Stem:
         return fit
 
     def _limit(self, config: DecoderConfig) -> int:
+        """Largest number of layers to choose: `max_layers`, or a third of the model's."""
         return self.max_layers or max(config.num_hidden_layers // 3, 1)
 
     def _choose(self, calibration: Calibration) -> list[int]:
-        """The layers by `auto` or `greedy`, sorted."""
+        """Choose the layers by `auto` or `greedy`, sorted; stores the measurements for `report`."""
         limit = self._limit(calibration.config)
         probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
         self._costs = probe.costs
@@ -282,7 +297,7 @@ class Stem:
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
-    """`layers` as a list of indices; `UsageError` unless it names different ones."""
+    """`layers` as a sorted list of indices; `UsageError` if it is empty, or one is no integer or occurs twice."""
     parsed = layer_indices(layers)
     if not parsed:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Closed-form STEM tables: the sums over the calibration text, and the rows computed from them.
+"""Fits STEM tables in closed form: sums over the calibration text, and the rows computed from them.
 
 With the feed-forward's input ``x``, its up-projection ``u = W_up x (+ b)`` and its gate ``g = act(W_gate x)``, sums
 over the n occurrences of a token, a prior row ``p`` and the shrinkage ``k`` (the prior weighs as much as k average
@@ -36,11 +36,11 @@ from hf_efficient.conversion.stem.output_fit import OutputFit
 from hf_efficient.modeling.decoder.decoder_layer import DecoderLayer, GatedMLP
 from hf_efficient.modeling.stem.modeling_stem import StemMLP
 
-# Quantities whose relative error is measured: the up-projection u, the gated g * u, and the feed-forward's output. The
-# errors by count also have the share of the tokens.
+# Quantities whose relative error is measured: `up` is u, `gated_up` is g * u, `output` the feed-forward's output.
+# Errors by count also have the fraction of tokens in the bucket.
 Quantity = Literal["up", "gated_up", "output", "share_of_tokens"]
 INITIALISERS = ("gated_mean", "mean", "output_ls", "ridge")
-# Rows of the vocabulary that are computed at a time for a whole table.
+# Rows of a table that `FittedTable.write` computes at a time.
 CHUNK_ROWS = 4096
 # A channel whose gate was near zero at all occurrences of a token has a very noisy row. Shrinking rows to the mean row
 # by this share of an average occurrence keeps such noise out of the regression.
@@ -49,7 +49,11 @@ _SHRINKAGE_TO_MEAN = 0.1
 
 @contextmanager
 def observe_feed_forward(mlp: GatedMLP, consume: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """In this context, each call of `mlp` calls ``consume(local_ids, x, g, u)``: [B, S], [B, S, D], twice [B, S, F]."""
+    """Context: each call of `mlp` also calls ``consume(local_ids, x, g, u)``, by forward hooks.
+
+    local_ids [B, S] are the indices of the tokens in `LayerwisePass.vocabulary`, x [B, S, D] is the input, g and u
+    [B, S, F] are gate and up-projection.
+    """
     outputs: dict[str, Tensor] = {}
 
     def finish(_: nn.Module, inputs: tuple[Tensor, Tensor], __: Tensor) -> None:
@@ -70,7 +74,7 @@ def observe_feed_forward(mlp: GatedMLP, consume: Callable[[Tensor, Tensor, Tenso
 
 @contextmanager
 def stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor | None) -> Iterator[None]:
-    """In this context, `layer` is a STEM layer with table `rows` [R, F], indexed by local ids; None changes nothing."""
+    """Context: `layer.mlp` is a STEM feed-forward with table `rows` [R, F], indexed by local ids; None: unchanged."""
     if rows is None:
         yield
         return
@@ -88,15 +92,16 @@ def stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor | No
 class TokenSums:
     """Sums over the occurrences of each token, for the feed-forward of one layer.
 
-    Tokens are given by local ids, indices into the vocabulary of a `LayerwisePass`.
+    Tokens are given by local ids, their indices in `LayerwisePass.vocabulary`.
 
     Args:
-        local_ids: all tokens that will be added [B, S].
+        local_ids: local ids of all tokens that will be added [B, S].
         rows, hidden_size, intermediate_size: R (size of that vocabulary), D and F.
-        outputs: collects the single occurrences for `output_ls`; None for other initialisers.
+        outputs: collects every occurrence for `output_ls`; None for other initialisers.
 
     Attributes:
-        count: number of occurrences that are summed [R], by the rule of `occurrences`.
+        count: number of occurrences that are summed [R], fp32; first positions of sequences count only for tokens that
+            occur nowhere else (`occurrences`).
         inputs: ``sum x`` [R, D].
         weight: ``sum g'^2`` [R, F], g' the gate in the converted model.
         weighted_up: ``sum g' (g u)`` [R, F].
@@ -116,11 +121,11 @@ class TokenSums:
         self.outputs = outputs
 
     def add(self, local_ids: Tensor, x: Tensor, gate: Tensor, up: Tensor, converted_gate: Tensor | None = None) -> None:
-        """Add tokens.
+        """Add the tokens of a batch to the sums.
 
         Args:
-            local_ids: [B, S].
-            x: [B, S, D].
+            local_ids: local ids [B, S].
+            x: input of the feed-forward [B, S, D].
             gate, up: g and u [B, S, F].
             converted_gate: g' [B, S, F]; None if it is g.
         """
@@ -138,19 +143,19 @@ class TokenSums:
             self.outputs.add(local_ids, converted_gate, gated_up)
 
     def mean_up(self, up_proj: nn.Linear) -> Tensor:
-        """Mean of u for each token [R, F], zero for absent ones; from the sum of x, because u is linear in x."""
+        """Mean of u for each token [R, F], zero if it does not occur; from the sum of x, because u is linear in x."""
         present = self.count[:, None] > 0
         return up_proj(self.inputs / self.count.clamp_min(1)[:, None]) * present
 
     def within_token_share(self, up_proj: nn.Linear) -> dict[Quantity, float]:
-        """Share of the energy of u and of g * u that varies between occurrences of a token, which no table can fit."""
+        """Fraction of the sums of squares of u and g * u that varies between occurrences of a token."""
         up_kept = float((self.mean_up(up_proj).square().sum(1) * self.count).sum())
         gated_kept = float((self.weighted_up.square() / self.weight.clamp_min(torch.finfo(torch.float32).tiny)).sum())
         kept: dict[Quantity, tuple[float, float]] = {
             "up": (up_kept, self.up_energy),
             "gated_up": (gated_kept, self.gated_energy),
         }
-        # Of zeros, nothing varies.
+        # If all values are zero, the fraction is 0.
         return {name: max(1 - part / energy, 0.0) if energy else 0.0 for name, (part, energy) in kept.items()}
 
 
@@ -162,15 +167,18 @@ def run_layer_and_sum(
     batch: BatchState,
     converted: BatchState | None = None,
 ) -> TokenSums:
-    """Apply the stock layer `index` to `batch`, and return the sums over its feed-forward's inputs and outputs.
+    """Apply the source's layer `index` to `batch`, in place, and return the sums over its feed-forward's activations.
 
     Args:
         init: one of `INITIALISERS`.
         run: the pass that `batch` belongs to.
-        index, layer: the layer.
-        batch: the calibration text in the source model.
+        index, layer: the layer, with its weights loaded.
+        batch: the calibration text in the source model, before this layer.
         converted: the same text in the converted model, before this layer; it gives the gates g' and is not changed.
             None for g' = g.
+
+    Raises:
+        HFEError: with `output_ls`, the gates of all tokens would take more than 8 GiB.
     """
     converted_gates: list[Tensor | None] = []
     if converted is not None:
@@ -202,7 +210,7 @@ class EmbeddingRegression:
 
     @classmethod
     def of(cls, count: Tensor, embeddings: Tensor, shrinkage: float, ridge: float) -> EmbeddingRegression:
-        """From occurrences [R] and embedding rows [R, D].
+        """Set up the regression, whose matrix depends on the text but not on the layer.
 
         Args:
             count: occurrences of each token [R].
@@ -219,16 +227,16 @@ class EmbeddingRegression:
         return cls(weighted, torch.linalg.cholesky(gram))
 
     def coefficients(self, rows: Tensor) -> Tensor:
-        """The coefficients B [D, F], fp32, for which ``e B`` fits `rows` [R, F] best."""
+        """The coefficients B [D, F], fp32, for which ``embeddings @ B`` fits `rows` [R, F] best."""
         return torch.cholesky_solve(self.weighted.T @ rows.double(), self.factor).float()
 
 
-# Rows [n, F] from embedding rows [n, D].
+# Embedding rows [n, D] -> table rows [n, F].
 Prior = Callable[[Tensor], Tensor]
 
 
 def ridge_prior(weight: Tensor, weighted_up: Tensor, count: Tensor, regression: EmbeddingRegression) -> Prior:
-    """The prior ``m + e B`` for embedding rows e, with m the row that fits all tokens best.
+    """The prior ``m + e B`` for embedding rows e, with m [F] the row that fits all tokens of the text best.
 
     B is the regression of the tokens' rows minus m, after shrinking each row to m by `_SHRINKAGE_TO_MEAN` average
     occurrences.
@@ -236,7 +244,7 @@ def ridge_prior(weight: Tensor, weighted_up: Tensor, count: Tensor, regression: 
     Args:
         weight, weighted_up: sums of weights and of weighted u of each token [R, F]; `weight` may be [R, 1].
         count: occurrences of each token [R].
-        regression: on the embeddings of these tokens.
+        regression: the regression on the embeddings of these tokens.
     """
     tiny = torch.finfo(torch.float32).tiny
     mean_row = weighted_up.sum(0) / weight.sum(0).clamp_min(tiny)
@@ -248,7 +256,7 @@ def ridge_prior(weight: Tensor, weighted_up: Tensor, count: Tensor, regression: 
 
 @dataclass(frozen=True)
 class FittedTable:
-    """The table of one layer: fitted rows of some tokens, and a prior for all others.
+    """The table of one layer: fitted rows of the text's tokens, and a prior for all others.
 
     Attributes:
         ids: token ids with a fitted row [K], sorted.
@@ -261,7 +269,7 @@ class FittedTable:
     prior: Prior
 
     def at(self, ids: Tensor, embeddings: Tensor) -> Tensor:
-        """Rows [n, F] of the tokens `ids` [n], sorted and unique, with embedding rows `embeddings` [n, D]."""
+        """Rows [n, F], fp32, of the tokens `ids` [n], sorted and unique; `embeddings` [n, D] are their embeddings."""
         rows = self.prior(embeddings)
         fitted = torch.isin(self.ids, ids, assume_unique=True)
         rows[torch.searchsorted(ids, self.ids[fitted]).to(rows.device)] = self.rows[fitted.to(self.rows.device)]
@@ -269,7 +277,10 @@ class FittedTable:
 
     @torch.no_grad()
     def write(self, reader: TensorReader, size: int, dtype: torch.dtype) -> Tensor:
-        """The whole table [size, F] in `dtype` on the CPU; rows beyond those of the source's embedding are zero."""
+        """The whole table [size, F] in `dtype` on the CPU, of which rows beyond the source's embedding are zero.
+
+        `reader` gives the source's embedding.
+        """
         vocab_size = reader.shape(EMBEDDING)[0]
         table = torch.empty(size, self.rows.shape[1], dtype=dtype)
         table[vocab_size:] = 0
@@ -289,15 +300,15 @@ def fit_table(
     sums: TokenSums,
     regression: EmbeddingRegression,
 ) -> FittedTable:
-    """The table of one layer by the initialiser `init`, from the sums over the calibration text.
+    """Compute the table of one layer by the initialiser `init`, from the sums over the calibration text.
 
     Args:
         init: one of `INITIALISERS`.
         shrinkage: k.
-        layer: the stock layer, with its weights.
-        run: the pass that `sums` was made in.
-        sums: from `run_layer_and_sum`.
-        regression: on the embeddings of the pass's vocabulary.
+        layer: the source's layer, with its weights loaded.
+        run: the pass in which `sums` were computed.
+        sums: the result of `run_layer_and_sum`.
+        regression: the regression on the embeddings of the pass's vocabulary.
     """
     up_proj = layer.mlp.up_proj
     if init == "mean":
@@ -312,7 +323,7 @@ def fit_table(
     prior_weight = shrinkage * weight.sum(0) / sums.count.sum()
     prior_rows = prior(run.embeddings[seen])
     total = weight[seen] + prior_weight
-    # Without shrinkage the weight of a channel whose gate was always exactly zero is 0.
+    # With shrinkage 0, the weight of a channel whose gate was always exactly zero is 0.
     rows = torch.where(total > 0, (weighted_up[seen] + prior_weight * prior_rows) / total, prior_rows)
     if sums.outputs is not None:
         every_prior = prior(run.embeddings)
@@ -323,12 +334,12 @@ def fit_table(
 
 
 class TableError:
-    """Relative error of a table on text: ``|y - y_table| / |y|`` over all tokens; y is u, g * u and the MLP's output.
+    """Relative error of a table on text: ``|y - y_table| / |y|`` over all tokens; y is u, g * u and the output.
 
-    First positions are left out, for the reason that `occurrences` gives.
+    The first position of each sequence, the attention sink, is left out.
 
     Args:
-        mlp: the stock feed-forward.
+        mlp: the source's feed-forward.
         rows: the table's rows of the tokens of the pass [R, F].
         count: occurrences of each token in the calibration text [R].
     """
@@ -357,7 +368,10 @@ class TableError:
         return self._named(self.energy.sum(0))
 
     def by_count(self) -> dict[Bucket, dict[Quantity, float]]:
-        """Share of the tokens, and relative errors, by how often the token occurs in the calibration text."""
+        """Bucket of the count in the calibration text -> fraction of the tokens, and relative error of each quantity.
+
+        Only buckets with tokens are included.
+        """
         share = self.tokens / self.tokens.sum()
         return {
             name: {"share_of_tokens": float(share[i]), **self._named(self.energy[i])}
@@ -366,5 +380,8 @@ class TableError:
         }
 
     def _named(self, energy: Tensor) -> dict[Quantity, float]:
-        error = torch.where(energy[:, 0] > 0, energy[:, 0] / energy[:, 1], 0).sqrt()  # a zero is met exactly by a zero
+        """Relative errors by quantity, from sums of squared errors and of squares [quantity, 2]."""
+        error = torch.where(
+            energy[:, 0] > 0, energy[:, 0] / energy[:, 1], 0
+        ).sqrt()  # no error means 0, also if all values are 0
         return dict(zip(self._QUANTITIES, error.tolist(), strict=True))

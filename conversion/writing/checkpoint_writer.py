@@ -1,4 +1,4 @@
-"""Writing the weights of a conversion, one tensor at a time, from the source's files to the result's shards."""
+"""Writes the weights of a conversion, one tensor at a time, into the shards of the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from hf_efficient.conversion.writing.workspace import Workspace
 
 
 class CheckpointWriter:
-    """Writes the tensors of a plan, in its order, into shards; shards that an earlier run finished are kept."""
+    """Writes the tensors of a plan, in its order, into shards; shards that an earlier run finished are kept.
+
+    Finished shards are recorded in the workspace, the folder of an unfinished conversion.
+    """
 
     def __init__(self, plan: ConversionPlan, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -29,11 +32,11 @@ class CheckpointWriter:
         self._open: ShardWriter | None = None
 
     def needs(self, name: str) -> bool:
-        """False if the tensor is in a finished shard."""
+        """True unless the tensor is in a finished shard."""
         return self._shard_of[name].name not in self._finished
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Write the next tensor, unless it is in a finished shard. `known_finite`: see `ShardWriter.add`."""
+        """Write the next tensor, unless it is in a finished shard; arguments and errors as for `ShardWriter.add`."""
         if not self.needs(name):
             return
         shard = self._shard_of[name]
@@ -60,10 +63,15 @@ def write_weights(
     progress: Progress,
     vocabulary: VocabularyChange | None = None,
 ) -> None:
-    """Write every shard of the plan, and the index last. Peak memory is the largest tensor.
+    """Write every shard of the plan, and then the index if there are several. Holds one tensor in memory at a time.
 
-    `calibration` is called only when a patch needs it. What each patch measured is recorded in the workspace under
-    `patch:NAME`. Where `vocabulary` adds tokens, every tensor with a row for each token gets their rows.
+    What each patch measured is recorded in the workspace under `patch:NAME`. A patch whose tensors are all in finished
+    shards is not run again.
+
+    Args:
+        calibration: returns the calibration; called only if a patch that computes tensors needs it.
+        progress: has the stages `copying` and `computing`.
+        vocabulary: added tokens, whose rows every tensor with a row for each token gets; None if there are none.
 
     Raises:
         HFEError: a tensor cannot be read or holds NaN or infinity, or the tensors of a patch differ from its plan.
@@ -97,7 +105,10 @@ def _copy(
     vocabulary: VocabularyChange | None,
     by_token: set[str],
 ) -> None:
-    """Write the copied tensors of the plan; `advance(bytes done, bytes in all)` is called after each."""
+    """Write the copied tensors of the plan; `advance(bytes done, total bytes)` is called after each.
+
+    `by_token`: names of the tensors with a row for each token, which `vocabulary` extends.
+    """
     sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
     total, done = sum(sizes[name] for name in plan.copied), 0
     for name in plan.copied:
@@ -112,7 +123,7 @@ def _copy(
 
 
 def _index(shards: list[Shard]) -> str:
-    """Content of the index: total size, and the file of each tensor."""
+    """The text of model.safetensors.index.json: total size in bytes, and tensor name -> file."""
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     total = sum(shard.data_bytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

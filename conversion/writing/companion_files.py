@@ -1,4 +1,4 @@
-"""The files of a checkpoint beside its weights: tokenizer, generation settings, licence."""
+"""Writes the files of a checkpoint beside weights, configuration and code: tokenizer, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
 from hf_efficient.errors import HFEError, error_text
 from hf_efficient.json_file import read_json
 
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 # File names of texts only: a LICENSE.py of the source is code.
-_LICENCE = re.compile(
+_LICENCE_NAME = re.compile(
     r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
 )
 
 
 def is_licence(name: str) -> bool:
-    """Whether `name`, a path relative to the checkpoint, is that of the text of a licence or notice."""
-    return _LICENCE.fullmatch(name) is not None
+    """True if the path `name`, relative to the checkpoint, is that of the text of a licence or notice."""
+    return _LICENCE_NAME.fullmatch(name) is not None
 
 
 def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
@@ -46,7 +46,9 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
     tokenizer with added tokens is saved again. The tokenizer in `folder` gives the same ids as the source's.
 
     Raises:
-        HFEError: a file cannot be copied, or the tokenizer would give other ids from the result than from the source.
+        HFEError: a file leads outside the source, generation settings are invalid, a needed tokenizer cannot be loaded,
+            or the tokenizer behaves differently when it is loaded from `folder`.
+        DiskFullError: the disk is full.
     """
     tokenizer = vocabulary.tokenizer if vocabulary else None
     with disk_errors(folder):
@@ -65,11 +67,14 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
 
 
 def _write_generation_settings(source: Source, folder: Path, vocabulary: VocabularyChange | None) -> list[str]:
-    """Write the settings of generation_config.json or, without one, those of config.json, as transformers does."""
+    """Write generation_config.json: the source's without unknown entries or, without one, the settings of config.json.
+
+    The ids in `vocabulary.suppressed` are added to `suppress_tokens`. Returns warnings.
+    """
     path = folder / GENERATION_CONFIG_NAME
     if source.gguf_file is None and (source.files / GENERATION_CONFIG_NAME).is_file():
         _copy(source.files, folder, (GENERATION_CONFIG_NAME,))
-        settings, warnings = _keep_known(path, GenerationSettings)
+        settings, warnings = _drop_unknown_entries(path, GenerationSettings)
     else:
         warnings = []
         try:
@@ -92,7 +97,7 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
 
 
 def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
-    """`keep_tokenizer` for the given tokenizer or the source's own; a warning if the latter cannot be loaded."""
+    """`keep_tokenizer` for `tokenizer`, or for the source's if that is None; a warning if that cannot be loaded."""
     if tokenizer is None:
         try:
             tokenizer = source.tokenizer()
@@ -106,7 +111,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     """Save a tokenizer without references to code; returns warnings."""
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
-    return _keep_known(path, TokenizerSettings)[1] if path.is_file() else []
+    return _drop_unknown_entries(path, TokenizerSettings)[1] if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
@@ -115,13 +120,16 @@ def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> li
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
     _copy(origin, folder, (TOKENIZER_CONFIG_FILE,))
-    return _keep_known(folder / TOKENIZER_CONFIG_FILE, TokenizerSettings)[1]
+    return _drop_unknown_entries(folder / TOKENIZER_CONFIG_FILE, TokenizerSettings)[1]
 
 
-def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """Remove the entries of a settings file that are not of `kind`; without any, the file stays unchanged.
+def _drop_unknown_entries(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """Remove the entries of a JSON settings file that the TypedDict `kind` does not have or whose type differs.
 
-    Returns the settings and, if entries were removed, a warning that names them.
+    A `tokenizer_class` that is not one of transformers is removed too. If nothing is removed, the file is not written.
+
+    Returns:
+        The settings and, if entries were removed, a list with one warning that names them.
     """
     settings, dropped = without_unknown(read_json(path), kind)
     name = settings.get("tokenizer_class")
@@ -138,7 +146,7 @@ def _keep_known(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has any file of a tokenizer."""
+    """True if a folder has any file of a tokenizer."""
     return any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
@@ -150,16 +158,15 @@ def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _copy_file(origin: Path, name: str, folder: Path) -> None:
-    """Copy one file; `HFEError` if it leads outside `origin`."""
+    """Copy the file `name` from `origin` to `folder`; `HFEError` if it is a link that leads outside `origin`."""
     (folder / name).parent.mkdir(exist_ok=True)
-    # A link that leads outside the checkpoint is refused, as for weights.
     shutil.copyfile(file_inside(origin, name, origin.name), folder / name)
 
 
 def _copy_licences(origin: Path, folder: Path) -> list[str]:
-    """Copy licence texts, also from a folder of licences; returns a warning that names other files of such names."""
+    """Copy licence texts, also from a folder LICENSES; returns a warning that names similar files that are no texts."""
     left_out = []
-    for path in sorted(found for pattern in _LICENCES for found in origin.glob(pattern)):
+    for path in sorted(match for pattern in _LICENCE_PATTERNS for match in origin.glob(pattern)):
         for each in sorted(path.iterdir()) if path.is_dir() else [path]:
             name = each.relative_to(origin).as_posix()
             if is_licence(name) and each.is_file():

@@ -1,4 +1,4 @@
-"""Keys and types of a checkpoint's JSON settings: a conversion writes them, and verification accepts no others."""
+"""Keys and types of a checkpoint's JSON settings: a conversion writes only these, and `verify` accepts only these."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IdList = list[int]
 
 
 class GenerationSettings(TypedDict, total=False):
-    """`generation_config.json`: fields of `GenerationConfig` in any supported release that are plain values."""
+    """`generation_config.json`: the fields of `GenerationConfig` in any supported release whose values are JSON."""
 
     max_length: int | None
     max_new_tokens: int | None
@@ -198,13 +198,13 @@ def is_tokenizer_class(name: str) -> bool:
 
 
 def type_mismatches(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Each part of a JSON value that is not of the type given for it: its path, and a description of the fault.
+    """Yield (path, description of the mismatch) for each part of a JSON value whose type differs from `kind`.
 
     Args:
-        value: a value that `json.loads` gave.
-        kind: a type: those of JSON, unions, literals, `list`, `dict` or a `TypedDict`, whose keys are the only ones
-            that are allowed. Keys of a `dict` are texts, literals, or int for decimal digits.
-        name: path of the value.
+        value: a result of `json.loads`.
+        kind: the expected type: str, int, float, bool, None, Any, unions, `Literal`, `list`, `dict` or a `TypedDict`,
+            which allows no other keys than its own. Keys of a `dict` are str, `Literal`, or int for decimal digits.
+        name: path of the value, the prefix of the yielded paths.
     """
     if _fits(value, kind):
         return
@@ -236,12 +236,12 @@ def type_mismatches(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str
 
 
 def object_type(name: str, types_by_key: dict[str, Any]) -> Any:
-    """The type of a JSON object that may have these keys and no others, for `type_mismatches`."""
+    """A `TypedDict` with these keys, all optional, for `type_mismatches`."""
     return TypedDict(name, types_by_key, total=False)  # type: ignore[operator]
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a type; see `type_mismatches`."""
+    """True if a JSON value is of the type `kind`, see `type_mismatches`; a bool is no int, an int is a float."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
@@ -264,12 +264,12 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _key_fits(key: str, kind: Any) -> bool:
-    # JSON writes whole numbers that are keys as texts.
+    """True if a key of a JSON object is of the type `kind`; JSON stores integer keys as strings of digits."""
     return key.isascii() and key.isdecimal() if kind is int else _fits(key, kind)
 
 
 def _described(kind: Any) -> str:
-    """A type in the words of a message."""
+    """Description of a type for a message, such as `a list of a whole number`."""
     if get_origin(kind) is Literal:
         return " or ".join(repr(each) for each in get_args(kind))
     if get_origin(kind) is list:
@@ -283,11 +283,12 @@ def _described(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    """The value as ASCII text of at most `_SHOWN` characters."""
     text = ascii(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def without_unknown(values: dict[str, Any], kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """The entries of a settings file whose values have their types, and the names of the others."""
+    """(entries of `values` that are of the TypedDict `kind`, names of the other entries)."""
     dropped = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in type_mismatches(values, kind)))
     return {key: value for key, value in values.items() if key not in dropped}, dropped

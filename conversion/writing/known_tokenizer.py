@@ -1,4 +1,4 @@
-"""The keys and types of a tokenizer's JSON files other than its settings."""
+"""Keys and types of a tokenizer's JSON files other than tokenizer_config.json, for `type_mismatches`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder of a conversion, and whether it can be replaced by a rename."""
+"""Checks that the output folder of a conversion can be replaced by a rename."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _NAME_MAX = 255
 
 
 def resolve_output(output: str | Path) -> Path:
-    """The absolute path of OUTPUT; of a symbolic link, the folder that it points to.
+    """The absolute path of OUTPUT; if it is a symbolic link, the path that it points to. Creates nothing.
 
-    The finished folder is renamed to OUTPUT, which cannot replace every kind of folder.
+    The finished folder is renamed to OUTPUT, and a rename cannot replace every kind of folder.
 
     Raises:
-        UsageError: OUTPUT is a mount point, the current folder or one that holds it, a link that leads back to itself,
-            or has a name that no folder can have.
+        UsageError: OUTPUT is empty text, a mount point, the current folder or a parent of it, or a cycle of links, or
+            its name is too long or has a NUL character.
     """
     if not str(output):
         raise UsageError("OUTPUT is empty", "name a folder that does not exist yet")

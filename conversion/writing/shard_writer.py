@@ -1,4 +1,4 @@
-"""Writing safetensors shards as a stream: the plan has every size, so each tensor is written as soon as it is read."""
+"""Writes safetensors shards as a stream: the header is written first, and each tensor as soon as it is available."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a checkpoint stores it."""
+    """Name, shape and dtype of a tensor in a checkpoint."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Shard:
         return sum(tensor.bytes for tensor in self.tensors)
 
     def header(self) -> bytes:
-        """Length and JSON header, padded so that the data begins at a multiple of eight bytes."""
+        """The first bytes of the file: the header's length, and the JSON header padded to a multiple of eight bytes."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for tensor in self.tensors:
@@ -70,13 +70,13 @@ class Shard:
 
 
 def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard]:
-    """Cut the tensors, in their order, into files of at most `max_bytes` of data; a larger tensor has its own file.
+    """Cut the tensors, in their order, into files of at most `max_bytes` of data; a larger tensor gets its own file.
 
-    Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size: where it would
-    not, a new file begins too.
+    Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size; if it would
+    not, a new file is begun.
     """
-    # huggingface_hub's split_state_dict_into_shards_factory puts a tensor beyond the limit into a file of its own and
-    # then goes on filling the file before it, so a stream would have two files open; and it does not align tensors.
+    # Not huggingface_hub's split_state_dict_into_shards_factory: it continues the previous file after a tensor beyond
+    # the limit, so that two files would be open, and it does not align tensors.
     groups: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -92,12 +92,12 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
 
 
 class ShardWriter:
-    """Writes one shard, tensor by tensor, under a temporary name; `close` renames it.
+    """Writes one shard, tensor by tensor, under a temporary name; `close` renames it. Creating it writes the header.
 
-    Tensors may have any dtype: they are converted piece by piece, so that there is no second copy of a tensor.
+    Tensors may have any dtype: they are converted in chunks, so that there is no second copy of a tensor.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         shard: name and tensors of the file.
 
     Raises:
@@ -116,10 +116,12 @@ class ShardWriter:
             self._write(shard.header())
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Append the next tensor of the shard.
+        """Append the next tensor of the shard, converted to the planned dtype.
 
         Args:
-            known_finite: NaN and infinity were ruled out before, so they are looked for only if the dtype changes.
+            name: name of the tensor.
+            tensor: its value, of the planned shape and any floating-point dtype.
+            known_finite: True if `tensor` was checked for NaN and infinity; then only a changed dtype is checked.
 
         Raises:
             HFEError: the tensor is not the next one of the plan, has NaN or infinity, or exceeds the dtype's range.
@@ -136,13 +138,18 @@ class ShardWriter:
         flat = tensor.detach().reshape(-1)
         with disk_errors(self._path.parent):
             for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-                piece = flat[start : start + CHUNK_ELEMENTS].to("cpu", planned.dtype).contiguous()
+                chunk = flat[start : start + CHUNK_ELEMENTS].to("cpu", planned.dtype).contiguous()
                 if not (known_finite and tensor.dtype == planned.dtype):
-                    _check_range(name, piece, planned.dtype)
-                self._write(piece.view(torch.uint8).numpy().data)
+                    _check_range(name, chunk, planned.dtype)
+                self._write(chunk.view(torch.uint8).numpy().data)
 
     def close(self) -> FinishedFile:
-        """fsync the finished file and rename it to its final name; returns its size and hash."""
+        """fsync the finished file and rename it to its final name; returns its size and hash.
+
+        Raises:
+            HFEError: a tensor of the plan was not added.
+            DiskFullError: the disk is full.
+        """
         if self._next != len(self.shard.tensors):
             raise HFEError(
                 f"{self.shard.name} lacks tensor {self.shard.tensors[self._next].name}",
@@ -169,9 +176,9 @@ class ShardWriter:
             view = view[count:]
 
 
-def _check_range(name: str, piece: Tensor, dtype: torch.dtype) -> None:
-    """Raise `HFEError` for NaN or infinity, also where a narrower dtype cannot represent a value."""
-    if piece.numel() and not all(torch.isfinite(extreme) for extreme in piece.aminmax()):
+def _check_range(name: str, chunk: Tensor, dtype: torch.dtype) -> None:
+    """Raise `HFEError` if the converted `chunk` has NaN or infinity, which values beyond the dtype's range become."""
+    if chunk.numel() and not all(torch.isfinite(extreme) for extreme in chunk.aminmax()):
         raise HFEError(
             f"tensor {name} holds NaN, or values beyond the range of {_NAMES[dtype]}",
             "convert with --dtype bfloat16 or float32",

@@ -35,16 +35,16 @@ _CHAT = [{"role": "user", "content": "Hi there, 2 + 2?"}, {"role": "assistant", 
 def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
     """Make `AutoTokenizer.from_pretrained(folder)` behave like `tokenizer`; returns warnings for the report.
 
-    Where AutoTokenizer would choose another class than for the source, the class is named in tokenizer_config.json;
-    where that is not enough, the tokenizer is saved again.
+    If it behaves differently, `tokenizer_class` is written to tokenizer_config.json; if that is not enough, the
+    tokenizer is saved again.
 
     Args:
-        name: of the source.
-        tokenizer: as loaded from the source.
-        folder: of the result, with the tokenizer's files; config.json may be missing.
+        name: name of the source, for messages.
+        tokenizer: the tokenizer of the source.
+        folder: folder of the result, with copies of the tokenizer's files; config.json may be missing.
 
     Raises:
-        HFEError: the tokenizer still gives other ids.
+        HFEError: the tokenizer that is loaded from `folder` still behaves differently.
     """
     expected = _behaviour(tokenizer)
 
@@ -60,7 +60,7 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
 
     if same():
         return []
-    _name_class(tokenizer, folder)
+    _write_tokenizer_class(tokenizer, folder)
     if same():
         return []
     tokenizer.save_pretrained(folder)
@@ -73,8 +73,8 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
     )
 
 
-def _name_class(tokenizer: Any, folder: Path) -> None:
-    """Name the tokenizer's class in tokenizer_config.json."""
+def _write_tokenizer_class(tokenizer: Any, folder: Path) -> None:
+    """Set `tokenizer_class` in tokenizer_config.json, which is created if it is missing."""
     path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
     settings["tokenizer_class"] = type(tokenizer).__name__
@@ -82,10 +82,10 @@ def _name_class(tokenizer: Any, folder: Path) -> None:
 
 
 def _behaviour(tokenizer: Any) -> list[Any]:
-    """Vocabulary, special tokens and chat template of a tokenizer, and its results for texts of many kinds."""
+    """Vocabulary, special tokens and chat template of a tokenizer, and its results for `_TEXTS`, to compare by ==."""
     special = sorted(str(token) for token in tokenizer.get_added_vocab())
     texts = [*_TEXTS, *special, " x ".join(special), *(f"a{token}b" for token in special[:50])]
-    found: list[Any] = [
+    results: list[Any] = [
         tokenizer.get_vocab(),
         tokenizer.get_added_vocab(),
         {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
@@ -94,17 +94,17 @@ def _behaviour(tokenizer: Any) -> list[Any]:
     ]
     for text in texts:
         ids = _or_error(tokenizer.encode, text, add_special_tokens=False)
-        found += [ids, _or_error(tokenizer.encode, text)]
-        found += [_or_error(tokenizer.decode, ids, skip_special_tokens=skip) for skip in (False, True)]
+        results += [ids, _or_error(tokenizer.encode, text)]
+        results += [_or_error(tokenizer.decode, ids, skip_special_tokens=skip) for skip in (False, True)]
     if tokenizer.chat_template:
         for prompt in (False, True):
             render = tokenizer.apply_chat_template
-            found.append(_or_error(render, _CHAT, tokenize=False, add_generation_prompt=prompt))
-    return found
+            results.append(_or_error(render, _CHAT, tokenize=False, add_generation_prompt=prompt))
+    return results
 
 
 def _or_error(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of a call, or the name of its error, which the tokenizer in the result must raise too."""
+    """The result of a call; if it raises, the name of the error's class, which both tokenizers must raise."""
     try:
         return call(*arguments, **options)
     except Exception as error:

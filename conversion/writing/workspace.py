@@ -1,4 +1,4 @@
-"""The working folder of a conversion, beside OUTPUT, with a lock and a state file.
+"""The working folder of a conversion, next to OUTPUT, with a lock and a state file.
 
     OUTPUT.hfe-partial/
         lock          locked while a process works here
@@ -6,9 +6,9 @@
         checkpoint/   renamed to OUTPUT when it is complete
         replaced/     the old OUTPUT, between two renames (--overwrite)
 
-If the process is killed, OUTPUT is unchanged or the complete new one; what is finished stays here for `--resume`.
+If the process is killed, OUTPUT is unchanged or the complete new one; finished shards stay here for `--resume`.
 The working folder must be writable by its owner only: otherwise another user could have placed links to other files
-in it. Any other folder is refused, whatever the flags, and left unchanged.
+in it. Any other folder of that name raises an error and is left unchanged.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _SPARE_BYTES = 64_000_000
 _LOCK, _STATE, _CHECKPOINT, _REPLACED = "lock", "state.json", "checkpoint", "replaced"
 _CHECKSUM = "sha256"
 _MAX_STATE_BYTES = 1 << 28
-_FOREIGN_REMEDY = "look at it and remove it by hand, or name another OUTPUT"
+_NOT_OWN_REMEDY = "look at it and remove it by hand, or name another OUTPUT"
 
 
 def check_output(output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an OUTPUT that must not be touched, before any source is read.
+    """Raise an error if OUTPUT must not be written or replaced. Reads no source and changes nothing.
 
     Raises:
-        UsageError: OUTPUT holds the source; or it exists and is not an empty folder, or an unfinished conversion is
-            beside it, and no option says what to do about it.
-        HFEError: the folder beside OUTPUT was not made by a conversion of this user, or another process is converting
-            to OUTPUT.
+        UsageError: OUTPUT is or contains the source, is a file, or cannot be created; or without `overwrite` it is a
+            folder with files; or without `resume` and `overwrite` an unfinished conversion is next to it.
+        HFEError: the working folder was not created by a conversion of this user, or another process is converting to
+            OUTPUT.
     """
     if source.exists() and source.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"OUTPUT {output} is or holds the source {source.name}", "name another folder")
@@ -91,12 +91,13 @@ class Workspace:
     it for `--resume`; so do a full disk after something was finished, and any error of a resumed conversion.
 
     Args:
-        output: the folder to make.
+        output: the folder to create.
         options: everything that determines the result. A conversion is resumed only with the same options.
-        resume, overwrite: as on the command line. With both, an unfinished conversion is continued.
+        resume: continue an unfinished conversion; without one, start anew.
+        overwrite: discard an unfinished conversion (unless `resume`), and replace `output` at the end.
 
     Attributes:
-        checkpoint: folder that becomes `output`.
+        checkpoint: the folder that `publish` renames to `output`.
         resumed: whether the state of an earlier run was loaded.
     """
 
@@ -119,6 +120,12 @@ class Workspace:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Workspace:
+        """Create and lock the folder, and load the state of an earlier run with `resume`.
+
+        Raises:
+            HFEError: another process uses the folder, it is not of this user, or the earlier run had other options.
+            DiskFullError: the disk is full.
+        """
         parent = next(folder for folder in self.output.parents if folder.exists())
         with disk_errors(parent):
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,11 +153,11 @@ class Workspace:
 
     @property
     def published(self) -> bool:
-        """Whether an earlier run was killed after OUTPUT was in place and before the working folder was removed."""
+        """True if an earlier run was killed between the rename to OUTPUT and the removal of the working folder."""
         return bool(self._state["complete"]) and not self.checkpoint.exists() and self.output.exists()
 
     def check_space(self, needed: int) -> None:
-        """Raise `DiskFullError` if the disk cannot hold a result of `needed` bytes, less the finished shards."""
+        """Raise `DiskFullError` if there is no space for a result of `needed` bytes, finished shards not counted."""
         finished = sum(file["size"] for file in self._state["shards"].values())
         free = shutil.disk_usage(self.folder).free
         if needed - finished + _SPARE_BYTES > free:
@@ -161,7 +168,7 @@ class Workspace:
             )
 
     def finished_shard(self, name: str) -> bool:
-        """Whether an earlier run finished this weight file and it is unchanged since."""
+        """True if an earlier run finished this weight file and its size and SHA-256, computed here, are unchanged."""
         recorded = self._state["shards"].get(name)
         path = self.checkpoint / name
         if recorded is None or path.is_symlink() or not path.is_file():
@@ -169,7 +176,7 @@ class Workspace:
         return FinishedFile.of(path) == FinishedFile(**recorded)
 
     def record_shard(self, name: str, file: FinishedFile) -> None:
-        """Record a finished weight file."""
+        """Record a finished weight file in the state file."""
         self._state["shards"][name] = {"size": file.size, "sha256": file.sha256}
         self._save_state()
 
@@ -188,7 +195,10 @@ class Workspace:
         self._save_state()
 
     def publish(self) -> None:
-        """Rename the finished checkpoint to OUTPUT. An old OUTPUT is removed only when the new one is in place."""
+        """fsync the checkpoint, rename it to OUTPUT, and remove the working folder.
+
+        An old OUTPUT is removed only after the new one is in place.
+        """
         self._state["complete"] = True
         self._save_state()
         with disk_errors(self.folder):
@@ -208,7 +218,7 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _restore_replaced(self) -> None:
-        """Move an old OUTPUT back if no new one is in place, else remove it."""
+        """Move an old OUTPUT back if there is no new one, else remove it."""
         if self._replaced.exists() and not self.output.exists():
             os.rename(self._replaced, self.output)
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -239,7 +249,7 @@ class Workspace:
         try:
             state = read_json(self.folder / _STATE, limit=_MAX_STATE_BYTES)
         except HFEError:
-            return  # nothing was finished
+            return  # no shard was finished
         # A state file that was changed is ignored: everything is computed again.
         if state.pop(_CHECKSUM, None) != _checksum(state) or not _is_state(state):
             return
@@ -253,7 +263,7 @@ class Workspace:
         self.resumed = True
 
     def _clear_checkpoint(self) -> None:
-        """Remove everything but finished weight files; it is written again."""
+        """Remove everything from the checkpoint folder but recorded weight files."""
         self.checkpoint.mkdir(exist_ok=True)
         for path in self.checkpoint.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -267,16 +277,16 @@ class Workspace:
 
 
 def _checksum(state: dict[str, Any]) -> str:
-    """SHA-256 of a state, which shows whether the file was changed."""
+    """SHA-256 of a state as sorted JSON, to detect a changed state file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def _own_folder(path: Path) -> Iterator[int]:
-    """Context: file descriptor of a working folder that belongs to the user and that no other user can write to.
+    """Context: yields a file descriptor of a working folder that belongs to the user and only the user can write to.
 
     Raises:
-        HFEError: it is a link, belongs to or may be written by another user, or has entries that no conversion creates.
+        HFEError: it is a link, another user owns it or can write to it, or it has entries that no conversion creates.
         FileNotFoundError: there is none.
     """
     try:
@@ -284,13 +294,13 @@ def _own_folder(path: Path) -> Iterator[int]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _foreign(path, f"cannot be opened as a folder ({error.strerror})") from None
+        raise _not_own_error(path, f"cannot be opened as a folder ({error.strerror})") from None
     try:
         status = os.fstat(folder)
         if status.st_uid != os.geteuid():
-            raise _foreign(path, f"belongs to the user {status.st_uid}, not to you")
+            raise _not_own_error(path, f"belongs to the user {status.st_uid}, not to you")
         if status.st_mode & 0o022:
-            raise _foreign(path, "may be written by others")
+            raise _not_own_error(path, "may be written by others")
         _check_entries(path, folder)
         yield folder
     finally:
@@ -300,29 +310,29 @@ def _own_folder(path: Path) -> Iterator[int]:
 def _check_entries(path: Path, folder: int) -> None:
     """Raise `HFEError` for a symbolic or hard link, a device or a file of another user in a working folder."""
     with os.scandir(folder) as entries:
-        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+        statuses = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
     folders = (_CHECKPOINT, _REPLACED)
-    for name, status in found.items():
+    for name, status in statuses.items():
         if not (stat.S_ISDIR(status.st_mode) if name in folders else _is_own_file(status)):
-            raise _foreign(path, f"holds {name!r}, which is {_kind(status)}")
+            raise _not_own_error(path, f"holds {name!r}, which is {_describe_entry(status)}")
     # The old OUTPUT may have any content, links included: it is moved or removed as a whole.
-    if _CHECKPOINT not in found:
+    if _CHECKPOINT not in statuses:
         return
     for _, names, files, inner in os.fwalk(_CHECKPOINT, dir_fd=folder, follow_symlinks=False):
         for name in [*names, *files]:
             status = os.lstat(name, dir_fd=inner)
             if not (stat.S_ISDIR(status.st_mode) or _is_own_file(status)):
-                raise _foreign(path, f"holds {name!r}, which is {_kind(status)}")
+                raise _not_own_error(path, f"holds {name!r}, which is {_describe_entry(status)}")
 
 
 def _is_own_file(status: os.stat_result) -> bool:
-    """Whether it is a regular file of the user with a single hard link."""
+    """True for the status of a regular file of this user with a single hard link."""
     # Writing to a file with a second hard link would change another file.
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
 
 
-def _kind(status: os.stat_result) -> str:
-    """What is wrong with an entry, for the message."""
+def _describe_entry(status: os.stat_result) -> str:
+    """Description of an unexpected entry, for the message."""
     if stat.S_ISLNK(status.st_mode):
         return "a link"
     if stat.S_ISREG(status.st_mode):
@@ -330,9 +340,9 @@ def _kind(status: os.stat_result) -> str:
     return "neither an ordinary file nor a folder of a conversion"
 
 
-def _foreign(path: Path, problem: str) -> HFEError:
-    """The error for a working folder that another program or user may have made."""
-    return HFEError(f"{path.name} beside OUTPUT {problem}: it was not made by a conversion of yours", _FOREIGN_REMEDY)
+def _not_own_error(path: Path, problem: str) -> HFEError:
+    """The error (not raised) for a working folder that another program or user may have created."""
+    return HFEError(f"{path.name} beside OUTPUT {problem}: it was not made by a conversion of yours", _NOT_OWN_REMEDY)
 
 
 def _open_lock(folder: int, flags: int) -> TextIO:
