@@ -78,5 +78,6 @@ def command(json: Json = False) -> None:
     summary = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB" if gpu else "none"
     typer.echo(f"GPU: {summary}")
     typer.echo("Kernels:")
+    width = max(map(len, found["kernels"]))
     for name, reason in found["kernels"].items():
-        typer.echo(f"  {name:<16} {reason}")
+        typer.echo(f"  {name:<{width}} {reason}")

@@ -63,7 +63,7 @@ def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
             flag = f"--{patch}-{field.name.replace('_', '-')}"
             text = field.metadata.get("help", "")
             if not isinstance(field.default, bool) and field.default is not None:
-                text = f"{text} Default: {field.default}.".strip()
+                text = f"{text}  [default: {field.default}]".strip()
             flag_type = _flag_type(types_of[field.name])
             names = (f"{flag}/--no-{flag[2:]}",) if flag_type is bool else (flag,)
             annotation = Annotated[flag_type | None, typer.Option(*names, help=text, show_default=False)]  # type: ignore[valid-type]
