@@ -108,12 +108,12 @@ class BhytConfig(DecoderConfig):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {list(words)}")
         for name in ("bhyt_lambda_input", "bhyt_lambda_post", "bhyt_lambda_final", "bhyt_kappa", "bhyt_eps"):
-            given = getattr(self, name)
-            if isinstance(given, list) and len(given) != count:
-                raise ValueError(f"{name} has {len(given)} numbers; the model has {count} layers")
-            for value in given if isinstance(given, list) else [given]:
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != count:
+                raise ValueError(f"{name} has {len(values)} numbers; the model has {count} layers")
+            for value in values if isinstance(values, list) else [values]:
                 if not (value > 0 and math.isfinite(value)):  # also true for NaN
-                    raise ValueError(f"{name}={given} must be positive and finite")
+                    raise ValueError(f"{name}={values} must be positive and finite")
         if self.bhyt_seq_len is not None and self.bhyt_seq_len < 1:
             raise ValueError(f"bhyt_seq_len={self.bhyt_seq_len} must be at least 1")
         if self.bhyt_learnable_estimate and self.bhyt_second_site != "approx":

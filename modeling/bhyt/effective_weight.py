@@ -62,18 +62,18 @@ def fingerprint(module: Any) -> Hashable:
     It is made of addresses and version counters of the parameters and of the state of adapters, so it does not change
     with writes through `Tensor.data`, which some optimizers make.
     """
-    found: list[Any] = []
+    identity: list[Any] = []
     if type(module) is not nn.Linear:
         adapters = (getattr(module, name, ()) for name in ("active_adapters", "merged_adapters"))
         scaling = getattr(module, "scaling", None)
-        found += [id(module), *map(tuple, adapters), getattr(module, "disable_adapters", None)]
-        found.append(tuple(scaling.values()) if isinstance(scaling, dict) else None)
+        identity += [id(module), *map(tuple, adapters), getattr(module, "disable_adapters", None)]
+        identity.append(tuple(scaling.values()) if isinstance(scaling, dict) else None)
     for tensor in _parameters(module):
         if type(tensor) is not nn.Parameter and is_sharded(tensor):
             return None
         # A tensor made in inference mode has no version counter.
-        found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    return tuple(found)
+        identity += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    return tuple(identity)
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,9 +1,9 @@
 """The cache argument under both of its names: transformers renamed it between the supported releases.
 
 The cache of a call is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on: as an argument of every
-forward, of `generate` and of the mask functions, and as a field of every output. A forward takes both names, passes on
-the one of the installed release, and raises for a cache, a mask or positions under any other name: if they were ignored
-in `kwargs`, the output would be wrong without an error.
+forward, of `generate` and of the mask functions, and as a field of every output. A forward accepts both names, passes
+the one of the installed release to the modules it calls, and raises for a cache, a mask or positions under any other
+name: if they were ignored in `kwargs`, the output would be wrong without an error.
 """
 
 from __future__ import annotations

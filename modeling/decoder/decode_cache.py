@@ -36,6 +36,7 @@ class StaticCacheMixin(CapturableCache):
         return self.layers[0].max_cache_len
 
     def memory(self) -> list[Tensor]:
+        """Keys, values and length of each layer, in this order."""
         return [x for layer in self.layers for x in (layer.keys, layer.values, layer.cumulative_length)]
 
     def state_tensors(self) -> list[Tensor]:
@@ -46,6 +47,7 @@ class StaticCacheMixin(CapturableCache):
         return [layer.cumulative_length for layer in self.layers]
 
     def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of each sequence, in place: sets the length of every layer."""
         for layer in self.layers:
             layer.cumulative_length.fill_(length)
 
@@ -63,6 +65,7 @@ class StaticCacheView(StaticCacheMixin):
         )
 
     def reset(self) -> None:
+        """Remove all tokens, in place, and set keys and values to zero."""
         for layer in self.layers:
             layer.reset()
 

@@ -65,7 +65,7 @@ class CapturedGeneration:
     prepare_inputs_for_generation: Any
     set_attn_implementation: Any
 
-    # Further such arguments of `generate`, which only the prompt's forward reads; patches add to them.
+    # Arguments of a patch that only the prompt's forward reads; other unknown arguments fall back to transformers' loop.
     prompt_arguments: frozenset[str] = frozenset()
     # Attention implementations that compute what `hfe_decode` does; patches add to them.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
@@ -80,7 +80,7 @@ class CapturedGeneration:
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False for a model with a cache class of its own, whose forward creates that cache."""
+        """As in transformers, but False for a model with a cache class of its own, whose forward creates that cache."""
         return cls.cache_class is DecodeCache and super()._supports_default_dynamic_cache()
 
     def captured_steps(self) -> list[dict[str, Any]]:

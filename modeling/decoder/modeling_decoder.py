@@ -434,9 +434,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
             cache=cache,
             **kwargs,
         )
-        # slice(-0, None) is the whole sequence
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = linear(outputs.last_hidden_state[:, kept], self.lm_head)
+        # slice(-0, None) selects all positions.
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = linear(outputs.last_hidden_state[:, positions], self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

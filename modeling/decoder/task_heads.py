@@ -50,6 +50,7 @@ class DecoderForTokenClassification(TaskHead, GenericForTokenClassification, Dec
     """A `DecoderModel`, dropout and a linear layer on every token: `logits` [B, S, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
+        """Set dropout and head; the rate is `config.classifier_dropout`, by default 0.1."""
         self.num_labels = config.num_labels
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)

@@ -21,7 +21,7 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 class EfficientDecoderPreTrainedModel(StemPreTrainedModel, BhytPreTrainedModel, TopologyPreTrainedModel):
     config: EfficientDecoderConfig
-    config_class = EfficientDecoderConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = EfficientDecoderConfig  # set too: transformers does not resolve the string annotation above
 
 
 class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel, BhytModel, TopologyModel):

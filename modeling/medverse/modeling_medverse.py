@@ -19,7 +19,7 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 class MedVersePreTrainedModel(TopologyPreTrainedModel):
     config: MedVerseConfig
-    config_class = MedVerseConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = MedVerseConfig  # set too: transformers does not resolve the string annotation above
 
 
 class MedVerseModel(MedVersePreTrainedModel, TopologyModel):

@@ -27,7 +27,7 @@ from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import Monarc
 
 class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
     config: MonarchBertConfig
-    config_class = MonarchBertConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = MonarchBertConfig  # set too: transformers does not resolve the string annotation above
 
     def __init__(self, config: MonarchBertConfig, *args: Any, **kwargs: Any) -> None:
         config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks

@@ -19,7 +19,7 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 class MultiversePreTrainedModel(TopologyPreTrainedModel):
     config: MultiverseConfig
-    config_class = MultiverseConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = MultiverseConfig  # set too: transformers does not resolve the string annotation above
 
 
 class MultiverseModel(MultiversePreTrainedModel, TopologyModel):

@@ -115,7 +115,7 @@ class StemMLP(nn.Module):
 
 class StemPreTrainedModel(DecoderPreTrainedModel):
     config: StemConfig
-    config_class = StemConfig  # transformers reads annotations unevaluated, so it is named here too
+    config_class = StemConfig  # set too: transformers does not resolve the string annotation above
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
