@@ -1,4 +1,8 @@
-"""Configuration of topology attention: grammar, control tokens, and what the steps of a plan see."""
+"""Configuration of topology attention: grammar, control tokens, and which steps of a plan a step may attend to.
+
+A grammar (Multiverse or MedVerse) defines how control tokens, tags such as `<Path>` that are one token each, divide a
+text into parallel paths or steps.
+"""
 
 from typing import Any, TypedDict
 
@@ -20,7 +24,7 @@ TokenIds = TypedDict("TokenIds", {tag: int for tags in CONTROL_TOKENS.values() f
 
 
 class TopologySettings(TypedDict, total=False):
-    """Types of the values in the field `topology`."""
+    """Types of the values in the field `topology`; see `TopologyConfig` for their meaning."""
 
     grammar: str
     mode: str
@@ -37,11 +41,15 @@ class TopologyConfig(DecoderConfig):
     | key | meaning |
     |---|---|
     | `grammar` | `multiverse` or `medverse` |
-    | `mode` | what a step of MedVerse sees: `dag`, its ancestors; `layers`, all earlier layers; `flat`, no other step |
-    | `token_ids` | control token -> id; empty: no topology can be read, and nothing generated in parallel |
-    | `trained` | the model was trained to write control tokens, so `generate` decodes in parallel by default |
-    | `separator` | text between two control tokens, which generation forces |
-    | `version` | version of this format |
+    | `mode` | steps that a MedVerse step may attend to: `dag`, its ancestors; `layers`, all earlier layers; `flat`,
+    none |
+    | `token_ids` | control token -> id; empty: the model cannot generate in parallel |
+    | `trained` | the model was trained to generate control tokens, so `generate` decodes in parallel by default |
+    | `separator` | white space between two control tokens, which parallel generation appends without sampling |
+    | `version` | version of this format, 1 |
+
+    With ``topology=None`` the model is a plain decoder. Creating a configuration with an invalid topology raises as
+    `validate_topology` does.
     """
 
     model_type = "hfe_topology_base"
@@ -64,14 +72,21 @@ class TopologyConfig(DecoderConfig):
 
     @property
     def active_patches(self) -> list[str]:
+        """Names of the patches in use: those of `DecoderConfig`, and the grammar if there is a topology."""
         return [*super().active_patches, *([self.topology["grammar"]] if self.topology is not None else [])]
 
     def fields_of_absent_patches(self) -> set[str]:
+        """Names of the fields to leave out of config.json; `topology` is one if it is None."""
         absent = super().fields_of_absent_patches()
         return absent if self.topology is not None else absent | {"topology"}
 
     def validate_topology(self) -> None:
-        """Raise `ValueError`, with the value and the rule, where the field `topology` is invalid."""
+        """Check the field `topology`, and that the model has full attention and rotary embeddings that fit it.
+
+        Raises:
+            ValueError: a key is unknown, a value is invalid, a layer has sliding-window attention, or the rotary
+                frequencies depend on the sequence length.
+        """
         if self.topology is None:
             return
         unknown = sorted(set(self.topology) - set(_DEFAULTS))
@@ -88,7 +103,7 @@ class TopologyConfig(DecoderConfig):
                 raise ValueError(f"topology[{key!r}]={self.topology[key]!r} must be one of {list(values)}")
         separator = self.topology["separator"]
         if not isinstance(separator, str) or separator.strip():
-            raise ValueError(f"topology['separator']={separator!r} must be white space or an empty text")
+            raise ValueError(f"topology['separator']={separator!r} must be white space or an empty string")
         self._validate_token_ids()
         if "sliding_attention" in self.layer_types:
             raise ValueError(
@@ -103,6 +118,7 @@ class TopologyConfig(DecoderConfig):
             )
 
     def _validate_token_ids(self) -> None:
+        """Raise `ValueError` unless `token_ids` is empty or gives each control token its own id below `vocab_size`."""
         ids, tags = self.topology["token_ids"], CONTROL_TOKENS[self.topology["grammar"]]
         if ids and set(ids) != set(tags):
             wrong = sorted(set(ids) ^ set(tags))

@@ -1,4 +1,11 @@
-"""The decoder with topology attention: parallel branches of a text do not see each other, and share positions."""
+"""The decoder with topology attention: tokens of parallel branches may not attend to each other, and share positions.
+
+A topology describes this by segments, runs of consecutive tokens between two points where the text forks into branches
+or joins them: a token may attend to the tokens before it in its own segment and to all tokens of the segment's
+ancestors. `TopologyMask` describes full sequences, `TopologyQueries` tokens that follow a key-value cache. B is the
+batch size, S the sequence length, H the hidden size, V the vocabulary size, N the number of segments, and W that of
+64-bit words in a bitmap of segments.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +45,10 @@ class TopologyPreTrainedModel(DecoderPreTrainedModel):
     config_class = TopologyConfig  # with postponed annotations transformers cannot infer it from the line above
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers; the default is ``hfe_topology`` where the configuration has a topology."""
+        """Return the attention implementation to use, as in transformers.
+
+        Without a requested one it is ``hfe_topology`` if the configuration has a topology.
+        """
         is_default = requested_attention is None and self.config.topology is not None
         if is_default or requested_attention == "hfe_topology":  # exported code registers it under another name
             requested_attention = TOPOLOGY_ATTENTION
@@ -62,27 +72,32 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of `DecoderModel`, under a topology where one is given.
+        """Compute the hidden states of `DecoderModel`, with attention restricted by a topology if one is given.
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: padding mask [B, S], 0 at padding; not with `TopologyQueries`, nor in another form.
-            position_ids: int64 [B, S], positions of the topology; required with one.
-            past_key_values, cache: the cache, under either of its two names.
+            attention_mask: with a `TopologyMask`, a padding mask [B, S] (0 at padding) or None; with `TopologyQueries`
+                None; without a topology as for `DecoderModel`.
+            position_ids: int64 [B, S], rotary positions of the topology; required with one.
+            past_key_values, cache: the key-value cache; pass it under one of the two names.
             inputs_embeds: [B, S, H], in place of `input_ids`.
             use_cache: return a cache.
             segment_ids: int32 [B, S], segment of each token, -1 at padding.
-            segment_visibility: int64 [B, N, W], bitmap of the segments that each segment sees.
+            segment_visibility: int64 [B, N, W] or [1, N, W]: for each segment the bitmap of the segments that its
+                tokens may attend to.
             topology: the same two as a `TopologyMask`; or, for tokens that follow a cache, `TopologyQueries`.
+            **kwargs: as for `DecoderModel`.
 
         Returns:
-            `last_hidden_state` [B, S, H] and the cache.
+            `last_hidden_state` [B, S, H] and `past_key_values`, the cache or None.
 
         Raises:
-            TopologyError: the topology is given twice or in part, without `position_ids`, beside another attention
-                mask, or for another number of tokens.
-            HFEError: the attention implementation does not support a topology, or gives no attention weights and
-                `output_attentions` is set.
+            TopologyError: the topology is given twice or in part, without `position_ids`, together with another
+                attention mask, or for another number of tokens; or, on the CPU, a segment has no bitmap.
+            UsageError: `topology` has another type.
+            HFEError: the attention implementation does not support a topology, or `output_attentions` is set with
+                ``hfe_topology``, which returns no attention weights; or a tensor of the topology has a wrong dtype,
+                shape or device.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         given = _as_topology(segment_ids, segment_visibility, topology)
@@ -91,13 +106,13 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             given = self._check_topology(given, tokens, attention_mask, position_ids)
             if kwargs.get("output_attentions") and self.config._attn_implementation == TOPOLOGY_ATTENTION:
                 raise HFEError(
-                    "the attention implementation hfe_topology gives no weights, and output_attentions is set",
+                    "the attention implementation hfe_topology returns no weights, but output_attentions is set",
                     "load the model with attn_implementation='eager'",
                 )
             num_slots = None
             if isinstance(given, TopologyQueries) and cache is not None:
                 num_slots = cache.get_mask_sizes(given.cache_position.shape[1], 0)[0]
-            # DecoderModel uses a mapping of masks as it is; without one it reads jumps in positions as packing.
+            # DecoderModel uses a mapping of masks unchanged; otherwise it interprets jumps in positions as packing.
             mask, kwargs["topology"] = self._mask(given, num_slots)
             attention_mask = dict.fromkeys(self.config.layer_types, mask)
         return super().forward(
@@ -117,10 +132,17 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         attention_mask: Any,
         position_ids: Tensor | None,
     ) -> TopologyMask | TopologyQueries:
-        """The topology without the tokens that a padding mask hides; raises where it does not fit the call.
+        """Check that a topology fits the other arguments of `forward`; return it with padding applied.
 
         Args:
+            topology: the topology of the call.
             tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, H].
+            attention_mask: None, or a padding mask [B, S]; tokens where it is 0 get segment -1 in the result.
+            position_ids: int64 [B, S].
+
+        Raises:
+            TopologyError: `position_ids` is missing, the shapes differ, or `attention_mask` is no padding mask.
+            HFEError: a tensor of the topology has a wrong dtype, shape or device.
         """
         if position_ids is None:
             raise TopologyError("a topology was given without position_ids", "pass those of the same Topology")
@@ -149,9 +171,10 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         return topology
 
     def _check_values(self, topology: TopologyMask | TopologyQueries, position_ids: Tensor) -> None:
-        """Check that every segment has a bitmap; warn of positions beyond `max_position_embeddings`.
+        """Raise `TopologyError` if a segment has no bitmap; warn of positions beyond `max_position_embeddings`.
 
-        Reading tensors waits for the device, so this runs on the CPU, and elsewhere only with HFE_CHECK=1.
+        Reading tensor values synchronises with the device, so this runs on the CPU, and on other devices only with
+        HFE_CHECK=1. It does nothing while the model is compiled or on `meta`.
         """
         if torch.compiler.is_compiling() or position_ids.is_meta or position_ids.numel() == 0:
             return
@@ -173,10 +196,19 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             )
 
     def _mask(self, topology: TopologyMask | TopologyQueries, num_slots: int | None) -> tuple[Any, Any]:
-        """The attention implementation's arguments `attention_mask` and `topology`, computed once for all layers.
+        """Return the arguments `attention_mask` and `topology` of the attention function, the same for all layers.
 
         Args:
-            num_slots: length of the keys that the cache gives; None without a cache.
+            topology: the topology of the call.
+            num_slots: length of the keys that attention receives from the cache; None without a cache.
+
+        Returns:
+            ``hfe_topology``: None and the topology. ``sdpa`` and ``hfe_decode``: a bool mask [B, 1, S, S or num_slots]
+            and None. ``eager``: the same as an additive mask. ``flex_attention``: a `BlockMask`, for `TopologyQueries`
+            an additive mask.
+
+        Raises:
+            HFEError: the attention implementation is another one.
         """
         implementation = self.config._attn_implementation
         if implementation == TOPOLOGY_ATTENTION:
@@ -196,7 +228,7 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
 def _as_topology(
     segment_ids: Tensor | None, segment_visibility: Tensor | None, topology: TopologyMask | TopologyQueries | None
 ) -> TopologyMask | TopologyQueries | None:
-    """The topology of a call, given as two tensors or as one object; None without one.
+    """Return the topology of a call, which is given as two tensors or as one object; None if none is given.
 
     Raises:
         TopologyError: one of the two tensors is missing, or the object is given too.
@@ -236,19 +268,22 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits and loss of `DecoderForCausalLM`; without a topology attention is causal.
+        """Compute the logits and loss of `DecoderForCausalLM`; without a topology attention is causal.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, use_cache, segment_ids,
                 segment_visibility, topology: as for `TopologyModel.forward`.
-            labels: int64 [B, S], -100 where there is no loss; the first tokens of segments must have none.
-            logits_to_keep: compute logits of the last tokens only; 0 for all.
+            labels: int64 [B, S], -100 where there is no loss. They are not checked: set -100 at the first token of each
+                segment, which the loss would predict from a token that it does not continue (the collator does this).
+            logits_to_keep: compute the logits of the last tokens only; 0 for all. A tensor gives the indices of the
+                tokens.
 
         Returns:
-            `logits` [B, S, V], or [B, logits_to_keep, V]; `loss` where labels are given; and the cache.
+            `logits` [B, S, V], or [B, logits_to_keep, V]; `loss`, a scalar, if labels are given; `past_key_values`, the
+            cache or None.
 
         Raises:
-            TopologyError, HFEError: as for `TopologyModel.forward`.
+            TopologyError, UsageError, HFEError: as for `TopologyModel.forward`.
         """
         return super().forward(
             input_ids=input_ids,

@@ -1,7 +1,9 @@
-"""The cache that all branches of a sequence share: slots in the order in which tokens were generated.
+"""The key-value cache that all branches of a sequence share: slots in the order in which tokens were generated.
 
-A slot's index says nothing about which queries see it; its segment does. Keys carry the rotary position of their token,
-so branches write side by side, and fork and join move nothing.
+A branch is a part of a sequence that is decoded in parallel with others. Which queries may attend to a slot depends not
+on its index but on its segment: a run of consecutive tokens between forks and joins of branches. Keys carry the rotary
+position of their token, so branches write to neighbouring slots, and neither a fork nor a join copies anything. B is
+the batch size, Hkv the number of key-value heads, Q that of the call's queries, D the head dimension.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from hf_efficient.modeling.decoder.cache_contract import CapturableCache, round_
 
 
 class TopologyLayer(CacheLayerMixin):
-    """Keys and values [B, Hkv, capacity, D] of one layer.
+    """Keys and values of one layer, `keys` and `values` [B, Hkv, capacity, D].
 
-    One more slot after the last takes tokens that are not to be stored.
+    The memory has one more slot after the last, to which tokens that must not be stored are written.
+
+    Args:
+        next_slots: where the next call's tokens are written; shared by all layers of a cache.
     """
 
     is_sliding = False
@@ -31,7 +36,11 @@ class TopologyLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     @torch.no_grad()
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate memory for keys and values like these, [B, Hkv, Q, D]."""
+        """Allocate zeroed memory of `capacity` + 1 slots, with the dtype, device and head shapes of these states.
+
+        Args:
+            key_states, value_states: [B, Hkv, Q, D].
+        """
         self.dtype, self.device = key_states.dtype, key_states.device
         slots = self._next_slots.capacity + 1
         self._set(
@@ -44,7 +53,7 @@ class TopologyLayer(CacheLayerMixin):
         self.keys, self.values = keys[:, :, :-1], values[:, :, :-1]
 
     def grow(self, capacity: int) -> None:
-        """Move to memory of `capacity` slots, with all that is stored."""
+        """Reallocate with `capacity` slots, not fewer than before, and copy the contents."""
         moved = []
         for old in self._storage:
             new = old.new_zeros(*old.shape[:2], capacity + 1, old.shape[3])
@@ -53,9 +62,15 @@ class TopologyLayer(CacheLayerMixin):
         self._set(*moved)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write a call's keys and values [B, Hkv, Q, D] to their slots; return those that its queries may see.
+        """Write a call's keys and values to the slots set by `TopologyCache.place`; return those to compute attention
+        with.
 
-        For a prompt these are the call's own, for other calls [B, Hkv, key-value length, D].
+        Args:
+            key_states, value_states: [B, Hkv, Q, D].
+
+        Returns:
+            For a prompt `key_states` and `value_states` themselves; for other calls the keys and values of the first
+            `kv_length` slots, views [B, Hkv, kv_length, D] of the cache.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -69,13 +84,15 @@ class TopologyLayer(CacheLayerMixin):
         return self.keys[:, :, :kv_length], self.values[:, :, :kv_length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Key-value length and offset, as in transformers."""
+        """Return the length of the keys that `update` will return, and their offset 0, as in transformers."""
         return (query_length if self._next_slots.slots is None else self._next_slots.kv_length), 0
 
     def get_seq_length(self) -> int:
+        """Return the key-value length of the last `place`; 0 before a prompt."""
         return self._next_slots.kv_length if self._next_slots.slots is not None else 0
 
     def get_max_length(self) -> int:
+        """Return the capacity."""
         return self._next_slots.capacity
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.23
@@ -85,9 +102,10 @@ class NextSlots:
     """Where the tokens of the next call are written; one object for all layers of a cache.
 
     Attributes:
-        capacity: slots of each layer.
-        slots: int64 [B, Q], slot of each token, `capacity` for one that is not stored; None for a prompt.
-        kv_length: slots that the call's queries may see, the first ones.
+        capacity: number of slots of each layer.
+        slots: int64 [B, Q], slot of each token, `capacity` for one that is not stored; None for a prompt, which is
+            written to slots 0 to P - 1.
+        kv_length: number of slots, from the first, whose keys and values attention receives.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -97,16 +115,19 @@ class NextSlots:
 
 
 class TopologyCache(CapturableCache, Cache):
-    """Keys and values [B, Hkv, capacity, D] of each layer, written to the slots that `place` names.
+    """Keys and values [B, Hkv, capacity, D] of each layer, written to the slots that `place` sets.
+
+    Call `place` before each forward pass. Memory for keys and values is allocated at the first one.
 
     Args:
         layers: number of layers.
-        batch: number of sequences.
-        capacity: slots; rounded up by `round_capacity`.
-        device: of the slots' segments; keys and values are where the model computes them.
+        batch: B, the number of sequences.
+        capacity: number of slots of each sequence, at least; `round_capacity` rounds it up.
+        device: device of `segments`; keys and values are on the device where the model computes them.
 
     Attributes:
-        segments: int32 [B, capacity + 1], segment of each slot, -1 where there is none.
+        segments: int32 [B, capacity + 1], segment of the token in each slot, -1 for an unused slot. The decoding loop
+            writes it. The last entry belongs to the slot for tokens that are not stored.
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, device: torch.device) -> None:
@@ -124,29 +145,38 @@ class TopologyCache(CapturableCache, Cache):
         return self.next_slots.capacity
 
     def memory(self) -> list[Tensor]:
+        """Return every tensor that a step reads or writes: `segments`, then keys and values of the allocated layers."""
         states = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
         return [self.segments, *states]
 
     def state_tensors(self) -> list[Tensor]:
-        """None: a step writes the slots that it was given, the same ones when it runs again."""
+        """Return the tensors that make a repeated step differ: none, since it writes the same slots again."""
         return []
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` slots of each sequence; no query sees the others again until they are rewritten."""
+        """Keep the first `length` slots of each sequence: the segments of the others are set to -1.
+
+        Keys and values stay in memory, but no query may attend to them until they are overwritten.
+        """
         self.segments[:, length:] = -1
 
     def place(self, slots: Tensor | None, kv_length: int | None = None) -> None:
-        """Set where the tokens of the next call are written.
+        """Set where the tokens of the next forward pass are written.
 
         Args:
-            slots: int64 [B, Q], `capacity` for a token that is not stored; None for a prompt in an empty cache.
-            kv_length: slots that the call's queries may see; None for all.
+            slots: int64 [B, Q], slot of each token, `capacity` for one that is not stored; None for a prompt, which is
+                written to the first slots of an empty cache.
+            kv_length: number of slots, from the first, whose keys and values attention receives; None for all.
         """
         self.next_slots.slots = slots
         self.next_slots.kv_length = self.capacity if kv_length is None else kv_length
 
     def next_write(self, layer_idx: int) -> CacheWrite | None:
-        """Where a kernel may write the next call's tokens; None for a prompt, or when not all slots may be seen."""
+        """Return the memory and slots to which a kernel may write the next tokens' keys and values itself.
+
+        None if the model must call `update` instead: for a prompt, before memory is allocated, or if attention receives
+        only part of the slots.
+        """
         layer, following = self.layers[layer_idx], self.next_slots
         if not layer.is_initialized or following.slots is None or following.kv_length != following.capacity:
             return None
@@ -155,7 +185,10 @@ class TopologyCache(CapturableCache, Cache):
     @torch.inference_mode(False)
     @torch.no_grad()
     def grow(self, capacity: int) -> None:
-        """Have room for `capacity` slots, and for at least twice as many as before."""
+        """Reallocate with at least `capacity` slots, and at least twice as many as before, and copy the contents.
+
+        CUDA graphs captured before refer to the old memory and must be discarded.
+        """
         capacity = round_capacity(max(capacity, 2 * self.capacity))
         for layer in self.layers:
             if layer.is_initialized:
@@ -166,6 +199,6 @@ class TopologyCache(CapturableCache, Cache):
         self.next_slots.capacity = capacity
 
     def reset(self) -> None:
-        """Forget all tokens, in the same memory; keys and values stay until they are overwritten."""
+        """Remove all tokens without freeing memory, and expect a prompt; keys and values stay until overwritten."""
         self.segments.fill_(-1)
         self.place(None)

@@ -1,13 +1,16 @@
 """The attention implementation ``hfe_topology``: attention under a topology, and plain causal attention without one.
 
-Registered with transformers, so any stock model with full attention and rotary positions takes it:
+A topology (`TopologyMask` or `TopologyQueries`) says by segments, runs of consecutive tokens between forks and joins of
+the text, which tokens may attend to each other. The implementation is registered with transformers when this file is
+imported, so any model of transformers with full attention and rotary positions supports it:
 
     model.set_attn_implementation("hfe_topology")
     model(input_ids, position_ids=position_ids, topology=topology_mask)
 
-Without ``topology=`` it is the implementation ``hfe_decode``, including masks and padding. With it the model's own
-attention mask is ignored, because the topology marks padding. A stock model reads jumps in ``position_ids`` as packed
-sequences and builds a dense mask, which is then unused; an ``attention_mask`` of ones avoids that.
+Without ``topology=`` it computes the same as the implementation ``hfe_decode``, including masks and padding. With it
+the model's own attention mask is ignored, because the topology marks padding. A model of transformers interprets jumps
+in ``position_ids`` as packed sequences and builds a dense mask, which is then unused; an ``attention_mask`` of ones
+avoids that.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from hf_efficient.modeling.topology.attention.topology_mask import TopologyMask,
 
 # Exported code registers under another name, so that it and the installed package never replace each other.
 TOPOLOGY_ATTENTION = "hfe_topology" if NS == "hf_efficient" else f"{NS}_topology"
-# Arguments of attention functions that are not supported under a topology.
+# Arguments of attention functions that are not supported together with a topology.
 _UNSUPPORTED = ("softcap", "s_aux", "sliding_window")
 
 
@@ -43,25 +46,29 @@ def topology_attention_forward(
     topology: TopologyMask | TopologyQueries | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function ``hfe_topology``.
+    """The attention function ``hfe_topology``: softmax attention with grouped-query heads.
+
+    Under autocast, query, key and value are cast to its dtype, except float64.
 
     Args:
-        module: the attention module.
+        module: the attention module; only its class name is used with a topology.
         query: [B, Hq, Q, D].
-        key, value: [B, Hkv, S, D] of the same tokens for a `TopologyMask`; [B, Hkv, C, D], the slots of a cache
-            including those of the queries, for `TopologyQueries`.
-        attention_mask: used only without a topology.
+        key, value: for a `TopologyMask` those of the same tokens, [B, Hkv, Q, D]; for `TopologyQueries` the slots of a
+            cache, which already contains the queries' own tokens, [B, Hkv, C, D].
+        attention_mask: as for ``hfe_decode`` without a topology; ignored with one.
         dropout: must be 0 with a topology.
         scaling: factor of the scores; ``D ** -0.5`` by default.
         topology: `TopologyMask` or `TopologyQueries`; None for plain causal attention.
-        **kwargs: arguments that transformers passes to every attention function.
+        **kwargs: arguments that transformers passes to every attention function; with a topology, `softcap`, `s_aux`
+            and `sliding_window` must be None or missing, and others are ignored.
 
     Returns:
-        Output [B, Q, Hq, D], and None in place of the attention weights.
+        Output [B, Q, Hq, D], zero for queries that may attend to nothing, and None in place of the attention weights.
 
     Raises:
         UsageError: `topology` has another type.
-        HFEError: the topology has another number of tokens, or dropout, a window, sinks or a soft cap is used with it.
+        HFEError: the topology has another number of tokens, or dropout, a sliding window, attention sinks or a soft cap
+            is used with it.
     """
     if topology is None:
         return decode_attention_forward(
@@ -81,14 +88,15 @@ def topology_attention_forward(
         )
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        # As PyTorch's attention does: under autocast rotary embeddings give float32 queries and keys, but half values.
+        # PyTorch's attention does the same: under autocast, rotary embeddings return float32 queries and keys, while
+        # the values have half precision.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if isinstance(topology, TopologyMask):
         tokens = topology.segment_ids.shape[1]
         if not tokens == query.shape[2] == key.shape[2]:
             raise HFEError(
                 f"the topology has {tokens} tokens, with {query.shape[2]} queries and {key.shape[2]} keys",
-                "give whole texts with a TopologyMask, and tokens that follow a cache with TopologyQueries",
+                "use a TopologyMask for full sequences, and TopologyQueries for tokens that follow a cache",
             )
         output = topology_attention(
             query, key, value, topology.segment_ids, topology.segment_visibility, blocks=topology.blocks, scale=scaling

@@ -1,4 +1,10 @@
-"""Parallel generation: the paths and steps of a text are decoded in parallel branches over one shared cache."""
+"""Parallel generation: the paths and steps of a text are decoded in parallel branches over one shared cache.
+
+Terms: a branch is a path or step that is decoded in parallel with others; the trunk is the root branch, from which all
+others descend. A fork starts the branches of a block (`<Parallel>` … `</Parallel>`, or `<Execution>` … `</Execution>`),
+and the join continues their parent when they have ended. Control tokens are the tags of the grammar, each one token of
+the vocabulary. Forced tokens are those that generation appends without sampling: headers, separators and joins.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +46,7 @@ _UNSUPPORTED_ARGUMENTS = (
     *("assistant_model", "assistant_tokenizer", "custom_generate", "inputs_embeds", "negative_prompt_attention_mask"),
     *("negative_prompt_ids", *CACHE_ARGUMENTS, "position_ids", "prefix_allowed_tokens_fn"),
 )
-# Fields of the generation config that must have one of these values; None must be unset.
+# Fields of the generation config -> the values that are supported; None: only the value None.
 _REQUIRED_VALUES = {
     "assistant_early_exit": None,
     "cache_implementation": None,
@@ -59,9 +65,9 @@ _REQUIRED_VALUES = {
     "token_healing": (None, False),
     "use_cache": (None, True),
 }
-# Model -> folder or repository of its weights, and the tokenizer loaded from there.
+# Cache: model -> (folder or repository of its weights, the tokenizer loaded from there).
 _TOKENIZERS: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
-# Arguments that transformers prepares for a decoding loop and this one does not use, or uses itself.
+# Arguments that transformers passes to every decoding loop. This one uses `attention_mask` and ignores the others.
 _PREPARED_ARGUMENTS = {
     *CACHE_ARGUMENTS,
     "attention_mask",
@@ -74,7 +80,7 @@ _PREPARED_ARGUMENTS = {
 
 @dataclass
 class _Options:
-    """Options of `parallel_generate` that transformers does not have."""
+    """Options of `parallel_generate` that transformers does not have; see there."""
 
     tokenizer: Any = None
     grammar: str | None = None
@@ -111,48 +117,52 @@ def parallel_generate(
 ) -> Any:
     """Generate text whose paths or steps are decoded in parallel: each forward pass computes all active branches.
 
-    When the model ends a `<Goal>` (MedVerse: a `<Plan>`), one branch starts for each outline, with a forced header. A
-    step starts when the steps that it depends on are done. When all branches have ended, the trunk continues with the
-    conclusion, which sees all of them. No keys or values are copied or computed twice. Text without blocks is decoded
-    as by `generate`.
+    When the model generates `</Goal>` (MedVerse: `</Plan>`), one branch starts for each outline, with a forced header.
+    A step starts when the steps that it depends on are done. When all branches have ended, their parent continues with
+    the conclusion, which may attend to all of them. No keys or values are copied or computed twice. Text without blocks
+    is decoded as by `generate`.
 
     Args:
         model: a model of this package, or any causal language model of transformers with full attention and rotary
             positions, with the attention implementation ``hfe_topology``, ``sdpa`` or ``eager``.
-        inputs: prompts [B, P], padded on the left. Blocks in a prompt are read, and a prompt that ends where branches
-            begin starts them.
+        inputs: prompts, int64 [B, P], padded on the left. Blocks in a prompt are computed with their topology, and if a
+            prompt ends where branches begin, they start.
         generation_config: as in transformers. `num_return_sequences` repeats the prompts.
-        tokenizer: reads labels and encodes headers; by default the one stored with the model's weights.
+        tokenizer: decodes labels and encodes headers; by default the one stored with the model's weights.
         grammar: `multiverse` or `medverse`; by default that of the model's configuration, as for the next two.
-        mode: what a MedVerse step sees: `dag`, `layers` or `flat`.
-        separator: text between two control tokens.
-        max_branches: limit of active branches of a sequence. Others are queued; the text does not depend on it.
-        max_depth: limit of nested blocks; the paths of deeper ones are decoded sequentially.
+        mode: which steps a MedVerse step may attend to: `dag`, those that it depends on and their ancestors; `layers`,
+            all steps of earlier layers; `flat`, none.
+        separator: white space between two control tokens.
+        max_branches: maximum number of active branches of a sequence. Others are queued; the text does not depend on
+            it.
+        max_depth: maximum depth of nested blocks; the paths of deeper ones are decoded sequentially.
         min_fork_budget: with a smaller remaining budget, paths are decoded sequentially.
-        budget: unit of `max_new_tokens`: `positions`, the longest chain of tokens, or `tokens`, the tokens of all
-            branches. A branch that reaches it is closed early enough for the joins above it.
-        branch_max_new_tokens: limit of sampled tokens in one branch.
+        budget: unit of `max_new_tokens`: `positions`, rotary positions, of which the longest dependency path of tokens
+            needs most; or `tokens`, the tokens of all branches together. A branch is closed early enough to leave room
+            for the joins above it.
+        branch_max_new_tokens: maximum number of sampled tokens in one branch; None for no limit besides the budget.
         constrain: disallow EOS inside blocks, and control tokens where they would be malformed.
-        seed: seed of sampling; by default from PyTorch's generator. With the same seed a branch samples the same tokens
-            whatever other branches run.
-        sampler: replaces greedy search or sampling; logits processors are not applied then.
-        **kwargs: as for `generate`. Logits processors and stopping criteria get the ids that a branch sees, and a
-            criterion that holds ends that branch. A streamer receives tokens in the order of the text, a
+        seed: seed of sampling; by default drawn from PyTorch's generator. With the same seed a branch samples the same
+            tokens whatever other branches run.
+        sampler: a `Sampler` that replaces greedy search and sampling; logits processors are then not applied.
+        **kwargs: as for `generate`. Logits processors and stopping criteria receive the ids that a branch may attend
+            to, and a criterion that is met ends that branch. A streamer receives tokens in the order of the text, a
             `BranchStreamer` as they are generated.
 
     Returns:
-        int64 [B, L], or `TopologyGenerateOutput` with ``return_dict_in_generate=True``; log-probabilities with
-        ``output_scores=True``.
+        Prompts and generated tokens in the order of the text, int64 [B, L], padded on the right. With
+        ``return_dict_in_generate=True`` a `TopologyGenerateOutput`, which includes log-probabilities with
+        ``output_scores=True``. Without it, a warning is logged if text was malformed or forks were rejected.
 
     Raises:
-        UsageError: an option has an invalid value, or an argument is not supported (beams, assistants, a given cache,
-            …).
-        TopologyError: the tokenizer lacks control tokens, or the prompt is padded on the right.
+        UsageError: an option has an invalid value, an argument is not supported (beams, assistants, a given cache, …),
+            no grammar is known, or there is no tokenizer.
+        TopologyError: the control tokens of tokenizer and model do not match, or the prompt is padded on the right.
         HFEError: the model's attention cannot generate in parallel.
     """
     for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
-            raise UsageError(f"parallel generation does not take {name}", "leave it out, or pass parallel=False")
+            raise UsageError(f"parallel generation does not support {name}", "leave it out, or pass parallel=False")
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
     if type(constrain) is not bool:
@@ -175,17 +185,22 @@ def parallel_generate(
     )
     kwargs["stopping_criteria"] = _with_stop_strings(model, generation_config, kwargs, tokenizer)
     decoding = _DecodingMethod(options, kwargs.get("streamer"), bool(kwargs.pop("synced_gpus", False)))
-    # Not model.generate, which for our own models would call this function again.
+    # `generate` of our own models would call this function again.
     return GenerationMixin.generate(model, inputs, generation_config, custom_generate=decoding, **kwargs)
 
 
 def _with_stop_strings(
     model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any], tokenizer: Any
 ) -> StoppingCriteriaList:
-    """The call's stopping criteria, with its stop strings as one of them.
+    """Return the call's stopping criteria, with a `StopStringCriteria` added if stop strings are set.
 
-    transformers passes no tokenizer to a custom decoding method and so cannot make that criterion. `stop_strings` is
-    removed from `kwargs`.
+    transformers cannot create that criterion here, since it passes no tokenizer to a custom decoding method.
+
+    Args:
+        model: its `generation_config` may set `stop_strings`.
+        generation_config: that of the call, or None.
+        kwargs: arguments of `generate`. `stop_strings` is removed, or set to None if a configuration sets it.
+        tokenizer: a tokenizer of transformers.
     """
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
     configured = [getattr(config, "stop_strings", None) for config in (generation_config, model.generation_config)]
@@ -199,9 +214,14 @@ def _with_stop_strings(
 
 
 class _DecodingMethod:
-    """The callable `custom_generate`, which transformers' `generate` calls with prepared arguments.
+    """The argument `custom_generate` of `generate`: transformers calls it with prepared arguments.
 
-    transformers passes it neither streamer nor tokenizer, so it gets them from `parallel_generate`.
+    transformers passes it neither the streamer nor the tokenizer, so `parallel_generate` sets them here.
+
+    Args:
+        options: options of `parallel_generate`.
+        streamer: receives tokens; or None.
+        synced_gpus: value of the argument of `generate`; True raises `UsageError` when called.
     """
 
     def __init__(self, options: _Options, streamer: Any, synced_gpus: bool) -> None:
@@ -218,6 +238,15 @@ class _DecodingMethod:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
+        """Run the decoding loop; result and errors as for `parallel_generate`.
+
+        Args:
+            model: the causal language model.
+            input_ids: prompts, int64 [B, P].
+            logits_processor, stopping_criteria: those of the call and of the generation config.
+            generation_config: with the arguments of `generate` merged in.
+            **model_kwargs: prepared arguments of the model, among them `attention_mask` [B, P].
+        """
         options = self.options
         _check_supported(generation_config, self.synced_gpus, model_kwargs)
         grammar, mode, separator, token_ids = _resolve_grammar(model, options)
@@ -260,7 +289,13 @@ class _DecodingMethod:
 
 
 def _check_supported(generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
-    """Raise `UsageError` for the first option that parallel generation does not support."""
+    """Raise `UsageError` for the first option that parallel generation does not support.
+
+    Args:
+        generation_config: its fields must have the values in `_REQUIRED_VALUES`.
+        synced_gpus: must be False.
+        model_kwargs: arguments of the model; all that are not None must be in `_PREPARED_ARGUMENTS`.
+    """
     unsupported = {"synced_gpus": True} if synced_gpus else {}
     for name, allowed in _REQUIRED_VALUES.items():
         value = getattr(generation_config, name, None)
@@ -271,11 +306,16 @@ def _check_supported(generation_config: GenerationConfig, synced_gpus: bool, mod
     )
     for name, value in unsupported.items():
         shown = "" if isinstance(value, Tensor) else f"={value!r}"
-        raise UsageError(f"parallel generation does not take {name}{shown}", "leave it out, or pass parallel=False")
+        raise UsageError(f"parallel generation does not support {name}{shown}", "leave it out, or pass parallel=False")
 
 
 def _resolve_grammar(model: Any, options: _Options) -> tuple[str, str, str, dict[str, int]]:
-    """Grammar, mode, separator and ids of the control tokens: from the options, otherwise from the configuration."""
+    """Return grammar, mode, separator and control token -> id, from the options or else the model's configuration.
+
+    Raises:
+        UsageError: no grammar is known, or grammar, mode or separator is invalid.
+        TopologyError: the tokenizer lacks control tokens, or its ids differ from the model's or exceed the embedding.
+    """
     configured = getattr(model.config, "topology", None) or {}
     grammar = options.grammar or configured.get("grammar")
     if grammar is None:
@@ -304,17 +344,21 @@ def _resolve_grammar(model: Any, options: _Options) -> tuple[str, str, str, dict
         )
     separator = configured.get("separator", "\n") if options.separator is None else options.separator
     if not isinstance(separator, str) or separator.strip():
-        raise UsageError(f"separator={separator!r} is not white space", "pass white space or an empty text")
+        raise UsageError(f"separator={separator!r} is not white space", "pass white space or an empty string")
     return grammar, mode, separator, token_ids
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer stored with the model's weights; loaded once for each model."""
+    """Return the tokenizer stored with the model's weights; loaded once for each model.
+
+    Raises:
+        UsageError: no tokenizer is stored there, or the model was not loaded from a folder or repository.
+    """
     folder = getattr(model.config, "_name_or_path", "")
     known = _TOKENIZERS.get(model)
     if known is not None and known[0] == folder:
         return known[1]
-    # The folder may hold code, which is trusted only if the model itself was loaded from such code.
+    # The folder may contain code, which is trusted only if the model itself was loaded with remote code.
     trusted = type(model).__module__.startswith("transformers_modules.")
     try:
         if folder:
@@ -337,13 +381,23 @@ def _sampler(
     forced: ForcedText,
     eos_ids: tuple[int, ...],
 ) -> Sampler:
-    """The sampler of a call: the given one, plain greedy search, or one that applies the logits processors."""
+    """Return the sampler of a call: the given one, plain greedy search, or one that applies the logits processors.
+
+    Args:
+        model: the causal language model.
+        options: options of `parallel_generate`.
+        processors: logits processors that transformers has prepared.
+        generation_config: `do_sample` chooses between sampling and greedy search.
+        forced: knows which ids `constrain` disallows.
+        eos_ids: ids of the tokens that end a branch.
+    """
     if options.sampler is not None:
         return options.sampler
     constant = [each for each in processors if type(each) is SuppressTokensLogitsProcessor]
     if len(constant) == len(processors) and not (generation_config.do_sample or options.constrain):
-        # The captured step suppresses these ids itself, which keeps the fast path for converted checkpoints: they
-        # suppress their unused embedding rows. Ids beyond the vocabulary are ignored, as in transformers.
+        # Steps suppress these ids on the device, so no logits are needed on the host: converted checkpoints suppress
+        # their unused embedding rows, and this keeps them fast. Ids beyond the vocabulary are ignored, as in
+        # transformers.
         rows = model.get_input_embeddings().weight.shape[0]
         suppressed = {token for each in constant for token in each.suppress_tokens.tolist() if 0 <= token < rows}
         return Sampler(sorted(suppressed))
@@ -355,13 +409,13 @@ def _sampler(
 
 
 class ParallelGeneration:
-    """Mixin, to be listed before `GenerationMixin`: `generate` decodes in parallel for models trained to fork.
+    """Mixin, listed before `GenerationMixin`: `generate` decodes in parallel if the model was trained to fork.
 
     Attributes:
         config: configuration of the model.
-        supports_topology: the model's forward has the argument `topology`.
-        generates_in_parallel: `generate` takes the options of `parallel_generate`, so that the `custom_generate/` of a
-            checkpoint calls it.
+        supports_topology: True: the model's `forward` accepts the argument `topology`.
+        generates_in_parallel: True: `generate` accepts the options of `parallel_generate`. The code in a checkpoint's
+            `custom_generate/` then calls it.
     """
 
     config: Any
@@ -369,17 +423,24 @@ class ParallelGeneration:
     generates_in_parallel = True
 
     def generate(self, *args: Any, parallel: bool | None = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, or `parallel_generate` with its options.
+        """Call `parallel_generate` or, without parallel decoding, `GenerationMixin.generate`; return its result.
 
         Args:
-            parallel: decode in parallel; by default where the configuration says ``topology["trained"]``.
+            *args, **kwargs: as for `GenerationMixin.generate`; with parallel decoding also those of
+                `parallel_generate`.
+            parallel: decode in parallel. By default if ``config.topology["trained"]`` is True, unless `custom_generate`
+                is passed or the model is the assistant of another one.
+
+        Raises:
+            UsageError: `parallel` is not a bool or None, or an option of `parallel_generate`
+                other than `tokenizer` is passed without parallel decoding.
         """
         if parallel not in (None, True, False):
             raise UsageError(f"parallel={parallel!r} is neither True nor False", "pass one of them, or leave it out")
         trained = is_trained(self.config)
         if parallel and not trained:
             get_logger().warning(
-                "the model was not trained to write control tokens: it forks only where the prompt does "
+                "the model was not trained to generate control tokens: it forks only where the prompt does "
                 "(after training: mark_topology_trained(model))"
             )
         if parallel is None:
@@ -393,7 +454,11 @@ class ParallelGeneration:
 
 
 def _name_positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Move all but the first two positional arguments of `generate` into `kwargs`; the first two."""
+    """Move all but the first two positional arguments of `generate` into `kwargs`, by their names; return the first
+    two.
+
+    The first two are `inputs` and `generation_config`, which `parallel_generate` takes in the same places.
+    """
     names = (
         *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
         *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate"),
@@ -403,7 +468,7 @@ def _name_positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _uses_other_decoding(kwargs: dict[str, Any]) -> bool:
-    """True for a call with `custom_generate`, or one in which the model assists another model's generation."""
+    """True if a call passes `custom_generate`, or if the model is the assistant of another model (`is_assistant`)."""
     config = kwargs.get("generation_config")
     return kwargs.get("custom_generate") is not None or bool(getattr(config, "is_assistant", False))
 

@@ -2,10 +2,10 @@
 
 A segment is a run of consecutive tokens: a token may attend to the tokens before it in its own segment and to all
 tokens of the segment's ancestors in the graph of segments. Control tokens (tags such as `<Path>` that are one token
-each) start
-segments: a path or step begins one that follows the segment before its block (a fork), and the conclusion begins one
-that follows all paths (a join). Forced tokens are those that parallel generation appends without sampling: the headers
-of paths and steps, separators (white space after a closing tag), and the control tokens of a join.
+each) start segments: a path or step begins one that follows the segment before its block, or the steps that it depends
+on (a fork), and the conclusion begins one that follows all paths (a join). Forced tokens are those that parallel
+generation appends without sampling: the headers of paths and steps, separators (white space after a closing tag), and
+the control tokens of a join.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_what_is_not_yet_a_mask_is_refused(kind: str, tiny_model: Callable, bran
     model = tiny_model("hfe_multiverse") if kind == "ours" else stock_llama()
     model.set_attn_implementation(TOPOLOGY_ATTENTION)
     for given in (topology, Topology.stack([topology])):
-        with pytest.raises(UsageError, match=f"topology is a {type(given).__name__}, .*to_mask"):
+        with pytest.raises(UsageError, match=f"as topology, got {type(given).__name__};.*to_mask"):
             model(ids, position_ids=Topology.stack([topology]).position_ids, topology=given, use_cache=False)
 
 
