@@ -111,6 +111,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         for name, norm in self.named_modules():
             if isinstance(norm, BhytNorm):
                 name = name.removeprefix(prefix)
+                # A tensor that the norm has must not be missing; one that it does not have must not be unexpected.
                 errors = unexpected if norm.out_scale is None else missing
                 mismatched += [key for key in [f"{name}.out_scale"] if key in errors]
                 # `affine` missing for `approx` is no error: its initial values are those of an estimate without it. An

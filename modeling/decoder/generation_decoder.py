@@ -65,7 +65,7 @@ class CapturedGeneration:
     prepare_inputs_for_generation: Any
     set_attn_implementation: Any
 
-    # A patch's arguments that only the prompt's forward reads; unknown ones make `generate` fall back to eager.
+    # A patch's arguments that only the prompt's forward reads. With others `generate` uses transformers' loop.
     prompt_arguments: frozenset[str] = frozenset()
     # Attention implementations that compute what `hfe_decode` does; patches add to them.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
