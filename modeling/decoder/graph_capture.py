@@ -27,8 +27,8 @@ from hf_efficient.modeling.decoder.fused_steps import is_unhooked
 # Generated tokens, or steps of parallel generation, between two checks that the model still has its signature: a
 # callback may have changed it. A check costs 1-2 ms of CPU time.
 SIGNATURE_CHECK_INTERVAL = 8
-# Modules of other packages whose forward has no side effects. Our own are recognised by their package: this one, or that
-# of a checkpoint's code, where all files are flat.
+# Modules of other packages whose forward has no side effects. Our own are recognised by their package: this one, or
+# that of a checkpoint's code, where all files are flat.
 _KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations")
 _OWN_PACKAGE = f"{__name__.partition('.modeling.')[0] if '.modeling.' in __name__ else __name__.rpartition('.')[0]}."
 # Types of the attributes of a module or configuration that a forward may read besides its tensors.
