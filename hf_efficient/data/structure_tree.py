@@ -1,4 +1,8 @@
-"""The elements of a structured text as a tree, with their offsets in the text."""
+"""The elements of a structured text as a tree, with their offsets in the text.
+
+A structured text contains control tokens, tags such as `<Goal>`, of one of two grammars: Multiverse or MedVerse. An
+element is the text from an opening tag to its closing tag. Offsets are character indices, from 0.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hf_efficient.modeling.topology.grammar.control_tokens import CONTROL_TOKENS
 
+# Name of the root element, the whole text, which has no tag.
 ROOT = ""
 
 
@@ -16,9 +21,9 @@ class Issue:
     """One problem of a structured text.
 
     Attributes:
-        line: line of the problem, from 1.
-        offset: character of the problem, from 0.
-        tag: the tag there, or that of the element it belongs to.
+        line: line of the problem, counted from 1.
+        offset: character index of the problem, counted from 0.
+        tag: the tag there, such as `<Goal>`, or the opening tag of the element that the problem is in.
         problem: what is wrong.
     """
 
@@ -36,10 +41,10 @@ class Element:
     """An element such as `<Goal> … </Goal>`.
 
     Attributes:
-        name: name of its tag; an empty name for the whole text, which is the root of the tree.
+        name: name of its tag, such as `Goal`; an empty string for the root of the tree, the whole text.
         start: offset of its opening tag.
-        inner: offsets of its content: the first character, and the one after the last.
-        stop: offset after its closing tag.
+        inner: offsets of its content: of the first character, and of the one after the last.
+        stop: offset of the character after its closing tag.
         children: the elements directly inside it, in order.
     """
 
@@ -50,11 +55,11 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def named(self, name: str) -> list[Element]:
-        """The children with this name."""
+        """Return the direct children with this name, in order."""
         return [child for child in self.children if child.name == name]
 
     def walk(self) -> Iterator[Element]:
-        """All elements below this one, in pre-order."""
+        """Iterate over all elements inside this one, in pre-order (the order of their opening tags)."""
         pending = self.children[::-1]
         while pending:
             element = pending.pop()
@@ -62,7 +67,11 @@ class Element:
             pending += element.children[::-1]
 
     def own_text(self, text: str) -> Iterator[tuple[int, str]]:
-        """The pieces of its content outside its children, with their offsets."""
+        """Iterate over the parts of its content outside its children, as (offset, part); parts may be empty.
+
+        Args:
+            text: the whole text.
+        """
         start = self.inner[0]
         for child in self.children:
             yield start, text[start : child.start]
@@ -71,15 +80,24 @@ class Element:
 
 
 def tag_pattern(grammar: str) -> re.Pattern[str]:
-    """A pattern of the grammar's control tokens; group 1 is `/` for a closing tag, group 2 the name."""
+    """Return a pattern that matches the grammar's control tokens; group 1 is `/` or empty, group 2 the tag's name.
+
+    Args:
+        grammar: `multiverse` or `medverse`.
+    """
     names = {tag.strip("</>") for tag in CONTROL_TOKENS[grammar]}
     return re.compile(f"<(/?)({'|'.join(sorted(names))})>")
 
 
 def read_tree(text: str, grammar: str, report: Callable[[int, str, str], None]) -> Element:
-    """The tree of a text's elements. An element that is not closed ends where its parent ends.
+    """Return the root of the tree of a text's elements.
+
+    It raises no error: a closing tag without an opening one is ignored, and an element that is not closed ends where
+    its parent ends.
 
     Args:
+        text: the text.
+        grammar: `multiverse` or `medverse`.
         report: called as ``report(offset, tag, problem)`` for each tag without a counterpart.
     """
     whole = Element(ROOT, 0, (0, len(text)), len(text))

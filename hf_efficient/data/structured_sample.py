@@ -1,4 +1,4 @@
-"""A worked problem as steps with dependencies, from which `structured_text` writes a text of a grammar."""
+"""A worked problem as steps with dependencies, from which `structured_text` generates a text of a grammar."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ARROW = " -> "
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sample.
+    """One step of a worked problem.
 
     Attributes:
         id: identifies the step in its sample.
         title: short title, not empty.
-        text: the step's text; may be empty.
+        text: what the step says; may be empty.
         deps: ids of the steps that it depends on.
     """
 
@@ -35,7 +35,13 @@ class Step:
 class Sample:
     """A worked problem with its steps in topological order: each step comes after those that it depends on.
 
-    Of the steps that could come next, the one that was given first does.
+    Create it with `Sample.of`, which checks the fields and sorts the steps.
+
+    Attributes:
+        question: the problem.
+        steps: the steps in topological order.
+        answer, conclusion: short answer, and text after the steps; empty strings if there are none.
+        preamble: text before the steps; an empty string if there is none.
     """
 
     question: str
@@ -46,10 +52,13 @@ class Sample:
 
     @classmethod
     def of(cls, value: Sample | Mapping[str, Any]) -> Sample:
-        """A sample from a mapping; a `Sample` is returned as it is.
+        """Create a sample from a mapping and sort its steps topologically; a `Sample` is returned unchanged.
+
+        Of the steps whose dependencies are all before them, the one that was given first comes next.
 
         Args:
             value: `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`.
+                Fields with `?` may be missing; other fields are ignored.
 
         Raises:
             HFEError: a field is missing or has another type, an id is repeated or unknown, or the dependencies form a
@@ -69,7 +78,10 @@ class Sample:
         return cls(steps=tuple(_in_order(steps)), **texts)
 
     def chains(self) -> list[list[Step]]:
-        """Maximal chains: each step depends on the one before and no other, and no other step depends on that one."""
+        """Return the steps as maximal chains, ordered by their first steps.
+
+        In a chain each step depends on the one before it and on no other, and no other step depends on that one.
+        """
         users = {step.id: [other for other in self.steps if step.id in other.deps] for step in self.steps}
         chains: dict[str, list[Step]] = {}  # id of the last step -> chain
         for step in self.steps:
@@ -78,7 +90,10 @@ class Sample:
         return sorted(chains.values(), key=lambda chain: self.steps.index(chain[0]))
 
     def levels(self) -> list[list[list[Step]]]:
-        """Chains by level; the level of a chain is one above the highest level of the chains that it depends on."""
+        """Return for each level, from 0, the chains of that level.
+
+        The level of a chain is one more than the highest level of the chains that it depends on, or 0.
+        """
         level_of: dict[str, int] = {}
         levels: list[list[list[Step]]] = []
         for chain in self.chains():
@@ -89,13 +104,13 @@ class Sample:
         return levels
 
     def lost_parallelism(self, length: Callable[[str], int] = len) -> float:
-        """Relative cost of making each level wait for all of the level before.
+        """Return how much longer the longest path becomes if each level waits for the whole level before it.
 
         Args:
-            length: measures a step's text, by default in characters.
+            length: length of a step's text (of its title if the text is empty), by default in characters.
 
         Returns:
-            ``longest path by levels / longest path of dependencies``; 1 where nothing is lost.
+            ``longest path by levels / longest path of dependencies``, at least 1.
         """
         sizes = {step.id: max(length(step.text or step.title), 1) for step in self.steps}
         ends: dict[str, int] = {}
@@ -106,6 +121,12 @@ class Sample:
 
 
 def _step(entry: Any, place: int) -> Step:
+    """Create a step from a mapping; raises `HFEError` for a missing or invalid field.
+
+    Args:
+        entry: `{"id", "title", "text"?, "deps"?}`.
+        place: index of the step in its sample, for messages.
+    """
     if not isinstance(entry, Mapping):
         raise HFEError(f"step {place} of the sample must be a JSON object, not {type(entry).__name__}", "correct it")
     where = f"step {place} of the sample"
@@ -119,7 +140,11 @@ def _step(entry: Any, place: int) -> Step:
 
 
 def _in_order(steps: list[Step]) -> list[Step]:
-    """The steps in topological order; of those that could come next, the one given first does."""
+    """Return the steps in topological order; of those that could come next, the one given first does.
+
+    Raises:
+        HFEError: an id is repeated, a dependency is no step, or the dependencies form a cycle.
+    """
     ids = {step.id for step in steps}
     if len(ids) < len(steps):
         repeated = next(step.id for place, step in enumerate(steps) if step.id in {s.id for s in steps[:place]})
@@ -150,15 +175,25 @@ def _in_order(steps: list[Step]) -> list[Step]:
 
 
 def _text(value: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a string field of a sample or step; an empty string if an optional field is missing or None.
+
+    Args:
+        value: the sample or step.
+        name: name of the field; `question`, `id` and `title` are required.
+        where: names the sample or step in messages.
+
+    Raises:
+        HFEError: a required field is missing, or a field is not a str.
+    """
     needed = name in ("question", "id", "title")
     if name not in value and needed:
         raise HFEError(f"{where} has no field {name}", "add it")
-    found = value.get(name)
-    if found is None and not needed:
+    text = value.get(name)
+    if text is None and not needed:
         return ""
-    if not isinstance(found, str):
-        raise HFEError(f"field {name} of {where} must be a text, not {found!r}", "correct it")
-    return found
+    if not isinstance(text, str):
+        raise HFEError(f"field {name} of {where} must be a string, not {text!r}", "correct it")
+    return text
 
 
 def _is_list(value: Any) -> bool:

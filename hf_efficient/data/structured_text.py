@@ -1,7 +1,9 @@
 """Texts of the two grammars from worked problems, and validation of such texts. No model is involved.
 
-A sample is `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?, "preamble"?}`. Its
-texts may contain anything: control tokens in them are escaped.
+The grammars, Multiverse and MedVerse, divide a text by control tokens, tags such as `<Path>`, into parallel paths or
+steps; `control_tokens.py` shows both. An element is the text from an opening tag to its closing tag, and a block is a
+`<Parallel>` element. A sample is `{"question", "answer"?, "steps": [{"id", "title", "text"?, "deps"?}], "conclusion"?,
+"preamble"?}`. Its texts may contain anything: control tokens in them are escaped.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from hf_efficient.modeling.topology.grammar.control_tokens import (
 
 _ZERO_WIDTH_SPACE = "\u200b"
 _ANY_TAG = re.compile("|".join(re.escape(tag) for tag in sorted({t for tags in CONTROL_TOKENS.values() for t in tags})))
-# What ends a title when a plan is parsed.
+# Places in a title at which the parser of a plan would end it.
 _PLAN_WORDS = re.compile(r"(?<=;)(?=\s*Dependency\b)|(?<=Dependency)(?=\s*:\s*\[)", re.IGNORECASE)
-# Allowed parents of each element. In the released MedVerse data it is not marked where the thinking ends.
+# Allowed parents of each element. The released MedVerse data does not mark where the thinking ends, hence two parents.
 _PARENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "multiverse": {
         "Think": (ROOT,),
@@ -48,19 +50,26 @@ _PARENTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+# Called as report(offset, tag, problem) for each problem; offset is a character index in the text.
 Report = Callable[[int, str, str], None]
 
 
 def escape(text: str) -> str:
-    """`text` with a zero-width space after the `<` of each control token of either grammar, which makes it plain."""
+    """Return `text` with a zero-width space after the `<` of each control token, of either grammar.
+
+    A tokenizer then encodes these tags as ordinary text.
+    """
     return _ANY_TAG.sub(lambda match: f"<{_ZERO_WIDTH_SPACE}{match[0][1:]}", text)
 
 
 def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
-    """The sample as a MedVerse text: a plan with the dependencies, the steps and the conclusion.
+    """Return a sample as a MedVerse text: a plan with the dependencies, the steps and the conclusion.
 
-    Steps are numbered from 1 in topological order. A title without an arrow gets one: from the titles of the steps that
-    it depends on, or from `Question`.
+    Steps are numbered from 1 in topological order. A title without an arrow (` -> `) is preceded by one, with the
+    results of the steps that it depends on, or `Question`, on its left.
+
+    Args:
+        sample: a `Sample`, or a mapping as described above.
 
     Raises:
         HFEError: the sample is malformed, or the dependencies of its steps form a cycle.
@@ -77,7 +86,7 @@ def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
         needed = sorted(numbers[dep] for dep in step.deps)
         outlines.append(f"<Outline> {header}; Dependency: {needed} </Outline>")
         steps.append(_lines(f"<Step> {header}", escape(step.text).strip(), "</Step>"))
-    # A sample may have neither conclusion nor answer, but the element must not be empty.
+    # The conclusion must not be empty, even if the sample has neither conclusion nor answer.
     explanation = escape(sample.conclusion).strip() or ("" if sample.answer else _joined_titles(sample.steps))
     return _lines(
         *("<Think>", escape(sample.preamble).strip()),
@@ -91,11 +100,15 @@ def to_medverse(sample: Sample | Mapping[str, Any]) -> str:
 
 
 def to_multiverse(sample: Sample | Mapping[str, Any]) -> str:
-    """The sample as a Multiverse text: one block for each level, with the chains of the level as its paths.
+    """Return a sample as a Multiverse text: one block for each level, with the chains of the level as its paths.
 
-    A level with one chain is plain text. The last block concludes with the sample's conclusion if no text follows it;
-    other blocks conclude with the titles of their steps. A warning states what waiting for whole levels costs: see
+    See `Sample.levels` for levels and chains. A level with one chain is plain text. If the last level is a block, its
+    conclusion is that of the sample; other blocks conclude with the titles of their steps. Each block waits for the
+    whole level before it: if this lengthens the longest path, a warning states the factor of
     `Sample.lost_parallelism`.
+
+    Args:
+        sample: a `Sample`, or a mapping as described above.
 
     Raises:
         HFEError: the sample is malformed, or the dependencies of its steps form a cycle.
@@ -120,19 +133,23 @@ def to_multiverse(sample: Sample | Mapping[str, Any]) -> str:
 
 
 def flatten(text: str) -> str:
-    """A structured text as sequential text: without goals, plans, tags and path labels.
+    """Return a structured text as sequential text: without goals, plans, tags and path labels.
 
-    The conclusion of a block repeats its paths, so it is removed as well; a conclusion outside blocks stays.
+    The conclusion of a block repeats its paths, so it is removed as well; a conclusion outside blocks stays. A text
+    with `<Execution>` or `<Plan>` is read as MedVerse, others as Multiverse. Malformed texts raise no error.
+
+    Raises:
+        UsageError: `text` is not a str.
     """
     _check_text(text)
     grammar = "medverse" if "<Execution>" in text or "<Plan>" in text else "multiverse"
-    pieces: list[str] = []
+    parts: list[str] = []
     stack: list[str] = []
     dropped = 0  # how many elements, from the top of the stack, are removed with their contents
     start = 0
     for match in tag_pattern(grammar).finditer(text):
         if not dropped:
-            pieces.append(text[start : match.start()])
+            parts.append(text[start : match.start()])
         start, name = match.end(), match[2]
         if not match[1]:
             stack.append(name)
@@ -144,20 +161,25 @@ def flatten(text: str) -> str:
             while stack.pop() != name:
                 dropped = max(dropped - 1, 0)
             dropped = max(dropped - 1, 0)
-    pieces.append("" if dropped else text[start:])
-    lines = [line.strip() for line in "".join(pieces).splitlines()]
+    parts.append("" if dropped else text[start:])
+    lines = [line.strip() for line in "".join(parts).splitlines()]
     return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before).strip()
 
 
 def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
-    """Steps of a MedVerse sample from chains of entities such as `"fever -> infection -> antibiotics"`.
+    """Return the steps of a MedVerse sample for chains of entities such as `"fever -> infection -> antibiotics"`.
 
     Every entity that follows others is one step, `p1, p2 -> entity`, which depends on the steps that lead to p1 and p2.
-    The texts of the steps are left empty.
+
+    Args:
+        chains: entities separated by `->` or `→`.
+
+    Returns:
+        The value of a sample's field `steps`, in topological order, with empty texts; an empty list without chains.
 
     Raises:
         HFEError: a chain has fewer than two entities or an empty one, or the chains form a cycle.
-        UsageError: `chains` is one text.
+        UsageError: `chains` is a single str, or one of them is not a str.
     """
     if isinstance(chains, str):
         raise UsageError(f"chains={chains!r} is one text", "pass a list of chains")
@@ -188,7 +210,11 @@ def entity_chains_to_steps(chains: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def validate(text: str, grammar: str) -> list[Issue]:
-    """All problems of a text of the grammar, in the order of the text; an empty list for a valid one.
+    """Return all problems of a text of the grammar, in the order of the text; an empty list for a valid text.
+
+    Args:
+        text: the text.
+        grammar: `multiverse` or `medverse`.
 
     Raises:
         UsageError: the grammar is unknown, or `text` is not a str.
@@ -219,12 +245,18 @@ def validate(text: str, grammar: str) -> list[Issue]:
 
 
 def _check_text(value: Any) -> None:
+    """Raise `UsageError` unless `value` is a str."""
     if not isinstance(value, str):
         raise UsageError(f"{value!r} is a {type(value).__name__}, not a text", "pass a str")
 
 
 def _block(chains: list[list[Step]], conclusion: str) -> str:
-    """A Multiverse block with one path for each chain."""
+    """Return a Multiverse block with one outline and one path for each chain, labelled from 1.
+
+    Args:
+        chains: the steps of each path.
+        conclusion: text of the block's conclusion, already escaped.
+    """
     labelled = list(enumerate(chains, start=1))
     outlines = [f"<Outline>\n{label}: {_joined_titles(chain)}\n</Outline>" for label, chain in labelled]
     paths = [_lines(f"<Path>\n{label}: {_chain_text(chain)}", "</Path>") for label, chain in labelled]
@@ -235,28 +267,41 @@ def _block(chains: list[list[Step]], conclusion: str) -> str:
 
 
 def _chain_text(chain: list[Step]) -> str:
+    """Return the texts of the steps, one a line."""
     return "\n".join(_step_text(step) for step in chain)
 
 
 def _step_text(step: Step) -> str:
+    """Return the escaped text of a step, or its title if the text is empty."""
     return escape(step.text).strip() or _title(step.title)
 
 
 def _joined_titles(steps: Iterable[Step]) -> str:
+    """Return the escaped titles of the steps, separated by semicolons."""
     return "; ".join(_title(step.title) for step in steps)
 
 
 def _title(title: str) -> str:
-    """A title on one line, with control tokens escaped and nothing in it that a parser takes for its end."""
+    """Return a title on one line, with control tokens escaped.
+
+    Zero-width spaces are inserted where the parser of a plan would end the title.
+    """
     return _PLAN_WORDS.sub(_ZERO_WIDTH_SPACE, escape(" ".join(title.split())))
 
 
 def _lines(*parts: str) -> str:
+    """Return the parts that are not empty, one a line."""
     return "\n".join(part for part in parts if part)
 
 
 def _check_block(block: Element, text: str, report: Report) -> None:
-    """Report problems of the goal, paths and conclusion of one `<Parallel>`, without the blocks in its paths."""
+    """Report problems of the goal, paths and conclusion of one `<Parallel>` element, but not of blocks in its paths.
+
+    Args:
+        block: the element.
+        text: the whole text.
+        report: called for each problem.
+    """
     names = [child.name for child in block.children]
     for name, rule in (("Goal", "first"), ("Conclusion", "last")):
         found = block.named(name)
@@ -268,20 +313,31 @@ def _check_block(block: Element, text: str, report: Report) -> None:
             report(found[0].start, f"<{name}>", f"must come {rule} in its block")
     if "Path" not in names:
         report(block.start, "<Parallel>", "has no <Path>")
-    planned = _labels([o for goal in block.named("Goal") for o in goal.named("Outline")], text, report)
-    walked = _labels(block.named("Path"), text, report)
+    outline_labels = _labels([o for goal in block.named("Goal") for o in goal.named("Outline")], text, report)
+    path_labels = _labels(block.named("Path"), text, report)
     for goal in block.named("Goal"):
         if not goal.named("Outline"):
             report(goal.start, "<Goal>", "has no <Outline>")
         _check_no_loose_text(goal, text, report)
-    known = "?" not in planned + walked or len(planned) != len(walked)
-    if planned and walked and planned != walked and known:
-        report(block.start, "<Parallel>", f"has outlines {', '.join(planned)} but paths {', '.join(walked)}")
+    # With a label missing (reported above), only a different number of labels is a further problem.
+    comparable = "?" not in outline_labels + path_labels or len(outline_labels) != len(path_labels)
+    if outline_labels and path_labels and outline_labels != path_labels and comparable:
+        report(
+            block.start,
+            "<Parallel>",
+            f"has outlines {', '.join(outline_labels)} but paths {', '.join(path_labels)}",
+        )
     _check_no_loose_text(block, text, report)
 
 
 def _labels(elements: list[Element], text: str, report: Report) -> list[str]:
-    """Labels of outlines or paths, `?` where one is missing; reports missing and repeated ones."""
+    """Return the labels of outlines or paths, `?` for a missing one; report missing and repeated labels.
+
+    Args:
+        elements: the `<Outline>` or `<Path>` elements.
+        text: the whole text.
+        report: called for each problem.
+    """
     labels: list[str] = []
     for element in elements:
         match = PATH_LABEL.match(text, *element.inner)
@@ -295,14 +351,20 @@ def _labels(elements: list[Element], text: str, report: Report) -> list[str]:
 
 def _check_no_loose_text(element: Element, text: str, report: Report) -> None:
     """Report text directly inside an element that may only contain other elements."""
-    for offset, piece in element.own_text(text):
-        if piece.strip():
-            place = offset + len(piece) - len(piece.lstrip())
-            report(place, f"<{element.name}>", f"contains text outside its elements: {piece.strip()[:30]!r}")
+    for offset, part in element.own_text(text):
+        if part.strip():
+            start = offset + len(part) - len(part.lstrip())
+            report(start, f"<{element.name}>", f"contains text outside its elements: {part.strip()[:30]!r}")
 
 
 def _check_medverse(tree: Element, text: str, report: Report) -> None:
-    """Report problems of the plan, the execution and the conclusion of a MedVerse text."""
+    """Report problems of the plan, the execution and the conclusion of a MedVerse text.
+
+    Args:
+        tree: the root of its elements.
+        text: the whole text.
+        report: called for each problem.
+    """
     elements = list(tree.walk())
     found = {name: [e for e in elements if e.name == name] for name in ("Plan", "Execution", "Conclusion")}
     for name, those in found.items():
@@ -324,7 +386,13 @@ def _check_medverse(tree: Element, text: str, report: Report) -> None:
 
 
 def _read_plan(plan: Element, text: str, report: Report) -> dict[int, tuple[str, list[int]]]:
-    """Number of each planned step -> its title and dependencies; reports problems of the plan."""
+    """Return number of each planned step -> (title, numbers that it depends on); report problems of the plan.
+
+    Args:
+        plan: the `<Plan>` element.
+        text: the whole text.
+        report: called for each problem.
+    """
     steps: dict[int, tuple[str, list[int]]] = {}
     places: dict[int, int] = {}
     for outline in plan.named("Outline"):
@@ -356,7 +424,14 @@ def _read_plan(plan: Element, text: str, report: Report) -> dict[int, tuple[str,
 
 
 def _check_steps(execution: Element, plan: Mapping[int, tuple[str, list[int]]], text: str, report: Report) -> None:
-    """Report steps that do not match the plan; `plan` as of `_read_plan`."""
+    """Report steps that do not match the plan.
+
+    Args:
+        execution: the `<Execution>` element.
+        plan: result of `_read_plan`.
+        text: the whole text.
+        report: called for each problem.
+    """
     done: set[int] = set()
     for step in execution.named("Step"):
         first = text[slice(*step.inner)].lstrip().partition("\n")[0]

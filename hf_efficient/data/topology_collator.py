@@ -1,4 +1,11 @@
-"""A data collator for structured texts, and the function that marks a model as trained on them."""
+"""A data collator for structured texts, and the function that marks a model as trained on them.
+
+A structured text is divided by control tokens (tags such as `<Path>`, each one token) into parallel paths or steps. Its
+topology (`Topology`) consists of segments, runs of consecutive tokens between the points where the text forks or joins:
+a token may attend to the tokens before it in its own segment and to all tokens of the segment's ancestors. Forced
+tokens are those that parallel generation appends without sampling. B is the batch size, S the row length, N the number
+of segments, and W that of 64-bit words in a bitmap of segments.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +28,19 @@ from hf_efficient.modeling.topology.grammar.control_tokens import (
 )
 from hf_efficient.modeling.topology.grammar.topology import Topology
 
+# Label of tokens without a loss, as in transformers.
 IGNORED = -100
 _LABEL_MODES = ("topology", "reference")
 _BACKENDS = ("topology", "sdpa")
 
 
 class _Row(NamedTuple):
-    """One text.
+    """One text, or with packing several texts in one row.
 
     Attributes:
-        ids: token ids [S].
+        ids: token ids, int64 [S].
         has_loss: bool [S], true where the token is a label.
-        topology: their topology.
+        topology: segments and positions of these tokens.
     """
 
     ids: np.ndarray
@@ -48,31 +56,31 @@ class TopologyDataCollator:
         trainer = Trainer(model, args, data_collator=collator, …)  # args: remove_unused_columns=False
 
     A sample is `{"prompt", "completion"}` or `{"input_ids", "labels"?}`. The prompt is a text, or messages for the
-    tokenizer's chat template; it has no loss, and the EOS token is appended to the completion. Of given `labels` only
-    the positions of -100 are used.
+    tokenizer's chat template; it has no loss, and the EOS token is appended to the completion. Of given
+    `labels` only -100 is used, which marks tokens without a loss.
 
     A batch contains `input_ids`, `labels` and `position_ids`, int64 [B, S], `segment_ids`, int32 [B, S], and
     `segment_visibility`, int64 [B, N, W]: see `TopologyBatch`. Texts are padded on the right.
 
     Labels: transformers' loss predicts token i from the token before it in the row. The first token of a segment
-    follows another token in the topology, so its label is -100. By default so are the labels of forced tokens, which
-    generation writes in place of the model: path and step headers, separators, and the control tokens around a join.
+    continues another token than that, so its label is -100. By default the labels of forced tokens are -100 as well:
+    path and step headers, separators, and the control tokens around a join.
 
     Args:
         tokenizer: a tokenizer with the grammar's control tokens.
         grammar, mode: those of the model's `config.topology`.
-        max_length: truncate longer texts, possibly inside a block.
-        mask_forced: no loss on forced tokens.
+        max_length: truncate longer texts to this number of tokens, possibly inside a block; None for no limit.
+        mask_forced: no loss on forced tokens; only for ``label_mode="topology"``.
         label_mode: `topology`, as above; `reference`, every token of the completion, as in the released code.
-        packing: put several texts into one row of at most `max_length` tokens; they do not see each other.
+        packing: put several texts into one row of at most `max_length` tokens. Tokens may not attend to other texts.
         pad_to_multiple_of: pad rows to a multiple of this length.
-        backend: `topology`; or `sdpa`, which gives a stock model `attention_mask`, bool [B, 1, S, S], in place of
-            `segment_ids` and `segment_visibility`.
-        strict: raise for a malformed text; otherwise read it leniently, as generation does.
+        backend: `topology`; or `sdpa`, for models of transformers: the batch then contains `attention_mask`, bool
+            [B, 1, S, S], instead of `segment_ids` and `segment_visibility`.
+        strict: raise for a malformed text; otherwise ignore or repair malformed control tokens, as generation does.
 
     Raises:
         UsageError: an option is invalid.
-        TopologyError: the tokenizer lacks control tokens, or a text is malformed; the message names the sample.
+        TopologyError: the tokenizer lacks control tokens.
     """
 
     tokenizer: Any
@@ -102,11 +110,11 @@ class TopologyDataCollator:
         _ = self._token_ids
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch of these samples.
+        """Return the batch of these samples; see the class for its tensors.
 
         Raises:
-            HFEError: there is no sample, or a field is missing or invalid.
-            TopologyError: a text is malformed, and `strict` is set.
+            HFEError: there is no sample, a sample is empty, or a field is missing or invalid.
+            TopologyError: a text is malformed, and `strict` is set; the message names the sample by its index.
         """
         if not features:
             raise HFEError("there are no samples to make a batch of", "pass at least one")
@@ -129,13 +137,21 @@ class TopologyDataCollator:
 
     @cached_property
     def _token_ids(self) -> dict[str, int]:
+        """Control token -> id."""
         return control_token_ids(self.tokenizer, self.grammar)
 
     @cached_property
     def _decode(self) -> Decode:
+        """Function from token ids to text."""
         return decode_function(self.tokenizer)
 
     def _row(self, feature: Mapping[str, Any], place: int) -> _Row:
+        """Encode one sample, read its topology, truncate both, and choose the tokens with a loss.
+
+        Args:
+            feature: the sample.
+            place: its index in the batch, for messages.
+        """
         ids, has_loss = self._tokens(feature, place)
         topology = Topology.from_token_ids(
             ids,
@@ -147,7 +163,7 @@ class TopologyDataCollator:
             row=place,
         )
         if self.max_length is not None and len(ids) > self.max_length:
-            # Truncate after reading: a step whose header is cut keeps its number.
+            # Truncate after reading the topology, so that a step whose header is truncated keeps its number.
             ids, has_loss = ids[: self.max_length], has_loss[: self.max_length]
             topology = _truncated(topology, self.max_length)
         if self.label_mode == "topology":
@@ -156,7 +172,15 @@ class TopologyDataCollator:
         return _Row(ids, has_loss, topology)
 
     def _tokens(self, feature: Mapping[str, Any], place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [S] of a sample before truncation, and bool [S], true where they have a loss."""
+        """Return the token ids of a sample before truncation, int64 [S], and whether each has a loss, bool [S].
+
+        Args:
+            feature: the sample.
+            place: its index in the batch, for messages.
+
+        Raises:
+            HFEError: the sample is empty, or a field is missing or invalid.
+        """
         if "input_ids" in feature:
             ids = _vector(feature["input_ids"], f"input_ids of sample {place}")
             labels = ids if feature.get("labels") is None else _vector(feature["labels"], f"labels of sample {place}")
@@ -185,31 +209,37 @@ class TopologyDataCollator:
         return ids, has_loss
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
+        """Return the ids of a prompt: of a str with special tokens, of messages by the chat template."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _completion_ids(self, completion: str) -> list[int]:
+        """Return the ids of a completion and the EOS token, if the tokenizer has one."""
         end = self.tokenizer.eos_token_id
         return [*self.tokenizer(completion, add_special_tokens=False).input_ids, *([] if end is None else [end])]
 
     def _packed(self, rows: Sequence[_Row]) -> list[_Row]:
-        """Rows of several texts, by first fit: each text goes into the first row that has room for it."""
+        """Pack texts into rows of at most `max_length` tokens by first fit: each goes into the first row with room."""
         bins: list[list[_Row]] = []
         for row in rows:
-            room = self.max_length - len(row.ids)  # type: ignore[operator]
-            found = next((those for those in bins if sum(len(other.ids) for other in those) <= room), None)
-            if found is None:
-                bins.append(found := [])
-            found.append(row)
-        return [_joined(those) for those in bins]
+            remaining = self.max_length - len(row.ids)  # type: ignore[operator]
+            target = next((packed for packed in bins if sum(len(other.ids) for other in packed) <= remaining), None)
+            if target is None:
+                bins.append(target := [])
+            target.append(row)
+        return [_joined(packed) for packed in bins]
 
 
 def mark_topology_trained(model: Any) -> None:
-    """Mark a model as trained to write control tokens, so that `generate` allows them and decodes in parallel.
+    """Mark a model as trained to generate control tokens, so that `generate` allows them and decodes in parallel.
 
-    Call it on the trained model before saving it. Wrappers of PEFT, Accelerate and `torch.compile` are unwrapped.
+    Sets ``config.topology["trained"]`` and removes the control tokens from ``generation_config.suppress_tokens``. Call
+    it on the trained model before saving it.
+
+    Args:
+        model: a Multiverse or MedVerse model; wrappers of PEFT, Accelerate and `torch.compile` are unwrapped.
 
     Raises:
         HFEError: the model is not a Multiverse or MedVerse model.
@@ -231,7 +261,7 @@ def mark_topology_trained(model: Any) -> None:
 
 
 def _truncated(topology: Topology, length: int) -> Topology:
-    """The topology of the first `length` tokens, which does not depend on the tokens after them."""
+    """Return the topology of the first `length` tokens, which does not depend on later ones; without warnings."""
     segments = topology.segment_ids[:length]
     count = int(segments.max(initial=-1)) + 1
     return Topology(
@@ -244,7 +274,10 @@ def _truncated(topology: Topology, length: int) -> Topology:
 
 
 def _joined(rows: Sequence[_Row]) -> _Row:
-    """Several texts as one row. The first token of each has no loss: it does not follow the token before it."""
+    """Return several texts as one row.
+
+    The first token of each text but the first has no loss, since the token before it belongs to another text.
+    """
     has_loss = [row.has_loss.copy() for row in rows]
     for flags in has_loss[1:]:
         flags[0] = False
@@ -253,7 +286,15 @@ def _joined(rows: Sequence[_Row]) -> _Row:
 
 
 def _vector(values: Any, name: str) -> np.ndarray:
-    """A list or tensor of integers as int64 [S]."""
+    """Return a list or tensor of integers as int64 [S].
+
+    Args:
+        values: the integers.
+        name: names them in messages.
+
+    Raises:
+        HFEError: `values` is not one-dimensional, or not of integers.
+    """
     vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
     if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
         raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "pass one list of integers")
@@ -261,7 +302,7 @@ def _vector(values: Any, name: str) -> np.ndarray:
 
 
 def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:
-    """Rows padded with `value` on the right: int64 [B, width]."""
+    """Return rows, each int64 [S] with S ≤ `width`, padded with `value` on the right: int64 [B, width]."""
     filled = torch.full((len(rows), width), value, dtype=torch.int64)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = torch.from_numpy(row)
@@ -269,7 +310,10 @@ def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> Tensor:
 
 
 def _dense_masks(topologies: Sequence[Topology], width: int) -> Tensor:
-    """Bool [B, 1, S, S], true where a token sees another. Padding sees itself, because an empty softmax is NaN."""
+    """Return the mask bool [B, 1, width, width], true where a token may attend to another.
+
+    Padding attends to itself: the softmax of a fully masked query is NaN.
+    """
     masks = torch.eye(width, dtype=torch.bool).repeat(len(topologies), 1, 1, 1)
     for mask, topology in zip(masks, topologies, strict=True):
         mask[0, : len(topology), : len(topology)] = topology.dense_mask()

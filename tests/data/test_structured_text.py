@@ -241,7 +241,7 @@ def test_a_graph_of_levels_loses_nothing() -> None:
         ({"question": "?", "steps": [{"id": "a", "title": " "}]}, "title that are not empty"),
         (
             {"question": "?", "steps": [{"id": 1, "title": "t"}]},
-            "field id of step 0 of the sample must be a text, not 1",
+            "field id of step 0 of the sample must be a string, not 1",
         ),
         ({"question": "?", "steps": [{"id": "a", "title": "t", "deps": "b"}]}, "deps of step 'a' must be a list"),
         ({"question": "?", "steps": ["a"]}, "step 0 of the sample must be a JSON object, not str"),
