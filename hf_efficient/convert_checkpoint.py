@@ -119,7 +119,8 @@ def convert(
     started = time.perf_counter()
     if measure and not dry_run:
         raise UsageError(
-            "measure=True requires dry_run=True, a conversion measures anyway", "leave it out, or add dry_run"
+            "measure=True (--measure) requires dry_run=True (--dry-run): a conversion always measures",
+            "leave it out, or add dry_run=True (--dry-run)",
         )
     output = resolve_output(output)
     options = ConversionOptions(

@@ -33,9 +33,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
             f"{name} holds an adapter beside its weights ({ADAPTER_CONFIG_NAME}), which transformers would load too"
             if has_config
             else f"{name} is an adapter, not a model",
-            "merge it (PeftModel.merge_and_unload, or hf-efficient merge) or remove its files, and convert the result"
+            "merge it (PeftModel.merge_and_unload) and save the result, or remove its files"
             if has_config
-            else "merge it into its base model and convert that",
+            else "merge it into its base model (PeftModel.merge_and_unload), save that and name its folder",
         )
     if not has_config:
         ggufs = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".gguf")

@@ -18,7 +18,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default where there is one.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Temperature of --sample.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of --sample; 1.0 if it is not given.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Device = "cpu",
@@ -42,7 +44,11 @@ def command(
 
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens} must be at least 1", "give 1 or more")
-    if sample and not (0 < temperature < math.inf):
+    if temperature is not None and not sample:
+        raise UsageError(
+            f"--temperature {temperature} has no effect on greedy decoding", "add --sample, or leave it out"
+        )
+    if temperature is not None and not (0 < temperature < math.inf):
         raise UsageError(f"--temperature {temperature} must be a positive number", "1.0 is the default")
     if not -(1 << 63) <= seed < 1 << 64:
         raise UsageError(f"--seed {seed} does not fit into 64 bits", "give a smaller number")
@@ -80,7 +86,7 @@ def command(
         **inputs.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=sample,
-        temperature=temperature if sample else None,
+        temperature=(1.0 if temperature is None else temperature) if sample else None,
         top_p=None,
         top_k=None,
         streamer=None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not special),

@@ -26,6 +26,10 @@ from hf_efficient.hub.weights import check_weights
 from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.registry import ARCHITECTURES, architecture_of
 
+_REMEDY_NO_CONFIG = (
+    "give the folder of a converted checkpoint; an adapter is merged into its base model first "
+    "(PeftModel.merge_and_unload, then save_pretrained)"
+)
 # Files that no checkpoint of ours has and that transformers would load, and what it would do with them.
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
@@ -89,9 +93,8 @@ def _verify_folder(
 ) -> tuple[VerificationReport, FolderContents]:
     """The report on a folder and its sorted files; `only_model`: only files that `push` uploads can have findings."""
     findings: list[Finding] = []
-    missing = [
-        Finding(name, "is missing", REMEDY_EXPORT) for name in (CONFIG_NAME, CODE_MANIFEST) if name not in folder
-    ]
+    remedy = REMEDY_EXPORT if CONFIG_NAME in folder else _REMEDY_NO_CONFIG
+    missing = [Finding(name, "is missing", remedy) for name in (CONFIG_NAME, CODE_MANIFEST) if name not in folder]
     fields = read_settings(folder, CONFIG_NAME, findings) if CONFIG_NAME in folder else {}
     manifest = read_settings(folder, CODE_MANIFEST, findings) if CODE_MANIFEST in folder else {}
     model_type, release = fields.get("model_type"), manifest.get("version")

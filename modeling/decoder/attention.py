@@ -283,8 +283,8 @@ class CacheWrite(NamedTuple):
 def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CacheWrite | None:
     """Where a kernel may write the `queries` tokens of a call; None if `cache.update` must be called instead.
 
-    A cache with a method `next_write(layer_idx)`, such as `TopologyCache`, returns its own `CacheWrite` or None. For a
-    `StaticCache` the mask must be a decode mask: the int32 mask that `pack_decode_mask` of `decode_interface.py`
+    A cache with a method `next_write(layer_idx)` returns its own `CacheWrite` or None. For a `StaticCache` the mask
+    must be a decode mask: the int32 mask that `pack_decode_mask` of `decode_interface.py`
     makes, whose row 0 holds the slot of each query.
 
     Args:

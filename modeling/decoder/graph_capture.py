@@ -1,6 +1,6 @@
 """CUDA graphs of decoding steps: which models support them, how a step is captured, and the pool that keeps them.
 
-Ordinary generation (`decode_step.py`) and parallel generation (`topology_step.py`) both capture their steps here. A
+Ordinary generation (`decode_step.py`) and generation in parallel branches both capture their steps here. A
 graph is replayed only while `step_signature` of the model is the one it was captured with. If a module gains a hook,
 an adapter or a wrapper, or a weight changes its type, the step runs without a graph; if a weight moves to another
 address or a setting changes, the step is captured again.

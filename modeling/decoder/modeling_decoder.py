@@ -1,6 +1,6 @@
 """The decoder that every language-model patch shares: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
-Nothing here depends on a patch, a change of the architecture such as BHyT or STEM. A patch subclasses `DecoderModel`
+Nothing here depends on a patch, that is, a change of the architecture. A patch subclasses `DecoderModel`
 and overrides a factory method (`build_norm`, `build_mlp`, `build_mixer`) or a hook (`build_masks`, `resolve_token_ids`,
 `prepare_token_inputs`, `begin_lookup`); the overrides call `super()`, so that patches compose. A recurrent model sets
 `cache_class`.

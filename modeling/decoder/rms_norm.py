@@ -62,7 +62,7 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor, Any]:
     """Return ``norm(x + residual)``, the sum ``x + residual``, and the statistic for the layer's next norm.
 
-    A norm with the attribute `adds_residual`, such as `BhytNorm`, is called as ``norm(x, residual, statistic)`` and
+    A norm with the attribute `adds_residual` is called as ``norm(x, residual, statistic)`` and
     returns all three results. For other norms the statistic is None; where `may_fuse_norm` holds, one kernel adds and
     normalises.
 

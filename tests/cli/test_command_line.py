@@ -101,7 +101,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
         (["convert", "source", "out", "--patch", "none", "--dtype", "int3"], "dtype"),
         (["convert", "source", "out", "--patch", "none", "--max-shard-size", "huge"], "huge"),
         (["convert", "source", "out", "--patch", "none", "--calibration-tokens", "0"], "calibration"),
-        (["convert", "source", "out", "--patch", "stem", "--measure"], "measure=True requires dry_run=True"),
+        (["convert", "source", "out", "--patch", "stem", "--measure"], "requires dry_run=True (--dry-run)"),
         (["bench", "nothing"], "there is no benchmark"),
         (["generate", "model.gguf", "Hello"], "convert it first"),
     ],

@@ -74,6 +74,7 @@ def test_a_prompt_that_the_model_cannot_take(
         (["generate", "x/y", "Hello", "--device", "meta"], "device='meta' cannot be used here"),
         (["generate", "x/y", "Hello", "--max-new-tokens", "0"], "must be at least 1"),
         (["generate", "x/y", "Hello", "--sample", "--temperature", "0"], "must be a positive number"),
+        (["generate", "x/y", "Hello", "--temperature", "0.5"], "add --sample"),
         (["generate", "x/y", "Hello", "--seed", str(1 << 70)], "64 bits"),
         (["convert", "x/y", "out", "--patch", "none", "--seed", str(1 << 70)], "64 bits"),
         (["evaluate", "x/y", "--device", "toaster"], "device='toaster' cannot be used here"),
