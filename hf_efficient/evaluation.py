@@ -1,4 +1,4 @@
-"""Measured loss of a checkpoint or a model, alone or compared with a reference."""
+"""`evaluate`: measures the loss of a checkpoint or a model, alone or compared with a reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> EvaluationReport:
-    """Cross-entropy of a model on held-out text and, given a reference, how far the model is from it.
+    """Cross-entropy of a model on held-out text and, given a reference, its difference, KL and top-1 agreement.
 
     A checkpoint is run layer by layer in fp32, so that memory holds one layer; a model in memory runs as it is.
 
@@ -43,11 +43,12 @@ def evaluate(
         reference: the same kinds; usually the source of a conversion.
         text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of English documentation.
             Only the part that a conversion holds out is used, so that nothing is measured on what it was fitted to.
-        tokens: tokens of text, at most; rounded down to whole sequences.
-        tokenizer: needed when both are models in memory; by default the checkpoint's.
-        revision, token: of a Hub repository, for `model` only.
-        device: where checkpoints run; a model in memory stays where it is.
-        progress: show a bar.
+        tokens: maximum number of tokens of text; rounded down to whole sequences.
+        tokenizer: required if no checkpoint is given; by default the checkpoint's.
+        revision: branch, tag or commit of the Hub repository `model`.
+        token: access token for the Hub.
+        device: device on which checkpoints run; a model in memory stays on its device.
+        progress: show a progress bar.
 
     Raises:
         UsageError: `tokens` is below 2, or no tokenizer is known.
@@ -65,7 +66,7 @@ def evaluate(
     ]
     if reference is not None:
         sources.append(reference if isinstance(reference, nn.Module) else open_source(str(reference), token=token))
-    known = [source for source in sources if isinstance(source, Source)]
+    opened = [source for source in sources if isinstance(source, Source)]
     family, evaluator = _family_and_evaluator(sources)
     if evaluator is None:
         raise HFEError(
@@ -74,36 +75,36 @@ def evaluate(
         )
     size = _shared_vocabulary([source.config for source in sources])
     if tokenizer is None:
-        if not known:
+        if not opened:
             raise UsageError("no tokenizer is known for models in memory", "pass tokenizer=AutoTokenizer…")
         # Of two models, the tokenizer of the smaller vocabulary: it gives no id that one of them lacks.
-        tokenizer = min(known, key=lambda source: source.config.vocab_size).tokenizer()
+        tokenizer = min(opened, key=lambda source: source.config.vocab_size).tokenizer()
     _, held_out = load_text(None if text is None else str(text))
     ids = pack(tokenizer, held_out, tokens, size)
 
     with Progress({"measuring": 1}, show=progress) as bar, bar.stage("measuring"):
-        logits = [_logits(evaluator, source, device, bar, turn, len(sources)) for turn, source in enumerate(sources)]
+        logits = [_logits(evaluator, source, device, bar, index, len(sources)) for index, source in enumerate(sources)]
         if any(source.config.vocab_size != size for source in sources):
             logits = [_narrowed(each, size) for each in logits]
         return evaluator.evaluate(ids, held_out.name, *logits, tokenizer=tokenizer)
 
 
 def _family_and_evaluator(sources: list[Any]) -> tuple[ModelFamily, Evaluator | None]:
-    """The family that the sources belong to, and what measures it.
+    """(model family of the sources, its evaluator, None if a source has no head that predicts tokens).
 
-    A model in memory of a type that no conversion takes is measured as the registry's first family, causal decoders.
+    A model in memory of an unknown type is evaluated as one of the registry's first family, causal decoders.
 
     Raises:
         HFEError: the sources are of two families.
     """
-    found = [family_of(source.config.model_type) or families()[0] for source in sources]
-    if any(family is not found[0] for family in found):
+    model_families = [family_of(source.config.model_type) or families()[0] for source in sources]
+    if any(family is not model_families[0] for family in model_families):
         raise HFEError(
-            f"the model is one of the {found[0].name}, the reference one of the {found[-1].name}",
+            f"the model is one of the {model_families[0].name}, the reference one of the {model_families[-1].name}",
             "compare a converted checkpoint with its own source",
         )
-    evaluators = [found[0].evaluator(_config(source)) for source in sources]
-    return found[0], None if None in evaluators else evaluators[0]
+    evaluators = [model_families[0].evaluator(_config(source)) for source in sources]
+    return model_families[0], None if None in evaluators else evaluators[0]
 
 
 def _config(source: Source | nn.Module) -> PreTrainedConfig:
@@ -116,7 +117,7 @@ def _config(source: Source | nn.Module) -> PreTrainedConfig:
 
 
 def _shared_vocabulary(configs: list[Any]) -> int:
-    """Number of tokens that both models have: a patch may have added tokens to one of them."""
+    """The smaller `vocab_size`; `HFEError` if they differ and no patch added tokens to the larger one."""
     narrow, wide = min(configs, key=lambda c: c.vocab_size), max(configs, key=lambda c: c.vocab_size)
     added = any(spec.adds_tokens for spec in active_architectures(wide))
     if narrow.vocab_size != wide.vocab_size and not added:
@@ -130,17 +131,18 @@ def _shared_vocabulary(configs: list[Any]) -> int:
 
 def _narrowed(logits: LogitSource, size: int) -> LogitSource:
     """The logits of the first `size` tokens only."""
-    return lambda ids: (piece[:, :size] for piece in logits(ids))
+    return lambda ids: (chunk[:, :size] for chunk in logits(ids))
 
 
 def _logits(
-    evaluator: Evaluator, source: Source | nn.Module, device: str | torch.device, bar: Progress, turn: int, turns: int
+    evaluator: Evaluator, source: Source | nn.Module, device: str | torch.device, bar: Progress, index: int, count: int
 ) -> LogitSource:
+    """A function that computes the logits of one of `count` sources; `index` is its part of the progress."""
     if not isinstance(source, Source):
         return evaluator.model_logits(source)
     return evaluator.checkpoint_logits(
         source.config,
         source.reader,
         device=device,
-        progress=lambda done, total: bar.advance(turn * total + done, turns * total),
+        progress=lambda done, total: bar.advance(index * total + done, count * total),
     )

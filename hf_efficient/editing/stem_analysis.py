@@ -1,4 +1,4 @@
-"""Analysis of STEM tables: cosines between rows, comparison with the dense up-projection, and ablation.
+"""Analyses STEM embedding tables: cosines between rows, comparison with the dense up-projection, and ablation.
 
 Cosines mean little without a baseline: random rows, such as those of an untrained table, have cosines of standard
 deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread includes this baseline,
@@ -30,14 +30,14 @@ _PAIRS = 8_192
 
 @dataclass(frozen=True)
 class AngularSpread:
-    """Cosines between rows of one table, and the same figures for random rows of that width.
+    """Cosines between rows of one table, and the same statistics for random rows of that width.
 
     Attributes:
-        layer: of the table.
+        layer: index of the table's layer.
         n_rows, zero_rows: number of rows compared; number of zero rows, which have no direction and are left out.
         n_pairs: number of pairs of different rows.
         mean, std, p50_abs, p95_abs: of the cosines; the percentiles are of their magnitude.
-        tau, frac_abs_below: share of the cosines whose magnitude is below tau.
+        tau, frac_abs_below: fraction of the cosines whose magnitude is below tau.
         participation_ratio: ``(sum of eigenvalues)^2 / sum of squared eigenvalues`` of the rows' covariance, which is
             the number of directions if all eigenvalues are equal.
         baseline_std, baseline_p95_abs: of cosines of isotropic rows, ``1 / sqrt(F)`` and 1.96 times that.
@@ -78,7 +78,7 @@ def stem_angular_spread(
     tau: float = 0.05,
     seed: int = 0,
 ) -> AngularSpread:
-    """Statistics of the cosines between rows of one table, with the baseline of random rows.
+    """Compute statistics of the cosines between rows of one table, and those of random rows as a baseline.
 
     Args:
         model: a loaded STEM model.
@@ -89,12 +89,13 @@ def stem_angular_spread(
         n_pairs: number of pairs of different rows to sample, with replacement; if there are fewer pairs, all are used.
         center: subtract the mean row first.
         tau: bound for `frac_abs_below`.
-        seed: of the sampling.
+        seed: random seed of the sampling.
 
     Raises:
         HFEError: fewer than two rows are not zero, or the layer has no table.
 
-    Source: the pairwise cosines of STEM, arXiv:2601.10639, figure 6; baseline and participation ratio are our own.
+    Source: the pairwise cosines of STEM, arXiv:2601.10639, figure 6; baseline and participation ratio are not in the
+        paper.
 
     Example:
         >>> spread = stem_angular_spread(model, layer=4)
@@ -160,7 +161,7 @@ class RowReport:
 def stem_row_report(
     model: PreTrainedModel, token: int | str, layer: int, k: int = 10, *, tokenizer: Any = None
 ) -> RowReport:
-    """Nearest rows, norm, and strongest channels of a token's row.
+    """Report the nearest rows, the norm and the strongest channels of a token's row in one table.
 
     Args:
         model: a loaded STEM model.
@@ -223,7 +224,7 @@ class DenseComparison:
 def stem_compare_dense(
     model: PreTrainedModel, dense: PreTrainedModel, text: str | Path | Tensor | None = None, *, tokenizer: Any = None
 ) -> list[DenseComparison]:
-    """Compares each STEM layer's rows with the output of the dense source's up-projection, token by token.
+    """Compare each STEM layer's rows with the output of the dense source's up-projection, token by token.
 
     Args:
         model: a loaded STEM model.
@@ -270,14 +271,14 @@ def stem_compare_dense(
 
 @dataclass(frozen=True)
 class Ablation:
-    """Rise of the loss when all rows of some layers are replaced by one row.
+    """Increase in the loss when all rows of some layers are replaced by one row.
 
     Attributes:
         layers: the layers whose rows are replaced.
         mode: ``zero`` or ``mean``.
         nll: loss of the unchanged model, nats per token.
-        delta_nll: the rise, with its confidence interval over sequences.
-        by_role: the rise by the role of the token at the position: role -> (mean rise, number of tokens).
+        delta_nll: the increase, with its confidence interval over sequences.
+        by_role: the increase by the role of the token at the position: role -> (mean increase, number of tokens).
     """
 
     layers: list[int]
@@ -300,7 +301,7 @@ def stem_ablate(
     *,
     tokenizer: Any = None,
 ) -> list[Ablation]:
-    """Rise of the loss without the tables, layer by layer and by the token's role.
+    """Increase in the loss without the tables, layer by layer and by the token's role.
 
     Args:
         model: a loaded STEM model; its weights stay as they are.
@@ -327,23 +328,23 @@ def stem_ablate(
     logits = model_logits(model)
     plain = nll_by_position(logits(ids), ids)
     roles = _roles(ids, tokenizer)
-    found = []
+    ablations = []
     for group in groups:
         with _without_rows(model, group, mode, ids):
-            rise = nll_by_position(logits(ids), ids) - plain
+            increase = nll_by_position(logits(ids), ids) - plain
         by_role = {
-            role: (float(rise[mask].double().mean()), int(mask.sum())) for role, mask in roles.items() if mask.any()
+            role: (float(increase[mask].double().mean()), int(mask.sum())) for role, mask in roles.items() if mask.any()
         }
-        estimate = Estimate.of(rise.double().mean(1))
-        found.append(Ablation(group, mode, float((plain + rise).double().mean()), estimate, by_role))
-    return found
+        estimate = Estimate.of(increase.double().mean(1))
+        ablations.append(Ablation(group, mode, float((plain + increase).double().mean()), estimate, by_role))
+    return ablations
 
 
 @contextmanager
 def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
-    """In this context the tables of `layers` return one row for every token.
+    """Context: the tables of `layers` return the same row for every token: zeros, or the mean row of `ids` [B, S].
 
-    Forward hooks do this; a table with a hook is called as a module, instead of being read by the fused kernel.
+    This uses forward hooks; a table with a hook is called as a module, not read by the fused kernel.
     """
 
     def returning(row: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -366,11 +367,17 @@ def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Ten
 
 
 def _table(model: PreTrainedModel, layer: int) -> Tensor:
+    """The table [vocab_size, intermediate_size] of a layer, detached; `HFEError` if the layer has none."""
     return table_weights(stem_base_model(model), [layer])[layer].detach()
 
 
 def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokenizer: Any) -> Tensor:
-    """Token ids [B, S] to measure on."""
+    """Token ids [B, S], on the CPU: those given, or of the held-out part of a text.
+
+    Raises:
+        HFEError: ids are not [B, S] with S of 2 or more, or the text cannot be read.
+        UsageError: a text is given without a tokenizer.
+    """
     if isinstance(text, Tensor):
         if text.ndim != 2 or text.shape[1] < 2:
             raise HFEError(f"token ids of shape {list(text.shape)} are not [B, S] with S of 2 or more", "reshape them")
@@ -382,7 +389,7 @@ def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokeniz
 
 
 def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
-    """The id of a token that is given by id or by text."""
+    """The id of a token that is given by id or by text; `HFEError` unless it is one token of the table's `rows`."""
     if isinstance(token, str):
         if tokenizer is None:
             raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
@@ -396,7 +403,11 @@ def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
 
 
 def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
-    """Unique token ids [n] that `stem_angular_spread` compares, of a table with `rows` rows."""
+    """Unique token ids [n] for `stem_angular_spread`, whose arguments these are; `rows` is the table's number of rows.
+
+    Raises:
+        HFEError: ids and counts are both given, counts has a wrong shape, or an id is outside the table.
+    """
     if ids is not None and counts is not None:
         raise HFEError("ids and counts are both given", "give one of them")
     if counts is not None:
@@ -415,14 +426,14 @@ def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
     return chosen.unique()
 
 
-def _pairs(n: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices [pairs] of the first and second row of each pair: all pairs of n rows, or `most` sampled ones."""
-    if n * (n - 1) // 2 <= most:
+def _pairs(n: int, max_pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices [pairs] of the first and second row of each pair: all pairs of n rows, or `max_pairs` sampled ones."""
+    if n * (n - 1) // 2 <= max_pairs:
         first, second = torch.triu_indices(n, n, offset=1)
         return first, second
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(n, (most,), generator=generator)
-    return first, (first + torch.randint(1, n, (most,), generator=generator)) % n
+    first = torch.randint(n, (max_pairs,), generator=generator)
+    return first, (first + torch.randint(1, n, (max_pairs,), generator=generator)) % n
 
 
 def _cosines(directions: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -434,8 +445,9 @@ def _cosines(directions: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([(directions[a] * directions[b]).sum(1) for a, b in pairs])
 
 
-def _percentile(values: Tensor, share: float) -> float:
-    return float(values.kthvalue(max(round(share * len(values)), 1)).values)
+def _percentile(values: Tensor, fraction: float) -> float:
+    """The smallest of `values` [n] that at least `fraction` of them do not exceed."""
+    return float(values.kthvalue(max(round(fraction * len(values)), 1)).values)
 
 
 def _participation(rows: Tensor) -> float:
@@ -462,9 +474,12 @@ def _roles(ids: Tensor, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def _role(tokenizer: Any, token: int, marks_spaces: bool) -> str:
-    """`word`, `rest`, `number` or `other`."""
-    piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token]).strip()
+    """The role of a token id by its text: `word` (the beginning of one), `rest` (of a word), `number` or `other`.
+
+    `marks_spaces`: the tokenizer marks the beginning of words by "Ġ" or "▁", not the rest by "##".
+    """
+    symbol, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token]).strip()
     if text.isalpha() or text.removeprefix("##").isalpha():
-        begins = piece[:1] in ("Ġ", "▁") if marks_spaces else piece[:2] != "##"
+        begins = symbol[:1] in ("Ġ", "▁") if marks_spaces else symbol[:2] != "##"
         return "word" if begins else "rest"
     return "number" if text.isdigit() else "other"

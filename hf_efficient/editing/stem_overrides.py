@@ -1,4 +1,7 @@
-"""Transient knowledge edits: inside a context, chosen positions of a prompt use the table rows of other tokens."""
+"""Temporary knowledge edits: inside a context, positions of a prompt use the embedding rows of other tokens.
+
+A STEM layer has an embedding table with a row [F] for each token id in place of its up-projection.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,20 @@ from hf_efficient.modeling.stem.token_rows import TokenRows
 def stem_override(
     model: nn.Module, plan: StemEditPlan | Sequence[StemEditPlan], row: int | Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Within this context, `model` and `generate` use the table rows that the plans name; no weight changes.
+    """Context: `model` and `generate` use the embedding rows that the plans name; no weight changes.
 
         with hf_efficient.stem_override(model, plan):
             model.generate(**tokenizer(prompt, return_tensors="pt"))
 
-    A plan changes the prompt only: generated tokens use their own rows. Padding is accounted for, all beams and
-    returned sequences of a prompt are edited alike, and a prompt may be processed in chunks after a cache. Contexts
-    nest; where two plans name the same position, the inner one applies.
+    A plan changes the prompt only: generated tokens use their own rows. Left padding is accounted for, all beams and
+    returned sequences of a prompt are edited, and a prompt may be processed in chunks with a cache. Contexts nest; if
+    two plans name the same position, the inner one applies. On exit, a plan that no call used is logged as a warning.
 
     Args:
         model: a STEM model, also inside a PEFT model or with a task head, also of a class that was loaded with
             `trust_remote_code=True`.
         plan: from `stem_edit_plan`; one, or a sequence of them.
-        row: batch index of the prompt that the plan is for, 0 by default; for several plans one index each, by default
-            0, 1, 2, ….
+        row: batch row of the prompt that the plan is for, 0 by default; for several plans one each, by default 0, 1, 2.
 
     Raises:
         HFEError: `model` is no STEM model, a plan names a layer outside `config.stem_layers` or a token outside the
@@ -48,15 +50,15 @@ def stem_override(
     rows = [row] if isinstance(row, int) else list(range(len(plans)) if row is None else row)
     if len(rows) != len(plans) or any(r < 0 for r in rows):
         raise HFEError(f"row={row} does not name a row for each of {len(plans)} plans", "give one row for each")
-    opened = tuple(_override(base_model, p, r) for p, r in zip(plans, rows, strict=True))
-    base_model.row_provider = OverrideProvider((*_active(base_model), *opened))
+    overrides = tuple(_make_override(base_model, p, r) for p, r in zip(plans, rows, strict=True))
+    base_model.row_provider = OverrideProvider((*_active_overrides(base_model), *overrides))
     try:
         yield
     finally:
         # Compared by identity, since equal plans may be open twice.
-        remaining = tuple(o for o in _active(base_model) if not any(o is mine for mine in opened))
+        remaining = tuple(o for o in _active_overrides(base_model) if not any(o is mine for mine in overrides))
         base_model.row_provider = OverrideProvider(remaining) if remaining else None
-    for override in opened:
+    for override in overrides:
         if not override.applied:
             get_logger().warning(
                 "no call contained positions %s of row %d, so %r was not replaced",
@@ -68,13 +70,13 @@ def stem_override(
 
 @dataclass
 class Override:
-    """A plan that is active on one row of the batch.
+    """A plan that is active on one batch row.
 
     Attributes:
         plan: what is replaced.
-        row: batch index of the prompt, as it is passed to `generate` or to the model.
-        layers: STEM layers that it applies to.
-        applied: whether a call has contained any of its positions.
+        row: batch row of the prompt, in the call of `generate` or of the model.
+        layers: indices of the STEM layers that it applies to.
+        applied: set to True when a call contained any of its positions.
     """
 
     plan: StemEditPlan
@@ -83,21 +85,23 @@ class Override:
     applied: bool = False
 
 
-def _override(base_model: Any, plan: StemEditPlan, row: int) -> Override:
+def _make_override(base_model: Any, plan: StemEditPlan, row: int) -> Override:
+    """The override of a checked plan; `HFEError` for a layer without a table or a token outside the vocabulary."""
     check_tokens(base_model, [token for tokens in plan.replacements for token in tokens])
     return Override(plan, row, frozenset(table_weights(base_model, plan.layers)))
 
 
-def _active(base_model: Any) -> tuple[Override, ...]:
+def _active_overrides(base_model: Any) -> tuple[Override, ...]:
+    """The overrides that are active on a `StemModel`, outermost first."""
     return () if base_model.row_provider is None else base_model.row_provider.overrides
 
 
 @dataclass(frozen=True)
 class OverrideProvider:
-    """The `row_provider` of a `StemModel` while a `stem_override` is open.
+    """The `row_provider` of a `StemModel` inside `stem_override`: a callable that gives the layers their token inputs.
 
     Attributes:
-        overrides: the active overrides; later ones win.
+        overrides: the active overrides; a later one replaces earlier ones at the same position.
     """
 
     overrides: tuple[Override, ...]
@@ -113,13 +117,16 @@ class OverrideProvider:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> Any:
-        """What the layers of this call use as token inputs, for `token_ids` [B, S].
+        """The token inputs of the layers in this call, for ids [B, S]: `OverriddenRows`, or the ordinary ones.
 
         Args:
             base_model: the `StemModel` that is called.
-            look_up: starts the ordinary look-up of ids; returns the ids, or their rows if they are fetched ahead.
-            prompt_rows: [B], the prompt that each batch row is a copy of; None where each row is a prompt.
-            attention_mask, position_ids, past_key_values: of the call.
+            look_up: starts the ordinary look-up of ids; returns the ids, or a `TokenRows` if rows are prefetched.
+            prompt_rows: [B], index of the prompt that each batch row is a copy of; None if each row is a prompt.
+            attention_mask, position_ids, past_key_values: arguments of the model's call.
+
+        Raises:
+            HFEError: see `replacements_of_call`.
         """
         replacements = replacements_of_call(
             self.overrides, token_ids, prompt_rows, attention_mask, position_ids, past_key_values
@@ -132,7 +139,7 @@ class OverrideProvider:
 
 @dataclass(frozen=True)
 class Replacement:
-    """The place `(row, index)` of a call's ids [B, S] that uses the mean row of `tokens` in `layers`."""
+    """One edited element of a call: at `(row, index)` of the ids [B, S], `layers` use the mean row of `tokens`."""
 
     row: int
     index: int
@@ -148,16 +155,17 @@ def replacements_of_call(
     position_ids: Tensor | None,
     past_key_values: Cache | None,
 ) -> list[Replacement]:
-    """What the overrides replace in a call for ids [B, S]; empty if the call contains none of their positions.
+    """The replacements of a call for ids [B, S], and marks their overrides as applied; empty if it has no position.
 
     Args:
-        overrides: in the order of the result, so that later ones win.
-        prompt_rows: [B], the prompt that each row is a copy of; None where each row is a prompt.
-        attention_mask, position_ids, past_key_values: of the call. They tell how far padding shifts a prompt, and
-            which part of the prompt is in this call.
+        overrides: the active overrides; the result has their order.
+        prompt_rows: [B], index of the prompt that each row is a copy of; None if each row is a prompt.
+        attention_mask, position_ids, past_key_values: arguments of the call, from which the left padding and the part
+            of the prompt in this call follow.
 
     Raises:
-        HFEError: the batch has no such row, or another token is at a position than the plan was made for.
+        HFEError: the batch does not have the row, a position has another token than in the plan, or more than one token
+            is processed inside torch.compile or a CUDA graph capture.
     """
     if torch.compiler.is_compiling() or (token_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         if token_ids.shape[1] > 1:
@@ -167,7 +175,7 @@ def replacements_of_call(
         return []  # a decoding step; only prompts are edited
     length = token_ids.shape[1]
     past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-    found = []
+    result = []
     for override in overrides:
         plan = override.plan
         for row in _rows_of_prompt(override.row, len(token_ids), prompt_rows):
@@ -183,21 +191,21 @@ def replacements_of_call(
                         f"plan to replace {plan.source!r} by {plan.target!r} expects {source}",
                         "call the model with the prompt that the plan was made for, tokenised the same way",
                     )
-                found.append(Replacement(row, index, tokens, override.layers))
+                result.append(Replacement(row, index, tokens, override.layers))
                 override.applied = True
-    return found
+    return result
 
 
 def _rows_of_prompt(prompt: int, rows: int, prompt_rows: Tensor | None) -> list[int]:
-    """Batch rows that are copies of a prompt, such as its beams."""
-    found = [prompt] if prompt_rows is None else (prompt_rows == prompt).nonzero().flatten().tolist()
-    if not found or found[-1] >= rows:
+    """Batch rows that are copies of a prompt, such as its beams; `HFEError` if there are none."""
+    result = [prompt] if prompt_rows is None else (prompt_rows == prompt).nonzero().flatten().tolist()
+    if not result or result[-1] >= rows:
         raise HFEError(f"stem_override names row {prompt}, the batch has {rows} rows", "correct the row")
-    return found
+    return result
 
 
 def _padding(row: int, length: int, attention_mask: Any, position_ids: Tensor | None) -> int:
-    """Number of left padding tokens of a batch row, of `length` tokens in the cache and the call together."""
+    """Number of left padding tokens of a batch row; `length` is the number of tokens in the cache and the call."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return int((attention_mask[row] != 0).to(torch.int8).argmax())
     if position_ids is None:
@@ -208,17 +216,18 @@ def _padding(row: int, length: int, attention_mask: Any, position_ids: Tensor | 
 
 
 class OverriddenRows(TokenRows):
-    """`TokenRows` in which each replaced place has a row of its own.
+    """`TokenRows` (the distinct ids of a call, and for each id its slot among them) with replaced rows.
 
-    The tokens whose rows replace others are appended to the ids of the call, so that they are fetched with them.
+    Each replaced element of the ids gets a slot of its own. The tokens whose rows replace others are appended to the
+    ids of the call, so that they are fetched together.
 
-    Shapes: P places are replaced by R replacements (later ones win), each the mean of at most G tokens.
+    Shapes: P elements are replaced by R replacements, each the mean of at most G tokens; u distinct ids.
 
     Args:
         ids: token ids of the call [B, S].
-        replacements: what to replace; later ones win.
-        look_up: starts the ordinary look-up of ids; returns the ids, or their rows if they are fetched ahead.
-        layer_of: layer of each table module, by `id`.
+        replacements: a later one applies in place of earlier ones at the same element and layer.
+        look_up: starts the ordinary look-up of ids; returns the ids, or a `TokenRows` if rows are prefetched.
+        layer_of: `id(table module)` -> index of its layer.
     """
 
     def __init__(
@@ -229,8 +238,8 @@ class OverriddenRows(TokenRows):
         layer_of: dict[int, int],
     ) -> None:
         places = sorted({(r.row, r.index) for r in replacements})
-        most = max(len(r.tokens) for r in replacements)
-        tokens = [[*r.tokens, *r.tokens[:1] * (most - len(r.tokens))] for r in replacements]
+        max_tokens = max(len(r.tokens) for r in replacements)
+        tokens = [[*r.tokens, *r.tokens[:1] * (max_tokens - len(r.tokens))] for r in replacements]
         wanted = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
         extended = torch.cat((ids.flatten(), wanted.flatten()))
         fetched = look_up(extended)
@@ -243,7 +252,7 @@ class OverriddenRows(TokenRows):
         own, self._wanted_slots = self._inner.slots.split((ids.numel(), wanted.numel()))
         counts = torch.tensor([len(r.tokens) for r in replacements], device=ids.device)
         self._counts = counts[:, None]
-        self._counted = torch.arange(most, device=ids.device) < self._counts  # [R, G], False for filled-up tokens
+        self._counted = torch.arange(max_tokens, device=ids.device) < self._counts  # [R, G], False for filled-up tokens
         self._rows, self._indices = torch.tensor(places, device=ids.device).unbind(1)
         slots = own.view(ids.shape).clone()
         self._own = slots[self._rows, self._indices]  # slots of the places' own rows [P]
@@ -256,20 +265,20 @@ class OverriddenRows(TokenRows):
             self._applied[layer] = torch.tensor([last.get(place, -1) for place in places], device=ids.device)
 
     def rows(self, table: nn.Embedding) -> Tensor:
-        """Rows of `table` [u + P, F]: those of the distinct ids, then one for each place."""
+        """Rows of `table` [u + P, F], indexed by `slots`: those of the distinct ids, then of each replaced element."""
         differentiable = torch.is_grad_enabled() and table.weight.requires_grad
         rows = table(self.distinct) if differentiable and not table.sparse else self._inner.rows(table)
         wanted = rows[self._wanted_slots].view(*self._wanted.shape, -1)
         return torch.cat((rows, self._replaced(wanted, rows[self._own], table)))
 
     def look_up(self, table: nn.Module) -> Tensor:
-        """Rows [B, S, F], by calling the table's module, so that adapters and hooks around it act."""
+        """Rows [B, S, F], by calling the table's module, so that adapters and hooks on it take effect."""
         rows = table(self.ids)
         places = (self._rows, self._indices)
         return rows.index_put(places, self._replaced(table(self._wanted), rows[places], table))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> OverriddenRows:
-        """The same on another device, as accelerate's hooks ask for when layers are on several devices."""
+        """A copy on another device, which accelerate's hooks request for layers on other devices; ignores `kwargs`."""
         if self.slots.device == torch.device(device):
             return self
         moved = copy.copy(self)
@@ -282,10 +291,13 @@ class OverriddenRows(TokenRows):
         return moved
 
     def _replaced(self, wanted: Tensor, own: Tensor, table: nn.Module) -> Tensor:
-        """What the places use in one table [P, F], from the wanted tokens' rows [R, G, F] and their own [P, F]."""
+        """The rows of the replaced elements in one table [P, F], from replacing rows [R, G, F] and own rows [P, F].
+
+        An element without a replacement in the table's layer keeps its own row.
+        """
         wide = torch.float64 if wanted.dtype == torch.float64 else torch.float32
         mean = torch.where(self._counted[..., None], wanted, 0).sum(1, dtype=wide) / self._counts
-        # A single row is copied, not computed, so that every bit is the table's.
+        # A single row is copied, not computed, so that it equals the table's bit for bit.
         replacing = torch.where(self._counts == 1, wanted[:, 0], mean.to(wanted.dtype))
         applied = self._applied[self._layer_of[id(table)]]
         return torch.where((applied >= 0)[:, None], replacing[applied.clamp(min=0)], own)

@@ -1,4 +1,7 @@
-"""Persistent edits of table rows; an edit stores the rows before and after it, so that it can be reverted."""
+"""Persistent edits of the rows of STEM embedding tables; an edit can be reverted, saved and loaded.
+
+F is the width of a table, `intermediate_size`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _FORMAT = "hfe_stem_edit"
 
 
 class EditConflictError(HFEError, RuntimeError):
-    """The tables have other rows than the edit expects."""
+    """The rows of the tables differ from those that an edit expects."""
 
 
 def stem_edit_rows(
@@ -28,17 +31,17 @@ def stem_edit_rows(
     layers: Sequence[int] | None = None,
     scale: float = 1.0,
 ) -> StemEdit:
-    """Replace the rows of tokens, in prompts and in generated text, until the edit is reverted.
+    """Replace the table rows of tokens in place, for prompts and generated text, until the edit is reverted.
 
     ``U[s] += scale * (r - U[s])``, for every layer in `layers`; with the default scale ``U[s] = r``, bit for bit.
 
     Args:
         model: a STEM model, also inside a PEFT model or with a task head, also of a class that was loaded with
             `trust_remote_code=True`.
-        rows: token s -> what gives r: a token, whose row it is; several tokens, whose mean; or a tensor [F], or
-            [len(layers), F] with one row for each layer. All are read before any is written, so that two tokens
+        rows: token id s -> r, as a token id, whose row it is; several token ids, whose mean row it is; or a tensor [F],
+            or [len(layers), F] with one row for each layer. All are read before any is written, so that two tokens
             can exchange their rows.
-        layers: STEM layers; None for all, in ascending order.
+        layers: indices of STEM layers; None for all, in ascending order.
         scale: the fraction of the way from U[s] to r; 0 changes nothing.
 
     Returns:
@@ -65,11 +68,11 @@ def stem_edit_rows(
 def stem_inject(
     model: nn.Module, ids: int | Sequence[int], deltas: Tensor, layers: Sequence[int] | None = None
 ) -> StemEdit:
-    """Add vectors to the rows of tokens: ``U[ids] += deltas``, until the edit is reverted.
+    """Add vectors to the table rows of tokens in place: ``U[ids] += deltas``; returns the edit, which can be reverted.
 
     Args:
         model: as for `stem_edit_rows`.
-        ids: one token, or n different ones.
+        ids: one token id, or n different ones.
         deltas: [F] for all tokens and layers; [n, F] for all layers; or [len(layers), n, F].
         layers: STEM layers; None for all, in ascending order.
 
@@ -90,7 +93,7 @@ def stem_inject(
 
 
 def stem_load_edit(model: nn.Module, path: str | Path) -> StemEdit:
-    """An edit that `StemEdit.save` wrote, for this model. The tables do not change until its `apply` or `revert`.
+    """Load an edit that `StemEdit.save` wrote, for this model. The tables do not change until its `apply` or `revert`.
 
     Raises:
         HFEError: the file is not such an edit, or names layers or tokens that the model does not have.
@@ -102,8 +105,8 @@ class StemEdit:
     """Rows of the tables before and after an edit; from `stem_edit_rows`, `stem_inject` or `stem_load_edit`.
 
     Attributes:
-        ids: the n tokens whose rows it changes.
-        before, after: by layer, the rows [n, F] in the dtype of the table, on the CPU.
+        ids: the n token ids whose rows it changes.
+        before, after: layer -> the rows [n, F] in the dtype of the table, on the CPU.
         table_rows: number of rows of the whole table.
     """
 
@@ -119,7 +122,7 @@ class StemEdit:
         return list(self.before)
 
     def revert(self) -> None:
-        """Put the old rows back, bit for bit.
+        """Write the old rows back, bit for bit.
 
         Raises:
             EditConflictError: the tables no longer have the rows that the edit wrote: they were trained, edited again,
@@ -135,8 +138,8 @@ class StemEdit:
         """
         self._exchange(self.before, self.after, "apply an edit to the rows that it was made from")
 
-    def _exchange(self, expected: dict[int, Tensor], wanted: dict[int, Tensor], remedy: str) -> None:
-        """Replace the rows `expected` by `wanted`, both by layer; `EditConflictError` if a table has other rows."""
+    def _exchange(self, expected: dict[int, Tensor], new: dict[int, Tensor], remedy: str) -> None:
+        """Replace the rows `expected` by `new`, both by layer; `EditConflictError` if a table has other rows."""
         weights = table_weights(self._base_model, self.layers)
         for layer, found in self._current(weights, remedy).items():
             different = (_bits(found) != _bits(expected[layer])).any(1)
@@ -150,12 +153,12 @@ class StemEdit:
         for layer, weight in weights.items():
             if weight.is_pinned():  # kernels of an earlier call may still read it
                 torch.cuda.synchronize()
-            rows = wanted[layer].to(weight.device)
+            rows = new[layer].to(weight.device)
             weight.detach().index_copy_(0, index.to(weight.device), rows)
         self._base_model.refresh_rows(index)
 
     def _current(self, weights: dict[int, nn.Parameter], remedy: str) -> dict[int, Tensor]:
-        """The tables' present rows at `ids`, [n, F] by layer; an error if a table has another shape or dtype."""
+        """Layer -> current rows at `ids` [n, F]; `EditConflictError` if a table has another shape or dtype."""
         for layer, weight in weights.items():
             before = self.before[layer]
             now, then = (len(weight), weight.shape[1], weight.dtype), (self.table_rows, before.shape[1], before.dtype)
@@ -167,7 +170,7 @@ class StemEdit:
         return read_rows(weights, self.ids)
 
     def save(self, path: str | Path) -> None:
-        """Write the edit to a safetensors file: the rows before and after, with all their bits."""
+        """Write the edit (the rows before and after, exactly) to a safetensors file."""
         tensors = {"ids": torch.tensor(self.ids)}
         for layer in self.layers:
             tensors[f"layers.{layer}.before"] = self.before[layer]
@@ -177,7 +180,7 @@ class StemEdit:
 
     @classmethod
     def load(cls, path: str | Path, base_model: Any) -> StemEdit:
-        """The edit in a file, for the `StemModel` `base_model`; nothing is changed yet."""
+        """See `stem_load_edit`; `base_model` is the `StemModel`."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -200,8 +203,11 @@ class StemEdit:
 def replacement_rows(
     base_model: Any, weights: Mapping[int, Tensor], rows: Mapping[int, int | Sequence[int] | Tensor]
 ) -> dict[int, Tensor]:
-    """By layer, the rows [n, F] that the n values of `rows` describe, in the dtype of the layer's table."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in weights}
+    """Layer -> the rows [n, F] that the n values of `rows` describe (see `stem_edit_rows`), in the dtype of its table.
+
+    `weights` are the tables by layer. Errors as for `stem_edit_rows`.
+    """
+    result: dict[int, list[Tensor]] = {layer: [] for layer in weights}
     for token, value in rows.items():
         if isinstance(value, Tensor):
             given = matrix_for_layers(f"the row for token {token}", value, weights, 1)
@@ -210,12 +216,13 @@ def replacement_rows(
             targets = check_tokens(base_model, list(value) if isinstance(value, Sequence) else [value])
             one = {layer: _mean(several) for layer, several in read_rows(weights, targets).items()}
         for layer, row in one.items():
-            found[layer].append(row.to(weights[layer].dtype))
-    return {layer: torch.stack(several) for layer, several in found.items()}
+            result[layer].append(row.to(weights[layer].dtype))
+    return {layer: torch.stack(several) for layer, several in result.items()}
 
 
 def matrix_for_layers(name: str, given: Tensor, weights: Mapping[int, Tensor], n: int) -> dict[int, Tensor]:
-    """`given` [F], [n, F] or [len(layers), n, F] (for n = 1 also [len(layers), F]), as rows [n, F] by layer.
+    """Layer -> rows [n, F] on the CPU, from `given` [F], [n, F] or [len(layers), n, F]; for n = 1 also
+    [len(layers), F].
 
     Raises:
         HFEError: another shape, or no floating-point dtype; the message calls the tensor `name`.
@@ -226,7 +233,7 @@ def matrix_for_layers(name: str, given: Tensor, weights: Mapping[int, Tensor], n
     shapes = {(width,), (n, width), (count, n, width)} | ({(count, width)} if n == 1 else set())
     if tuple(given.shape) not in shapes or not given.is_floating_point():
         raise HFEError(
-            f"{name} is {given.dtype} of shape {list(given.shape)}; wanted are floats of one of the shapes "
+            f"{name} is {given.dtype} of shape {list(given.shape)}; expected are floats of one of the shapes "
             f"{sorted(map(list, shapes), key=len)}",
             "correct it",
         )
@@ -241,4 +248,5 @@ def _mean(rows: Tensor) -> Tensor:
 
 
 def _bits(rows: Tensor) -> Tensor:
+    """The bytes of rows [n, F] as uint8 [n, F * itemsize], to compare NaN and signed zeros exactly."""
     return rows.contiguous().view(torch.uint8)

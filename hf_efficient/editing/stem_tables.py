@@ -1,4 +1,4 @@
-"""The STEM tables of a loaded model, found whatever wraps the model, and checks of the token ids that index them."""
+"""Finds the STEM embedding tables of a loaded model, also inside wrappers, and checks the token ids that index them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def stem_base_model(model: nn.Module) -> Any:
 
 
 def table_weights(base_model: Any, layers: Iterable[int] | None) -> dict[int, nn.Parameter]:
-    """The table's weight [vocab_size, intermediate_size] of each layer, also where an adapter wraps the table.
+    """Layer -> weight [vocab_size, intermediate_size] of its table, also if an adapter wraps the table.
 
     Args:
-        base_model: from `stem_base_model`.
-        layers: STEM layers; None for all.
+        base_model: result of `stem_base_model`.
+        layers: indices of STEM layers; None for all.
 
     Raises:
         HFEError: the model has no STEM layers; `layers` is empty, repeats a layer or names one without a table; a table
@@ -44,8 +44,8 @@ def table_weights(base_model: Any, layers: Iterable[int] | None) -> dict[int, nn
     if not stem_layers:
         raise HFEError("the model has no STEM layers, so it has no rows to edit", "convert it with --patch stem")
     chosen = list(stem_layers if layers is None else layers)
-    foreign = [layer for layer in chosen if layer not in stem_layers]
-    if foreign or not chosen or len(set(chosen)) != len(chosen):
+    without_table = [layer for layer in chosen if layer not in stem_layers]
+    if without_table or not chosen or len(set(chosen)) != len(chosen):
         raise HFEError(f"layers={chosen} must be different ones of the STEM layers {stem_layers}", "correct layers")
     weights = {}
     for layer in chosen:
@@ -65,7 +65,7 @@ def table_weights(base_model: Any, layers: Iterable[int] | None) -> dict[int, nn
 
 
 def check_tokens(base_model: Any, tokens: Sequence[int]) -> list[int]:
-    """`tokens` as a list.
+    """Check token ids; returns them as a list.
 
     Raises:
         HFEError: `tokens` is empty.
@@ -81,6 +81,6 @@ def check_tokens(base_model: Any, tokens: Sequence[int]) -> list[int]:
 
 
 def read_rows(weights: Mapping[int, Tensor], ids: Sequence[int]) -> dict[int, Tensor]:
-    """CPU copies of the rows `ids` of each layer's table, [n, intermediate_size] by layer."""
+    """Layer -> CPU copy of the rows `ids` of its table [n, intermediate_size]; `weights` as from `table_weights`."""
     index = torch.tensor(ids)
     return {layer: weight.detach()[index.to(weight.device)].cpu() for layer, weight in weights.items()}

@@ -20,7 +20,13 @@ REQUIREMENTS = f"torch >= {TESTED_TORCH[0]} and transformers >= {TESTED_TRANSFOR
 
 
 def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
-    """How to load the model, generate, chat where the tokenizer has a chat template, and fine-tune it with LoRA."""
+    """The card's section on loading and running the model: generation, chat if the tokenizer has a template, LoRA.
+
+    Args:
+        folder: the checkpoint.
+        config: the fields of its config.json.
+        repo_id: the repository that the code names.
+    """
     auto_class = auto_class_of(config)
     tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
     imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
@@ -52,7 +58,7 @@ def note(patch: str) -> str:
 
 
 def citations(patches: list[str]) -> str:
-    """BibTeX of the papers that the patches come from."""
+    """The card's section with the BibTeX of the patches' papers; empty without known patches."""
     known: dict[str, Any] = patch_classes()
     entries = [str(known[patch].citation) for patch in patches if patch in known]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(entries) + "\n```" if entries else ""
@@ -70,7 +76,7 @@ downloaded copy. `hf-efficient verify {repo_id}` says whether the code is, byte 
 
 
 def auto_class_of(config: dict[str, Any]) -> str:
-    """The Auto class of the class that the checkpoint was saved from."""
+    """Name of the Auto class of the class in `architectures`, by `auto_map`; `AutoModel` if there is none."""
     auto_map = config.get("auto_map")
     saved = [str(name) for name in config.get("architectures") or []]
     entries = auto_map.items() if isinstance(auto_map, dict) else ()
@@ -78,12 +84,12 @@ def auto_class_of(config: dict[str, Any]) -> str:
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """True where the tokenizer in `folder` has a chat template, in a file of its own or in its settings."""
+    """True if the tokenizer in `folder` has a chat template, in a file or in tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
         return bool(read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template"))
-    # Loading the tokenizer reports a damaged file; the card needs only to know of a template.
+    # A damaged file is reported when the tokenizer is loaded; the card is written nevertheless.
     except HFEError:
         return False
 

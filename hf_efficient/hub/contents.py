@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder, sorted into those of the model and others."""
+"""Sorts the files of a checkpoint folder into those of the model and others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ALWAYS = (
 )
 _CODE_BYTES = 1 << 22
 _TEMPLATE_BYTES = 1 << 20
-# Bytes at the start of a file by which its kind is recognised.
+# Number of bytes at the start of a file from which its format is recognised.
 FIRST_BYTES = 1 << 12
 # Files that the Trainer writes beside a model, and reads only when training is resumed from the folder.
 _TRAINING = re.compile(
@@ -39,14 +39,14 @@ _RECORDS = re.compile(r"\.git/.*|\.gitattributes|\.gitignore|\.cache/huggingface
 
 @dataclass(frozen=True)
 class FolderContents:
-    """The files of a checkpoint folder, by what they are; each in the order of its name.
+    """The files of a checkpoint folder by kind, each sorted by name.
 
     Attributes:
         model: files of the model: weights, configuration, tokenizer, code, report, card and licence. Only these are
             uploaded.
         training: files that the Trainer wrote beside the model, such as optimizer states.
         records: files of git and of huggingface_hub's downloads.
-        foreign: all others.
+        foreign: all other files.
     """
 
     model: tuple[str, ...]
@@ -60,7 +60,7 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
 
     Args:
         paths: every file, relative to the folder, with slashes.
-        code_files: the files that the export of the folder's architecture has: `render_code(architecture).files`.
+        code_files: names of the code files of the folder's architecture, `render_code(architecture).files`.
     """
     names = sorted(set(paths))
     weights = {name for weight_set in weight_sets(names) for name in weight_set.files}
@@ -77,7 +77,7 @@ def folder_contents(paths: Iterable[str], code_files: Collection[str]) -> Folder
 
 
 def size_limit(name: str) -> int:
-    """Largest size in bytes of a text file that is read as a whole."""
+    """Largest size in bytes up to which a text file of this name is read."""
     if name.endswith(".py"):
         return _CODE_BYTES
     if name.endswith(".jinja"):
@@ -86,14 +86,14 @@ def size_limit(name: str) -> int:
 
 
 def may_be_part(name: str) -> bool:
-    """Whether a file of this name can be part of the model of some architecture."""
+    """True if a file of this name can be part of the model of some architecture."""
     code = name.endswith(".py") and name.rpartition("/")[0] in ("", "custom_generate")
     return is_weight_file(name) or code or _is_companion(name)
 
 
 def _is_companion(name: str) -> bool:
     """True for a file of the model other than weights and code: configuration, tokenizer, report, card, licence."""
-    # A star of the patterns does not stand for a slash.
+    # `*` in the patterns must not match a slash.
     return is_licence(name) or any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _ALWAYS
     )

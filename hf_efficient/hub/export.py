@@ -1,4 +1,4 @@
-"""Write the code of an architecture into a checkpoint folder, so that it loads without this package."""
+"""Writes the code of an architecture into a checkpoint folder, so that it loads without this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAVED_CODE = flat_name("hf_efficient.modeling.base.saved_code") + ".py"
 
 @dataclass(frozen=True)
 class CodeExport(SavedCode):
-    """The code of one architecture, made from the installed package.
+    """The code of one architecture, generated from the installed package.
 
     Attributes:
         code: text of each flat code file, the entry file and the hash of the sources.
@@ -38,7 +38,7 @@ def export(folder: str | Path) -> CodeExport:
     nothing. If the process is killed while it writes, the folder still loads, with the old code or with the new.
 
     Raises:
-        HFEError: `folder` holds no configuration of an architecture of this package.
+        HFEError: config.json cannot be read, or its model type is not one of this package's.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).exists():
@@ -57,7 +57,11 @@ def export(folder: str | Path) -> CodeExport:
 
 
 def export_code(folder: Path, architecture: ArchitectureSpec) -> CodeExport:
-    """Write the code of `architecture` into `folder`, beside its `config.json`; returns what was written."""
+    """Write the code of `architecture` into `folder` and set `auto_map` in its config.json; returns what was written.
+
+    Raises:
+        HFEError: config.json cannot be read or has another model type, or a file cannot be written.
+    """
     exported = render_code(architecture)
     config = read_json(folder / CONFIG_NAME)
     if config.get("model_type") != architecture.model_type:
@@ -71,7 +75,11 @@ def export_code(folder: Path, architecture: ArchitectureSpec) -> CodeExport:
 
 
 def render_code(architecture: ArchitectureSpec) -> CodeExport:
-    """The code of `architecture`, made from the installed package; writes nothing."""
+    """Generate the code of `architecture` from the installed package; writes nothing.
+
+    Raises:
+        HFEError: the package's code cannot be exported, see `flatten`.
+    """
     entry, auto_map = _auto_map(architecture)
     code = flatten(entry, __version__)
     generate, generation = render_generate(architecture, code)
@@ -91,12 +99,12 @@ def render_code(architecture: ArchitectureSpec) -> CodeExport:
 
 @cache
 def installed_code(config_class: type) -> CodeExport | None:
-    """The code that `save_pretrained` writes with a configuration of this class; None when it is not registered."""
+    """The code that `save_pretrained` writes with a configuration of this class; None if it is not registered."""
     return next((render_code(a) for a in ARCHITECTURES if a.config_class is config_class), None)
 
 
 def _auto_map(architecture: ArchitectureSpec) -> tuple[str, dict[str, str]]:
-    """The entry module, which transformers loads, and `auto_map`.
+    """(entry module, which transformers loads, `auto_map`) of an architecture.
 
     AutoConfig, too, points into the modeling file: transformers tells local copies of code apart by a hash over the
     entry file and what it imports, so a second entry file would give a second, unequal configuration class.

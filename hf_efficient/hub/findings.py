@@ -1,4 +1,4 @@
-"""The result of a verification: findings and their report."""
+"""`Finding` and `VerificationReport`, the result of `verify`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class VerificationReport:
         source: folder or repository that was verified.
         commit: the repository's commit that was read; pin it as `revision` when you load. None for a folder.
         model_type: architecture that `config.json` names.
-        release: release that the checkpoint names as the origin of its code; it is not trusted.
+        release: release of this package that the checkpoint says its code is from; it is not trusted.
         installed: release of this package, from which the code was regenerated.
-        code: `confirmed` when each code file equals the installed release's, `altered` when one does not,
-            `not confirmable` when the code is that of another release, or of an unknown architecture.
+        code: `confirmed` if each code file equals the installed release's, `altered` if one does not,
+            `not confirmable` if the code is that of another release, or of an unknown architecture.
         code_files: number of code files that the release writes for this architecture.
         tensors: number of tensors in the weights' headers.
-        findings: every fault; empty when there is none.
+        findings: every fault; empty if there is none.
         not_part: files that are not part of the model and are not loaded with it, such as optimizer states. `push`
             does not upload them. Resuming the training from the folder would load them, pickles included.
     """
@@ -59,21 +59,22 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
+        """True if the code is confirmed and there are no findings."""
         return self.code == "confirmed" and not self.findings
 
     def raise_if_not_ok(self) -> None:
         """Raise `HFEError` with the verdict and the first findings, unless `ok`."""
         if not self.ok:
-            named = " | ".join(str(finding) for finding in self.findings[:3])
+            shown = " | ".join(str(finding) for finding in self.findings[:3])
             more = f" | and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
-            raise HFEError(f"{self.source} did not pass verification, code {self.code}: {named}{more}")
+            raise HFEError(f"{self.source} did not pass verification, code {self.code}: {shown}{more}")
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
         return {**asdict(self), "findings": [asdict(finding) for finding in self.findings], "ok": self.ok}
 
     def table(self) -> str:
-        """The report for a terminal."""
+        """The report as text for a terminal."""
         at = f" at {self.commit}" if self.commit else ""
         lines = [f"{self.source}{at}: {'verified' if self.ok else 'NOT verified'}"]
         model_type = "no model_type" if self.model_type is None else _printable(str(self.model_type))
@@ -89,4 +90,5 @@ class VerificationReport:
 
 
 def _printable(text: str) -> str:
+    """`text` with an escape sequence in place of each character that is not printable."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""The package's modules as flat, self-contained files: the code that a checkpoint carries.
+"""Turns the package's modules into flat, self-contained files: the code in a checkpoint.
 
 transformers copies a checkpoint's code by searching the entry file, and then each file it finds, for relative imports
 of one flat name. So every module that the entry module reaches becomes one file beside the others, and only its import
@@ -23,8 +23,8 @@ from hf_efficient.errors import HFEError
 
 PACKAGE = "hf_efficient"
 NAMESPACE_MODULE = f"{PACKAGE}.kernels.namespace"
-# Modules that a checkpoint may hold: the two lower storeys, and the leaves that every storey imports.
-_STOREYS = (f"{PACKAGE}.kernels.", f"{PACKAGE}.modeling.")
+# Modules that may be exported: kernels, models, and the base modules that all packages import.
+_EXPORTED_PACKAGES = (f"{PACKAGE}.kernels.", f"{PACKAGE}.modeling.")
 _LEAVES = (f"{PACKAGE}.errors", f"{PACKAGE}.environment", f"{PACKAGE}.json_file", f"{PACKAGE}.logging")
 # Installed wherever a checkpoint is loaded: torch, transformers and what transformers depends on.
 _ALWAYS_INSTALLED = frozenset({"torch", "transformers", "huggingface_hub", "safetensors", "numpy"})
@@ -33,7 +33,13 @@ _NAMED_BY_TRANSFORMERS = ("modeling_", "configuration_", "tokenization_")
 
 @dataclass(frozen=True)
 class FlatCode:
-    """A checkpoint's code: text by file name, the entry file's name, and the SHA-256 of the sources it came from."""
+    """A checkpoint's code.
+
+    Attributes:
+        files: file name -> text.
+        entry: name of the file that transformers loads.
+        source_hash: SHA-256 of the sources.
+    """
 
     files: dict[str, str]
     entry: str
@@ -61,7 +67,9 @@ class _Module:
             first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
             indent, rest = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
             if indent.strip() or rest.lstrip()[:1] not in (b"", b"#"):
-                raise _broken(self.name, node, "shares its line with another statement", "give the import its own line")
+                raise _rule_error(
+                    self.name, node, "shares its line with another statement", "give the import its own line"
+                )
             names = ", ".join(a.name if a.asname is None else f"{a.name} as {a.asname}" for a in node.names)
             statement = f"from .{flat_name(str(node.module))} import {names}"
             lines[first : last + 1] = [indent + statement.encode() + rest]
@@ -69,7 +77,7 @@ class _Module:
 
 
 def flatten(entry_module: str, version: str) -> FlatCode:
-    """Every module that `entry_module` reaches inside the package, as flat files that need nothing of the package.
+    """Flatten `entry_module` and every module of the package that it imports, directly or not, into standalone files.
 
     The files depend on the sources and `version` alone, so that the same release always writes the same bytes. The one
     value that changes is `NS` of `kernels/namespace.py`, which becomes `hfe_<hash of all the sources>`.
@@ -99,7 +107,7 @@ def flat_name(module: str) -> str:
 
 
 def package_imports(name: str, tree: ast.Module) -> Iterator[ast.ImportFrom]:
-    """The statements of a module that import from the package, wherever they stand.
+    """The statements in the syntax tree of the module `name`, at any depth, that import from the package.
 
     Raises:
         HFEError: an import has a form that has no flat counterpart.
@@ -107,31 +115,37 @@ def package_imports(name: str, tree: ast.Module) -> Iterator[ast.ImportFrom]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             if any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
-                raise _broken(name, node, "imports a module", "import symbols: from hf_efficient.x.y import symbol")
+                raise _rule_error(name, node, "imports a module", "import symbols: from hf_efficient.x.y import symbol")
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise _broken(
+                raise _rule_error(
                     name, node, "is a relative import", "write the absolute name: from hf_efficient.x.y import …"
                 )
             if node.module is None or node.module.split(".")[0] != PACKAGE:
                 continue
             if any(alias.name == "*" for alias in node.names):
-                raise _broken(name, node, "is a star import", "name the symbols")
+                raise _rule_error(name, node, "is a star import", "name the symbols")
             if _is_package(node.module):
-                raise _broken(name, node, f"imports from the package {node.module}", "import from the defining module")
+                raise _rule_error(
+                    name, node, f"imports from the package {node.module}", "import from the defining module"
+                )
             yield node
 
 
 def _reach(entry_module: str) -> dict[str, _Module]:
-    """The entry module and all that it imports from the package, directly or not, by module name."""
-    found: dict[str, _Module] = {}
+    """Module name -> module, of the entry module and all that it imports from the package, directly or not.
+
+    Raises:
+        HFEError: a module may not be exported, or two would have the same file name.
+    """
+    modules: dict[str, _Module] = {}
     flat: dict[str, str] = {}
     waiting = [entry_module]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in modules:
             continue
-        if name not in _LEAVES and not name.startswith(_STOREYS):
+        if name not in _LEAVES and not name.startswith(_EXPORTED_PACKAGES):
             raise HFEError(
                 f"{entry_module} reaches {name}, which is not exported",
                 "let exported code import only kernels, modeling, " + ", ".join(_LEAVES),
@@ -139,24 +153,28 @@ def _reach(entry_module: str) -> dict[str, _Module]:
         other = flat.setdefault(flat_name(name), name)
         if other != name:
             raise HFEError(f"{name} and {other} would both be {flat_name(name)}.py", "rename one of the two modules")
-        module = found[name] = _Module(name, _source_text(name))
-        _refuse_unportable(module)
+        module = modules[name] = _Module(name, _source_text(name))
+        _check_portable(module)
         waiting += [str(node.module) for node in module.imports]
-    return found
+    return modules
 
 
-def _refuse_unportable(module: _Module) -> None:
+def _check_portable(module: _Module) -> None:
     """Raise `HFEError` for statements that fail in transformers' copy of a checkpoint's code."""
     for node in ast.walk(module.tree):
         called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         if called in ("import_module", "__import__"):
-            raise _broken(module.name, node, f"calls {called}, which the copy cannot follow", "use an import statement")
+            raise _rule_error(
+                module.name, node, f"calls {called}, which the copy cannot follow", "use an import statement"
+            )
         if called == "__file__":
-            raise _broken(module.name, node, "reads __file__, but data files are not copied", "keep the data in Python")
+            raise _rule_error(
+                module.name, node, "reads __file__, but data files are not copied", "keep the data in Python"
+            )
 
 
 def _source_text(module: str) -> str:
-    """Source code of an installed module."""
+    """Source code of an installed module; `HFEError` if it is not available."""
     spec = importlib.util.find_spec(module)
     loader = spec.loader if spec else None
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
@@ -166,21 +184,26 @@ def _source_text(module: str) -> str:
 
 
 def _is_package(module: str) -> bool:
+    """True if an import name is a package (a folder), not a module."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.submodule_search_locations is not None
 
 
 def with_value(text: str, name: str, value: str) -> str:
-    """The source of a module with another value of the top-level variable `name`; all else byte for byte."""
+    """`text`, the source of a module, with the code `value` assigned to the top-level variable `name`.
+
+    Raises:
+        HFEError: there is no such assignment.
+    """
     for node in ast.parse(text).body:
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
-        given = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-        if [ast.unparse(target) for target in targets] == [name] and given is not None:
+        assigned = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if [ast.unparse(target) for target in targets] == [name] and assigned is not None:
             lines = text.encode().splitlines(keepends=True)
-            line = lines[given.lineno - 1]
-            lines[given.lineno - 1] = line[: given.col_offset] + value.encode() + line[given.end_col_offset :]
+            line = lines[assigned.lineno - 1]
+            lines[assigned.lineno - 1] = line[: assigned.col_offset] + value.encode() + line[assigned.end_col_offset :]
             return b"".join(lines).decode()
     raise HFEError(f"no line sets {name}", "keep the exporter and the exported module in step")
 
@@ -220,5 +243,6 @@ def _self_check(code: FlatCode) -> None:
         raise HFEError(f"transformers would not copy {lost}", "import each of them by a plain import statement")
 
 
-def _broken(module: str, node: ast.AST, what: str, remedy: str) -> HFEError:
+def _rule_error(module: str, node: ast.AST, what: str, remedy: str) -> HFEError:
+    """The error (not raised) for a statement that breaks a rule of the export; `what` follows the statement's text."""
     return HFEError(f"{module}, line {getattr(node, 'lineno', 0)}: {ast.unparse(node)!r} {what}", remedy)

@@ -1,4 +1,4 @@
-"""The files of an untrusted folder: no symbolic link is followed, and only regular files are opened."""
+"""Lists and reads the files of an untrusted folder, without following symbolic links or opening special files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _KINDS = {
 }
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # More files than any checkpoint has; bounds the time of a listing.
-_MOST_FILES = 20_000
+_MAX_FILES = 20_000
 
 
 class UntrustedFolder:
-    """The regular files below a folder, listed once.
+    """The regular files in a folder and its subfolders, listed by the constructor.
 
-    In the Hub's cache a snapshot's files are links to the blobs of the same repository; any other link is a finding.
+    In the Hub's cache a snapshot's files are links to blobs of the same repository; any other link is a finding.
 
     Attributes:
         files: size in bytes of each file, by its path relative to the folder, with slashes.
@@ -38,18 +38,18 @@ class UntrustedFolder:
         self._folders: list[str] = []
         self._blobs: dict[str, Path] = {}
         for _ in self._walk(self._root, ""):
-            if len(self.files) + len(self._folders) + len(self.findings) > _MOST_FILES:
-                raise HFEError(f"{root} holds more than {_MOST_FILES:,} files", "name the folder of a checkpoint")
+            if len(self.files) + len(self._folders) + len(self.findings) > _MAX_FILES:
+                raise HFEError(f"{root} holds more than {_MAX_FILES:,} files", "name the folder of a checkpoint")
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def empty_folders(self) -> list[str]:
-        """Folders that hold no file at any depth."""
+        """Folders without files at any depth."""
         return [name for name in self._folders if not any(file.startswith(f"{name}/") for file in self.files)]
 
     def path(self, name: str) -> Path:
-        """Where a listed file lies; of a link into the Hub's cache, the blob."""
+        """The path of a listed file; for a link into the Hub's cache, that of the blob."""
         return self._blobs.get(name, self._root / name)
 
     def read(self, name: str, most: int) -> bytes:
@@ -60,7 +60,7 @@ class UntrustedFolder:
         return data
 
     def read_start(self, name: str, count: int) -> bytes:
-        """The first bytes of a listed file; `HFEError` when it cannot be read or is no regular file any more."""
+        """The first `count` bytes of a listed file; `HFEError` if it cannot be read or is no longer a regular file."""
         # Without O_NONBLOCK, opening a named pipe that replaced the file would wait for a writer.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
@@ -99,7 +99,7 @@ class UntrustedFolder:
             yield
 
     def _blob(self, link: Path) -> Path | None:
-        """The blob that a link of a snapshot in the Hub's cache names."""
+        """The blob that `link`, a file of a snapshot in the Hub's cache, points to; None for any other link."""
         if self._root.parent.name != "snapshots" or not link.is_symlink():
             return None
         blobs = self._root.parent.parent / "blobs"

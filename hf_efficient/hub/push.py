@@ -1,4 +1,4 @@
-"""Publish a checkpoint: verify, write its card, upload."""
+"""Publishes a checkpoint: verifies it, writes its model card, uploads it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from hf_efficient.hub.card import CARD, write_card
 from hf_efficient.hub.repository import check_privacy, check_repo_id, hub_token
 from hf_efficient.hub.verify import verify_upload
 
-# Files of an earlier checkpoint in the same repository, which would be foreign code or stale weights beside the new
-# one. The commit deletes those of them that it does not write.
+# Code and weights of an earlier checkpoint in the same repository. The commit deletes those that it does not write.
 _REPLACED = ("*.py", "model*.safetensors", "model.safetensors.index*.json")
 
 
@@ -31,7 +30,7 @@ class PushResult:
         commit: the commit to pin as `revision`.
         commit_url: the commit's page.
         private: whether the repository is private.
-        card: `written` when README.md was written here, `kept` when it is the user's own.
+        card: `written` if README.md was generated, `kept` if it is the user's own.
         left_out: files of the folder that are not part of the model, such as optimizer states; not uploaded.
     """
 
@@ -72,8 +71,8 @@ def push(
 
     Raises:
         UsageError: `folder` is no folder, or `repo_id` is no repository id.
-        HFEError: the checkpoint does not pass verification, there is no token, the repository is public while `private`
-            is asked, access is refused, or the Hub cannot be reached. Nothing is uploaded then.
+        HFEError: the checkpoint does not pass verification, there is no token, the repository is public although
+            `private` is True, access is denied, or the Hub cannot be reached. Nothing is uploaded then.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -108,7 +107,7 @@ def push(
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
-    """Create the repository unless it exists; returns whether it is private."""
+    """Create the repository unless it exists; returns whether it is private. `HFEError`: see `check_privacy`."""
     try:
         is_private = bool(api.model_info(repo_id).private)
     except RepositoryNotFoundError:

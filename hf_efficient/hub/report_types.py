@@ -22,7 +22,7 @@ _TEXTS = (Path, torch.dtype, torch.device)
 
 
 def report_mismatches(report: dict[str, Any], config_types: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each key of a conversion report that no conversion writes, and each value of another type: its path, and why.
+    """Yield (path, description) of each key of a report that no conversion writes, and of each value of a wrong type.
 
     Args:
         report: content of `conversion_report.json`.
@@ -41,9 +41,9 @@ def report_mismatches(report: dict[str, Any], config_types: dict[str, Any]) -> I
 
 
 def json_type(hint: Any) -> Any:
-    """The type in JSON of a value with this annotation: an object of a dataclass's fields, a list for a tuple.
+    """The type in JSON of a value with this annotation: a `TypedDict` for a dataclass, a list for a tuple.
 
-    A number may be null, as which a conversion writes what it measured as NaN or infinity.
+    A float may be None, which a conversion writes in place of NaN and infinity.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
@@ -63,7 +63,7 @@ def json_type(hint: Any) -> Any:
 
 
 def _report_type(patch_types: dict[str, Any]) -> Any:
-    """Type of the whole report; of each patch in it only that it is an object, since its type depends on its name."""
+    """Type of the whole report; its patches are any objects, since their types depend on their names."""
     hints = {name: json_type(hint) for name, hint in get_type_hints(ConversionReport).items()}
     options = get_type_hints(ConversionOptions)
     for name in ("patches", "max_shard_size"):
@@ -84,7 +84,7 @@ def _report_type(patch_types: dict[str, Any]) -> Any:
 
 
 def _patch_type(patch: type, config_types: dict[str, Any]) -> Any:
-    """The account of one patch; what it measured has the type that its method `report` returns."""
+    """Type of one patch's entry in a report; `measured` has the return type of the patch's method `report`."""
     return object_type(
         "PatchReport",
         {

@@ -1,4 +1,4 @@
-"""A repository of the Hub, read without downloading its weights."""
+"""Reads a repository of the Hub without downloading its weights, and checks access to it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.contents import FIRST_BYTES, may_be_part, size_limit
 from hf_efficient.json_file import MAX_JSON_BYTES
 
-# Downloaded as a whole, since all of their content is verified.
+# Files that are downloaded completely, since all of their content is verified.
 _READ_WHOLE = (".json", ".py")
-# More than any checkpoint has.
-_MOST_FILES = 2_000
+# Largest number of files in a repository; no checkpoint has more.
+_MAX_FILES = 2_000
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise `UsageError` for what cannot be the id of a Hub repository."""
+    """Raise `UsageError` unless `repo_id` has the form of the id of a Hub repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(f"{repo_id!r} is not a repository id ({error})", "write it as OWNER/NAME") from None
 
 
-def hub_token(given: str | None) -> str:
-    """The token to write with: the one given, or the one that `hf auth login` stored."""
-    token = checked_token(given if given is not None else get_token())
+def hub_token(token: str | None) -> str:
+    """`token`, or the one that `hf auth login` stored; `HFEError` without any, `UsageError` if it is malformed."""
+    token = checked_token(token if token is not None else get_token())
     if token is None:
         raise HFEError("there is no Hub token", "log in with `hf auth login`, set HF_TOKEN, or pass --token")
     return token
 
 
 def check_access(repo_id: str, *, private: bool = True, token: str | None = None) -> None:
-    """Check with the Hub that the token may upload to `repo_id`, before any work; writes nothing.
+    """Ask the Hub whether the token may upload to `repo_id`; writes nothing.
 
     Args:
         repo_id: OWNER/NAME; it need not exist.
@@ -48,7 +48,7 @@ def check_access(repo_id: str, *, private: bool = True, token: str | None = None
 
     Raises:
         UsageError: `repo_id` is no repository id.
-        HFEError: there is no token, it may not write there, the repository is public while `private` is asked, or the
+        HFEError: there is no token, it may not write there, the repository is public although `private` is True, or the
             Hub cannot be reached.
     """
     check_repo_id(repo_id)
@@ -75,7 +75,7 @@ def check_access(repo_id: str, *, private: bool = True, token: str | None = None
 
 
 def check_privacy(repo_id: str, *, private: bool, is_private: bool) -> None:
-    """Raise where a private upload would become public."""
+    """Raise `HFEError` if the upload should be `private` and the repository is public."""
     if private and not is_private:
         raise HFEError(
             f"the repository {repo_id} is public, and a private upload was asked for",
@@ -94,10 +94,10 @@ def download_headers(repo_id: str, folder: Path, revision: str | None, token: st
     api = HfApi(token=token)
     with hub_errors(repo_id, revision):
         commit = api.model_info(repo_id, revision=revision).sha
-        listed = islice(api.list_repo_tree(repo_id, recursive=True, revision=commit), _MOST_FILES + 1)
+        listed = islice(api.list_repo_tree(repo_id, recursive=True, revision=commit), _MAX_FILES + 1)
         files = [file for file in listed if isinstance(file, RepoFile)]
-        if len(files) > _MOST_FILES:
-            raise HFEError(f"{repo_id} has more than {_MOST_FILES:,} files", "name the repository of a checkpoint")
+        if len(files) > _MAX_FILES:
+            raise HFEError(f"{repo_id} has more than {_MAX_FILES:,} files", "name the repository of a checkpoint")
         for file in files:
             path = PurePosixPath(file.path)
             if path.is_absolute() or ".." in path.parts:

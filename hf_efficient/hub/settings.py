@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's JSON files: every key at any depth must be a known one, with a value of its type."""
+"""Checks a checkpoint's JSON files: every key at any depth must be known, and its value of the expected type."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WeightIndex(TypedDict, total=False):
 
 
 def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
-    """The JSON object in a listed file; empty, with a finding added to `findings`, where it cannot be read."""
+    """The JSON object in a listed file; if it cannot be read, an empty one, and a finding is added to `findings`."""
     try:
         return parse_json(name, folder.read(name, size_limit(name)))
     except HFEError as error:
@@ -72,7 +72,7 @@ def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -
 
 def check_config(config: dict[str, Any], architecture: ArchitectureSpec, auto_map: dict[str, str]) -> list[Finding]:
     """A finding for each key or value of `config.json` that the architecture's configuration does not have."""
-    findings = _differing(CONFIG_NAME, config, object_type("Config", config_types(architecture)))
+    findings = _mismatch_findings(CONFIG_NAME, config, object_type("Config", config_types(architecture)))
     known = {cls.__name__ for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
@@ -98,7 +98,8 @@ def check_settings(
 
     Args:
         names: files of the model; others are not read.
-        architecture: that of config.json, on which the keys of the conversion report depend; None: it is not checked.
+        architecture: the architecture of config.json, on which the keys of the conversion report depend; None: the
+            report is not checked.
     """
     kinds = {
         GENERATION_CONFIG_NAME: GenerationSettings,
@@ -110,21 +111,23 @@ def check_settings(
         if name.endswith(".json") and name not in (CONFIG_NAME, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
             if name != REPORT_NAME:
-                findings += _differing(name, value, WeightIndex if is_index(name) else kinds[name])
+                findings += _mismatch_findings(name, value, WeightIndex if is_index(name) else kinds[name])
             elif architecture is not None:
                 found = report_mismatches(value, config_types(architecture))
                 findings += [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found]
             if name == TOKENIZER_CONFIG_FILE:
-                findings += _tokenizer_class(value.get("tokenizer_class"))
+                findings += _tokenizer_class_findings(value.get("tokenizer_class"))
     return findings
 
 
-def _tokenizer_class(name: Any) -> Iterator[Finding]:
+def _tokenizer_class_findings(name: Any) -> Iterator[Finding]:
+    """A finding if `tokenizer_class` is not a class of transformers."""
     if isinstance(name, str) and not is_tokenizer_class(name):
         yield Finding(TOKENIZER_CONFIG_FILE, f"tokenizer_class is {name!r}, which transformers does not have", REMEDY)
 
 
-def _differing(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
+def _mismatch_findings(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
+    """A finding for each unknown key or wrong type in `value`, the content of the file `name` of the type `kind`."""
     return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in type_mismatches(value, kind)]
 
 

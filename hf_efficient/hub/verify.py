@@ -1,4 +1,4 @@
-"""Compare a checkpoint with what the installed release writes, before its code is run.
+"""Compares a checkpoint with what the installed release writes, before its code is run.
 
 Nothing in the checkpoint is trusted: the code is generated from the installed package and compared byte by byte.
 Nothing in the checkpoint is imported, unpickled or run.
@@ -30,7 +30,7 @@ _REMEDY_NO_CONFIG = (
     "give the folder of a converted checkpoint; an adapter is merged into its base model first "
     "(PeftModel.merge_and_unload, then save_pretrained)"
 )
-# Files that no checkpoint of ours has and that transformers would load, and what it would do with them.
+# Files that no checkpoint of ours has but transformers would load -> what they do.
 _KNOWN_DANGERS = {
     "adapter_config.json": "makes from_pretrained load the base that it names from elsewhere",
     "adapter_model.safetensors": "is an adapter, which from_pretrained would put on the model",
@@ -78,9 +78,9 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
 
 
 def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ...]]:
-    """Verify the files of a checkpoint folder that `push` uploads, and no others; returns the report and their names.
+    """Verify only the files of a checkpoint folder that `push` uploads; returns (report, their names).
 
-    All other files are listed in `not_part` of the report, whatever they are.
+    All other files are listed in `not_part` of the report.
     """
     folder = Path(folder)
     listed = UntrustedFolder(folder)
@@ -91,7 +91,7 @@ def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ..
 def _verify_folder(
     folder: UntrustedFolder, source: str, commit: str | None, *, only_model: bool = False
 ) -> tuple[VerificationReport, FolderContents]:
-    """The report on a folder and its sorted files; `only_model`: only files that `push` uploads can have findings."""
+    """(report on a folder, its files by kind); with `only_model`, only files that `push` uploads can have findings."""
     findings: list[Finding] = []
     remedy = REMEDY_EXPORT if CONFIG_NAME in folder else _REMEDY_NO_CONFIG
     missing = [Finding(name, "is missing", remedy) for name in (CONFIG_NAME, CODE_MANIFEST) if name not in folder]
@@ -141,7 +141,7 @@ def _verify_folder(
 def _compare_code(
     folder: UntrustedFolder, exported: CodeExport, manifest: dict[str, Any]
 ) -> tuple[Verdict, list[Finding]]:
-    """Compare the code files and their manifest with those of the installed release; returns verdict and findings."""
+    """Compare the code files and their manifest with those of the installed release; returns (verdict, findings)."""
     code, claimed = exported.code, str(manifest.get("source_hash"))
     findings, renamed = [], []
     for name, text in exported.files.items():
@@ -202,7 +202,7 @@ def _first_difference(name: str, expected: bytes, found: bytes) -> Finding:
 
 
 def _excerpt(data: bytes, line_start: int, offset: int, width: int = 40) -> str:
-    """The text around a byte, to the end of its line."""
+    """Up to `width` bytes on each side of byte `offset`, within its line, as the repr of a text."""
     if offset == len(data):
         return "the end of the file"
     start, stop = max(line_start, offset - width), data.find(b"\n", offset + 1)
@@ -210,7 +210,7 @@ def _excerpt(data: bytes, line_start: int, offset: int, width: int = 40) -> str:
 
 
 def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
-    """Description of a foreign file, from its name and its first bytes."""
+    """What is wrong with a file that is not part of a checkpoint, from its name and its first bytes."""
     if name in _KNOWN_DANGERS:
         return _KNOWN_DANGERS[name]
     if is_index(name):
@@ -224,7 +224,7 @@ def _kind_of_foreign(folder: UntrustedFolder, name: str) -> str:
 
 
 def _text_finding(folder: UntrustedFolder, name: str) -> Finding | None:
-    """A finding for a text file that holds no text, or for a chat template that is too large."""
+    """A finding if a chat template, card or licence is not text, or a chat template is too large; None otherwise."""
     if name.endswith(".jinja") and folder.files[name] > size_limit(name):
         return Finding(name, f"has {folder.files[name]:,} bytes, too many for a chat template", REMEDY)
     if not (name.endswith((".jinja", ".md")) or is_licence(name)):

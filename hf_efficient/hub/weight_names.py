@@ -1,4 +1,4 @@
-"""Weight files by their names: a checkpoint may hold its weights several times, each time under another variant."""
+"""Recognises weight files by their names; a checkpoint may have its weights several times, as different variants."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class WeightSet:
     """The weights that `from_pretrained(folder, variant=…)` loads.
 
     Attributes:
-        variant: as for `from_pretrained`; None for the plain names.
+        variant: the argument of `from_pretrained`; None for names without a variant.
         single, index: name of the single file, and of the index of a sharded one.
-        files: those of the set that are there: the single file alone, else index and shards.
-        unused: index and shards beside a single file, which transformers does not read.
+        files: existing files of the set that transformers reads: the single file, or else index and shards.
+        unused: index and shards next to a single file, which transformers does not read.
     """
 
     variant: str | None
@@ -32,17 +32,17 @@ class WeightSet:
 
 
 def weight_sets(names: Iterable[str]) -> list[WeightSet]:
-    """The weights among the files of a folder, the plain ones first; names of other files are passed over."""
+    """The sets of weights among the file `names` of a folder, that without a variant first; other names are ignored."""
     by_variant: dict[str | None, list[str]] = {}
     for name in sorted(names):
         match = _FILE.fullmatch(name) or _INDEX.fullmatch(name)
         if match is not None:
             by_variant.setdefault(match["variant"], []).append(name)
     sets = []
-    for variant, found in sorted(by_variant.items(), key=lambda item: item[0] or ""):
+    for variant, members in sorted(by_variant.items(), key=lambda item: item[0] or ""):
         single, index = weight_file_names(variant=variant)
-        files = (single,) if single in found else tuple(found)
-        sets.append(WeightSet(variant, single, index, files, tuple(set(found) - set(files))))
+        files = (single,) if single in members else tuple(members)
+        sets.append(WeightSet(variant, single, index, files, tuple(set(members) - set(files))))
     return sets
 
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's weights against its configuration, from index and headers; no tensor is read."""
+"""Checks a checkpoint's weights against its configuration, from index and headers; no tensor is read."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def check_weights(
     *,
     known: bool,
 ) -> tuple[int, list[Finding]]:
-    """Number of tensors in all weight files, and a finding for each fault.
+    """(number of tensors in all weight files, a finding for each fault).
 
     Args:
         folder: the checkpoint.
         names: its files that are part of the model.
-        architecture, fields: what `config.json` names and holds.
-        known: whether every field is one of the architecture; only then a model is made of them, to compare shapes.
+        architecture: the architecture that config.json names.
+        fields: the fields of config.json.
+        known: True if every field is one of the architecture; otherwise no model is created to compare shapes.
     """
     sets = weight_sets(names)
     if not sets:
@@ -72,7 +73,7 @@ def check_weights(
         if is_whole(layers) and layers > fewest:
             raise HFEError(f"num_hidden_layers={layers} calls for more than the {fewest} tensors found")
         expected = _expected_tensors(architecture, fields)
-    # transformers and huggingface_hub raise errors of their own for a field of a wrong type or value.
+    # transformers and huggingface_hub raise their own error classes for a field of a wrong type or value.
     except Exception as error:
         cause = error_text(error, most=300)
         return count, [Finding(CONFIG_NAME, f"does not describe a {architecture.model_type} model ({cause})")]
@@ -80,17 +81,15 @@ def check_weights(
 
 
 def _expected_tensors(architecture: ArchitectureSpec, fields: dict[str, Any]) -> ModelTensors:
-    """The tensors of the model, of the class in `architectures`.
+    """The tensors of the model of the class in `architectures`; raises whatever creating it raises.
 
-    The classes are the installed package's own, never the checkpoint's.
+    The class is the installed package's, not the checkpoint's.
     """
     # A configuration may name a repository of kernels as its implementation of attention: that must not be fetched.
-    # Fields that say how a loaded model runs change no shape.
-    of_run_time = runtime_fields()
+    # Fields that choose how a loaded model runs change no shape.
+    ignored = runtime_fields()
     plain = {
-        name: value
-        for name, value in fields.items()
-        if not name.endswith("_implementation") and name not in of_run_time
+        name: value for name, value in fields.items() if not name.endswith("_implementation") and name not in ignored
     }
     config: PreTrainedConfig = architecture.config_class.from_dict(
         checked_fields(plain, architecture.config_class), attn_implementation="eager"
@@ -103,17 +102,17 @@ def _expected_tensors(architecture: ArchitectureSpec, fields: dict[str, Any]) ->
 
 
 def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dict[str, TensorEntry], list[Finding]]:
-    """Header entries of the tensors in one set of weights by name, and the faults of index and headers."""
+    """(tensor name -> header entry, findings about index and headers) of one set of weights."""
     findings: list[Finding] = []
-    mapped: dict[str, str] | None = None
+    file_of: dict[str, str] | None = None
     names, index = weight_set.files, weight_set.index
     files = set(names)
     if index in names:
         try:
-            mapped = _weight_map(folder.path(index))
+            file_of = _weight_map(folder.path(index))
         except HFEError as error:
             return {}, [Finding(index, error.problem, error.remedy)]
-        files = {*mapped.values(), *names} - {index}
+        files = {*file_of.values(), *names} - {index}
     elif weight_set.single not in names:
         findings.append(Finding(index, "is missing, and shards are there", _COPY_AGAIN))
     stored: dict[str, TensorEntry] = {}
@@ -121,7 +120,7 @@ def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dic
         if name not in names:
             findings.append(Finding(name, "is missing", "add the weights, or convert again"))
             continue
-        if mapped is not None and name not in mapped.values():
+        if file_of is not None and name not in file_of.values():
             findings.append(Finding(name, f"is not part of the weights that {index} names", "delete the stale file"))
             continue
         try:
@@ -133,13 +132,13 @@ def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dic
         for tensor in entries:
             if tensor in stored:
                 findings.append(Finding(name, f"tensor {tensor} is also in {stored[tensor].path.name}", _COPY_AGAIN))
-            if mapped is not None and mapped.get(tensor) != name:
-                where = mapped.get(tensor, "nowhere")
+            if file_of is not None and file_of.get(tensor) != name:
+                where = file_of.get(tensor, "nowhere")
                 findings.append(
                     Finding(index, f"looks for tensor {tensor} in {where}, but it is in {name}", _COPY_AGAIN)
                 )
         stored.update(entries)
-    missing = sorted(set(mapped or ()) - set(stored)) if not findings else []
+    missing = sorted(set(file_of or ()) - set(stored)) if not findings else []
     findings += [
         Finding(index, f"names tensor {tensor}, which no file holds", _COPY_AGAIN) for tensor in missing[:_SHOWN]
     ]
@@ -155,19 +154,19 @@ def _header_findings(name: str, path: Path) -> list[Finding]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor, from an index; `HFEError` unless all are safetensors files in the same folder."""
-    mapped = read_weight_map(path)
-    for name in mapped.values():
+    """Tensor name -> file name, from an index; `HFEError` unless all are safetensors files in the same folder."""
+    file_of = read_weight_map(path)
+    for name in file_of.values():
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise HFEError(
                 f"points at {name!r}; a shard is a .safetensors file beside its index",
                 "do not load this checkpoint",
             )
-    return mapped
+    return file_of
 
 
 def _differences(weight_set: WeightSet, expected: ModelTensors, stored: dict[str, TensorEntry]) -> list[Finding]:
-    """Tensors that the model has and the weights lack, the reverse, and those of another shape."""
+    """A finding for each tensor that is missing, unknown to the model, or of another shape; at most `_SHOWN` + 1."""
     shapes, tied = expected.shapes, expected.tied
     problems = [f"lacks tensor {name}, which {CONFIG_NAME} calls for" for name in shapes.keys() - stored.keys()]
     problems += [

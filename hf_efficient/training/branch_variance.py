@@ -1,4 +1,4 @@
-"""Recompute BHyT's branch variances regularly while the weights are trained."""
+"""Recomputes BHyT's branch variances, which depend on v_proj and o_proj, regularly while these are trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class BranchVarianceCallback(TrainerCallback):
         every: steps between two updates; by default a fiftieth of the training steps, at most 1,000.
 
     Raises:
-        HFEError: at the beginning of training, where weights that are trained cannot be read on this process.
+        UsageError: `every` is below 1.
+        HFEError: at the beginning of training, if trained weights cannot be read on this process (FSDP1, ZeRO-3).
     """
 
     def __init__(self, every: int | None = None) -> None:
@@ -81,6 +82,7 @@ def keep_branch_variance(
 
 
 def _checked(every: int | None) -> int | None:
+    """`every` unchanged; `UsageError` if it is below 1."""
     if every is not None and every < 1:
         raise UsageError(f"every={every} must be at least 1", "pass the number of steps between two updates")
     return every

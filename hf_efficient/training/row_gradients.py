@@ -1,4 +1,4 @@
-"""Row-sparse gradients of a matrix: read from sparse tensors, summed, and averaged over data-parallel processes."""
+"""Row-sparse gradients of a matrix: from sparse tensors, their sum, and their mean over data-parallel processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NONE, _DENSE = -1, -2
 
 @dataclass(frozen=True)
 class RowGradient:
-    """Gradient of rows of a matrix [V, F]; those of all other rows are zero.
+    """The gradient of some rows of a matrix [V, F]; that of all other rows is zero.
 
     Attributes:
-        ids: the rows [u], int64, each once.
+        ids: indices of the rows [u], int64, unique.
         rows: their gradients [u, F].
     """
 
@@ -29,7 +29,7 @@ class RowGradient:
 
     @classmethod
     def of(cls, parameter: Tensor, gradient: Tensor) -> RowGradient:
-        """From a sparse COO gradient of `parameter`, without a copy where it is coalesced.
+        """Create it from a sparse COO gradient of `parameter`, without a copy if it is coalesced.
 
         Raises:
             HFEError: `parameter` is no matrix, or the gradient is not sparse in its rows.
@@ -50,27 +50,29 @@ class RowGradient:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are summed."""
+    """The dtype in which values of `dtype` are summed: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def add_up(parts: Sequence[RowGradient]) -> RowGradient:
-    """Sum of row gradients in float32, added in the order of `parts`: deterministic. A single part is returned itself.
+    """Sum of row gradients in `accumulation_dtype`, added in the order of `parts`. A single part is returned itself.
 
     Several parts need a device synchronisation, since the number of rows of the sum depends on the ids.
     """
     if len(parts) == 1:
         return parts[0]
-    ids, places = torch.unique(torch.cat([part.ids for part in parts]), return_inverse=True)
+    ids, positions = torch.unique(torch.cat([part.ids for part in parts]), return_inverse=True)
     width, dtype = parts[0].rows.shape[1], accumulation_dtype(parts[0].rows.dtype)
     rows = torch.zeros((ids.shape[0], width), dtype=dtype, device=ids.device)
-    for part, place in zip(parts, places.split([part.ids.shape[0] for part in parts]), strict=True):
-        rows.index_add_(0, place, part.rows.to(dtype))  # ids of a part are unique, so the order of additions is fixed
+    for part, position in zip(parts, positions.split([part.ids.shape[0] for part in parts]), strict=True):
+        rows.index_add_(
+            0, position, part.rows.to(dtype)
+        )  # ids of a part are unique, so the order of additions is fixed
     return RowGradient(ids, rows)
 
 
 def several_processes(group: dist.ProcessGroup | None) -> bool:
-    """True where training is distributed over more than one process of `group` (None: of all)."""
+    """True if `group` (None: the default group) has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
@@ -84,7 +86,7 @@ def mean_over_processes(
     the largest number of rows of a process, and are added in the order of the ranks.
 
     Raises:
-        HFEError: on all processes, where a parameter has a sparse gradient on one and a dense one on another.
+        HFEError: on all processes, if a parameter has a sparse gradient on one and a dense one on another.
     """
     processes = dist.get_world_size(group)
     counts = [
@@ -92,16 +94,16 @@ def mean_over_processes(
         for gradient, parameter in zip(gradients, parameters, strict=True)
     ]
     by_process = _gather(torch.tensor(counts), processes, group).tolist()
-    found: list[RowGradient | None] = []
-    for gradient, parameter, held in zip(gradients, parameters, zip(*by_process, strict=True), strict=True):
-        longest = max(held)
+    means: list[RowGradient | None] = []
+    for gradient, parameter, row_counts in zip(gradients, parameters, zip(*by_process, strict=True), strict=True):
+        longest = max(row_counts)
         if longest < 0:
-            found.append(None)
+            means.append(None)
             continue
-        if _DENSE in held:
+        if _DENSE in row_counts:
             raise HFEError(
                 f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient on rank "
-                f"{held.index(longest)} and a dense one on rank {held.index(_DENSE)}",
+                f"{row_counts.index(longest)} and a dense one on rank {row_counts.index(_DENSE)}",
                 "run the same model with the same configuration on all processes",
             )
         dtype = accumulation_dtype(parameter.dtype)
@@ -111,10 +113,14 @@ def mean_over_processes(
             ids[: gradient.ids.shape[0]] = gradient.ids
             rows[: gradient.ids.shape[0]] = gradient.rows
         all_ids, all_rows = _gather(ids, processes, group), _gather(rows, processes, group)
-        parts = [RowGradient(all_ids[r, : held[r]], all_rows[r, : held[r]]) for r in range(processes) if held[r] >= 0]
+        parts = [
+            RowGradient(all_ids[r, : row_counts[r]], all_rows[r, : row_counts[r]])
+            for r in range(processes)
+            if row_counts[r] >= 0
+        ]
         total = add_up(parts)
-        found.append(RowGradient(total.ids, total.rows.div_(processes)))  # `total` is a local tensor
-    return found
+        means.append(RowGradient(total.ids, total.rows.div_(processes)))  # `total` is a local tensor
+    return means
 
 
 def _gather(local: Tensor, processes: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -23,7 +23,7 @@ from hf_efficient.training.row_gradients import (
 )
 
 # State entry that parameters with sparse gradients have, and those with dense gradients do not.
-_OF_ROWS = "log_decays"
+_LOG_DECAYS = "log_decays"
 # Elements of a table that `flush` processes in one operation, which bounds its temporary memory.
 _FLUSH_ELEMENTS = 1 << 24
 # Elements of the rows that a step on the CPU processes in one operation.
@@ -31,7 +31,7 @@ _CPU_ELEMENTS = 1 << 19
 
 
 class RowSparseAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` that takes sparse gradients, such as those of STEM tables with `stem_sparse_grad`.
+    """`torch.optim.AdamW` that supports sparse gradients, such as those of STEM tables with `stem_sparse_grad`.
 
     Parameters with dense gradients get `torch.optim.AdamW` itself. Of a matrix with sparse gradients (`nn.Embedding`
     with ``sparse=True``) only the rows that occur are touched, each an AdamW of its own over the steps t = 1, 2, … in
@@ -105,7 +105,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     # Collecting gradients
 
     def _reset_hooks(self) -> None:
-        """Begin without collected gradients and without hooks, which are removed when the optimizer is deleted."""
+        """Start with no collected gradients and no hooks; hooks are removed when the optimizer is deleted."""
         self._collected: dict[Tensor, list[RowGradient]] = {}
         self._coalesced: dict[Tensor, int] = {}
         self._hooks: dict[Tensor, tuple[Any, ...]] = {}
@@ -158,14 +158,14 @@ class RowSparseAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for all parameters that have a gradient; `closure` as in PyTorch."""
-        self._refuse_loss_scaling()
+        self._check_no_loss_scaling()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for parameter in self._parameters():
             self._collect(parameter)  # gradients that were assigned, or computed before the hook was registered
-            if parameter.grad is not None and _OF_ROWS in self.state.get(parameter, {}):
+            if parameter.grad is not None and _LOG_DECAYS in self.state.get(parameter, {}):
                 raise _changed_kind(parameter, "dense")
         _without_step_hooks(torch.optim.AdamW.step)(self)
         self._step_rows()
@@ -224,7 +224,7 @@ class RowSparseAdamW(torch.optim.AdamW):
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["step"],
-                state[_OF_ROWS],
+                state[_LOG_DECAYS],
                 ids,
                 rows,
                 lr=lr,
@@ -235,9 +235,9 @@ class RowSparseAdamW(torch.optim.AdamW):
             )
 
     def _state_of_rows(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State of a table, created with zeros at its first sparse gradient."""
+        """State of a table, created with zeros at its first sparse gradient; `HFEError` if it had dense ones before."""
         state = self.state[parameter]
-        if state and _OF_ROWS not in state:
+        if state and _LOG_DECAYS not in state:
             raise _changed_kind(parameter, "sparse")
         if not state:
             rows, device = parameter.shape[0], parameter.device
@@ -248,11 +248,11 @@ class RowSparseAdamW(torch.optim.AdamW):
             # Sum of log(1 - lr weight_decay): over all steps, and up to the last step of each row. In double precision
             # the two can be subtracted after any number of steps.
             state["log_decay"] = torch.zeros((), dtype=torch.float64)
-            state[_OF_ROWS] = torch.zeros(rows, dtype=torch.float64, device=device)
+            state[_LOG_DECAYS] = torch.zeros(rows, dtype=torch.float64, device=device)
         return state
 
-    def _refuse_loss_scaling(self) -> None:
-        """Raise `HFEError` where a gradient scaler has set its attributes on this optimizer."""
+    def _check_no_loss_scaling(self) -> None:
+        """Raise `HFEError` if a gradient scaler has set its attributes on this optimizer, and remove them."""
         given = [self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__]
         if given:
             raise HFEError(
@@ -268,20 +268,20 @@ class RowSparseAdamW(torch.optim.AdamW):
         """
         for parameter in self._parameters():
             state = self.state.get(parameter, {})
-            if _OF_ROWS not in state or state["log_decay"].item() == 0.0:
+            if _LOG_DECAYS not in state or state["log_decay"].item() == 0.0:
                 continue
-            factors = (state["log_decay"].item() - state[_OF_ROWS]).exp().to(state["exp_avg"].dtype)
+            factors = (state["log_decay"].item() - state[_LOG_DECAYS]).exp().to(state["exp_avg"].dtype)
             rows = max(1, _FLUSH_ELEMENTS // parameter.shape[1])
             for part, factor in zip(parameter.split(rows), factors.split(rows), strict=True):
                 part.mul_(factor[:, None])
             state["log_decay"].zero_()
-            state[_OF_ROWS].zero_()
+            state[_LOG_DECAYS].zero_()
 
     # Saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, except that the state of tables keeps its dtypes; collected gradients are dropped."""
-        of_rows = {key: state for key, state in state_dict["state"].items() if _OF_ROWS in state}
+        of_rows = {key: state for key, state in state_dict["state"].items() if _LOG_DECAYS in state}
         dense = {key: state for key, state in state_dict["state"].items() if key not in of_rows}
         super().load_state_dict({**state_dict, "state": dense})
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -330,7 +330,7 @@ def _without_step_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _changed_kind(parameter: Tensor, kind: str) -> HFEError:
-    """The error for a parameter whose gradients change between sparse and dense."""
+    """The error (not raised) for a parameter whose gradients change between sparse and dense."""
     return HFEError(
         f"a parameter of shape {tuple(parameter.shape)} has a {kind} gradient and had others before",
         "keep stem_sparse_grad (nn.Embedding's sparse) as it is during training, and in a resumed one",

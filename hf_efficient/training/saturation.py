@@ -1,4 +1,4 @@
-"""Share of a BHyT model's activations at which tanh is saturated, for the logs of a training run."""
+"""Measures the fraction of a BHyT model's activations at which tanh is saturated, for the logs of a training run."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ class SaturationMonitor:
         self._elements[label] = self._elements.get(label, 0) + stream.numel()
 
     def read(self) -> dict[str, float]:
-        """Share of saturated elements by site since the last call, their mean and maximum; resets the counters.
+        """Fraction of saturated elements of each norm since the last call, their mean and maximum; resets the counters.
 
         Names are ``bhyt/saturation/layer_3/post``, ``bhyt/saturation/final``, ``…/mean`` and ``…/max``; empty when no
-        site was called. In distributed training the figures are those of this process's part of the batch.
+        site was called. In distributed training the metrics are those of this process's part of the batch.
         """
         shares = {label: int(hits) / max(self._elements[label], 1) for label, hits in self._hits.items()}
         self._hits, self._elements = {}, {}
@@ -102,7 +102,7 @@ class SaturationCallback(TrainerCallback):
         trainer.add_callback(SaturationCallback(trainer.log, every=50))
 
     Args:
-        log: gets the figures as a dictionary.
+        log: gets the metrics as a dictionary.
         every: steps between two measurements.
         threshold: as for `SaturationMonitor`.
     """
@@ -120,14 +120,14 @@ class SaturationCallback(TrainerCallback):
             self._monitor = SaturationMonitor(model, self.threshold).attach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Log the figures of the step, where it was measured."""
+        """Log the metrics of the step, where it was measured."""
         if self._monitor is None:
             return
         self._monitor.detach()
-        figures = self._monitor.read() | {"bhyt/depth_bound": bhyt_depth_bound(model)}
+        metrics = self._monitor.read() | {"bhyt/depth_bound": bhyt_depth_bound(model)}
         self._monitor = None
         should_log = control.should_log  # logging here resets it, and the Trainer's own log would be skipped
-        self.log(figures)
+        self.log(metrics)
         control.should_log = should_log
 
 
