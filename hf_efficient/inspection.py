@@ -1,4 +1,4 @@
-"""Architecture and size of a checkpoint, read from its configuration and tensor headers."""
+"""`inspect`: the architecture and size of a checkpoint, from its configuration and tensor headers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Inspection:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        model: configuration fields of the model's shape, such as `hidden_size`.
-        description: the shape as text by label, such as `attention` and `vocabulary`.
+        source: the source as it was passed to `inspect`.
+        model: name -> value of the configuration fields of the model's shape, such as `hidden_size`.
+        description: label, such as `attention` -> text about the shape.
         patches: names of the patches that are active in the checkpoint; empty for a stock model.
-        patch_fields: configuration fields of these patches by label.
+        patch_fields: label -> value of the configuration fields of these patches.
         can_convert_to: names of the patches that a conversion can add.
-        parameters: number of parameters by group.
+        parameters: group of tensors -> number of parameters.
         bytes: bytes of the weights in the files' own dtype (GGUF: dequantised).
-        dtypes: number of tensors by dtype.
-        warnings: parts of the source that were ignored, each with the reason.
+        dtypes: dtype -> number of tensors.
+        warnings: texts about parts of the source that were ignored.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Inspection:
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes as JSON values."""
         return asdict(self)
 
     def table(self) -> str:
@@ -65,14 +67,15 @@ class Inspection:
 
 
 def inspect(source: str, *, revision: str | None = None, token: str | None = None) -> Inspection:
-    """Describe a checkpoint from its configuration and headers; reads no weight and runs none of its code.
+    """Describe a checkpoint from its configuration and headers; reads no weights and runs none of its code.
 
     Args:
         source: Hub id, local folder or local `.gguf` file.
-        revision, token: of a Hub repository.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for the Hub.
 
     Raises:
-        HFEError: the source is absent, damaged, or of a family that a conversion does not take.
+        HFEError: the source is missing, damaged, or of an unsupported family, or its tensors do not match config.json.
     """
     opened = open_source(str(source), revision=revision, token=token)
     reader, config = opened.reader, opened.config
@@ -112,13 +115,13 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
 
 
 def _groups(source: Source, active: list[ArchitectureSpec]) -> dict[str, tuple[str, ...]]:
-    """Label of each group of tensors -> parts of their names, those of the patches' own tensors first."""
+    """Group of tensors -> parts of their names; the patches' own groups come first, since the first match counts."""
     own = {label: parts for spec in active for label, parts in spec.tensor_groups.items()}
     return {**own, **source.family.tensor_groups}
 
 
 def _further_patches(model_type: str, active: list[ArchitectureSpec]) -> list[str]:
-    """Names of the patches that a conversion can add; a checkpoint takes only one patch that adds tokens."""
+    """Names of the patches that a conversion can add; a checkpoint may have only one patch that adds tokens."""
     spec = architecture_of(model_type)
     adds_tokens = any(each.adds_tokens for each in active)
     beside = [] if spec is None else architectures_beside(spec)
@@ -130,4 +133,5 @@ def _further_patches(model_type: str, active: list[ArchitectureSpec]) -> list[st
 
 
 def _text(value: Any) -> str:
+    """A value as text; the items of a list separated by commas."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

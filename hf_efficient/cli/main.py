@@ -1,4 +1,4 @@
-"""`hf-efficient`: one subcommand a file.
+"""`hf-efficient`: each subcommand is a file of this folder, imported when it is called.
 
 Exit status 0: done; 2: a wrong argument; 1: anything found later; 130: interrupted.
 """
@@ -38,6 +38,7 @@ class LazyGroup(TyperGroup):
     """Imports a subcommand's module only when that subcommand runs or shows its own help."""
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the subcommands, without importing them."""
         return list(SUBCOMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -50,6 +51,7 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the overview of the subcommands from `SUBCOMMANDS`, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(SUBCOMMANDS.items()))
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several subcommands share, and the flags made from a patch's fields."""
+"""Arguments and options that several subcommands share, and the flags that are generated from a patch's fields."""
 
 from __future__ import annotations
 
@@ -83,10 +83,15 @@ def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
-    """The patches that `--patch` named, each with the options given for it.
+    """Create the patches that `--patch` named, with their options.
 
-    Raises `UsageError` for an unknown or repeated patch, `none` together with another, or an option of a patch that
-    `--patch` does not name.
+    Args:
+        names: values of `--patch`; `none` stands for no patch.
+        fields: `<patch>_<field>` -> value of every flag of a patch; None if it was not given.
+
+    Raises:
+        UsageError: a patch is unknown or repeated, `none` is combined with another, an option belongs to a patch that
+            is not named, or a patch rejects an option.
     """
     known = patch_classes()
     unknown = [n for n in names if n not in known and n != "none"]
