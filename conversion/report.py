@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypedDict
 
-from hf_efficient.conversion.measuring.evaluation import figure_labels
+from hf_efficient.conversion.measuring.evaluation import metric_labels
 from hf_efficient.conversion.plan import ModelSize
 from hf_efficient.conversion.writing.durable_files import format_bytes
 from hf_efficient.errors import HFEError
@@ -14,7 +14,7 @@ from hf_efficient.errors import HFEError
 REPORT_NAME = "conversion_report.json"
 # Largest number of ranges of integers that `_ranges` writes.
 _MAX_RANGES = 12
-_METRIC_LABELS = figure_labels("source")
+_METRIC_LABELS = metric_labels("source")
 
 
 Package = Literal["hf_efficient", "python", "torch", "transformers", "safetensors", "huggingface_hub", "numpy", "gguf"]
@@ -57,7 +57,7 @@ class ConversionReport:
             `fingerprint`, the SHA-256 of the configuration, tensor headers and file sizes.
         model_type: model type of the result.
         patches: for each patch its `name`, `options`, `choices`, whether it was `calibrated` and what it `measured`;
-            `summary` in the last holds texts by label, which the table shows. After a dry run `to_measure` maps
+            `measured["summary"]` maps labels to texts, which the table shows. After a dry run `to_measure` maps
             each choice that a conversion will measure to what is known of it.
         tensors: `copied` (a number), `computed` (name -> how), `dropped` (names), `left_out` (name -> reason).
         before, after: size of source and result; `ModelSize` has the formulas.

@@ -35,6 +35,7 @@ _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_id
 
 
 def _llama(config: LlamaConfig) -> dict[str, Any]:
+    """The decoder fields of a Llama model that not all families share."""
     return {
         "head_dim": config.head_dim,
         # Llama's flag also sets the bias of the output projection.
@@ -45,10 +46,12 @@ def _llama(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _mistral(config: MistralConfig) -> dict[str, Any]:
+    """The decoder fields of a Mistral model that not all families share."""
     return {"head_dim": config.head_dim, "sliding_window": config.sliding_window}
 
 
 def _qwen2(config: Qwen2Config) -> dict[str, Any]:
+    """The decoder fields of a Qwen2 model that not all families share."""
     return {
         # Not a field of Qwen2Config: the model always has biases on q, k and v, and none on the output.
         "attention_bias": True,
@@ -60,6 +63,7 @@ def _qwen2(config: Qwen2Config) -> dict[str, Any]:
 
 
 def _qwen3(config: Qwen3Config) -> dict[str, Any]:
+    """The decoder fields of a Qwen3 model that not all families share."""
     return {
         "head_dim": config.head_dim,
         "attention_bias": config.attention_bias,
@@ -159,7 +163,7 @@ class CausalDecoderFamily(ModelFamily):
             return EfficientDecoderForCausalLM(decoder_config(config))
 
     def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
-        # A base model's checkpoint has no prefix before its names.
+        """As `ModelFamily.stored_names`: a checkpoint of the base model lacks the prefix `model.`."""
         return {
             _PREFIX + name: name
             for name in names

@@ -105,7 +105,7 @@ class EncoderFamily(ModelFamily):
             heads = [each.removeprefix("AutoModel") or "Model" for each in spec.auto_classes if each != "AutoConfig"]
             known = ", ".join(prefix + head for head in heads)
             raise HFEError(
-                f"config.json names the class {named} in architectures; a conversion takes {known}",
+                f"config.json names the class {named} in architectures; conversions support {known}",
                 "correct architectures in config.json, or choose a checkpoint of one of these classes",
             )
         return auto

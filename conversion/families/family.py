@@ -71,7 +71,7 @@ class ModelFamily(Protocol):
     companion_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES
     not_evaluated: ClassVar[str] = ""
 
-    def takes(self, fields: Mapping[str, Any]) -> bool:
+    def supports(self, fields: Mapping[str, Any]) -> bool:
         """True if the fields of a config.json describe a stock model of this family."""
         return isinstance(fields.get("model_type"), str) and fields["model_type"] in self.config_classes
 
@@ -144,7 +144,7 @@ def family_of(model_type: Any) -> ModelFamily | None:
     spec = architecture_of(model_type) if isinstance(model_type, str) else None
     if spec is not None:
         return load(spec.family)
-    return next((family for family in families() if family.takes({"model_type": model_type})), None)
+    return next((family for family in families() if family.supports({"model_type": model_type})), None)
 
 
 def family_of_config(config: PreTrainedConfig) -> ModelFamily:
@@ -200,7 +200,7 @@ def _config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
     spec = architecture_of(model_type)
     if spec is not None:
         return spec.config_class
-    family = next((each for each in families() if each.takes(fields)), None)
+    family = next((each for each in families() if each.supports(fields)), None)
     if family is None:
         raise _unsupported(fields.get("model_type"))
     return family.config_classes[model_type]
@@ -210,7 +210,7 @@ def _unsupported(model_type: Any) -> HFEError:
     """The error for a model type that no family has."""
     known = [name for family in families() for name in family.config_classes]
     return HFEError(
-        f"model_type {model_type!r} is not a supported family; a conversion takes {', '.join(known)} and our own hfe_ "
+        f"model_type {model_type!r} is not a supported family; conversions support {', '.join(known)} and our own hfe_ "
         "models",
         "choose a checkpoint of one of these families",
     )

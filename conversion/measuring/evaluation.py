@@ -36,8 +36,8 @@ Objective = Literal["next tokens", "masked tokens"]
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
 
 
-def figure_labels(reference: str) -> dict[str, str]:
-    """Field of a measured figure -> its label in a table, in order; `reference` names the model compared with."""
+def metric_labels(reference: str) -> dict[str, str]:
+    """Name of a metric -> its label in a table, in order; `reference` names the model compared with."""
     return {
         "reference_nll": f"nll of the {reference}",
         "nll": "nll",
@@ -126,11 +126,14 @@ class EvaluationReport:
         """The metrics as a table for a terminal."""
         size = f"{self.tokens} {self.objective} in {self.sequences} sequences of {self.sequence_length}"
         rows = [("measured on", f"{self.text}: {size}")]
-        for key, label in figure_labels("reference").items():
-            figure: Estimate | None = getattr(self, key)
-            if figure is not None:
+        for key, label in metric_labels("reference").items():
+            estimate: Estimate | None = getattr(self, key)
+            if estimate is not None:
                 rows.append(
-                    (label, f"{figure} nats/token, perplexity {self.perplexity:.2f}" if key == "nll" else str(figure))
+                    (
+                        label,
+                        f"{estimate} nats/token, perplexity {self.perplexity:.2f}" if key == "nll" else str(estimate),
+                    )
                 )
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]

@@ -87,11 +87,13 @@ class GGUFReader:
         return torch.float32
 
     def read(self, name: str) -> Tensor:
+        """The tensor in float32, q and k reordered for transformers; `HFEError` for NaN, infinity or truncation."""
         tensor = self.file.read(self._stored[name])
         heads = self._interleaved_heads(name)
         return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """``read(name)[start:stop]``; other rows are read only for vectors and for reordered tensors."""
         shape = self.shape(name)
         if len(shape) < 2 or self._interleaved_heads(name) is not None:
             return self.read(name)[start:stop].clone()
@@ -132,7 +134,7 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     if architecture not in _ARCHITECTURES:
         raise HFEError(
             f"{file.path.name} has GGUF architecture {architecture!r}, which is not a supported family; a "
-            f"conversion takes {', '.join(_ARCHITECTURES)}",
+            f"conversion supports {', '.join(_ARCHITECTURES)}",
             "choose a file of one of these, or convert from the original checkpoint",
         )
 
@@ -148,7 +150,7 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
         fields[field] = value(key)
         if isinstance(fields[field], list):
             raise HFEError(
-                f"{file.path.name} has a {architecture}.{key} for each layer; a conversion takes one for all",
+                f"{file.path.name} has a {architecture}.{key} for each layer; a conversion supports one for all layers",
                 "choose a model whose layers are all the same",
             )
         if isinstance(fields[field], bool) or not isinstance(fields[field], int | float):

@@ -163,10 +163,12 @@ class SafetensorsReader:
         return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:
+        """A copy of the tensor in its stored dtype; `HFEError` for NaN, infinity or a truncated file."""
         entry = self._entries[name]
         return check_finite(name, read_tensor(entry.path, entry.offset, entry.shape, entry.dtype), entry.path)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A copy of ``read(name)[start:stop]``, of which only these bytes are read; errors as for `read`."""
         entry = self._entries[name]
         stop = min(stop, entry.shape[0])
         offset = entry.offset + start * entry.row_elements * entry.dtype.itemsize

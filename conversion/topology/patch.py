@@ -82,7 +82,7 @@ class _TopologyPatch:
         if rope is not None:
             raise UsageError(
                 f"the rotary embedding {rope!r} changes with the longest position so far, so cached keys would not "
-                f"match later ones; {self.name} takes default, linear, llama3 and yarn",
+                f"match later ones; {self.name} supports default, linear, llama3 and yarn",
                 "choose a model with one of these",
             )
 

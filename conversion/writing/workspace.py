@@ -145,6 +145,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Unlock the folder, and remove it after an `HFEError` (see the class for the exceptions)."""
         finished = bool(self._state["shards"] or self._state["results"])
         kept = self.resumed or (isinstance(error, DiskFullError) and finished)
         if isinstance(error, HFEError) and not kept:
