@@ -266,7 +266,7 @@ def test_code_of_another_architecture_is_refused(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "cannot be read"), ("{", "cannot be read as JSON"), ("[]", "holds a list, not an object")],
+    [(None, "has no config.json"), ("{", "cannot be read as JSON"), ("[]", "holds a list, not an object")],
 )
 def test_a_broken_configuration_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
