@@ -197,4 +197,5 @@ def _text(value: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _is_list(value: Any) -> bool:
+    """True for sequences other than str and bytes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

@@ -159,7 +159,7 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             is_padding = getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape == shape
             if not isinstance(topology, TopologyMask) or not is_padding:
                 raise TopologyError(
-                    "an attention mask was given with a topology, which already determines what each token sees",
+                    "an attention mask was given with a topology, which already says what each token may attend to",
                     "leave attention_mask out, or pass the padding mask [B, S]",
                 )
             hidden = attention_mask.to(topology.segment_ids.device) == 0

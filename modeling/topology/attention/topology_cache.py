@@ -49,6 +49,7 @@ class TopologyLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _set(self, keys: Tensor, values: Tensor) -> None:
+        """Use tensors [B, Hkv, capacity + 1, D] as memory; `keys` and `values` are views of all but the last slot."""
         self._storage = keys, values
         self.keys, self.values = keys[:, :, :-1], values[:, :, :-1]
 
@@ -138,10 +139,12 @@ class TopologyCache(CapturableCache, Cache):
 
     @property
     def batch_size(self) -> int:
+        """B, the number of sequences."""
         return self.segments.shape[0]
 
     @property
     def capacity(self) -> int:
+        """Number of slots of each sequence."""
         return self.next_slots.capacity
 
     def memory(self) -> list[Tensor]:

@@ -219,6 +219,7 @@ class SequenceScheduler(SequenceState):
         self._end_branch(branch)
 
     def _finish_sequence(self, reason: str) -> None:
+        """End the trunk and with it the sequence; no branch is active afterwards."""
         self.finish_reason = self.trunk.finish_reason = reason
         self.trunk.state = BranchState.DONE
         self.active_branches = []
@@ -400,7 +401,7 @@ class SequenceScheduler(SequenceState):
             branch: the queued branch.
             dependencies: the branches that it follows, all of them done.
         """
-        start = max(other.position for other in (branch, *dependencies))
+        start = max(other.position for other in (branch, *dependencies))  # position of its first token
         if self.limits.budget == "tokens":
             remaining = self._unreserved_tokens() - len(branch.header) - 1 - len(self.forced.separator_ids)
         else:

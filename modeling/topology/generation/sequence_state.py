@@ -106,7 +106,7 @@ class SequenceState:
             self._segment_tokens.setdefault(self.segments[slot], []).append(self.tokens[slot])
         self._num_grouped_tokens = len(self.tokens)
         if len(self._segments_in_text_order) != len(self._segment_tokens):
-            # Not in the order of their numbers, which depends on when each branch was started.
+            # There are new segments. Their numbers depend on when each branch was started, not on the text.
             self._segments_in_text_order = list(
                 dict.fromkeys(self.segments[slot] for slot in self.slots_in_text_order())
             )
@@ -168,6 +168,7 @@ class SequenceState:
 
     def _can_open_block(self, branch: Branch) -> bool:
         """True if the budget suffices for `<Parallel>` in a branch other than the trunk, and for closing that block."""
+        # Two tokens to close the block: `</Path>` and `</Parallel>`.
         if self.limits.budget == "tokens":
             return self._unreserved_tokens() >= len(self.active_branches) + 2
         return self._remaining_budget(branch) > 2 + self._reserved_positions(branch)
@@ -193,9 +194,10 @@ class SequenceState:
         """
         reserve = self._reserve_of_children(branch)
         if self.limits.budget == "positions":
+            # The separator before the headers, the longest header, one sampled token, and the reserved positions.
             return len(self.forced.separator_ids) + max(map(len, headers)) + 1 + reserve
         reserved = self._remaining_budget(branch) - self._unreserved_tokens()
-        per_child = 2 + len(self.forced.separator_ids)
+        per_child = 2 + len(self.forced.separator_ids)  # a sampled token, the closing tag and the separator
         return reserved + len(self.forced.join_ids) + sum(len(header) + per_child for header in headers) + 2
 
     def _has_segments_for(self, branches: int) -> bool:
