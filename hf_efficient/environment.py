@@ -21,17 +21,17 @@ TESTED_PYTHON = ("3.10", "3.13")
 
 
 def backend_override() -> str | None:
-    """Value of ``HFE_BACKEND``, or None when it is unset or empty."""
+    """Value of ``HFE_BACKEND``, or None if it is unset or empty."""
     return os.environ.get("HFE_BACKEND") or None
 
 
 def check_data() -> bool:
-    """True when ``HFE_CHECK=1`` asks for checks that synchronise the device."""
+    """True if ``HFE_CHECK=1``: checks that synchronise the device run."""
     return os.environ.get("HFE_CHECK") == "1"
 
 
 def overlap_launches() -> bool | None:
-    """Whether ``HFE_OVERLAP`` asks for programmatic dependent launch (``1``) or forbids it (``0``); None when unset."""
+    """True if ``HFE_OVERLAP=1`` enables programmatic dependent launch, False if ``0`` disables it, else None."""
     return {"0": False, "1": True}.get(os.environ.get("HFE_OVERLAP", ""))
 
 

@@ -1,6 +1,6 @@
-"""Errors a user can act on: what was given, the rule it breaks, and the remedy.
+"""The package's errors, whose messages say what was given, which rule it breaks, and what to do about it.
 
-Every storey raises these, so this module imports nothing but the standard library.
+All packages and the exported code use this module, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ _secrets: set[str] = set()
 
 
 def hide_secret(secret: str | None) -> None:
-    """Replace a token in every later error message, in each form in which a library may print it."""
+    """From now on, `redact` replaces `secret`, e.g. a Hub token, in each form in which a library may print it.
+
+    None and texts of at most three characters have no effect.
+    """
     for text in {secret, secret.strip(), " ".join(secret.split())} if secret else ():
         if len(text) > 3:  # anything shorter would hide parts of other words
             raw = str(text.encode("utf-8", "surrogatepass"))[2:-1]
@@ -29,18 +32,18 @@ def redact(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` as a terminal may show it: without line breaks, control characters or tokens, whatever values it holds."""
+    """`text` on one line, for a terminal: control characters are escaped, and tokens are redacted."""
     shown = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in redact(text))
     return redact(shown)
 
 
 def error_text(error: BaseException, *, named: bool = False, most: int | None = 200) -> str:
-    """The message of an error on one line, cut off after `most` characters; `named`: with its class before it."""
+    """The message of an error on one line, at most `most` characters (None: all); `named`: after its class name."""
     return " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())[:most]
 
 
 class HFEError(ValueError):
-    """Something found in data or at run time. The command line exits with status 1.
+    """An error in the data or at run time. The command line exits with status 1.
 
     Args:
         problem: what was given and the rule it breaks, with the offending value.
@@ -56,7 +59,7 @@ class HFEError(ValueError):
 
 
 class UsageError(HFEError):
-    """An argument or option is wrong, found before any source is read. Exits with status 2."""
+    """An argument or option is wrong. The command line exits with status 2."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
-"""JSON files of a checkpoint, read within bounds: every value that is returned can be traversed and written again.
+"""Reads the JSON files of a checkpoint within limits: every returned value can be traversed and written again.
 
-Every storey and the exported code read JSON with these functions, so this module imports only the standard library.
+All packages and the exported code use this module, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_efficient.errors import HFEError, error_text
 
-# Objects of Python take several times the bytes of their JSON. An index of 100,000 tensors has 10 MB.
+# Default limit: Python objects need several times the bytes of their JSON. An index of 100,000 tensors has 10 MB.
 MAX_JSON_BYTES = 1 << 24
 # Vocabularies with their merges are larger than any other file.
 MAX_TOKENIZER_BYTES = 1 << 27
@@ -27,9 +27,13 @@ _DAMAGED = "download it again"
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """Context manager: the regular file `path`, open for unbuffered reading. Raises `HFEError` where it cannot be."""
+    """Context: yields the regular file `path`, opened for unbuffered reading in binary mode.
+
+    Raises:
+        HFEError: it is not a regular file, or it cannot be opened or read inside the context.
+    """
     try:
-        # Before it is opened, since a pipe would block.
+        # Checked before it is opened, since opening a pipe would block.
         if not stat.S_ISREG(path.stat().st_mode):
             raise HFEError(f"{path.name} is not an ordinary file", "replace it by a copy of the file")
         with path.open("rb", buffering=0) as file:
@@ -39,7 +43,7 @@ def open_file(path: Path) -> Iterator[Any]:
 
 
 def read_bytes_of(path: Path, limit: int) -> bytes:
-    """The content of an ordinary file of at most `limit` bytes; `HFEError` for anything else."""
+    """The content of a regular file; `HFEError` if it cannot be read or is larger than `limit` bytes."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -51,24 +55,23 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        HFEError: the file cannot be read, is larger than `limit`, or does not hold what `parse_json` takes.
+        HFEError: the file cannot be read, is larger than `limit` bytes, or `parse_json` rejects its content.
     """
     return parse_json(path.name, read_bytes_of(path, limit))
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, the content of the file `name`.
-
-    Numbers are finite, texts can be encoded, no key comes twice in an object, and nesting is shallow.
+    """Parse `data`, the content of the file `name`, as a JSON object.
 
     Raises:
-        HFEError: `data` is anything else.
+        HFEError: `data` is not a JSON object, has NaN, infinity or a number of more than 64 digits, a key twice in an
+            object, a text with a lone surrogate, or more than 64 levels of nesting.
     """
     try:
         value = json.loads(
             data.decode(),
             object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
+            parse_constant=_reject_constant,
             parse_float=_finite,
             parse_int=_whole,
         )
@@ -93,21 +96,22 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook`: the object as a dict; `ValueError` where a key comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """`object_pairs_hook`: the object as a dict; `ValueError` if a key occurs twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:80]!r} comes twice in one object")
-    return found
+    return result
 
 
-def _refuse_constant(text: str) -> Any:
+def _reject_constant(text: str) -> Any:
+    """`parse_constant`: raise `ValueError` for NaN and infinity."""
     raise ValueError(f"{text} is not a number of JSON")
 
 
 def _finite(text: str) -> float:
-    """`parse_float`: the number; `ValueError` where it overflows."""
+    """`parse_float`: the number; `ValueError` if it overflows."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:80]} is out of range")
@@ -115,28 +119,29 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    """`parse_int`: the number; `ValueError` where it has more than `_MAX_DIGITS` digits."""
+    """`parse_int`: the number; `ValueError` if it has more than `_MAX_DIGITS` digits."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"the number {text[:20]}… has {len(text)} digits")
     return int(text)
 
 
 def _children(item: Any) -> Any:
+    """The values of a dict, or the items of a list."""
     return item.values() if isinstance(item, dict) else item
 
 
 def _texts(value: Any) -> Iterator[str]:
     """Every key and text in a parsed value."""
-    open_values = [value]
-    while open_values:
-        item = open_values.pop()
+    pending = [value]
+    while pending:
+        item = pending.pop()
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict):
             yield from item
-            open_values += item.values()
+            pending += item.values()
         elif isinstance(item, list):
-            open_values += item
+            pending += item
 
 
 def _can_be_encoded(text: str) -> bool:
@@ -149,7 +154,7 @@ def _can_be_encoded(text: str) -> bool:
 
 
 def finite_or_null(value: Any) -> Any:
-    """A value of dicts, lists and plain values, with None for NaN and infinity, which JSON cannot write."""
+    """A copy of a value of dicts, lists, tuples (as lists) and plain values, with None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -157,31 +162,31 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def is_whole(value: Any, least: int = 0, most: int = (1 << 63) - 1) -> bool:
+def is_whole(value: Any, minimum: int = 0, maximum: int = (1 << 63) - 1) -> bool:
     """True for an int between two bounds; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def is_file_name(value: Any) -> bool:
-    """True for a text that can name a file; whether there is one is another question."""
+    """True for a string that can be a relative file name or path; does not check whether the file exists."""
     if not isinstance(value, str) or not value.isprintable():
         return False
     return 0 < len(value) <= 1024 and all(len(part.encode()) <= 255 for part in value.split("/"))
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor, as the index of a sharded checkpoint gives it.
+    """Tensor name -> file name, from the index of a sharded checkpoint.
 
     Raises:
-        HFEError: the index cannot be read, or does not map names of tensors to names of files.
+        HFEError: the index cannot be read, has no `weight_map`, or maps a tensor to something that is no file name.
     """
-    mapped = read_json(path).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
+    file_of = read_json(path).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
         raise HFEError(f"{path.name} has no weight_map", _DAMAGED)
-    wrong = next((name for name, file in mapped.items() if not is_file_name(file)), None)
+    wrong = next((name for name, file in file_of.items() if not is_file_name(file)), None)
     if wrong is not None:
         raise HFEError(
-            f"{path.name} gives the tensor {wrong[:80]!r} the file {str(mapped[wrong])[:80]!r}, which is no file name",
+            f"{path.name} gives the tensor {wrong[:80]!r} the file {str(file_of[wrong])[:80]!r}, which is no file name",
             "do not use this checkpoint, or correct its index",
         )
-    return mapped
+    return file_of

@@ -7,7 +7,7 @@ import logging
 
 from hf_efficient.environment import log_level
 
-# Attribute of log records whose warning is also in the report of the command.
+# Attribute of log records whose warning is also part of a command's report.
 IN_REPORT = "in_report"
 
 
@@ -21,11 +21,12 @@ def get_logger() -> logging.Logger:
 
 
 def hide_reported_warnings() -> None:
-    """Do not log warnings that a report holds too: for commands that print the report."""
+    """Stop logging warnings that are also part of a report, for commands that print the report."""
     get_logger().addFilter(_not_in_report)
 
 
 def _not_in_report(record: logging.LogRecord) -> bool:
+    """Filter: False for records whose warning is also part of a report."""
     return not getattr(record, IN_REPORT, False)
 
 
