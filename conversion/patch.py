@@ -98,8 +98,11 @@ class Patch(Protocol[ConfigT]):
     def choose(self, config: ConfigT, calibration: Calibration | None) -> dict[str, Any]:
         """The patch's configuration fields of the result, e.g. the layers that it replaces.
 
+        In a dry run without measuring, `calibration` is None, and for a `MeasuringPatch` that measures its choice
+        `expected_choice` is called instead.
+
         Raises:
-            UsageError: the patch needs calibration and got none.
+            UsageError: the choice needs to be measured and `calibration` is None.
             HFEError: the measurement gives no usable choice.
         """
 

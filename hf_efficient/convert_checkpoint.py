@@ -194,11 +194,12 @@ class _Conversion:
         vocabulary: the tokens that a patch adds, or None.
         workspace: folder of an unfinished conversion, which also stores intermediate results; None in a dry run.
         warnings: texts for the report.
-        choices: by patch name, the configuration fields that the patch chose; set by `plan`.
+        choices: patch name -> `fields` (the configuration fields that the patch chose), `measured` (what it measured)
+            and `to_measure` (fields that a conversion will choose by measurement); set by `plan`.
 
     Raises:
-        UsageError: an option of a patch does not suit the model.
-        HFEError: the model does not support a patch, or the source's tensors do not match its configuration.
+        UsageError: a patch does not support the model type, or an option of a patch does not suit the model.
+        HFEError: the source's tensors do not match its configuration, or its tokenizer does not support added tokens.
     """
 
     def __init__(self, source: Source, options: ConversionOptions, progress: Progress) -> None:
