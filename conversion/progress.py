@@ -40,15 +40,18 @@ class _Bar:
         self._bar = tqdm(total=100.0, bar_format=layout, file=file)
 
     def begin(self, stage: str, percent: float) -> None:
+        """See `_Display.begin`."""
         self._bar.set_description_str(stage)
         self.update(percent)
 
     def update(self, percent: float, step: str | None = None) -> None:
+        """See `_Display.update`."""
         if step is not None:
             self._bar.set_description_str(step, refresh=False)
         self._bar.update(percent - self._bar.n)
 
     def close(self) -> None:
+        """See `_Display.close`."""
         self._bar.close()
 
 
@@ -62,16 +65,19 @@ class _Lines:
         self._step = ""
 
     def begin(self, stage: str, percent: float) -> None:
+        """Print a line for the stage."""
         self._percent, self._step = percent, stage
         self._write()
 
     def update(self, percent: float, step: str | None = None) -> None:
+        """Print a line if enough time has passed and enough progress was made since the last one."""
         self._percent, self._step = percent, step or self._step
         late = time.monotonic() - self._written_at >= _LINE_SECONDS
         if late and percent - self._written_percent >= _LINE_PERCENT:
             self._write()
 
     def close(self) -> None:
+        """Print a last line if the percentage changed since the last one."""
         if self._percent > self._written_percent:
             self._write()
 

@@ -150,15 +150,19 @@ class CausalDecoderFamily(ModelFamily):
             )
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
+        """As `ModelFamily.check_fields`, see `conversion.reading.config_fields.check_fields`."""
         return check_fields(fields, stock)
 
     def own_config(self, stock: PreTrainedConfig) -> EfficientDecoderConfig:
+        """As `ModelFamily.own_config`, see `decoder_config`."""
         return decoder_config(stock)
 
     def auto_class(self, stock: PreTrainedConfig) -> str:
+        """`AutoModelForCausalLM`, whatever class config.json names."""
         return "AutoModelForCausalLM"
 
     def skeleton(self, config: PreTrainedConfig) -> nn.Module:
+        """A causal language model on the meta device."""
         with torch.device("meta"):
             return EfficientDecoderForCausalLM(decoder_config(config))
 
@@ -171,12 +175,15 @@ class CausalDecoderFamily(ModelFamily):
         }
 
     def reason_to_leave_out(self, name: str) -> str:
+        """A reason for buffers that old checkpoints store; an empty text for any other tensor."""
         return "a buffer that the model computes itself" if name.endswith(_BUFFERS) else ""
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator:
+        """The `CausalEvaluator`: loss of next tokens."""
         return load("hf_efficient.conversion.measuring.evaluation:CausalEvaluator")()
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Label -> text about layers, attention heads and vocabulary, for `inspect`."""
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         tied = "tied" if config.tie_word_embeddings else "untied"
         return {
@@ -187,6 +194,7 @@ class CausalDecoderFamily(ModelFamily):
         }
 
     def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
+        """Sentence -> code for text, chat and LoRA; empty for another Auto class than `AutoModelForCausalLM`."""
         if auto_class != "AutoModelForCausalLM":
             return {}
         return {"Text:": _TEXT, **({"Chat:": _CHAT} if chat else {}), FINE_TUNING: LORA.format('task_type="CAUSAL_LM"')}

@@ -111,6 +111,7 @@ class EncoderFamily(ModelFamily):
         return auto
 
     def skeleton(self, config: PreTrainedConfig) -> nn.Module:
+        """The model of the class in `architectures`, on the meta device."""
         with torch.device("meta"):
             return model_class(config)(config)
 
@@ -128,16 +129,19 @@ class EncoderFamily(ModelFamily):
         return stored
 
     def reason_to_leave_out(self, name: str) -> str:
+        """A reason for stored buffers and parts of other heads; an empty text for any other tensor."""
         if name.endswith(_BUFFERS):
             return "a buffer that the model computes itself"
         return "part of a head that the model's class does not have" if name.startswith(_OTHER_HEADS) else ""
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
+        """The `MaskedEvaluator`: loss of masked tokens; None for another head than masked language modelling."""
         if self.auto_class(config) != "AutoModelForMaskedLM":
             return None
         return load("hf_efficient.conversion.measuring.masked:MaskedEvaluator")()
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Label -> text about layers, attention heads, vocabulary and class, for `inspect`."""
         heads, tied = config.num_attention_heads, "tied" if config.tie_word_embeddings else "untied"
         return {
             "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward "
@@ -148,6 +152,7 @@ class EncoderFamily(ModelFamily):
         }
 
     def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
+        """Sentence -> code for the model's head and for LoRA."""
         found = {"AutoModelForMaskedLM": ("Masked tokens:", _FILL_MASK), "AutoModel": ("Embeddings:", _EMBEDDINGS)}
         label, code = found.get(auto_class, ("Class of a text:", _CLASSIFY))
         return {label: code, FINE_TUNING: LORA.format("")}

@@ -78,12 +78,15 @@ class GGUFReader:
         self._stored = {stock_name(name): name for name in self.file.tensors if name != _ROPE_FREQUENCIES}
 
     def names(self) -> list[str]:
+        """Names of the tensors in transformers' naming."""
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor."""
         return self.file.tensors[self._stored[name]].shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """float32, since `read` dequantises."""
         return torch.float32
 
     def read(self, name: str) -> Tensor:

@@ -154,12 +154,15 @@ class SafetensorsReader:
             self._entries.update(entries)
 
     def names(self) -> list[str]:
+        """Names of the tensors, in the order of the files."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the tensor is stored."""
         return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:

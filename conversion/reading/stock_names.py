@@ -28,18 +28,23 @@ class RenamedReader:
         self._new_names = {name: new for new, name in stored.items()}
 
     def names(self) -> list[str]:
+        """New names of the tensors."""
         return [self._new_names.get(name, name) for name in self._reader.names()]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor with the new name."""
         return self._reader.shape(self._stored.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the tensor with the new name."""
         return self._reader.dtype(self._stored.get(name, name))
 
     def read(self, name: str) -> Tensor:
+        """The tensor with the new name, see `TensorReader.read`."""
         return self._reader.read(self._stored.get(name, name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the tensor with the new name, see `TensorReader.read_rows`."""
         return self._reader.read_rows(self._stored.get(name, name), start, stop)
 
 

@@ -308,4 +308,5 @@ def _parse_layers(layers: str | list[int]) -> list[int]:
 
 
 def _table_name(index: int) -> str:
+    """Name of the table's weight in layer `index`."""
     return f"model.layers.{index}.mlp.stem_embed.weight"

@@ -206,6 +206,7 @@ class MedVerse(_TopologyPatch):
             raise UsageError(f"medverse mode={self.mode!r} is unknown", f"choose one of auto, {', '.join(MODES)}")
 
     def _mode(self) -> str:
+        """The option `mode`; for `auto`, `layers` if the model is trained, else `dag`."""
         if self.mode != "auto":
             return self.mode
         return "layers" if self._is_trained else "dag"

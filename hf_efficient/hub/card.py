@@ -99,6 +99,7 @@ def _is_generated(text: str) -> bool:
 
 
 def _digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -241,6 +242,7 @@ def _provenance(report: dict[str, Any], source: dict[str, Any], patches: list[di
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
@@ -251,6 +253,7 @@ def _estimate(value: dict[str, Any]) -> tuple[str, str]:
 
 
 def _is_number(value: Any) -> bool:
+    """True for an int or float, but not for a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -95,4 +95,5 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _python(code: str) -> str:
+    """A Markdown block of Python code."""
     return f"```python\n{code}\n```"

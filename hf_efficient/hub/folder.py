@@ -53,7 +53,7 @@ class UntrustedFolder:
         return self._blobs.get(name, self._root / name)
 
     def read(self, name: str, most: int) -> bytes:
-        """The content of a listed file; `HFEError` when it has more than `most` bytes or cannot be read."""
+        """The content of a listed file; `HFEError` if it has more than `most` bytes or cannot be read."""
         data = self.read_start(name, most + 1)
         if len(data) > most:
             raise HFEError(f"has {self.files[name]:,} bytes; such a file has at most {most:,}", REMEDY)

@@ -35,13 +35,16 @@ class BranchVarianceCallback(TrainerCallback):
         self.every = _checked(every)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Recompute the branch variances; `HFEError` if trained weights cannot be read."""
         _refresh(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Recompute the branch variances if `every` steps have passed."""
         if state.global_step % (self.every or steps_between_refreshes(state.max_steps)) == 0:
             _refresh(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Recompute the branch variances."""
         _refresh(model)
 
 

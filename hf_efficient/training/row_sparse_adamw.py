@@ -145,6 +145,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             self._collected[parameter] = [add_up(parts)]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch; registers the hooks that collect sparse gradients."""
         super().add_param_group(param_group)
         self._register_hooks()
 
@@ -301,6 +302,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         self._register_hooks()
 
     def _parameters(self) -> Iterator[Tensor]:
+        """The parameters of all groups, in order."""
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
 
@@ -318,6 +320,7 @@ def _weak_hook(
 
 
 def _remove_hooks(hooks: dict[Tensor, tuple[Any, ...]]) -> None:
+    """Remove every hook, parameter -> its hooks."""
     for hook in chain.from_iterable(hooks.values()):
         hook.remove()
 

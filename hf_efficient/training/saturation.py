@@ -116,6 +116,7 @@ class SaturationCallback(TrainerCallback):
         self._monitor: SaturationMonitor | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Attach a monitor if this step is measured."""
         if (state.global_step + 1) % self.every == 0:
             self._monitor = SaturationMonitor(model, self.threshold).attach()
 
