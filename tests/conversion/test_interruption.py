@@ -164,7 +164,12 @@ class ConversionServer:
     def __init__(self) -> None:
         tiny = str(Path(__file__).with_name("conftest.py"))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER, tiny], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _SERVER, tiny],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Of the tests, since the fixtures import shapes from there.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
 
     def convert(
