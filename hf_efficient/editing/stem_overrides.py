@@ -33,7 +33,8 @@ def stem_override(
 
     A plan changes the prompt only: generated tokens use their own rows. Left padding is accounted for, all beams and
     returned sequences of a prompt are edited, and a prompt may be processed in chunks with a cache. Contexts nest; if
-    two plans name the same position, the inner one applies. On exit, a plan that no call used is logged as a warning.
+    two plans name the same position, the inner one applies. On exit without an error, a plan that
+    no call used is logged as a warning.
 
     Args:
         model: a STEM model, also inside a PEFT model or with a task head, also of a class that was loaded with
@@ -42,8 +43,10 @@ def stem_override(
         row: batch row of the prompt that the plan is for, 0 by default; for several plans one each, by default 0, 1, 2.
 
     Raises:
-        HFEError: `model` is no STEM model, a plan names a layer outside `config.stem_layers` or a token outside the
-            vocabulary. From the forward call: the batch has no such row, or another token is at a position.
+        HFEError: `model` is no STEM model; a plan names a layer outside `config.stem_layers`, no token or one outside
+            the vocabulary; a table cannot be used (see `table_weights`); or `row` does not name a row of at least 0
+            for each plan. From the forward call: the batch has no such row, another token is at a position, or a prompt
+            is processed inside torch.compile or a CUDA graph capture.
     """
     base_model = stem_base_model(model)
     plans = [plan] if isinstance(plan, StemEditPlan) else list(plan)
@@ -86,7 +89,7 @@ class Override:
 
 
 def _make_override(base_model: Any, plan: StemEditPlan, row: int) -> Override:
-    """The override of a checked plan; `HFEError` for a layer without a table or a token outside the vocabulary."""
+    """The override of a plan on batch row `row`; `HFEError` as `check_tokens` (replacements) and `table_weights`."""
     check_tokens(base_model, [token for tokens in plan.replacements for token in tokens])
     return Override(plan, row, frozenset(table_weights(base_model, plan.layers)))
 

@@ -1,6 +1,7 @@
 """Persistent edits of the rows of STEM embedding tables; an edit can be reverted, saved and loaded.
 
-F is the width of a table, `intermediate_size`.
+A STEM layer has an embedding table U with a row ``U[t]`` for each token id t in place of its up-projection. F is the
+width of a table, `intermediate_size`.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ def stem_edit_rows(
             or [len(layers), F] with one row for each layer. All are read before any is written, so that two tokens
             can exchange their rows.
         layers: indices of STEM layers; None for all, in ascending order.
-        scale: the fraction of the way from U[s] to r; 0 changes nothing.
+        scale: the fraction of the way from U[s] to r, computed in float64; 0 changes nothing.
 
     Returns:
         The edit, applied; it can be reverted and saved.
 
     Raises:
-        HFEError: `model` is no STEM model, a token is outside the vocabulary, a layer has no table, or a tensor has a
-            wrong shape.
+        HFEError: `model` is no STEM model, `rows` or a value is empty, a token is outside the vocabulary, a layer has
+            no table that can be edited (see `table_weights`), or a tensor has a wrong shape or is not of floats.
     """
     base_model = stem_base_model(model)
     weights = table_weights(base_model, layers)
@@ -73,7 +74,8 @@ def stem_inject(
     Args:
         model: as for `stem_edit_rows`.
         ids: one token id, or n different ones.
-        deltas: [F] for all tokens and layers; [n, F] for all layers; or [len(layers), n, F].
+        deltas: floats [F] for all tokens and layers; [n, F] for all layers; or [len(layers), n, F], for n = 1 also
+            [len(layers), F]. The sum is computed in float64 and rounded to the table's dtype.
         layers: STEM layers; None for all, in ascending order.
 
     Raises:
@@ -96,7 +98,8 @@ def stem_load_edit(model: nn.Module, path: str | Path) -> StemEdit:
     """Load an edit that `StemEdit.save` wrote, for this model. The tables do not change until its `apply` or `revert`.
 
     Raises:
-        HFEError: the file is not such an edit, or names layers or tokens that the model does not have.
+        HFEError: `model` is no STEM model; the file cannot be read or is not such an edit, or names layers or tokens
+            that the model does not have; or a table cannot be edited (see `table_weights`).
     """
     return StemEdit.load(path, stem_base_model(model))
 
@@ -127,6 +130,7 @@ class StemEdit:
         Raises:
             EditConflictError: the tables no longer have the rows that the edit wrote: they were trained, edited again,
                 reverted already, resized or cast. Nothing is changed then.
+            HFEError: a table can no longer be edited, e.g. after quantization (see `table_weights`).
         """
         self._exchange(self.after, self.before, "revert later edits first, or load the checkpoint again")
 
@@ -135,11 +139,12 @@ class StemEdit:
 
         Raises:
             EditConflictError: the tables do not have the rows that the edit was made from. Nothing is changed then.
+            HFEError: as for `revert`.
         """
         self._exchange(self.before, self.after, "apply an edit to the rows that it was made from")
 
     def _exchange(self, expected: dict[int, Tensor], new: dict[int, Tensor], remedy: str) -> None:
-        """Replace the rows `expected` by `new`, both by layer; `EditConflictError` if a table has other rows."""
+        """Replace the rows `expected` by `new`, both by layer [n, F]; errors as for `apply` and `revert`."""
         weights = table_weights(self._base_model, self.layers)
         for layer, found in self._current(weights, remedy).items():
             different = (_bits(found) != _bits(expected[layer])).any(1)
@@ -170,7 +175,7 @@ class StemEdit:
         return read_rows(weights, self.ids)
 
     def save(self, path: str | Path) -> None:
-        """Write the edit (the rows before and after, exactly) to a safetensors file."""
+        """Write the edit (the rows before and after, exactly) to the safetensors file `path`, replacing it."""
         tensors = {"ids": torch.tensor(self.ids)}
         for layer in self.layers:
             tensors[f"layers.{layer}.before"] = self.before[layer]
@@ -180,7 +185,7 @@ class StemEdit:
 
     @classmethod
     def load(cls, path: str | Path, base_model: Any) -> StemEdit:
-        """See `stem_load_edit`; `base_model` is the `StemModel`."""
+        """See `stem_load_edit`, also for errors; `base_model` is the `StemModel`, found by `stem_base_model`."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -1,4 +1,7 @@
-"""Finds the STEM embedding tables of a loaded model, also inside wrappers, and checks the token ids that index them."""
+"""Finds the STEM embedding tables of a loaded model, also inside wrappers, and checks the token ids that index them.
+
+A STEM layer has an embedding table with a row for each token id in place of its up-projection.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +84,9 @@ def check_tokens(base_model: Any, tokens: Sequence[int]) -> list[int]:
 
 
 def read_rows(weights: Mapping[int, Tensor], ids: Sequence[int]) -> dict[int, Tensor]:
-    """Layer -> CPU copy of the rows `ids` of its table [n, intermediate_size]; `weights` as from `table_weights`."""
+    """Layer -> copy on the CPU of the rows `ids` [n, intermediate_size] of its table, in the table's dtype.
+
+    `weights` are tables by layer, from `table_weights`; the n ids must be inside the tables.
+    """
     index = torch.tensor(ids)
     return {layer: weight.detach()[index.to(weight.device)].cpu() for layer, weight in weights.items()}
