@@ -28,27 +28,31 @@ class BhytNorm(nn.Module):
         normed = weight * out_scale * tanh(lam / kappa * s / sqrt(v + eps))
 
     By Chebyshev's inequality at most one channel in kappa^2 of a row has an absolute value above kappa times the root
-    mean square, so at most this share has an argument of tanh above `lam`. v depends on the attribute `estimate`: a
-    post-attention norm has the value of `config.bhyt_estimate(layer_idx)`, every other norm is exact. With ``v_in,
-    lam_in`` of the layer's input norm::
+    mean square, so at most this share has an argument of tanh above `lam`. How v is computed is named by the attribute
+    `self.estimate`: ``exact``, ``approx`` or ``affine``. A post-attention norm has the value of
+    `config.bhyt_estimate(layer_idx)`, every other norm is exact. With ``v_in, lam_in`` of the layer's input norm::
 
         exact:   v = mean(s^2)
         approx:  v = slope * v_in + intercept * (branch[0] * (lam_in / kappa)^2 + branch[1])
         affine:  v = slope * v_in + intercept
 
-    where ``slope, intercept = affine``, or 1, 1 without that tensor; an estimate is at least ``v_in / 1000``.
+    where ``slope, intercept = self.affine``, a parameter, or 1, 1 without it. The results of `approx` and `affine` are
+    raised to at least ``v_in / 1000``.
 
     | tensor | kind | shape | created if | meaning |
     |---|---|---|---|---|
     | `weight` | parameter | [hidden_size] | always | gamma |
     | `lam` | parameter | [1] | always | lambda |
-    | `affine` | float32 parameter | [2] | `affine`, or `approx` with `bhyt_learnable_estimate` | slope and intercept |
-    | `branch` | float32 buffer | [2] | `approx` | branch variance: what attention adds, see `branch_variance.py` |
+    | `affine` | float32 parameter | [2] | `estimate` is `affine`, or `approx` with `bhyt_learnable_estimate` | slope |
+    | | | | | and intercept |
+    | `branch` | float32 buffer | [2] | `estimate` is `approx` | what attention adds, see `branch_variance.py` |
     | `out_scale` | float32 buffer | [hidden_size] | `bhyt_output_scale` | fixed scale of each channel |
 
-    A tensor that is not created is None. `lam` is trained if `bhyt_learnable_lambda` is set, `affine` if
-    `bhyt_learnable_estimate` is; otherwise they are frozen. A user who sets the attribute `efficient` to False gets
-    the stock RMSNorm with the same `weight`, to compare.
+    A tensor that is not created is None. The parameter `lam` is trained if `bhyt_learnable_lambda` is set, else frozen.
+    The parameter `affine` is trained if `estimate` is `approx`, where it is created only with
+    `bhyt_learnable_estimate`; with the estimate `affine` it is frozen. `branch` is NaN until it is computed from the
+    weights. A user who sets the attribute `efficient` to False gets the stock RMSNorm with the same `weight`, to
+    compare.
 
     Args:
         config: the model's configuration.
@@ -98,7 +102,8 @@ class BhytNorm(nn.Module):
         """
         init.ones_(self.weight)
         init.constant_(self.lam, self.initial_lambda)
-        # (1, 1) makes `approx` the same as without `affine`; (1, 0) makes `affine` the mean square of the input norm.
+        # (1, 1) makes the estimate `approx` the same as without the parameter; (1, 0) makes the estimate `affine` the
+        # mean square of the input norm.
         if self.affine is not None:
             init.copy_(self.affine, self.affine.new_tensor([1.0, float(self.estimate == "approx")]))
         if self.out_scale is not None:
@@ -107,9 +112,10 @@ class BhytNorm(nn.Module):
             init.constant_(self.branch, float("nan"))
 
     def freeze_constants(self) -> None:
-        """Set `requires_grad` to False for `lam` and `affine` where the configuration does not train them.
+        """Set `requires_grad` to False for the parameters `lam` and `affine` where they are not to be trained.
 
-        Call it after loading, which replaces the parameters.
+        With the estimate `affine` the configuration never trains `affine`. Call this after loading, which replaces the
+        parameters.
         """
         if not self.learnable_lambda:
             self.lam.requires_grad_(False)
@@ -172,9 +178,11 @@ class BhytNorm(nn.Module):
     def tanh_scale(self, statistic: Statistic | None, returned: Statistic) -> Tensor:
         """Return ``lam / kappa / sqrt(v + eps)``, the factor [...] of each row inside the tanh of an earlier call.
 
+        It is computed with the present `lam`, `affine` and `branch`, which must be those of that call.
+
         Args:
-            statistic: the argument `statistic` of that call.
-            returned: the statistic that the call returned.
+            statistic: the argument `statistic` of that call; not read if `self.estimate` is `exact`.
+            returned: the statistic that the call returned; the call must have been made with `efficient` True.
         """
         mean_square = returned[0]
         if self.estimate != "exact" and statistic is not None:

@@ -25,8 +25,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
 
     Returns:
         Weight [out, in] and bias [out] or None, in the module's dtype, float32 where adapters were added or the module
-        was called. None instead of both if they are not available: the weights are on the meta device, belong to a
-        serving engine, or are sharded in an unknown layout.
+        was called. They may be the module's own parameters, not copies. None instead of both if they are not available:
+        the weights are on the meta device, belong to a serving engine, or are sharded in an unknown layout.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return None
@@ -97,10 +97,11 @@ def full_tensor(tensor: Any) -> Any:
 
 
 def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
-    """Names of the LoRA adapters to add to (1) or subtract from (-1) the weight of a PEFT module's `base_layer`.
+    """The LoRA adapters to add to or subtract from the weight of a PEFT module's `base_layer`, as (name, sign) pairs.
 
-    An adapter is subtracted if it is merged into the base weight but disabled. None if `module` is not a LoRA module of
-    PEFT, or one of these adapters is of another kind, such as DoRA.
+    Sign 1: add; an active adapter that is not merged into the base weight. Sign -1: subtract; a merged adapter while
+    adapters are disabled. If any adapter is merged, active ones that are not are ignored, as in PEFT. None if `module`
+    is not a LoRA module of PEFT, or one of these adapters is of another kind, such as DoRA.
     """
     factors = getattr(module, "lora_A", None)
     if not isinstance(factors, nn.ModuleDict) or not isinstance(getattr(module, "base_layer", None), nn.Module):
@@ -116,7 +117,8 @@ def _low_rank_adapters(module: Any) -> list[tuple[str, int]] | None:
 def _by_calling(module: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return float32 weight [out, in] and bias [out] of an affine module, from its outputs at zero and unit vectors.
 
-    The module is called in evaluation mode, with inputs in the dtype and on the device of `like`.
+    The module is called twice, with `training` False in all its parts (restored afterwards) and inputs in the dtype and
+    on the device of `like`. Gradients are recorded unless the caller disables them. Errors of the call propagate.
     """
     parts = [(part, part.training) for part in module.modules()]  # type: ignore[attr-defined]
     for part, _ in parts:

@@ -1,4 +1,7 @@
-"""One layer of the decoder: norms, token mixer and feed-forward around the residual stream."""
+"""One layer of the decoder: norms, token mixer and feed-forward around the residual stream.
+
+A patch, that is, a change of the architecture, may replace any of these modules.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,8 @@ class DecoderLayer(GradientCheckpointingLayer):
             pending: [B, S, hidden_size], output of the previous layer's feed-forward that is not yet added to
                 `hidden_states`; None if it is. Passed as a positional argument, because gradient checkpointing may
                 look for gradients only among these.
-            attention_mask: mask of this layer's attention, passed to it: of the type of the attention implementation.
-            position_embeddings: cosines and sines, [B, S, head_dim] each.
+            attention_mask: mask for the mixer, in the form that the attention implementation expects.
+            position_embeddings: cosines and sines, [B or 1, S, head_dim] each; `DecoderAttention` needs them.
             past_key_values, cache: the cache, under either name.
             token_ids: what `prepare_token_inputs` of the model returned; int64 [B, S] without a patch.
             carry_residual: return the feed-forward's output separately instead of adding it, so that the next norm
@@ -95,10 +98,12 @@ class DecoderLayer(GradientCheckpointingLayer):
             [B, S, hidden_size]; with `carry_residual` a tuple of the stream and the pending output, both of that shape.
 
         Raises:
-            HFEError: two different caches were passed.
+            HFEError: two different caches were passed; by `DecoderAttention`, also if a cache, mask or positions were
+                passed as an unknown keyword argument.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         inputs = (hidden_states, None) if pending is None else (pending, hidden_states)
+        # `statistic` is what the input norm hands to the post-attention norm, None for an RMSNorm.
         normed, hidden_states, statistic = add_and_norm(self.input_layernorm, *inputs)
         mixed, _ = self.self_attn(
             normed,

@@ -65,7 +65,8 @@ class CapturedGeneration:
     prepare_inputs_for_generation: Any
     set_attn_implementation: Any
 
-    # A patch's arguments that only the prompt's forward reads. With others `generate` uses transformers' loop.
+    # Arguments that a patch (a change of the architecture) adds to forward and that only the prompt's forward reads.
+    # With any other additional argument `generate` uses transformers' loop.
     prompt_arguments: frozenset[str] = frozenset()
     # Attention implementations that compute what `hfe_decode` does; patches add to them.
     captured_attention: frozenset[str] = frozenset({DECODE_ATTENTION})
@@ -86,13 +87,14 @@ class CapturedGeneration:
     def captured_steps(self) -> list[dict[str, Any]]:
         """Return shapes and bytes of each captured step that is kept for the next calls of `generate`.
 
-        Those of parallel generation too. They belong to at most 4 caches and hold at most a quarter of the device's
-        memory; `free_captured_steps` frees them.
+        Those of parallel generation too, but not the steps of caches that `generate` returned or the caller passed:
+        these are freed with the cache. The reported steps belong to at most 4 caches, and steps and caches hold at most
+        a quarter of the device's memory; `free_captured_steps` frees them.
         """
         return step_pool(self).report()
 
     def free_captured_steps(self) -> None:
-        """Free the memory of everything that `captured_steps` reports."""
+        """Free the captured steps that `captured_steps` reports, and their caches."""
         step_pool(self).clear()
 
     def generation_obstacle(
@@ -144,7 +146,10 @@ class CapturedGeneration:
     ) -> Any:
         """As in transformers, called by `generate` for greedy search and sampling.
 
-        With captured steps if there is no obstacle, else by transformers' loop, with the reason as an info message.
+        By `GraphDecodeLoop` if there is no obstacle, else by transformers' loop, with the reason as an info message.
+
+        Raises:
+            HFEError: the user's static cache is full before all sequences have finished.
         """
         obstacle = self.generation_obstacle(input_ids, generation_config, synced_gpus, model_kwargs)
         signature = None if obstacle else step_signature(self)
@@ -195,11 +200,17 @@ class CapturedGeneration:
 
 
 def _can_use(cache: Cache | None, cache_class: type) -> bool:
-    """True if the loop can run with this cache argument of `generate`.
+    """True if `GraphDecodeLoop` can run with this cache argument of `generate`.
 
-    That is: no cache; a `DynamicCache` or `StaticCache` that `generate` created for this call, which is replaced by one
-    of ours; or a user's cache of the model's `cache_class`, or if that is `DecodeCache`, one that `as_capturable` of
-    `decode_cache.py` supports.
+    - No cache: True.
+    - A cache that `generate` created for this call: True for a `DynamicCache` or `StaticCache` without offloading,
+      which `GraphDecodeLoop` replaces by a cache of `cache_class`; False for any other.
+    - A user's cache: True for an instance of `cache_class`. If that is `DecodeCache`, also for a `StaticCache` that
+      `as_capturable` of `decode_cache.py` supports, but not for another `CapturableCache`.
+
+    Args:
+        cache: the cache argument, or None.
+        cache_class: the model's `cache_class`.
     """
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return cache is None or type(cache) in (DynamicCache, StaticCache) and not cache.offloading
@@ -211,7 +222,9 @@ def _can_use(cache: Cache | None, cache_class: type) -> bool:
 class GraphDecodeLoop:
     """The decoding loop of one call of `generate`, with its cache, its decoding step and the tokens so far.
 
-    Created, it has a cache with room for `max_length` tokens; `generate` then runs the prompt and the loop.
+    On creation it takes or allocates the cache; `generate` then runs the prompt and the loop. Call `generate` once
+    only. A new cache, and a user's `CapturableCache`, has room for `max_length` tokens. A user's `StaticCache` is taken
+    as it is: `generate` raises if it is full before all sequences have finished.
 
     Args:
         model: the causal language model.
@@ -221,7 +234,8 @@ class GraphDecodeLoop:
         signature: `step_signature` of the model (see `graph_capture.py`): a step captured under it may be replayed.
 
     Raises:
-        torch.OutOfMemoryError: there is no memory for a cache of `max_length` tokens.
+        torch.OutOfMemoryError: there is no memory for a cache of `max_length` tokens, or to grow the user's to them.
+        HFEError: the user's `CapturableCache` would have to grow and has a fixed size.
     """
 
     length: int  # tokens in the cache after the prompt, with those of earlier calls
@@ -237,7 +251,7 @@ class GraphDecodeLoop:
         signature: tuple,
     ) -> None:
         self.model = model
-        self.config = generation_config
+        self.generation_config = generation_config
         self.signature: tuple | None = signature
         self.prompt_length = input_ids.shape[1]
         self.max_length = generation_config.max_length
@@ -256,7 +270,7 @@ class GraphDecodeLoop:
         self.cache: Any = passed_cache if is_users_cache else self._new_cache(embeds)
         self.model_kwargs = {**model_kwargs, **cache_argument(self.cache)}
         if is_users_cache and isinstance(passed_cache, CapturableCache):
-            # Ids, mask or embeddings may include the tokens of earlier calls.
+            # Ids, mask or embeddings may include the cached tokens of earlier calls, so this may reserve too much.
             prompt = max(x.shape[1] for x in (input_ids, mask, embeds) if x is not None)
             new_tokens = prompt + self.max_length - self.prompt_length
             passed_cache.ensure_capacity(passed_cache.get_seq_length() + new_tokens)
@@ -264,7 +278,8 @@ class GraphDecodeLoop:
     def _new_cache(self, embeds: Tensor | None) -> Any:
         """Return an empty cache for this call, from the pool of captured steps if one fits.
 
-        A pooled cache comes with its captured step, which is stored as `self._pooled_step`.
+        A pooled cache comes with its captured step, which is stored as `self._pooled_step`. If memory for a new cache
+        is short, the pool is emptied and the allocation is tried again.
 
         Args:
             embeds: `inputs_embeds` [B, S, hidden_size] of the prompt, or None.
@@ -311,8 +326,10 @@ class GraphDecodeLoop:
 
         Raises:
             HFEError: the user's static cache is full before all sequences have finished.
+
+        Errors of the model, the processors, the criteria and the streamer propagate.
         """
-        ids, config = self.ids, self.config
+        ids, config = self.ids, self.generation_config
         logits = self._prefill()
         has_callbacks = _needs_every_token(processors, criteria)
         # A step past the end is launched before the host reads that all have finished. A cache that the caller keeps
@@ -371,9 +388,15 @@ class GraphDecodeLoop:
         return self._finish(stop_check.finish(), all_scores, all_logits)
 
     def _prefill(self) -> Tensor:
-        """Run the model on the prompt and set the decoding step to follow it; return the last logits [B, V]."""
+        """Run the model on the prompt, which fills `self.cache`; return the logits [B, V] of its last position.
+
+        Sets `self.capturable`, `self.length` and `self.step`; the step's inputs are set for the first generated token.
+        """
         outputs: CausalLMOutputWithPast = self.model._prefill(
-            self.ids[:, : self.prompt_length].clone(), self.config, self.model_kwargs, is_first_iteration=True
+            self.ids[:, : self.prompt_length].clone(),
+            self.generation_config,
+            self.model_kwargs,
+            is_first_iteration=True,
         )
         self.capturable = require_capturable(self.cache)
         self.length = int(self.cache.get_seq_length())
@@ -399,10 +422,14 @@ class GraphDecodeLoop:
         return self.padding_mask.sum(1)
 
     def _advance(self, token: Tensor, check_signature: bool) -> Tensor:
-        """Run one decoding step with `token`, int64 [B]; return logits [B, V].
+        """Run one decoding step with `token`; return logits [B, V], a tensor that the next call may overwrite.
 
         The step is replayed from its CUDA graph, captured first if there is none for the model's signature. It is a
         call of the model if the model may not be captured (a callback has changed it) or is not on CUDA.
+
+        Args:
+            token: int64 [B], the last token of each sequence; not yet in the cache.
+            check_signature: compute `self.signature` anew, in case a callback has changed the model.
         """
         step = self.step
         step.tokens.copy_(token[:, None])
@@ -421,7 +448,7 @@ class GraphDecodeLoop:
         step was captured.
 
         Args:
-            steps: number of generated tokens.
+            steps: number of generated tokens, without those past the end.
             scores, logits: [B, V] of each token, at least `steps` of them; None if they are not requested.
         """
         sequences = self.ids[:, : self.prompt_length + steps].clone()
@@ -431,7 +458,7 @@ class GraphDecodeLoop:
             RETURNED_CACHE_STEPS[self.cache] = self.step
         elif self.step.signature is not None:
             step_pool(self.model).put(PooledStep(self.cache, self.step))
-        if not self.config.return_dict_in_generate:
+        if not self.generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
