@@ -21,6 +21,11 @@ Terms:
   segment whose parents are the last segments of all children.
 - block: a group of parallel branches in the text: `<Parallel>` … `</Parallel>` of Multiverse, which may be nested in a
   path, or `<Execution>` … `</Execution>` of MedVerse. A block is open until its closing tag.
+- active: a branch that samples a token in the next step. Queued: a child that has not started. Skipped: a child that
+  never starts, because its budget is too small or the sequence is stopped. Done: ended with its closing tag.
+- reserve: positions that a branch keeps free for forced tokens: its own closing tag and separator, and the joins and
+  closing tags of the branches above it.
+- left padding: ids before the prompt that make all rows of a batch equally long; they are no tokens of the sequence.
 - budget: `max_new_tokens`, counted in rotary positions after the prompt or in tokens; see `Limits`. A position is
   shared by parallel branches, so the number of positions is the length of the longest dependency path of tokens.
 """
@@ -42,8 +47,21 @@ from hf_efficient.modeling.topology.grammar.plan import Plan, step_schedule
 class SequenceScheduler(SequenceState):
     """Decides which branches of one sequence run, and appends their sampled and forced tokens.
 
-    The arguments and attributes are those of `SequenceState`. If the prompt ends where branches begin, the constructor
-    forks the trunk.
+    The attributes are those of `SequenceState`. If the prompt ends where branches begin, the constructor forks the
+    trunk, unless the fork is rejected (see `_fork`); call `schedule` to start the branches.
+
+    Args:
+        row: batch row.
+        prompt: token ids [P] of the prompt, without left padding.
+        builder: a new builder with `strict=False`, which assigns a segment and a position to each token.
+        forced: the forced tokens of the builder's grammar, as ids.
+        limits: the budget and the limits of branches.
+        padding: ids of the left padding. They are only part of the ids that logits processors and stopping criteria
+            receive.
+
+    Raises:
+        UsageError: `prompt` does not consist of integers.
+        TopologyError: the tokenizer encodes the control token of a forced header as another id.
     """
 
     def __init__(
@@ -67,10 +85,14 @@ class SequenceScheduler(SequenceState):
     def accept(self, tokens: Sequence[int]) -> None:
         """Append the sampled token of each active branch and act on control tokens and exhausted budgets.
 
-        This may fork or end branches, append forced tokens and finish the sequence.
+        This may fork or end branches, append forced tokens and finish the sequence. Call `schedule` afterwards.
 
         Args:
             tokens: a token id for each branch, in the order of `active_branches`.
+
+        Raises:
+            ValueError: the number of tokens is not that of the active branches.
+            TopologyError: the tokenizer encodes the control token of a forced header as another id.
         """
         special = self._special_ids
         for branch, token in zip(list(self.active_branches), tokens, strict=True):
@@ -85,7 +107,11 @@ class SequenceScheduler(SequenceState):
     def stop(self, branch: Branch, reason: str) -> None:
         """End an active branch with the given finish reason; stopping the trunk ends the sequence.
 
-        A branch other than the trunk is closed with forced tokens, so that its fork can join.
+        A branch other than the trunk is closed with forced tokens, so that its fork can join at the next `schedule`.
+
+        Args:
+            branch: one of `active_branches`.
+            reason: its finish reason; for the trunk also that of the sequence.
         """
         if branch.is_trunk:
             self._finish_sequence(reason)
@@ -95,8 +121,11 @@ class SequenceScheduler(SequenceState):
     def stop_all(self, reason: str) -> None:
         """End the sequence: close and join all active branches with forced tokens, and skip the queued ones.
 
+        It does nothing if the sequence is finished. Skipped branches get no finish reason.
+
         Args:
-            reason: finish reason of the sequence and of each branch that is closed.
+            reason: finish reason of the sequence and of each branch that is closed. A branch whose budget the join
+                tokens of its children exhaust gets `length` or `branch_max_new_tokens` instead, the sequence `length`.
         """
         while self.active_branches and not self.finish_reason:
             for branch in list(self.active_branches):
@@ -110,7 +139,8 @@ class SequenceScheduler(SequenceState):
     def schedule(self) -> None:
         """Join finished forks and start queued branches, appending their forced tokens, until neither is possible.
 
-        With a token budget, first close all branches if the budget does not suffice for another token in each.
+        With a token budget, first close all branches except the trunk if the budget does not suffice for another token
+        in each. A join may exhaust the budget and so finish the sequence. It does nothing if the sequence is finished.
         """
         while not self.finish_reason:
             if self.limits.budget == "tokens":
@@ -126,8 +156,15 @@ class SequenceScheduler(SequenceState):
     def _accept_special(self, branch: Branch, token: int) -> None:
         """Act on a sampled control or EOS token: end, close or fork the branch, or finish the sequence.
 
-        The token itself is appended, except where it would be malformed or would exceed the budget: the branch is then
-        closed with forced tokens instead.
+        The token itself is appended, except in a branch other than the trunk where it is EOS, is invalid there or
+        opens a block that the budget cannot hold: the branch is then closed with forced tokens instead.
+
+        Args:
+            branch: an active branch.
+            token: id of a control token or EOS.
+
+        Raises:
+            TopologyError: the tokenizer encodes the control token of a forced header as another id.
         """
         forced = self.forced
         if token in self.limits.eos_ids:
@@ -190,7 +227,10 @@ class SequenceScheduler(SequenceState):
             branch.budget_check_position = end - self._reserved_positions(branch) - 1
 
     def _enforce_token_budget(self) -> None:
-        """Close all active branches except the trunk if the token budget does not suffice for another token in each."""
+        """Close all active branches except the trunk if the token budget does not suffice for another token in each.
+
+        Their finish reason is `length`.
+        """
         branches = [branch for branch in self.active_branches if not branch.is_trunk]
         if branches and self._unreserved_tokens() < len(self.active_branches):
             for branch in branches:
@@ -199,14 +239,17 @@ class SequenceScheduler(SequenceState):
     # Ends
 
     def _end_branch(self, branch: Branch) -> None:
-        """Mark a branch as done after its closing tag, and append the separator, which belongs to the branch."""
+        """Mark an active branch as done after its closing tag, and append the separator, which belongs to it.
+
+        The branch is removed from `active_branches`; the next `schedule` looks for forks to join.
+        """
         self._append_all(branch, self.forced.separator_ids)
         branch.state = BranchState.DONE
         self.active_branches.remove(branch)
         self._needs_scheduling = True
 
     def _close_branch(self, branch: Branch, reason: str) -> None:
-        """End a branch by appending the forced tokens that close its open blocks and the branch itself.
+        """End a branch by appending the forced tokens that close its open blocks and itself, and the separator.
 
         Args:
             branch: an active branch other than the trunk.
@@ -229,11 +272,15 @@ class SequenceScheduler(SequenceState):
     def _fork_at_prompt_end(self, prompt: np.ndarray) -> None:
         """Fork the trunk if the prompt ends where branches begin: after `</Goal>`, `</Plan>` or `<Execution>`.
 
-        White space may follow the control token. A prompt that ends inside the branches of a block is continued without
-        forks in that block, with a warning.
+        Only white space may follow the control token; without `builder.decode` the text after it is not checked. The
+        trunk stays active if the fork is rejected. A prompt that ends inside the branches of a block is continued
+        without forks in that block, with a warning.
 
         Args:
             prompt: int64 [P], ids without padding.
+
+        Raises:
+            TopologyError: as for `_fork`.
         """
         builder, forced = self.trunk.builder, self.forced
         control = np.flatnonzero(np.isin(prompt, list(forced.control_ids)))
@@ -264,7 +311,10 @@ class SequenceScheduler(SequenceState):
         Returns:
             False if there is nothing to fork, or if the fork is rejected (labels missing or repeated, too little
             budget, too many blocks or segments), which adds a warning. The branch then stays active and the text is
-            decoded sequentially.
+            decoded sequentially; in MedVerse the separator and `<Execution>` may have been appended already.
+
+        Raises:
+            TopologyError: the tokenizer encodes the control token of a forced header as another id.
         """
         forced, builder = self.forced, branch.builder
         remaining = self._remaining_budget(branch)
@@ -309,8 +359,11 @@ class SequenceScheduler(SequenceState):
             separated: the separator after `<Execution>` is already written.
 
         Returns:
-            False if there is no plan, if it repeats a step, or if the fork is rejected for lack of budget or segments,
-            which adds a warning. The branch then stays active.
+            False if no execution is open, if there is no plan or it repeats a step, or if the fork is rejected for lack
+            of budget or segments, which adds a warning. The branch then stays active.
+
+        Raises:
+            TopologyError: as for `_fork`.
         """
         builder = branch.builder
         plan = builder.parsed_plan
@@ -347,14 +400,18 @@ class SequenceScheduler(SequenceState):
     ) -> None:
         """Queue one child branch for each label and make the branch wait for them.
 
+        No token is appended here: `_start` appends the header of a child. The branch is removed from `active_branches`
+        until the join.
+
         Args:
-            branch: the branch that forks.
-            labels: labels of the paths, or numbers of the steps.
-            headers: forced tokens that each child begins with.
+            branch: the active branch that forks. Its last tokens are those that begin the branches: `</Goal>` or
+                `<Execution>`, and a separator.
+            labels: different labels of the paths, or numbers of the steps, in the order of the text.
+            headers: forced token ids that each child begins with.
             dependencies: for each child, the indices of the children that must be done before it starts.
             max_active: limit of children that are active at the same time.
         """
-        reserve = self._reserve_of_children(branch)
+        reserve = self._reserve_of_children(branch)  # positions that each child keeps free for closing tokens
         is_step = self.forced.grammar == "medverse"
         children = [
             Branch(
@@ -378,9 +435,10 @@ class SequenceScheduler(SequenceState):
         self._needs_scheduling = True
 
     def _start_queued_branches(self) -> None:
-        """Start queued branches whose dependencies are done, up to `max_branches`, those of inner forks first.
+        """Start queued branches whose dependencies are done, those of inner forks first.
 
-        A branch that depends on a skipped one is skipped too.
+        At most `max_branches` branches of the sequence are active, and at most `max_active` children of a fork run. A
+        branch whose budget is too small is skipped, and so is one that depends on a skipped one.
         """
         for fork in reversed(self._forks):
             for index, branch in enumerate(fork.branches):
@@ -425,7 +483,8 @@ class SequenceScheduler(SequenceState):
     def _join_finished_forks(self) -> None:
         """For each fork whose children are done or skipped, append the forced join tokens to the parent.
 
-        The parent becomes active again, in a segment that follows all children that are done.
+        The parent becomes active again, in a segment that follows all children that are done, and takes over their
+        warnings. If its budget is exhausted then, it is closed, or the sequence finished if it is the trunk.
         """
         for fork in [fork for fork in self._forks if fork.is_finished()]:
             self._forks.remove(fork)

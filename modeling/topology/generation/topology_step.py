@@ -87,7 +87,8 @@ def forward(
 ) -> Tensor:
     """Run any causal language model; return the logits [B, logits_to_keep, V] of the last tokens.
 
-    The tokens' keys and values are written to the slots of the cache that the last `cache.place` has set.
+    The tokens' keys and values are written to the slots of the cache that the last `cache.place` has set. The caller
+    has written the tokens' segments to `cache.segments`, and `check_attention` has accepted the model.
 
     Args:
         model: the model. With ``hfe_topology`` or topology support it receives `topology` itself, otherwise a dense
@@ -183,7 +184,8 @@ class _HostBuffers:
     def read(self) -> np.ndarray:
         """Wait for the copy of `fetch_async` and return the result, int64 [2, B, Q].
 
-        Entry 1 is unused if the result was [1, B, Q].
+        The array is a view of the host memory, which the next `fetch_async` overwrites. Entry 1 is unused if the result
+        was [1, B, Q].
         """
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -199,8 +201,8 @@ class TopologyStep:
         batch, queries: B and Q.
         words: W, the number of 64-bit words in each query's bitmap of segments.
         with_logprobs: the result includes the log-probabilities of the most likely tokens.
-        chosen: int64 [n] on the device, shared by all steps. Each step writes the first n of its B * Q most likely
-            tokens here, from which the next step fills its placeholders.
+        chosen: int64 [n] on the device, shared by all steps. Each step writes its B * Q most likely tokens here (the
+            first n of them, if there are more), from which the next step fills its placeholders.
         suppressed: token ids that are never chosen, int64 [n] on the device; or None.
 
     Attributes:
@@ -209,7 +211,8 @@ class TopologyStep:
         slots: int32 [B, Q], cache slot of each query, left padding included; -1 for a padding query.
         segments: int32 [B, Q], segment of each query.
         kv_len: int32 [B], cache slots that each sequence fills after the step.
-        logits: [B, Q, V] of the last run; the active branches of a sequence have its last queries.
+        logits: [B, Q, V] of the last run, -inf at suppressed ids; the active branches of a sequence have its last
+            queries. The next replay of the graph overwrites them.
         signature: `step_signature` of the model when the graph was captured; None before.
         graph_bytes: bytes of device memory that the graph holds.
     """
@@ -241,10 +244,10 @@ class TopologyStep:
         """Send all tokens of each sequence that are not yet computed to the device.
 
         The newest tokens of the active branches, whose logits give the next tokens, come last in each row. Sets
-        `num_computed_tokens` of each sequence to the number of its tokens.
+        `num_computed_tokens` of each sequence to the number of its tokens. Otherwise as `send`.
 
         Args:
-            rows: the sequences.
+            rows: the B sequences, each with at most Q tokens that are not computed.
             offsets: cache slot of each sequence's first token, which is the length of its left padding.
         """
         queries = []
@@ -269,10 +272,16 @@ class TopologyStep:
     def send(self, rows: Sequence[SequenceScheduler], offsets: Sequence[int], queries: Sequence[RowQueries]) -> None:
         """Fill a host buffer with each sequence's queries and start its copy to the device.
 
+        The two host buffers take turns. It waits for the copy of the last `send` but one, which used the same buffer.
+        `tokens`, `positions` and the other inputs on the device are overwritten in the order of the device's work.
+
         Args:
-            rows: the sequences, which give the bitmaps of the segments.
+            rows: the B sequences, which give the bitmaps of the segments.
             offsets: cache slot of each sequence's first token.
-            queries: at most Q tokens of each sequence.
+            queries: 0 to Q tokens of each sequence (this is not checked), at least one in total.
+
+        Raises:
+            OverflowError: the bitmap of a segment does not fit in W words.
         """
         self._buffers.reverse()
         buffers = self._buffers[0]
@@ -302,7 +311,8 @@ class TopologyStep:
     def placeholder_token(self, row: int, place: int) -> int:
         """Return a negative id that stands, in the next step, for the token that this step chooses at a query.
 
-        The device replaces it by the chosen token, which the host need not know.
+        The device replaces it by the chosen token, which the host need not know. The next step is the one that is
+        computed after this one, with the same `chosen`; its length n must be at least B * Q.
 
         Args:
             row: batch row of the query.
@@ -313,11 +323,16 @@ class TopologyStep:
     def run(self, model: Any, cache: TopologyCache) -> Tensor:
         """Compute the step by calling the model, on the inputs in the device buffer.
 
-        Writes the tokens' keys, values and segments to the cache, and sets `logits`.
+        Writes the tokens' keys, values and segments to the cache, sets `logits` (-inf at suppressed ids) and overwrites
+        `chosen`. The inputs are those of the last `load` or `send`. It does not synchronise with the device.
+
+        Args:
+            model: a model that `check_attention` accepts.
+            cache: the cache of the B sequences, with a capacity of at least the largest entry of `kv_len`.
 
         Returns:
-            Most likely tokens, int64 [1, B, Q]; with log-probabilities int64 [2, B, Q], where the second entry holds
-            the bits of their float64 values.
+            Most likely tokens, int64 [1, B, Q] on the device; with log-probabilities int64 [2, B, Q], where the second
+            entry holds the bits of their float64 values. Entries of padding queries have no meaning.
         """
         slots = torch.where(self.slots < 0, cache.capacity, self.slots).long()
         cache.segments.scatter_(1, slots, self.segments)
@@ -336,16 +351,25 @@ class TopologyStep:
         return result
 
     def execute(self, model: Any, cache: TopologyCache, signature: tuple | None) -> Tensor:
-        """Compute the step by replaying its CUDA graph; returns the result of `run`.
+        """Compute the step on the inputs in the device buffer by replaying its CUDA graph; has the effects of `run`.
 
-        The graph is captured if there is none or if the signature has changed.
+        The graph is captured first if there is none or if the signature has changed.
 
         Args:
-            model, cache: as for `run`.
-            signature: present `step_signature` of the model; with None the step is computed by `run`.
+            model: the causal language model.
+            cache: the cache of the B sequences. Replays need the cache of the capture, not reallocated since: the graph
+                contains the addresses of its memory, but only `signature` is compared. For another cache, make a new
+                step.
+            signature: present `step_signature` of the model, which identifies all weights and settings that the graph
+                reads; with None the step is computed by `run`.
+
+        Returns:
+            The result of `run`. With a signature it is a buffer of the graph, which the next replay overwrites, as it
+            does `logits`.
 
         Raises:
-            torch.OutOfMemoryError: the device has too little memory for the graph.
+            torch.OutOfMemoryError: the device has too little memory for the graph or for the model's intermediate
+                values.
         """
         if signature is None:
             return self.run(model, cache)
@@ -365,7 +389,8 @@ class TopologyStep:
         """Start to copy a result of `run` to the host; return a function that waits for the copy.
 
         That function returns the most likely tokens, int64 [B, Q], and their log-probabilities, float64 [B, Q], or None
-        if the step does not compute them. Its arrays are overwritten two steps later.
+        if the step does not compute them. Its arrays are views of a host buffer, which is used again after two more
+        calls of `send`. Call it once after each `send`.
         """
         buffers = self._buffers[0]
         buffers.fetch_async(result)
