@@ -20,12 +20,14 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 
 class EfficientDecoderPreTrainedModel(StemPreTrainedModel, BhytPreTrainedModel, TopologyPreTrainedModel):
+    """Base class: configuration class, and what the base classes of all patches add."""
+
     config: EfficientDecoderConfig
     config_class = EfficientDecoderConfig  # set too: transformers does not resolve the string annotation above
 
 
 class EfficientDecoderModel(EfficientDecoderPreTrainedModel, StemModel, BhytModel, TopologyModel):
-    """`DecoderModel` with every patch that the configuration asks for."""
+    """`DecoderModel` with every patch whose fields the configuration sets."""
 
 
 class EfficientDecoderForCausalLM(

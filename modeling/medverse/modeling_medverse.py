@@ -18,6 +18,8 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 
 class MedVersePreTrainedModel(TopologyPreTrainedModel):
+    """Base class: configuration class of the grammar `medverse`."""
+
     config: MedVerseConfig
     config_class = MedVerseConfig  # set too: transformers does not resolve the string annotation above
 

@@ -1,6 +1,7 @@
-"""BERT as a registered encoder: the stock classes with the configuration of ours.
+"""BERT as a registered encoder: the classes of transformers with `MonarchBertConfig`.
 
-The attention is transformers' own: `eager`, `sdpa`, `flex_attention` or flash attention.
+Arguments and results of each `forward` are those of the class of transformers that the docstring names. The attention
+is transformers' own: `eager`, `sdpa`, `flex_attention` or flash attention. B is the batch size, S the sequence length.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import Monarc
 
 
 class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
+    """Base class: creating a model raises `ValueError` if its configuration is invalid (see `MonarchBertConfig`)."""
+
     config: MonarchBertConfig
     config_class = MonarchBertConfig  # set too: transformers does not resolve the string annotation above
 
@@ -51,7 +54,7 @@ class MonarchBertForTokenClassification(MonarchBertPreTrainedModel, BertForToken
 
 
 class MonarchBertForQuestionAnswering(MonarchBertPreTrainedModel, BertForQuestionAnswering):
-    """`BertForQuestionAnswering`: scores [B, S] of where an answer begins, and of where it ends."""
+    """`BertForQuestionAnswering`: logits [B, S] of an answer's first token and of its last."""
 
 
 __all__ = [

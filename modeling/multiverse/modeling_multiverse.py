@@ -18,6 +18,8 @@ from hf_efficient.modeling.topology.modeling_topology import (
 
 
 class MultiversePreTrainedModel(TopologyPreTrainedModel):
+    """Base class: configuration class of the grammar `multiverse`."""
+
     config: MultiverseConfig
     config_class = MultiverseConfig  # set too: transformers does not resolve the string annotation above
 

@@ -97,7 +97,7 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
             UsageError: `topology` has another type.
             HFEError: the attention implementation does not support a topology, or `output_attentions` is set with
                 ``hfe_topology``, which returns no attention weights; or a tensor of the topology has a wrong dtype,
-                shape or device.
+                shape or device; or two different caches are passed. Further errors as for `DecoderModel`.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         given = _as_topology(segment_ids, segment_visibility, topology)
@@ -137,11 +137,13 @@ class TopologyModel(TopologyPreTrainedModel, DecoderModel):
         Args:
             topology: the topology of the call.
             tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, H].
-            attention_mask: None, or a padding mask [B, S]; tokens where it is 0 get segment -1 in the result.
+            attention_mask: None, or a padding mask [B, S]; tokens where it is 0 get segment -1 in the result, a new
+                mask without block lists (`TopologyMask.blocks`).
             position_ids: int64 [B, S].
 
         Raises:
-            TopologyError: `position_ids` is missing, the shapes differ, or `attention_mask` is no padding mask.
+            TopologyError: `position_ids` is missing, the shapes differ, or `attention_mask` is no padding mask; or, as
+                for `_check_values`, a segment has no bitmap.
             HFEError: a tensor of the topology has a wrong dtype, shape or device.
         """
         if position_ids is None:
@@ -279,8 +281,8 @@ class TopologyForCausalLM(TopologyPreTrainedModel, ParallelGeneration, DecoderFo
                 tokens.
 
         Returns:
-            `logits` [B, S, V], or [B, logits_to_keep, V]; `loss`, a scalar, if labels are given; `past_key_values`, the
-            cache or None.
+            `logits` [B, S, V], [B, logits_to_keep, V], or [B, n, V] for a tensor of n indices; `loss`, a scalar, if
+            labels are given; `past_key_values`, the cache or None.
 
         Raises:
             TopologyError, UsageError, HFEError: as for `TopologyModel.forward`.

@@ -54,7 +54,10 @@ class TopologyLayer(CacheLayerMixin):
         self.keys, self.values = keys[:, :, :-1], values[:, :, :-1]
 
     def grow(self, capacity: int) -> None:
-        """Reallocate with `capacity` slots, not fewer than before, and copy the contents."""
+        """Reallocate with `capacity` slots, not fewer than before, and copy the contents.
+
+        Memory must have been allocated. `NextSlots.capacity` is not changed here, see `TopologyCache.grow`.
+        """
         moved = []
         for old in self._storage:
             new = old.new_zeros(*old.shape[:2], capacity + 1, old.shape[3])
@@ -66,8 +69,11 @@ class TopologyLayer(CacheLayerMixin):
         """Write a call's keys and values to the slots set by `TopologyCache.place`; return those to compute attention
         with.
 
+        The first call allocates the memory.
+
         Args:
-            key_states, value_states: [B, Hkv, Q, D].
+            key_states, value_states: [B, Hkv, Q, D], with Q at most the capacity.
+            *args, **kwargs: further arguments of transformers, ignored.
 
         Returns:
             For a prompt `key_states` and `value_states` themselves; for other calls the keys and values of the first
@@ -89,7 +95,7 @@ class TopologyLayer(CacheLayerMixin):
         return (query_length if self._next_slots.slots is None else self._next_slots.kv_length), 0
 
     def get_seq_length(self) -> int:
-        """Return the key-value length of the last `place`; 0 before a prompt."""
+        """Return the key-value length that the last `place` set; 0 if it was for a prompt."""
         return self._next_slots.kv_length if self._next_slots.slots is not None else 0
 
     def get_max_length(self) -> int:
@@ -179,6 +185,9 @@ class TopologyCache(CapturableCache, Cache):
 
         None if the model must call `update` instead: for a prompt, before memory is allocated, or if attention receives
         only part of the slots.
+
+        Args:
+            layer_idx: number of the layer.
         """
         layer, following = self.layers[layer_idx], self.next_slots
         if not layer.is_initialized or following.slots is None or following.kv_length != following.capacity:
@@ -190,7 +199,11 @@ class TopologyCache(CapturableCache, Cache):
     def grow(self, capacity: int) -> None:
         """Reallocate with at least `capacity` slots, and at least twice as many as before, and copy the contents.
 
-        CUDA graphs captured before refer to the old memory and must be discarded.
+        CUDA graphs captured before refer to the old memory and must be discarded. Call `place` before the next forward
+        pass, since its key-value length and the slot for tokens that are not stored refer to the old capacity.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory; the cache must then not be used any more.
         """
         capacity = round_capacity(max(capacity, 2 * self.capacity))
         for layer in self.layers:

@@ -48,7 +48,7 @@ def topology_attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function ``hfe_topology``: softmax attention with grouped-query heads.
 
-    Under autocast, query, key and value are cast to its dtype, except float64.
+    With a topology, query, key and value are cast to the dtype of autocast if that is on, except float64.
 
     Args:
         module: the attention module; only its class name is used with a topology.
@@ -60,7 +60,8 @@ def topology_attention_forward(
         scaling: factor of the scores; ``D ** -0.5`` by default.
         topology: `TopologyMask` or `TopologyQueries`; None for plain causal attention.
         **kwargs: arguments that transformers passes to every attention function; with a topology, `softcap`, `s_aux`
-            and `sliding_window` must be None or missing, and others are ignored.
+            and `sliding_window` must be None or missing, and others are ignored. Without one, this holds for
+            `softcap` and `s_aux`.
 
     Returns:
         Output [B, Q, Hq, D], zero for queries that may attend to nothing, and None in place of the attention weights.
@@ -68,7 +69,8 @@ def topology_attention_forward(
     Raises:
         UsageError: `topology` has another type.
         HFEError: the topology has another number of tokens, or dropout, a sliding window, attention sinks or a soft cap
-            is used with it.
+            is used with it; or a tensor has a dtype, shape or device that the kernels do not support; or, without a
+            topology, attention sinks or a soft cap is used.
     """
     if topology is None:
         return decode_attention_forward(

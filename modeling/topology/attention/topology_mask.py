@@ -42,7 +42,11 @@ class TopologyMask(NamedTuple):
     blocks: BlockLists | None = None
 
     def with_blocks(self) -> TopologyMask:
-        """Return this mask with `blocks` filled in; the mask itself if they are there already."""
+        """Return this mask with `blocks` filled in; the mask itself if they are there already.
+
+        Raises:
+            HFEError: a tensor has a wrong dtype, shape or device.
+        """
         if self.blocks is not None:
             return self
         return self._replace(blocks=topology_blocks(self.segment_ids, self.segment_visibility))
@@ -86,6 +90,8 @@ def check_topology_type(topology: Any) -> None:
 
 def visibility(topology: TopologyMask | TopologyQueries, num_slots: int | None = None) -> Tensor:
     """True where a query may attend to a key: bool [B, S, S], or [B, Q, C] for `TopologyQueries`.
+
+    B is that of `segment_ids`, so 1 for a mask that all sequences share.
 
     Args:
         topology: the mask or queries.
@@ -137,6 +143,9 @@ def flex_mask(topology: TopologyMask) -> BlockMask:
 
     The block lists are computed if ``topology.blocks`` is None. Unlike `dense_mask`, a query that may attend to no key
     stays fully masked.
+
+    Raises:
+        HFEError: the block lists must be computed, and a tensor has a wrong dtype, shape or device.
     """
     batch, length = topology.segment_ids.shape
     blocks = topology.blocks

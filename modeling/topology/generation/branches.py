@@ -27,7 +27,7 @@ class BranchState(Enum):
     ACTIVE = "active"  # samples tokens
     WAITING = "waiting"  # has forked, and waits for its child branches
     DONE = "done"
-    SKIPPED = "skipped"  # never started, because the budget was too small
+    SKIPPED = "skipped"  # never started: the budget was too small, or the sequence was stopped before
 
 
 class Branch:
@@ -50,7 +50,8 @@ class Branch:
         last_slot: cache slot of its newest token, whose logits give the next token; -1 before the first token.
         num_sampled_tokens: tokens chosen by the sampler; forced tokens do not count.
         num_forks: number of forks so far.
-        finish_reason: why it ended without its own closing tag; otherwise an empty string.
+        finish_reason: why it ended without its own closing tag, for the trunk why the sequence ended; otherwise an
+            empty string.
         logprobs: log-probability of each sampled token; empty if they are not kept.
         rng_key: key of its random numbers, see `sampling.branch_key`; None until the first is drawn.
         budget_check_position: the scheduler checks the branch's budget after each token at this position or later.
@@ -151,7 +152,10 @@ class Fork:
         self.max_active = max_active
 
     def can_start(self, index: int) -> bool:
-        """True if all dependencies of child `index` are done and fewer than `max_active` children run."""
+        """True if all dependencies of child `index` are done (not skipped) and fewer than `max_active` children run.
+
+        Whether the child itself is still queued is not checked.
+        """
         running = sum(branch.state in (BranchState.ACTIVE, BranchState.WAITING) for branch in self.branches)
         return running < self.max_active and all(
             self.branches[i].state is BranchState.DONE for i in self.dependencies[index]

@@ -26,10 +26,11 @@ class BranchInfo:
     Attributes:
         path: identifies the branch: for each fork from the trunk to it, the index of the fork in its branch (from 0)
             and the label of the child; () for the trunk.
-        state: `done`, or `skipped` when the budget was too small to start it.
+        state: `done`, or `skipped` when it never started: the budget was too small, or the sequence was stopped before
+            (by `max_time`).
         finish_reason: why it ended without its own closing tag (`eos`, `length`, `max_time`, `stopping_criteria`,
-            `branch_max_new_tokens`, or the control token sampled instead); an empty string if it ended with the tag.
-            For the trunk, why the sequence ended.
+            `branch_max_new_tokens`, or the control token sampled instead); an empty string if it ended with the tag,
+            or if it was skipped because the sequence was stopped. For the trunk, why the sequence ended.
         num_tokens: tokens generated in it, including forced ones and those of its joins, without those of its children.
         num_sampled_tokens: tokens chosen by the sampler.
         segments: segments of its tokens, ascending, numbered as in `TopologyGenerateOutput.segment_ids`.
@@ -47,7 +48,10 @@ class BranchInfo:
 
     @property
     def truncated(self) -> bool:
-        """True for a path or step that did not sample its own closing tag; always False for the trunk."""
+        """True for a path or step with a finish reason: it did not sample its own closing tag.
+
+        Always False for the trunk, and for a branch that was skipped because the sequence was stopped.
+        """
         return bool(self.path) and bool(self.finish_reason)
 
 
@@ -61,9 +65,10 @@ class TopologyGenerateOutput(ModelOutput):
             topology that they were generated with.
         segment_ids: int32 [B, L], -1 at padding. Segments are numbered in the order of the text.
         position_ids: int64 [B, L], 0 at padding.
-        parents: for each sequence and each of its segments, the list of the segment's parents.
+        parents: for each sequence and each of its segments that have tokens, the list of the segment's parents.
         branch_info: for each sequence, its branches in the order of the text, the trunk first.
-        warnings: for each sequence, what was malformed in its text, and which forks were rejected.
+        warnings: for each sequence, what was malformed in its text, which forks were rejected, and which branches were
+            not started for lack of budget.
         num_forward_passes: forward passes of the model, including the prefill.
         generated_tokens: for each sequence, the number of tokens after the prompt, including forced ones.
         critical_path: for each sequence, the number of positions after the prompt: the length of the longest dependency

@@ -133,8 +133,8 @@ def parallel_generate(
         mode: which steps a MedVerse step may attend to: `dag`, those that it depends on and their ancestors; `layers`,
             all steps of earlier layers; `flat`, none.
         separator: white space between two control tokens.
-        max_branches: maximum number of active branches of a sequence. Others are queued; the text does not depend on
-            it.
+        max_branches: maximum number of active branches of a sequence. Others are queued; with a budget of positions,
+            the text does not depend on it.
         max_depth: maximum depth of nested blocks; the paths of deeper ones are decoded sequentially.
         min_fork_budget: with a smaller remaining budget, paths are decoded sequentially.
         budget: unit of `max_new_tokens`: `positions`, rotary positions, of which the longest dependency path of tokens
@@ -156,9 +156,9 @@ def parallel_generate(
 
     Raises:
         UsageError: an option has an invalid value, an argument is not supported (beams, assistants, a given cache, …),
-            no grammar is known, or there is no tokenizer.
+            no grammar is known, there is no tokenizer, or a streamer other than `BranchStreamer` gets several prompts.
         TopologyError: the control tokens of tokenizer and model do not match, or the prompt is padded on the right.
-        HFEError: the model's attention cannot generate in parallel.
+        HFEError: the model's attention cannot generate in parallel, or the attention mask has another shape.
     """
     for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
@@ -352,7 +352,7 @@ def _tokenizer_of(model: Any) -> Any:
     """Return the tokenizer stored with the model's weights; loaded once for each model.
 
     Raises:
-        UsageError: no tokenizer is stored there, or the model was not loaded from a folder or repository.
+        UsageError: no tokenizer can be loaded from there, or the model was not loaded from a folder or repository.
     """
     folder = getattr(model.config, "_name_or_path", "")
     known = _TOKENIZERS.get(model)
@@ -382,6 +382,8 @@ def _sampler(
     eos_ids: tuple[int, ...],
 ) -> Sampler:
     """Return the sampler of a call: the given one, plain greedy search, or one that applies the logits processors.
+
+    For the last, a missing seed is drawn from PyTorch's generator.
 
     Args:
         model: the causal language model.
@@ -428,12 +430,13 @@ class ParallelGeneration:
         Args:
             *args, **kwargs: as for `GenerationMixin.generate`; with parallel decoding also those of
                 `parallel_generate`.
-            parallel: decode in parallel. By default if ``config.topology["trained"]`` is True, unless `custom_generate`
-                is passed or the model is the assistant of another one.
+            parallel: decode in parallel; True logs a warning if the model was not trained for it. By default if
+                ``config.topology["trained"]`` is True, unless `custom_generate` is passed or the model is the assistant
+                of another one.
 
         Raises:
-            UsageError: `parallel` is not a bool or None, or an option of `parallel_generate`
-                other than `tokenizer` is passed without parallel decoding.
+            UsageError: `parallel` is not a bool or None, or an option of `parallel_generate` other than `tokenizer` is
+                passed without parallel decoding. Further errors are those of the function that is called.
         """
         if parallel not in (None, True, False):
             raise UsageError(f"parallel={parallel!r} is neither True nor False", "pass one of them, or leave it out")
@@ -457,7 +460,8 @@ def _name_positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     """Move all but the first two positional arguments of `generate` into `kwargs`, by their names; return the first
     two.
 
-    The first two are `inputs` and `generation_config`, which `parallel_generate` takes in the same places.
+    The first two are `inputs` and `generation_config`, which `parallel_generate` takes in the same places. A keyword of
+    the same name is overwritten.
     """
     names = (
         *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),

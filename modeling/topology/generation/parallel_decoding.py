@@ -53,8 +53,8 @@ class PendingStep:
         queries: for a speculative step, the `RowQueries` (token ids, positions, cache slots and segments) assumed for
             each sequence; empty for other steps.
         read: a function that waits for the device and returns the most likely tokens, int64 [B, Q], and their
-            log-probabilities, float64 [B, Q], or None if the step does not compute them. The field is None if the
-            sampler chooses from the logits instead.
+            log-probabilities, float64 [B, Q], or None if the step does not compute them. The arrays are overwritten
+            when `step` is used again twice. The field is None if the sampler chooses from the logits instead.
     """
 
     step: TopologyStep
@@ -95,7 +95,8 @@ class ParallelDecodeLoop:
 
     Raises:
         HFEError: the model's attention cannot generate in parallel, or `padding` has another shape.
-        TopologyError: `padding` is not on the left, or `token_ids` lacks a control token.
+        TopologyError: `padding` is not on the left, `token_ids` lacks a control token, or the tokenizer encodes the
+            control token of a forced header as another id.
         UsageError: `grammar` or `mode` is unknown, or `streamer` supports only one sequence and B is larger.
     """
 
@@ -145,7 +146,13 @@ class ParallelDecodeLoop:
     def run(self) -> None:
         """Generate until every sequence is finished; the tokens are then in `sequences`.
 
-        Afterwards the session is released for the next call, so a loop runs only once.
+        Afterwards the session is released for the next call, so a loop runs only once; after an error it is not
+        released. `generate` calls it with gradients off. Errors of the model, sampler, criteria and streamer are passed
+        on.
+
+        Raises:
+            TopologyError: the tokenizer encodes the control token of a forced header as another id.
+            torch.OutOfMemoryError: the device has too little memory for the cache or a forward pass.
         """
         # 1. Prefill: sample the first token of each trunk, unless its prompt ends with a fork.
         branches = [sequence.trunk for sequence in self.sequences if sequence.active_branches]
@@ -177,7 +184,8 @@ class ParallelDecodeLoop:
         """Run the model on the prompts [B, P]; return the logits [B, 1, V] of their last tokens.
 
         The prompts' keys and values fill the first P cache slots. A prompt that contains blocks is computed with a
-        `TopologyMask`, other prompts with a padding mask or none.
+        `TopologyMask`, other prompts with a padding mask or none. Sets `num_computed_tokens` of each sequence to the
+        length of its prompt, and writes the prompts' segments to the cache.
         """
         batch, length = self.prompt.shape
         segments = np.full((batch, length), -1, dtype=np.int32)
@@ -211,7 +219,11 @@ class ParallelDecodeLoop:
     # Decoding steps
 
     def dispatch(self) -> PendingStep:
-        """Dispatch a forward pass of all tokens that are not yet computed, without waiting for its result."""
+        """Dispatch a forward pass of all tokens that are not yet computed, without waiting for its result.
+
+        Sets `num_computed_tokens` of each sequence to the number of its tokens. Discards captured steps if the cache
+        must be reallocated. At least one sequence must be unfinished.
+        """
         slots = max(
             offset + len(sequence.tokens) for sequence, offset in zip(self.sequences, self.offsets, strict=True)
         )
@@ -225,11 +237,13 @@ class ParallelDecodeLoop:
 
         It assumes that each token sampled after `pending` is an ordinary token (not a control token), so that every
         active branch continues with one more token. The step takes these tokens from device memory, where `pending`
-        leaves them, unless the sampler proposes them on the host.
+        leaves them, unless the sampler proposes them on the host. The sequences are not changed: if the speculation
+        holds, the caller sets `num_computed_tokens`.
 
         Returns:
             The dispatched step; None if the device cannot continue before the host has the tokens: the sampler needs
-            logits or may replace tokens, steps are not captured, or the cache must be reallocated first.
+            logits or may replace tokens, steps are not captured (`pending` may be too large for it), or the cache must
+            be reallocated first.
         """
         session, sequences, width = self.session, self.sequences, pending.step.queries
         if pending.read is None or not session.can_speculate() or width > MAX_CAPTURED_QUERIES:
@@ -272,6 +286,8 @@ class ParallelDecodeLoop:
     def _enqueue(self, step: TopologyStep, queries: Sequence[RowQueries]) -> PendingStep:
         """Start a step whose inputs are on the device, and the copy of its tokens to the host, without waiting.
 
+        If the sampler needs logits, nothing is copied. Increases `num_forward_passes`.
+
         Args:
             step: the step.
             queries: for a speculative step, the assumed queries of each sequence; otherwise empty.
@@ -282,7 +298,14 @@ class ParallelDecodeLoop:
         return PendingStep(step, branches, queries, None if self.sampler.needs_logits else step.fetch_async(result))
 
     def complete(self, pending: PendingStep) -> None:
-        """Wait for a step, append the sampled tokens, then join finished forks and start queued branches."""
+        """Wait for a step, append the sampled tokens, then join finished forks and start queued branches.
+
+        Stopping criteria are applied and the streamer is fed in between. `pending.branches` must still be the active
+        branches. Steps are completed in the order in which they were dispatched.
+
+        Raises:
+            TopologyError: the tokenizer encodes the control token of a forced header as another id.
+        """
         step, width = pending.step, pending.step.queries
         # The queries of the active branches are the last ones of their batch row; indices are into [B * Q].
         indices = [
@@ -366,7 +389,8 @@ class ParallelDecodeLoop:
     def _apply_criteria(self, branches: Sequence[Branch]) -> None:
         """Stop each active branch for which a stopping criterion is met.
 
-        A criterion receives the ids that the branch attends to, int64 [1, n], including the left padding.
+        A criterion receives the ids that the branch attends to, int64 [1, n] on the CPU, including the left padding,
+        and None as its scores. The finish reason is `stopping_criteria`.
         """
         for branch in branches:
             sequence = self.sequences[branch.row]

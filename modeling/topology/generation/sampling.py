@@ -90,7 +90,10 @@ class Sampler:
         self.suppressed = tuple(suppressed)
 
     def choose(self, branches: Sequence[Branch], logits: Tensor) -> Choice:
-        """Return the next token of each of n branches, as a `Choice` of tensors [n], from logits [n, V]."""
+        """Return the next token of each of n branches, as a `Choice` of tensors [n], from logits [n, V].
+
+        The logits, of any floating-point dtype, are not changed.
+        """
         if self.suppressed:
             ids = torch.tensor(self.suppressed, device=logits.device)
             logits = logits.index_fill(-1, ids, float("-inf"))
@@ -160,7 +163,7 @@ class ProcessedSampler(Sampler):
         return uniform(branch.rng_key, branch.num_sampled_tokens)
 
     def _process(self, branches: Sequence[Branch], scores: Tensor) -> Tensor:
-        """Return the scores [n, V] of n branches after all processors."""
+        """Return the scores [n, V] of n branches after all processors, which may change `scores` in place."""
         ids: list[Tensor] = []
         for processor in self.processors:
             if isinstance(processor, _SCORES_ONLY):
@@ -199,7 +202,7 @@ def sample(scores: Tensor, numbers: Tensor) -> Choice:
         numbers: float64 [n] in [0, 1), the random numbers.
 
     Returns:
-        The tokens [n] and their log-probabilities [n].
+        The tokens, int64 [n], and their log-probabilities, float32 [n].
     """
     logprobs = scores.log_softmax(dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)

@@ -38,6 +38,9 @@ class SequenceState:
         prompt_end: position after the last one of the prompt.
         finish_reason: why the sequence ended (`eos`, `length`, or the reason passed to `stop`), or an empty string
             while it runs.
+
+    Raises:
+        UsageError: `prompt` does not consist of integers.
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class SequenceState:
         """Return, for each of `segments`, the bitmap of the segments whose tokens its tokens may attend to.
 
         Bitmaps follow one another as bytes, each `words` little-endian 64-bit integers; bit t stands for segment t.
+
+        Raises:
+            OverflowError: a bitmap does not fit in `words` integers.
         """
         closure = self.graph.closure
         return bitmap_bytes([closure[segment] for segment in segments], words)
@@ -140,7 +146,10 @@ class SequenceState:
     # Budget
 
     def _remaining_budget(self, branch: Branch) -> int:
-        """Return how many positions a branch may still fill; with a token budget, the tokens left to the sequence."""
+        """Return how many positions a branch may still fill; with a token budget, the tokens left to the sequence.
+
+        Forced tokens that close branches are not subtracted. Zero or less if the budget is exhausted.
+        """
         if self.limits.budget == "tokens":
             return self.limits.max_new_tokens - self.num_generated_tokens
         return self.prompt_end + self.limits.max_new_tokens - branch.position
@@ -161,7 +170,10 @@ class SequenceState:
         return 0 if branch.is_trunk else 2 * branch.open_blocks + 1 + len(self.forced.separator_ids)
 
     def _unreserved_tokens(self) -> int:
-        """Return how many tokens of a token budget remain after all active branches are closed and all forks joined."""
+        """Return how many tokens of a token budget remain after all active branches are closed and all forks joined.
+
+        It is negative if the budget does not suffice for these forced tokens.
+        """
         joins = sum(len(self.forced.join_ids) + self._closing_tokens(fork.parent) for fork in self._forks)
         closing = sum(self._closing_tokens(branch) for branch in self.active_branches)
         return self.limits.max_new_tokens - self.num_generated_tokens - joins - closing

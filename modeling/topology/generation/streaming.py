@@ -51,11 +51,12 @@ class StreamWriter:
     """Passes generated tokens on to a streamer.
 
     A streamer with the method `put_token` (`BranchStreamer`) receives each token as it is generated. Any other streamer
-    receives int64 [1] for each token in the order of the text, in which later branches wait for earlier ones.
+    receives int64 [1] on the CPU for each token in the order of the text, in which later branches wait for earlier
+    ones.
 
     Args:
         streamer: has the methods `put` and `end`, as in transformers.
-        sequences: the sequences of the batch; exactly one for a streamer without `put_token`.
+        sequences: the sequences of the batch, at least one; exactly one for a streamer without `put_token`.
 
     Raises:
         UsageError: a streamer without `put_token` is given several sequences.

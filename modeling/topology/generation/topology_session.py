@@ -41,6 +41,7 @@ class TopologySession:
     Attributes:
         cache: the `TopologyCache` that all branches of a sequence share.
         device: the device on which the model computes.
+        signature: as passed; `execute` renews it from time to time.
         may_capture: False if the model or device does not support captured steps, or if a capture ran out of memory.
     """
 
@@ -71,7 +72,10 @@ class TopologySession:
             slots: cache slots that the longest sequence fills after this step, its left padding included.
             queries: new tokens of the sequence that has most; rounded up to a power of two.
             segments: number of segments of the sequence that has most.
-            with_logprobs: as for `TopologyStep`.
+            with_logprobs: the step computes the log-probabilities of the most likely tokens too.
+
+        Raises:
+            torch.OutOfMemoryError: the cache must be reallocated, and the device has too little memory.
         """
         if slots > self.cache.capacity:
             self._steps.clear()  # their graphs write to the memory of the old cache
@@ -85,6 +89,10 @@ class TopologySession:
 
     def execute(self, step: TopologyStep, model: Any) -> Tensor:
         """Compute a step whose inputs have been sent to the device; returns the result of `TopologyStep.run`.
+
+        The result is int64 [1, B, Q], the most likely tokens, or [2, B, Q] with the bits of their log-probabilities; of
+        a captured step it is a buffer that the next call with the same step overwrites. Keys, values and segments are
+        written to the cache. `step` must come from `step_for` after the last reallocation of the cache.
 
         Captured steps are replayed. If a capture runs out of memory, this session calls the model from then on. Every
         `SIGNATURE_CHECK_INTERVAL` steps it computes `signature` anew, in case the model has changed.
@@ -105,7 +113,10 @@ class TopologySession:
         return result
 
     def reset(self, suppressed: tuple[int, ...]) -> None:
-        """Empty the cache for other prompts, and make all steps never choose the token ids `suppressed`."""
+        """Empty the cache for other prompts, and make all steps never choose the token ids `suppressed`.
+
+        If these ids differ from the last ones, all captured steps are discarded.
+        """
         if suppressed != self._suppressed:
             self._steps.clear()  # the ids are part of their graphs
             self._suppressed = suppressed
@@ -154,7 +165,7 @@ def can_capture_steps(model: Any) -> bool:
 
 
 def _round_up(count: int) -> int:
-    """Return `count` rounded up to a power of two, or `count` itself above `MAX_CAPTURED_QUERIES`."""
+    """Return `count` rounded up to a power of two, at least 1, or `count` itself above `MAX_CAPTURED_QUERIES`."""
     return count if count > MAX_CAPTURED_QUERIES else 1 << max(count - 1, 0).bit_length()
 
 

@@ -112,6 +112,8 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
     def feed(self, token_id: int, step: int | None = None) -> Placement:
         """Append one token; return its segment and position.
 
+        No headers are read: a path that `<Path>` opens gets the label of its outline, or its number without one.
+
         Args:
             token_id: the token.
             step: number of the step that a `<Step>` opens; None for other tokens. A step without a number may
@@ -140,8 +142,9 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
             ids: token ids [S], of any integer type.
 
         Raises:
-            UsageError: `ids` is not one-dimensional, or not of integers.
-            TopologyError: the text is malformed, and the builder is `strict`.
+            UsageError: `ids` are not integers, or those of several rows; [1, S] is accepted.
+            TopologyError: the text is malformed, and the builder is `strict`, or as for `feed` in a forked builder. The
+                tokens before the error have been appended to the graph.
         """
         array = np.asarray(ids)
         if array.size and (array.size != array.shape[-1] or array.dtype.kind not in "iu"):
@@ -217,7 +220,8 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         """Return a builder for each path of the open block, or each step of the open execution, on the same graph.
 
         The first token fed to such a builder must be its `<Path>`, or its `<Step>` with ``step=``, and a step must be
-        fed after the steps that it depends on are done. Feed nothing to this builder until `join`.
+        fed after the steps that it depends on are done. Feed nothing to this builder until `join`. The steps are added
+        to the execution in the given order, so fork an execution once.
 
         Args:
             branches: number of paths, which take the labels of the outlines; or the paths' labels; or, for an
@@ -253,7 +257,8 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         `</Execution>` or `<Conclusion>`.
 
         Args:
-            children: builders returned by `fork`, in the order of their labels; some may be left out.
+            children: builders returned by the last `fork` of this builder, whose block is still open, in the order of
+                their labels; some may be left out.
         """
         frame = self.frames[-1]
         for child in children:
@@ -268,6 +273,9 @@ class TopologyBuilder(MultiverseRules, MedVerseRules):
         Args:
             tag: the control token.
             header: label or step number that follows it, for `<Path>` and `<Step>`.
+
+        Raises:
+            TopologyError: the token is malformed here and the builder is `strict`, or as for `feed`.
         """
         if tag == "<Step>":
             return self.open_step(header.step)

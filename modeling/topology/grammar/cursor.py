@@ -60,7 +60,8 @@ class Frame:
     Attributes:
         tag: control token that opened the block.
         token_index: index of that token in its row.
-        trunk: segment that the paths follow: the one that was current when the block opened.
+        trunk: segment that the paths follow: the one that was current when the block opened, or, for paths of a forked
+            cursor, at the fork.
         prefix: start of the paths' labels, such as ``2.`` for the paths ``2.1`` and ``2.2``; empty in an outermost
             block.
         path_ends: last segment of each closed path or step.
@@ -198,7 +199,11 @@ class Cursor:
         frame.path_ends.append(self.segment)
 
     def join_paths(self, frame: Frame) -> None:
-        """Make `segment` a new segment whose parents are the last segments of the block's paths; mark it as joined."""
+        """Make `segment` a new segment whose parents are the last segments of the block's paths; mark it as joined.
+
+        Raises:
+            TopologyError: the graph is full (`MAX_SEGMENTS`); `can_add_path` keeps room for joins.
+        """
         self.segment = self.graph.new(frame.path_ends, f"{frame.prefix}join")
         frame.joined = True
 

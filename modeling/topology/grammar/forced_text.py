@@ -34,7 +34,7 @@ class ForcedText:
 
     Args:
         grammar: `multiverse` or `medverse`.
-        token_ids: control token -> id.
+        token_ids: control token -> id, for every control token of the grammar.
         encode: function from a text to its token ids; see `encode_function`.
         separator: white space between two control tokens; may be empty.
 
@@ -80,11 +80,21 @@ class ForcedText:
         self._headers: dict[str, tuple[int, ...]] = {}
 
     def path_header(self, label: str) -> tuple[int, ...]:
-        """Return the ids of a Multiverse path's header: ``<Path>``, separator, ``label:``."""
+        """Return the ids of a Multiverse path's header: ``<Path>``, separator, ``label:``.
+
+        Raises:
+            TopologyError: the tokenizer encodes `<Path>` as another id in this text.
+        """
         return self._header("<Path>", f"{self._separator}{label}:")
 
     def step_header(self, number: int, title: str) -> tuple[int, ...]:
-        """Return the ids of a MedVerse step's header: ``<Step> Transient Step number: title`` and a line break."""
+        """Return the ids of a MedVerse step's header: ``<Step> Transient Step number: title`` and a line break.
+
+        White space in the title is reduced to single spaces.
+
+        Raises:
+            TopologyError: the tokenizer encodes `<Step>` as another id in this text.
+        """
         title = " ".join(title.split())
         return self._header("<Step>", f" Transient Step {number}: {title}".rstrip() + "\n")
 
@@ -108,7 +118,11 @@ class ForcedText:
         return {"branch": in_path, "path": in_path, "block": (self.close_id, *eos_ids)}
 
     def _header(self, tag: str, text: str) -> tuple[int, ...]:
-        """Return the ids of a control token and the text after it, without other control tokens; cached."""
+        """Return the ids of a control token and the text after it, without other control tokens; cached.
+
+        Raises:
+            TopologyError: as for `_encode_tag`.
+        """
         key = tag + text
         if key not in self._headers:
             first, *rest = self._encode_tag(tag, text)

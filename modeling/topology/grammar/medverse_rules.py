@@ -103,6 +103,9 @@ class MedVerseRules(Cursor):
         Args:
             number: the step's number; None if its header has none.
 
+        Returns:
+            False, after `report_malformed`, if the graph has no room for the step; otherwise True.
+
         Raises:
             TopologyError: malformed and `strict`; or, even if not `strict`, a step that it depends on has not been
                 opened in an execution whose steps were forked (see `TopologyBuilder.fork`).

@@ -59,7 +59,8 @@ class MultiverseRules(Cursor):
     def open_path(self, label: str = "") -> bool:
         """`<Path>`: make `segment` a new segment that follows the trunk of the block.
 
-        If not `strict`, a path inside another closes that one.
+        If not `strict`, a path inside another closes that one. False, after `report_malformed`, outside an open block,
+        after its join, or if the graph has no room.
 
         Args:
             label: label in the path's header, or an empty string. It names the segment if the path's outline has no

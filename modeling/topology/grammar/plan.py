@@ -155,6 +155,8 @@ class StepOrder:
     def add(self, number: int | None) -> list[int]:
         """Add a step; return the indices of its parents, empty if its parent is the text before the steps.
 
+        In mode `layers` steps of one layer share the returned list, so do not change it.
+
         Args:
             number: number of the step; None if its header has none. Any number is accepted.
         """

@@ -54,7 +54,8 @@ class Topology:
         position_ids: numpy int64 [S], rotary positions.
         parents: for each of N segments, the segments that it follows; they have smaller numbers.
         labels: name of each segment; by default its number.
-        forced: numpy bool [S], true for tokens that generation appends without sampling; by default all false.
+        forced: numpy bool [S], true for tokens that generation appends without sampling; all false if it is left out
+            or has another length.
         warnings: a message for each malformed token, if the text was read with `strict=False`.
     """
 
@@ -161,11 +162,20 @@ class Topology:
         return closure
 
     def reachable(self, segment: int, other: int) -> bool:
-        """True if tokens of segment `segment` may attend to segment `other`: it is that segment or an ancestor."""
+        """True if tokens of segment `segment` may attend to segment `other`: it is that segment or an ancestor.
+
+        Raises:
+            TopologyError: as for `closure`.
+            IndexError: there is no segment `segment`.
+        """
         return bool(self.closure()[segment] >> other & 1)
 
     def bitmaps(self) -> Tensor:
-        """Return `closure` as a tensor, int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``."""
+        """Return `closure` as a tensor, int64 [N, W]: bit t of row s is bit ``t % 64`` of word ``t // 64``.
+
+        Raises:
+            TopologyError: as for `closure`; also in `dense_mask`, `to_mask` and `stack`, which call this.
+        """
         words = max(1, -(-self.n_segments // 64))
         data = bitmap_bytes(self.closure(), words)
         return torch.from_numpy(np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, words))
@@ -183,6 +193,9 @@ class Topology:
         """Return the topology of several texts in one row, whose tokens may not attend to those of other texts.
 
         Segments are renumbered; positions are kept, so they restart at each text.
+
+        Args:
+            topologies: one for each text, at least one.
         """
         offsets = np.cumsum([0, *(each.n_segments for each in topologies)]).tolist()
         shifted = [
@@ -213,6 +226,7 @@ class Topology:
 
         Raises:
             UsageError: `pad_to` is too small, or `side` is unknown.
+            TopologyError: in a topology, a parent does not come before its segment.
         """
         longest = max((len(each) for each in topologies), default=0)
         width = longest if pad_to is None else pad_to
