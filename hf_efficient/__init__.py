@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# In a source checkout (editable installs too) the lower storeys lie beside this folder, in a wheel inside it.
+# In a source checkout (editable installs too) `kernels`, `modeling` and `conversion` are beside this folder, in a
+# wheel inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").exists() and (_here.parent / "pyproject.toml").is_file():
     __path__.append(str(_here.parent))
@@ -27,7 +28,10 @@ register_architectures()
 
 
 def _installed_code(config_class: type) -> Any:
-    """The code that a saved configuration comes with; the exporter is imported when something is saved."""
+    """The code that a saved configuration comes with; the exporter is imported when something is saved.
+
+    `CodeExport`, or None for a class that is not registered: see `installed_code` of `hub/export.py`.
+    """
     return import_module("hf_efficient.hub.export").installed_code(config_class)
 
 

@@ -92,7 +92,7 @@ def convert(
         revision: branch, tag or commit of a Hub source.
         token: access token for the Hub, for downloads and for `push_to_hub`.
         device: device for calibration and evaluation.
-        seed: random seed. The generator state of the caller is restored afterwards.
+        seed: random seed. The state of the caller's CPU generator is restored afterwards, not that of GPU generators.
         max_shard_size: largest size of a weight file, in bytes or as text such as `5GB`.
         base_model, license: Hub id and licence for the model card; by default those in the source's metadata.
         tokenizer: folder or Hub id of a tokenizer, for a source without one, or to use in place of the source's.
@@ -112,9 +112,9 @@ def convert(
         The report that was also written to `conversion_report.json`; with `dry_run` the report of the plan.
 
     Raises:
-        UsageError: an option is wrong, or `output` exists.
-        HFEError: the source cannot be read or converted, or disk space is insufficient; `output` is unchanged. Or the
-            upload failed; then `output` is complete.
+        UsageError: an option is wrong, the token is malformed, a patch does not suit the model, or `output` exists.
+        HFEError: the token may not write to `push_to_hub`, the source cannot be read or converted, or disk space is
+            insufficient; `output` is unchanged. Or the upload failed; then `output` is complete.
     """
     started = time.perf_counter()
     if measure and not dry_run:
@@ -342,6 +342,9 @@ class _Conversion:
 
         The result is saved, and that of an interrupted run is returned as it is. None, with a warning, for a model
         without a head that predicts tokens, such as a classifier.
+
+        Raises:
+            HFEError: the tokenizer or the text is unusable.
         """
         saved = self._load_result("evaluation")
         if saved is not None:
@@ -364,7 +367,7 @@ class _Conversion:
         return self._save_result("evaluation", {**result.to_dict(), "dtype": EVAL_DTYPE})
 
     def report(self, plan: ConversionPlan) -> ConversionReport:
-        """The report of the plan, and of what has been measured so far."""
+        """The report of `plan`, which the method `plan` returned, and of what has been measured so far."""
         source = self.source
         return ConversionReport(
             source={
@@ -437,7 +440,7 @@ class _Conversion:
 
 
 def _versions() -> dict[Package, str]:
-    """Versions of Python and of the packages that the conversion used."""
+    """Versions of Python and of those of the packages in `Package` that are installed."""
     versions: dict[Package, str] = {"hf_efficient": __version__, "python": platform.python_version()}
     for package in get_args(Package):
         if package not in versions:
@@ -447,6 +450,6 @@ def _versions() -> dict[Package, str]:
 
 
 def _peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

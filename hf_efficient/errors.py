@@ -48,6 +48,9 @@ class HFEError(ValueError):
     Args:
         problem: what was given and the rule it breaks, with the offending value.
         remedy: what the user can do about it.
+
+    Attributes:
+        problem, remedy: the arguments on one line, without Hub tokens; the message is "problem; remedy".
     """
 
     exit_code = 1

@@ -51,9 +51,11 @@ def evaluate(
         progress: show a progress bar.
 
     Raises:
-        UsageError: `tokens` is below 2, or no tokenizer is known.
-        HFEError: a checkpoint or the text cannot be read, or the vocabularies differ by more than the control tokens
-            that a conversion adds; next to those, predictions are compared on the tokens that both have.
+        UsageError: `tokens` is below 2, the device is not available, the token is malformed, or no tokenizer is known.
+        HFEError: a checkpoint, its tokenizer or the text cannot be read or does not suit the model; the model is no
+            language model, such as a classifier; the two are of different families; or their vocabularies differ in
+            size although no patch added control tokens to the larger. If one did, predictions are compared on the
+            tokens that both have.
     """
     if tokens < 2:
         raise UsageError(
@@ -137,7 +139,10 @@ def _narrowed(logits: LogitSource, size: int) -> LogitSource:
 def _logits(
     evaluator: Evaluator, source: Source | nn.Module, device: str | torch.device, bar: Progress, index: int, count: int
 ) -> LogitSource:
-    """A function that computes the logits of one of `count` sources; `index` is its part of the progress."""
+    """A function that computes the logits of one of `count` sources, and advances `bar` by its share, number `index`.
+
+    A checkpoint runs on `device`; a model in memory runs where it is, and does not advance the bar.
+    """
     if not isinstance(source, Source):
         return evaluator.model_logits(source)
     return evaluator.checkpoint_logits(

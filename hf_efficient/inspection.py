@@ -28,9 +28,10 @@ class Inspection:
         patches: names of the patches that are active in the checkpoint; empty for a stock model.
         patch_fields: label -> value of the configuration fields of these patches.
         can_convert_to: names of the patches that a conversion can add.
-        parameters: group of tensors -> number of parameters.
+        parameters: group of tensors -> number of parameters; groups without any are left out. Like the next two, it
+            counts the tensors that the model loads, not e.g. a stored copy of a tied head.
         bytes: bytes of the weights in the files' own dtype (GGUF: dequantised).
-        dtypes: dtype -> number of tensors.
+        dtypes: dtype, such as `bfloat16` -> number of tensors.
         warnings: texts about parts of the source that were ignored.
     """
 
@@ -76,6 +77,7 @@ def inspect(source: str, *, revision: str | None = None, token: str | None = Non
 
     Raises:
         HFEError: the source is missing, damaged, or of an unsupported family, or its tensors do not match config.json.
+        UsageError: the token is malformed.
     """
     opened = open_source(str(source), revision=revision, token=token)
     reader, config = opened.reader, opened.config

@@ -64,8 +64,9 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
     """Parse `data`, the content of the file `name`, as a JSON object.
 
     Raises:
-        HFEError: `data` is not a JSON object, has NaN, infinity or a number of more than 64 digits, a key twice in an
-            object, a text with a lone surrogate, or more than 64 levels of nesting.
+        HFEError: `data` is not a JSON object in UTF-8, has NaN, infinity, a float that overflows, an integer of more
+            than 64 characters, a key twice in an object, a text with a lone surrogate, or more than 64 levels of
+            nesting.
     """
     try:
         value = json.loads(
@@ -163,12 +164,16 @@ def finite_or_null(value: Any) -> Any:
 
 
 def is_whole(value: Any, minimum: int = 0, maximum: int = (1 << 63) - 1) -> bool:
-    """True for an int between two bounds; True and False are none."""
+    """True for an int between two bounds, both included; False for a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def is_file_name(value: Any) -> bool:
-    """True for a string that can be a relative file name or path; does not check whether the file exists."""
+    """True for a printable string of 1 to 1,024 characters whose parts between slashes have at most 255 bytes.
+
+    The path may be absolute or contain `..`, and need not exist: a caller that opens it must check that it is inside
+    the checkpoint's folder.
+    """
     if not isinstance(value, str) or not value.isprintable():
         return False
     return 0 < len(value) <= 1024 and all(len(part.encode()) <= 255 for part in value.split("/"))

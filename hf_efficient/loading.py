@@ -32,8 +32,9 @@ def load_for_generation(
         trust_remote_code: run the code of a checkpoint whose architecture is not registered.
 
     Raises:
-        UsageError: the dtype or device is not available, or `checkpoint` is a file.
-        HFEError: there is no such checkpoint, or transformers cannot load it.
+        UsageError: the dtype or device is not available, `checkpoint` is a file, or the token is malformed.
+        HFEError: there is no such checkpoint, its architecture does not generate text, or transformers cannot load its
+            tokenizer, configuration or model.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r} is not known", f"choose {', '.join(DTYPES)}")
@@ -76,7 +77,7 @@ def _check_generates(checkpoint: str, model_type: str) -> None:
 
 @contextmanager
 def _model_errors(checkpoint: str) -> Iterator[None]:
-    """Context: any error while transformers loads `checkpoint` becomes `HFEError`."""
+    """Context: any `Exception` while transformers loads `checkpoint` becomes `HFEError`."""
     try:
         yield
     except HFEError:

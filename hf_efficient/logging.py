@@ -13,7 +13,10 @@ IN_REPORT = "in_report"
 
 @functools.cache
 def get_logger() -> logging.Logger:
-    """The ``hf_efficient`` logger, at the level that ``HFE_LOG`` names."""
+    """The ``hf_efficient`` logger; unless it has a level, it gets the one that ``HFE_LOG`` names.
+
+    `ValueError` if this is no level of `logging`.
+    """
     logger = logging.getLogger("hf_efficient")
     if logger.level == logging.NOTSET:
         logger.setLevel(log_level())

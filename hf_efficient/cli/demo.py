@@ -50,7 +50,7 @@ def command(
     from hf_efficient.hub.verify import verify
 
     hide_reported_warnings()
-    disable_progress_bar()  # transformers' own bars, which would stand between the answers
+    disable_progress_bar()  # transformers' own bars, which would interrupt the printed output
     source = small_model()
     _step(1, f"Convert SmolLM2-135M-Instruct to STEM: {output}")
     report = convert(
@@ -109,7 +109,7 @@ def _converted_model(folder: Path) -> PreTrainedModel:
 
 
 def _answer(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> str:
-    """Greedy answer of a model to the demo's question."""
+    """Greedy answer of a model to the demo's question, at most `max_new_tokens` tokens, without special tokens."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

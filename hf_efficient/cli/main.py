@@ -70,7 +70,10 @@ def options(
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Entry point: run the command line and leave with its exit status."""
+    """Entry point: run the command line (`arguments`, by default those of the process).
+
+    Always raises `SystemExit` with the exit status; an error is printed on standard error, not raised.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     # --debug is taken before and after the subcommand.
     debug, arguments = "--debug" in given, [a for a in given if a != "--debug"]
@@ -96,7 +99,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: Any, debug: bool) -> int:
-    """Print the error as one line, with --debug after its traceback; returns the exit status."""
+    """Print the error as one line on standard error, with `debug` after its traceback; returns the exit status."""
     if debug:
         typer.echo(redact("".join(traceback.format_exception(error))), err=True)
     kind, hint, status = "error", "", 1

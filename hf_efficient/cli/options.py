@@ -52,7 +52,10 @@ def _flag_type(hint: Any) -> Any:
 
 
 def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option `--<patch>-<field>` for every field of every patch, passed on as keyword arguments."""
+    """Give `command` an option `--<patch>-<field>` for every field of every patch, passed on as keyword arguments.
+
+    The keyword of a field is `<patch>_<field>`, and its value None if the option was not given.
+    """
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     hints = get_type_hints(command, include_extras=True)
@@ -83,7 +86,7 @@ def with_patch_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def build_patches(names: list[str], fields: dict[str, Any]) -> list[Any]:
-    """Create the patches that `--patch` named, with their options.
+    """Create the patches that `--patch` named, with their options, in this order; an empty list for `none`.
 
     Args:
         names: values of `--patch`; `none` stands for no patch.

@@ -83,7 +83,7 @@ def tag_pattern(grammar: str) -> re.Pattern[str]:
     """Return a pattern that matches the grammar's control tokens; group 1 is `/` or empty, group 2 the tag's name.
 
     Args:
-        grammar: `multiverse` or `medverse`.
+        grammar: `multiverse` or `medverse`; `KeyError` for another one.
     """
     names = {tag.strip("</>") for tag in CONTROL_TOKENS[grammar]}
     return re.compile(f"<(/?)({'|'.join(sorted(names))})>")

@@ -61,8 +61,8 @@ class Sample:
                 Fields with `?` may be missing; other fields are ignored.
 
         Raises:
-            HFEError: a field is missing or has another type, an id is repeated or unknown, or the dependencies form a
-                cycle.
+            HFEError: a field is missing or has another type, there is no step, an id or title is empty, an id is
+                repeated or unknown, or the dependencies form a cycle.
         """
         if isinstance(value, Sample):
             return value
@@ -107,7 +107,8 @@ class Sample:
         """Return how much longer the longest path becomes if each level waits for the whole level before it.
 
         Args:
-            length: length of a step's text (of its title if the text is empty), by default in characters.
+            length: length of a step's text (of its title if the text is empty), by default in characters; below 1 it
+                counts as 1.
 
         Returns:
             ``longest path by levels / longest path of dependencies``, at least 1.

@@ -103,8 +103,9 @@ def to_multiverse(sample: Sample | Mapping[str, Any]) -> str:
     """Return a sample as a Multiverse text: one block for each level, with the chains of the level as its paths.
 
     See `Sample.levels` for levels and chains. A level with one chain is plain text. If the last level is a block, its
-    conclusion is that of the sample; other blocks conclude with the titles of their steps. Each block waits for the
-    whole level before it: if this lengthens the longest path, a warning states the factor of
+    conclusion is that of the sample, unless empty; other blocks conclude with the titles of their steps. If the last
+    level is plain text, the sample's conclusion follows it. The answer, if any, is the last line, after `</Think>`.
+    Each block waits for the whole level before it: if this lengthens the longest path, a warning states the factor of
     `Sample.lost_parallelism`.
 
     Args:

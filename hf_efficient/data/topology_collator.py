@@ -71,7 +71,8 @@ class TopologyDataCollator:
         grammar, mode: those of the model's `config.topology`.
         max_length: truncate longer texts to this number of tokens, possibly inside a block; None for no limit.
         mask_forced: no loss on forced tokens; only for ``label_mode="topology"``.
-        label_mode: `topology`, as above; `reference`, every token of the completion, as in the released code.
+        label_mode: `topology`, as above; `reference`, every token of the completion (or of given labels other than
+            -100), as in the released code.
         packing: put several texts into one row of at most `max_length` tokens. Tokens may not attend to other texts.
         pad_to_multiple_of: pad rows to a multiple of this length.
         backend: `topology`; or `sdpa`, for models of transformers: the batch then contains `attention_mask`, bool
@@ -79,8 +80,8 @@ class TopologyDataCollator:
         strict: raise for a malformed text; otherwise ignore or repair malformed control tokens, as generation does.
 
     Raises:
-        UsageError: an option is invalid.
-        TopologyError: the tokenizer lacks control tokens.
+        UsageError: an option is invalid, or `tokenizer` is not a tokenizer.
+        TopologyError: the tokenizer does not encode each control token as one token.
     """
 
     tokenizer: Any
@@ -137,7 +138,7 @@ class TopologyDataCollator:
 
     @cached_property
     def _token_ids(self) -> dict[str, int]:
-        """Control token -> id."""
+        """Control token -> id; `TopologyError` if the tokenizer lacks one."""
         return control_token_ids(self.tokenizer, self.grammar)
 
     @cached_property
@@ -151,6 +152,9 @@ class TopologyDataCollator:
         Args:
             feature: the sample.
             place: its index in the batch, for messages.
+
+        Raises:
+            HFEError, TopologyError: as for `__call__`.
         """
         ids, has_loss = self._tokens(feature, place)
         topology = Topology.from_token_ids(

@@ -49,7 +49,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> Literal["written", "
         repo_id: the repository that the card names in its example; None writes OWNER/NAME.
 
     Raises:
-        HFEError: config.json or the report cannot be read.
+        HFEError: config.json or the report cannot be read, or README.md cannot be written.
     """
     path = folder / CARD
     # A symbolic link is replaced: its target is not part of the checkpoint, and may be private.

@@ -76,7 +76,10 @@ downloaded copy. `hf-efficient verify {repo_id}` says whether the code is, byte 
 
 
 def auto_class_of(config: dict[str, Any]) -> str:
-    """Name of the Auto class of the class in `architectures`, by `auto_map`; `AutoModel` if there is none."""
+    """Name of the Auto class of the class in `architectures`, by `auto_map`; `AutoModel` if there is none.
+
+    `config`: the fields of a config.json.
+    """
     auto_map = config.get("auto_map")
     saved = [str(name) for name in config.get("architectures") or []]
     entries = auto_map.items() if isinstance(auto_map, dict) else ()

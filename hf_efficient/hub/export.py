@@ -38,7 +38,8 @@ def export(folder: str | Path) -> CodeExport:
     nothing. If the process is killed while it writes, the folder still loads, with the old code or with the new.
 
     Raises:
-        HFEError: config.json cannot be read, or its model type is not one of this package's.
+        HFEError: config.json is missing or cannot be read, its model type is not one of this package's, or a file
+            cannot be written.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).exists():
@@ -78,7 +79,8 @@ def render_code(architecture: ArchitectureSpec) -> CodeExport:
     """Generate the code of `architecture` from the installed package; writes nothing.
 
     Raises:
-        HFEError: the package's code cannot be exported, see `flatten`.
+        HFEError: the package's code cannot be exported, see `flatten`, or the architecture's model classes are not all
+            in one module.
     """
     entry, auto_map = _auto_map(architecture)
     code = flatten(entry, __version__)
@@ -99,7 +101,10 @@ def render_code(architecture: ArchitectureSpec) -> CodeExport:
 
 @cache
 def installed_code(config_class: type) -> CodeExport | None:
-    """The code that `save_pretrained` writes with a configuration of this class; None if it is not registered."""
+    """The code that `save_pretrained` writes with a configuration of this class; None if it is not registered.
+
+    Errors as for `render_code`.
+    """
     return next((render_code(a) for a in ARCHITECTURES if a.config_class is config_class), None)
 
 
@@ -108,6 +113,9 @@ def _auto_map(architecture: ArchitectureSpec) -> tuple[str, dict[str, str]]:
 
     AutoConfig, too, points into the modeling file: transformers tells local copies of code apart by a hash over the
     entry file and what it imports, so a second entry file would give a second, unequal configuration class.
+
+    Raises:
+        HFEError: the model classes are not all in one module, or it does not import the configuration class.
     """
     models = {name: cls for name, cls in architecture.auto_classes.items() if name != "AutoConfig"}
     modules = sorted({cls.__module__ for cls in models.values()})

@@ -52,7 +52,10 @@ class FlatCode:
 
 
 class _Module:
-    """One module of the package: its source, and the statements that import others of the package."""
+    """One module of the package: its source, and the statements that import others of the package.
+
+    `HFEError` if one of these has a form that cannot be flattened, see `package_imports`.
+    """
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
@@ -61,7 +64,10 @@ class _Module:
         self.imports = list(package_imports(name, self.tree))
 
     def flat_text(self) -> str:
-        """The source with each package import as a relative import of the flat file; all else byte for byte."""
+        """The source with each package import as a relative import of the flat file; all else byte for byte.
+
+        `HFEError` if an import shares its line with another statement.
+        """
         lines = self.text.encode().splitlines(keepends=True)  # the syntax tree counts columns in bytes
         for node in sorted(self.imports, key=lambda node: node.lineno, reverse=True):
             first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
@@ -136,7 +142,8 @@ def _reach(entry_module: str) -> dict[str, _Module]:
     """Module name -> module, of the entry module and all that it imports from the package, directly or not.
 
     Raises:
-        HFEError: a module may not be exported, or two would have the same file name.
+        HFEError: a module may not be exported, its source is not installed or breaks a rule (see `package_imports` and
+            `_check_portable`), or two modules would have the same file name.
     """
     modules: dict[str, _Module] = {}
     flat: dict[str, str] = {}
@@ -160,7 +167,7 @@ def _reach(entry_module: str) -> dict[str, _Module]:
 
 
 def _check_portable(module: _Module) -> None:
-    """Raise `HFEError` for statements that fail in transformers' copy of a checkpoint's code."""
+    """Raise `HFEError` for imports by function and for `__file__`: transformers copies what import statements name."""
     for node in ast.walk(module.tree):
         called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         if called in ("import_module", "__import__"):

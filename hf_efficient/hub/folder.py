@@ -28,7 +28,10 @@ class UntrustedFolder:
 
     Attributes:
         files: size in bytes of each file, by its path relative to the folder, with slashes.
-        findings: one for each entry that is neither a regular file nor a folder.
+        findings: one for each entry that is neither a regular file nor a folder, and each folder that cannot be listed.
+
+    Raises:
+        HFEError: it has more than 20,000 entries.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,7 +48,7 @@ class UntrustedFolder:
         return name in self.files
 
     def empty_folders(self) -> list[str]:
-        """Folders without files at any depth."""
+        """Names of the folders without files at any depth; `.git` is one of them, since its files are not listed."""
         return [name for name in self._folders if not any(file.startswith(f"{name}/") for file in self.files)]
 
     def path(self, name: str) -> Path:

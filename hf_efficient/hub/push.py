@@ -26,6 +26,7 @@ class PushResult:
     """Where a checkpoint was published.
 
     Attributes:
+        repo_id: the repository, OWNER/NAME.
         url: the repository's page.
         commit: the commit to pin as `revision`.
         commit_url: the commit's page.
@@ -70,9 +71,10 @@ def push(
         commit_message: by default names the architecture and the release.
 
     Raises:
-        UsageError: `folder` is no folder, or `repo_id` is no repository id.
+        UsageError: `folder` is no folder, `repo_id` is no repository id, or the token is malformed.
         HFEError: the checkpoint does not pass verification, there is no token, the repository is public although
-            `private` is True, access is denied, or the Hub cannot be reached. Nothing is uploaded then.
+            `private` is True, access is denied, or the Hub cannot be reached. No file is uploaded then, but the
+            repository or branch may have been created, and the card written.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -63,7 +63,10 @@ def json_type(hint: Any) -> Any:
 
 
 def _report_type(patch_types: dict[str, Any]) -> Any:
-    """Type of the whole report; its patches are any objects, since their types depend on their names."""
+    """Type of the whole report; its patches are any objects, since their types depend on their names.
+
+    `patch_types`: patch name -> type of its options.
+    """
     hints = {name: json_type(hint) for name, hint in get_type_hints(ConversionReport).items()}
     options = get_type_hints(ConversionOptions)
     for name in ("patches", "max_shard_size"):

@@ -47,7 +47,7 @@ def check_access(repo_id: str, *, private: bool = True, token: str | None = None
         token: token that may write there; by default the one that `hf auth login` stored.
 
     Raises:
-        UsageError: `repo_id` is no repository id.
+        UsageError: `repo_id` is no repository id or names no owner, or the token is malformed.
         HFEError: there is no token, it may not write there, the repository is public although `private` is True, or the
             Hub cannot be reached.
     """
@@ -89,6 +89,11 @@ def download_headers(repo_id: str, folder: Path, revision: str | None, token: st
     JSON and Python files are downloaded as a whole, unless they exceed `size_limit`; of a safetensors file the header,
     of any other the first bytes; the rest of a file is a hole. Of files whose names no checkpoint has nothing is
     downloaded. Returns the commit that was read.
+
+    Raises:
+        UsageError: the token is malformed.
+        HFEError: the repository or revision cannot be read, it has more than 2,000 files, or it lists a file that is
+            outside its folder or cannot be created.
     """
     checked_token(token if token is not None else get_token())
     api = HfApi(token=token)
@@ -108,7 +113,7 @@ def download_headers(repo_id: str, folder: Path, revision: str | None, token: st
 
 
 def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
-    """The bytes at the start of a file that `verify` reads, downloaded from `url`."""
+    """The bytes at the start of a file that `verify` reads, downloaded from `url`; errors of the HTTP client pass."""
     if not may_be_part(file.path):
         return b""
     if file.path.endswith(_READ_WHOLE) and file.size <= size_limit(file.path):
@@ -120,7 +125,10 @@ def _needed_bytes(url: str, file: RepoFile, token: str | None) -> bytes:
 
 
 def _write_sparse(target: Path, content: bytes, size: int, repo_id: str) -> None:
-    """Create a file of `size` bytes that begins with `content`; the rest is a hole, which takes no disk space."""
+    """Create a file of `size` bytes that begins with `content`; the rest is a hole, which takes no disk space.
+
+    Missing folders are created. `HFEError` if the file cannot be created or exists.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as out:
@@ -135,7 +143,7 @@ def _write_sparse(target: Path, content: bytes, size: int, repo_id: str) -> None
 
 
 def _read_range(url: str, start: int, stop: int, token: str | None) -> bytes:
-    """Download bytes `start` to `stop` (exclusive) of a file."""
+    """Download bytes `start` to `stop` (exclusive) of a file; raises the HTTP client's error for an error status."""
     if stop <= start:
         return b""
     headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}"}

@@ -60,8 +60,10 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
         token: token for a private repository; by default the one that `hf auth login` stored.
 
     Raises:
-        UsageError: the argument is neither a folder nor a repository id, or `revision` is given for a folder.
-        HFEError: the repository cannot be read. Faults of a checkpoint are reported, not raised.
+        UsageError: the argument is neither a folder nor a repository id, `revision` is given for a folder, or the token
+            is malformed.
+        HFEError: the repository cannot be read, or it or the folder has too many files to be a checkpoint (2,000 or
+            20,000). Other faults of a checkpoint are reported, not raised.
     """
     folder = Path(folder_or_repo)
     if folder.is_dir():
@@ -80,7 +82,10 @@ def verify(folder_or_repo: str | Path, *, revision: str | None = None, token: st
 def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ...]]:
     """Verify only the files of a checkpoint folder that `push` uploads; returns (report, their names).
 
-    All other files are listed in `not_part` of the report.
+    All other files, but those of git and of huggingface_hub's downloads, are listed in `not_part` of the report.
+
+    Raises:
+        HFEError: the folder has more than 20,000 files.
     """
     folder = Path(folder)
     listed = UntrustedFolder(folder)
@@ -141,7 +146,10 @@ def _verify_folder(
 def _compare_code(
     folder: UntrustedFolder, exported: CodeExport, manifest: dict[str, Any]
 ) -> tuple[Verdict, list[Finding]]:
-    """Compare the code files and their manifest with those of the installed release; returns (verdict, findings)."""
+    """Compare the code files and their manifest with those of the installed release; returns (verdict, findings).
+
+    `manifest` is the content of code_manifest.json; empty if it is missing or cannot be read.
+    """
     code, claimed = exported.code, str(manifest.get("source_hash"))
     findings, renamed = [], []
     for name, text in exported.files.items():

@@ -146,7 +146,10 @@ def _stored_tensors(folder: UntrustedFolder, weight_set: WeightSet) -> tuple[dic
 
 
 def _header_findings(name: str, path: Path) -> list[Finding]:
-    """A finding for each unknown key or wrong type in the header of a weight file."""
+    """A finding for each of the first unknown keys or wrong types in the header of the weight file `path`.
+
+    `name` is its name in the findings. `HFEError` if the header cannot be read.
+    """
     header, _, _ = read_header(path)
     found = list(type_mismatches(header.pop("__metadata__", {}), HeaderMetadata, "__metadata__"))
     found += type_mismatches(header, dict[str, HeaderEntry])
@@ -154,7 +157,11 @@ def _header_findings(name: str, path: Path) -> list[Finding]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from an index; `HFEError` unless all are safetensors files in the same folder."""
+    """Tensor name -> file name, from an index.
+
+    Raises:
+        HFEError: the index cannot be read, or a name is not that of a safetensors file in the same folder.
+    """
     file_of = read_weight_map(path)
     for name in file_of.values():
         if name != Path(name).name or not name.endswith(".safetensors"):

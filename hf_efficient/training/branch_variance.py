@@ -1,4 +1,8 @@
-"""Recomputes BHyT's branch variances, which depend on v_proj and o_proj, regularly while these are trained."""
+"""Recomputes BHyT's branch variances, which depend on v_proj and o_proj, regularly while these are trained.
+
+A branch variance is what a layer's attention adds to the mean square of the residual stream; the layer's post-attention
+norm uses this estimate in place of the exact mean square (`BhytNorm`, estimate `approx`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from hf_efficient.modeling.bhyt.modeling_bhyt import BhytModel
 
 
 def steps_between_refreshes(max_steps: int) -> int:
-    """A fiftieth of the training steps, at least 1 and at most 1,000; the rule of the released code."""
+    """A fiftieth of the training steps, rounded down, at least 1 and at most 1,000; the rule of the released code."""
     return min(max(max_steps // 50, 1), 1000)
 
 
@@ -28,18 +32,19 @@ class BranchVarianceCallback(TrainerCallback):
 
     Raises:
         UsageError: `every` is below 1.
-        HFEError: at the beginning of training, if trained weights cannot be read on this process (FSDP1, ZeRO-3).
+        HFEError: from each update, if trained weights cannot be read on this process (FSDP1, ZeRO-3), which is found at
+            the beginning of training; or a layer whose weights cannot be read has no value yet.
     """
 
     def __init__(self, every: int | None = None) -> None:
         self.every = _checked(every)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Recompute the branch variances; `HFEError` if trained weights cannot be read."""
+        """Recompute the branch variances; errors as for the class."""
         _refresh(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Recompute the branch variances if `every` steps have passed."""
+        """Recompute the branch variances where the number of finished steps is a multiple of `every`."""
         if state.global_step % (self.every or steps_between_refreshes(state.max_steps)) == 0:
             _refresh(model)
 
@@ -66,7 +71,8 @@ def keep_branch_variance(
 
     Raises:
         UsageError: neither `every` nor `max_steps` is given, or `every` is below 1.
-        HFEError: weights that are trained cannot be read on this process.
+        HFEError: weights that are trained cannot be read on this process, or a layer whose weights cannot be read has
+            no value yet; now or from a step of the optimizer.
     """
     if every is None and max_steps is None:
         raise UsageError("neither `every` nor `max_steps` is given", "pass one, so that the interval is known")
@@ -92,7 +98,11 @@ def _checked(every: int | None) -> int | None:
 
 
 def _refresh(model: nn.Module) -> None:
-    """Recompute the branch variances of all BHyT models in `model`; `HFEError` where trained weights cannot be read."""
+    """Recompute the branch variances of all BHyT models in `model`; with sharded weights on all processes.
+
+    Raises:
+        HFEError: a layer's weights cannot be read, and they are trained or the layer has no value yet.
+    """
     for module in model.modules():
         if not isinstance(module, BhytModel):
             continue

@@ -21,7 +21,7 @@ class RowGradient:
 
     Attributes:
         ids: indices of the rows [u], int64, unique.
-        rows: their gradients [u, F].
+        rows: their gradients [u, F], in the dtype of the gradient, or in `accumulation_dtype` if they were summed.
     """
 
     ids: Tensor
@@ -29,7 +29,7 @@ class RowGradient:
 
     @classmethod
     def of(cls, parameter: Tensor, gradient: Tensor) -> RowGradient:
-        """Create it from a sparse COO gradient of `parameter`, without a copy if it is coalesced.
+        """Create it from a sparse COO gradient of `parameter`, without a copy if it is coalesced, else summed by row.
 
         Raises:
             HFEError: `parameter` is no matrix, or the gradient is not sparse in its rows.
@@ -55,7 +55,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def add_up(parts: Sequence[RowGradient]) -> RowGradient:
-    """Sum of row gradients in `accumulation_dtype`, added in the order of `parts`. A single part is returned itself.
+    """Sum of one or more row gradients in `accumulation_dtype`, in the order of `parts`; a single part is returned.
 
     Several parts need a device synchronisation, since the number of rows of the sum depends on the ids.
     """
@@ -82,8 +82,9 @@ def mean_over_processes(
     """Mean over the processes of each parameter's gradient, the same bits on every process.
 
     Every process calls this with the same parameters in the same order. A process whose batch had no row of a parameter
-    passes None and still takes part; the result is None only where all pass None. Rows are sent in float32, padded to
-    the largest number of rows of a process, and are added in the order of the ranks.
+    passes None and still takes part; the result is None only where all pass None. Rows are sent in float32 (float64 for
+    float64), the dtype of the result, padded to the largest number of rows of a process, and are added in the order of
+    the ranks. A parameter with None whose `grad` is set counts as one with a dense gradient.
 
     Raises:
         HFEError: on all processes, if a parameter has a sparse gradient on one and a dense one on another.

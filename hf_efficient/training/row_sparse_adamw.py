@@ -59,9 +59,10 @@ class RowSparseAdamW(torch.optim.AdamW):
     weights. Each process receives the float32 rows of all, padded to the most rows. Where only tables are trained,
     `DistributedDataParallel` raises an error, since no parameter is left for it: use the model without it.
 
-    Memory: two float32 moments for each element of a table, allocated as zeros at its first sparse gradient, and 12
-    bytes a row. The state is saved and loaded in these types, whatever the type of the table. A table in half precision
-    is rounded to nearest at each step; small changes are lost there, so train tables in float32.
+    Memory: two float32 moments (float64 for float64 tables) for each element of a table, allocated as zeros at its
+    first sparse gradient, and 12 bytes a row. The state is saved and loaded in these types, whatever the type of the
+    table. A table in half precision is rounded to nearest at each step; small changes are lost there, so train tables
+    in float32.
 
     Args:
         params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
@@ -71,9 +72,11 @@ class RowSparseAdamW(torch.optim.AdamW):
         options: further ones of `torch.optim.AdamW`; `amsgrad` and `maximize` are for dense gradients only.
 
     Raises:
-        HFEError: from `step()`: a gradient scaler (float16 training) is used, which cannot see the collected gradients;
-            an option that is for dense gradients only; a parameter whose gradients change between sparse and dense; or
-            capture in a CUDA graph.
+        HFEError: `max_row_norm` is not positive. From `step()`: a gradient scaler (float16 training) is used, which
+            cannot see the collected gradients; an option that is for dense gradients only; a parameter whose gradients
+            change between sparse and dense, or differ in this between processes; ``lr * weight_decay`` of 1 or more; or
+            capture in a CUDA graph. From `backward()` or `step()`: a sparse gradient that is not one of whole rows of a
+            matrix. From `load_state_dict()`: the state of a table of another shape.
 
     Source: AdamW, arXiv:1711.05101; the separate clipping norm follows the released training code of STEM,
         arXiv:2601.10639.
@@ -130,7 +133,10 @@ class RowSparseAdamW(torch.optim.AdamW):
             self._coalesced[parameter] = gradient.indices().data_ptr()
 
     def _collect(self, parameter: Tensor) -> None:
-        """Move a sparse `.grad` to the optimizer's list for this parameter; dense gradients stay."""
+        """Move a sparse `.grad` to the optimizer's list for this parameter; dense gradients stay.
+
+        `HFEError` if it is not sparse in the rows of a matrix.
+        """
         known = self._coalesced.pop(parameter, 0)
         if parameter.grad is None or not parameter.grad.is_sparse:
             return
@@ -158,7 +164,10 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for all parameters that have a gradient; `closure` as in PyTorch."""
+        """One step for all parameters that have a gradient; returns the loss of `closure`, else None.
+
+        Errors: see the class.
+        """
         self._check_no_loss_scaling()
         loss = None
         if closure is not None:
@@ -188,7 +197,11 @@ class RowSparseAdamW(torch.optim.AdamW):
                 self._step_table(parameter, gradient, chosen, scale)
 
     def _clip(self, gradients: list[RowGradient]) -> Tensor | None:
-        """Factor that scales the norm of all rows together to `max_row_norm`; no device synchronisation."""
+        """Factor of at most 1 that bounds the norm of all rows together by `max_row_norm`; sets `row_norm`.
+
+        Both are float32 scalars; without a limit or gradients the factor is None and `row_norm` unchanged. No device
+        synchronisation.
+        """
         if self.max_row_norm is None or not gradients:
             return None
         norms = [torch.linalg.vector_norm(g.rows, dtype=accumulation_dtype(g.rows.dtype)).float() for g in gradients]
@@ -198,7 +211,12 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _step_table(
         self, parameter: Tensor, gradient: RowGradient, options: dict[str, Any], scale: Tensor | None
     ) -> None:
-        """AdamW on the rows of `gradient`; `options` is the parameter's group, `scale` the clipping factor."""
+        """AdamW on the rows of `gradient`; `options` is the parameter's group, `scale` the clipping factor.
+
+        Raises:
+            HFEError: an option is for dense gradients only, the step is captured in a CUDA graph, the parameter had
+                dense gradients before, or ``lr * weight_decay`` is 1 or more.
+        """
         for name in ("amsgrad", "maximize", "differentiable"):
             if options[name]:
                 raise HFEError(
@@ -281,7 +299,11 @@ class RowSparseAdamW(torch.optim.AdamW):
     # Saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in PyTorch, except that the state of tables keeps its dtypes; collected gradients are dropped."""
+        """As in PyTorch, except that the state of tables keeps its dtypes; collected gradients are dropped.
+
+        Raises:
+            HFEError: the state of a table has another shape than its parameter.
+        """
         of_rows = {key: state for key, state in state_dict["state"].items() if _LOG_DECAYS in state}
         dense = {key: state for key, state in state_dict["state"].items() if key not in of_rows}
         super().load_state_dict({**state_dict, "state": dense})

@@ -20,7 +20,9 @@ _PREFIX = "bhyt/saturation"
 
 
 class SaturationMonitor:
-    """Counts the activations whose ``|tanh|`` is above a threshold, at each BHyT norm of a model.
+    """Counts the activations whose ``|tanh|`` is above a threshold, at each BHyT norm (a site) of a model.
+
+    A BHyT norm, `BhytNorm`, applies tanh to the scaled hidden states in place of an RMSNorm.
 
         with SaturationMonitor(model) as monitor:
             loss = model(**batch).loss
@@ -105,6 +107,9 @@ class SaturationCallback(TrainerCallback):
         log: gets the metrics as a dictionary.
         every: steps between two measurements.
         threshold: as for `SaturationMonitor`.
+
+    Raises:
+        UsageError: `every` is below 1; or, from the first measured step, as `SaturationMonitor`.
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None], every: int = 100, threshold: float = 0.9) -> None:
@@ -116,7 +121,7 @@ class SaturationCallback(TrainerCallback):
         self._monitor: SaturationMonitor | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Attach a monitor if this step is measured."""
+        """Attach a monitor if this step is measured; `UsageError` as `SaturationMonitor`."""
         if (state.global_step + 1) % self.every == 0:
             self._monitor = SaturationMonitor(model, self.threshold).attach()
 
@@ -133,7 +138,7 @@ class SaturationCallback(TrainerCallback):
 
 
 def site_label(site: BhytNorm) -> str:
-    """``layer_3/input``, ``layer_3/post`` or ``final``."""
+    """Name of a norm in the metrics: ``layer_3/input``, ``layer_3/post`` or ``final``."""
     return site.position if site.layer_idx is None else f"layer_{site.layer_idx}/{site.position}"
 
 
@@ -141,7 +146,8 @@ def site_label(site: BhytNorm) -> str:
 def bhyt_depth_bound(model: nn.Module) -> float:
     """Largest ``|lambda| / kappa * sqrt(L)`` of the layers' sites, L layers: below 1 the paper's depth theorem holds.
 
-    The largest over several BHyT models, if `model` holds more than one. With sharded weights all processes call it.
+    lambda is a norm's parameter `lam`, kappa its constant. The largest over several BHyT models, if `model` holds more
+    than one; 0 without BHyT layers. The final norm does not count. With sharded weights all processes call it.
 
     Source: arXiv:2601.09719, the condition lambda / kappa < 1 / sqrt(L).
     """
