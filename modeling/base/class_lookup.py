@@ -9,7 +9,8 @@ from types import ModuleType
 def offer_to_transformers(causal_lm: type) -> None:
     """Set a causal language model of ours as an attribute of `transformers`, for `transformers serve` and pipelines.
 
-    If `transformers` has an own class of this name, that one stays; an earlier class of ours is replaced.
+    `transformers` must have been imported. If it has an own class of this name, that one stays; an earlier class of
+    ours is replaced.
     """
     for module in _transformers_modules():
         existing = getattr(module, causal_lm.__name__, None)

@@ -46,6 +46,7 @@ class RegisteredConfig:
 
         Raises:
             HFEError: a code file cannot be read or written.
+            OSError: an existing file in the folder cannot be read or removed.
         """
         path = Path(json_file_path)
         code = type(self).code_source(type(self)) if path.name == CONFIG_NAME else None

@@ -69,9 +69,11 @@ class SavedCode:
         return cls(files, entry, about["auto_map"], json_text(manifest))
 
     def write(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write the files and `config.json` into `folder`; existing files of these names are replaced.
+        """Write the files, `config.json` and the manifest into `folder`; existing files of these names are replaced.
 
-        If the process is killed while it writes, the folder still loads, with the old code or with the new.
+        Code files that the folder's earlier manifest lists and that are not among the new ones are removed. A symbolic
+        link in place of a folder of code files is replaced by a folder. If the process is killed while it writes, the
+        folder still loads, with the old code or with the new.
 
         Args:
             folder: the checkpoint.
@@ -79,6 +81,7 @@ class SavedCode:
 
         Raises:
             HFEError: a file cannot be written.
+            OSError: an existing file cannot be read or removed.
         """
         for name in {STAGING, *(name.rpartition("/")[0] for name in self.files)} - {""}:
             if (folder / name).is_symlink():
@@ -154,7 +157,7 @@ def reached_files(entry: str, read: Callable[[str], str | None]) -> dict[str, st
         Name -> text, sorted by name.
 
     Raises:
-        HFEError: a file does not exist.
+        HFEError: a file does not exist; errors of `read` propagate.
     """
     texts: dict[str, str] = {}
     pending = [entry]
@@ -177,10 +180,11 @@ def json_text(value: dict[str, Any]) -> str:
 def replace_file(path: Path, text: str) -> None:
     """Write `path` atomically, unless it has this content already; a symbolic link is replaced, not followed.
 
-    The parent folder is created if absent.
+    The parent folder is created if absent, but not the parents of that.
 
     Raises:
         HFEError: the file cannot be written.
+        OSError: the existing file cannot be read.
     """
     if not _differs(path, text):
         return
@@ -197,7 +201,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _differs(path: Path, text: str) -> bool:
-    """True unless `path` is a regular file with exactly this content."""
+    """True unless `path` is a regular file with exactly this content; `OSError` if it cannot be read."""
     return path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode()
 
 

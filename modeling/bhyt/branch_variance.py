@@ -29,6 +29,8 @@ def branch_variance(
         head_dim: channels of a head.
         seq_len: T, the length of the training sequences.
 
+    Computed in float32, also under autocast, without gradients.
+
     Source: arXiv:2601.09719, Assumption 3.3; the bias is ours.
     """
     with torch.autocast(value_weight.device.type, enabled=False):

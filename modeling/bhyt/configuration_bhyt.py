@@ -71,7 +71,7 @@ class BhytConfig(DecoderConfig):
         return "exact" if layer_idx in self.bhyt_exact_layers else self.bhyt_second_site
 
     def bhyt_lambda(self, position: str, layer_idx: int | None = None) -> float:
-        """Return the initial lambda of a norm.
+        """Return the initial lambda of a norm, as a float.
 
         Args:
             position: `input` (before attention), `post` (after attention) or `final`.

@@ -17,7 +17,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
 
     A weight that is sharded as a DTensor is gathered: all processes of its mesh must call this. A module of another
     type than `nn.Linear` or PEFT's LoRA is called on the unit vectors, in the dtype and on the device of `like`, unless
-    it belongs to a serving engine.
+    it belongs to a serving engine; errors of that call propagate. Gradients are recorded unless the caller disables
+    them.
 
     Args:
         module: a linear module, with or without adapters, quantised or not.
@@ -77,7 +78,7 @@ def fingerprint(module: Any) -> Hashable:
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters as `nn.Module.parameters` does, but faster: no names and no search for duplicates."""
+    """Yield the parameters as `nn.Module.parameters` does, but faster: a shared parameter is yielded repeatedly."""
     for parameter in module._parameters.values():
         if parameter is not None:
             yield parameter

@@ -42,7 +42,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise, in place, a module that has no weights in the checkpoint."""
+        """Initialise a module in place; transformers calls it for those that have no weights in the checkpoint."""
         if isinstance(module, BhytNorm):
             module.reset_parameters()
         else:
@@ -61,7 +61,11 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; then freezes the lambdas and estimates that the configuration does not train."""
+        """As in transformers; then freezes the parameters `lam` and `affine` of `BhytNorm` that are not to be trained.
+
+        Raises:
+            HFEError: see `check_loaded`; or a layer's estimate is `approx` and `bhyt_seq_len` is not set.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -72,13 +76,15 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
         """Check that the loaded checkpoint has the BHyT tensors that the configuration describes, with finite values.
 
+        Warns if a lambda is 0. If tensors are sharded, all processes must call this.
+
         Args:
             missing_keys: parameters and buffers of the model that the checkpoint does not have.
             unexpected_keys: tensors of the checkpoint that the model does not have.
 
         Raises:
             HFEError: a lambda is missing, `affine` or `out_scale` are missing or unexpected, or one of the three is
-                NaN or infinite.
+                NaN or infinite; and the errors of `DecoderPreTrainedModel.check_loaded`.
         """
         super().check_loaded(missing_keys, unexpected_keys)
         lambdas = sorted(key for key in missing_keys if key.endswith(".lam"))
@@ -129,7 +135,8 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
     ) -> None:
         """As in transformers; the saved branch variances are computed from the saved weights.
 
-        Without `state_dict` those of the model are recomputed first, so this raises as `refresh_branch_variance` does.
+        Without `state_dict` those of the model are recomputed first, in place, so this raises `HFEError` as
+        `refresh_branch_variance` does. A given `state_dict` is not changed.
         """
         if state_dict is None:
             self.refresh_branch_variance()
@@ -182,7 +189,11 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         return BhytNorm(self.config, position, layer_idx) if bounded else super().build_norm(position, layer_idx)
 
     def train(self, mode: bool = True) -> Any:
-        """As in PyTorch; switching to evaluation recomputes the branch variances, see `refresh_branch_variance`."""
+        """As in PyTorch; switching to evaluation recomputes the branch variances, see `refresh_branch_variance`.
+
+        Raises:
+            HFEError: in evaluation mode, as `refresh_branch_variance`.
+        """
         super().train(mode)
         if not mode:
             self._refresh(strict=True)
@@ -196,7 +207,13 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """As in `DecoderModel`; in evaluation mode, first recomputes the branch variances if weights have changed."""
+        """As in `DecoderModel`; in evaluation mode, first recomputes the branch variances if weights have changed.
+
+        Not in a compiled call.
+
+        Raises:
+            HFEError: as `refresh_branch_variance`.
+        """
         if not self.training and not torch.compiler.is_compiling():
             self._refresh_if_changed(strict=True)
         return super().prepare_token_inputs(token_ids, attention_mask, position_ids, past_key_values, kwargs)
@@ -223,7 +240,7 @@ class BhytModel(BhytPreTrainedModel, DecoderModel):
         return None if None in fingerprints else tuple(fingerprints) or None
 
     def _refresh_if_changed(self, strict: bool) -> None:
-        """Call `_refresh` if `_fingerprint` is not None and not that of the last refresh."""
+        """Call `_refresh` if `_fingerprint` is not None and not that of the last refresh; it raises for `strict`."""
         if self._fingerprint() not in (None, self._refreshed_fingerprint):
             self._refresh(strict)
 

@@ -35,7 +35,8 @@ def default_rope_frequencies(config: DecoderConfig, *_: Any, **__: Any) -> tuple
 class DecoderRotaryEmbedding(nn.Module):
     """Computes the cosines and sines of the rotary position embedding; called as ``(x, position_ids)``.
 
-    The type is `config.rope_parameters["rope_type"]`: `default` or one of transformers' `ROPE_INIT_FUNCTIONS`.
+    The type is `config.rope_parameters["rope_type"]`: `default` or a key of transformers' `ROPE_INIT_FUNCTIONS`;
+    another type raises `KeyError`.
     """
 
     inv_freq: Tensor
@@ -62,7 +63,7 @@ class DecoderRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the angles, [B, S, D] each, in the dtype and on the device of `x`.
+        """Return cosines and sines of the angles, [B or 1, S, D] each as `position_ids`, in dtype and device of `x`.
 
         Both are multiplied by `attention_scaling`. For the types `dynamic` and `longrope`, transformers' decorator
         `dynamic_rope_update` may first replace `inv_freq` according to the largest position.
@@ -84,13 +85,13 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, Hq, S, D] and k [B, Hkv, S, D] by cos and sin [B, S, D] each; the shapes stay."""
+    """Return q [B, Hq, S, D] and k [B, Hkv, S, D], rotated by cos and sin [B or 1, S, D] each; the shapes stay."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 def repeat_kv(x: Tensor, repeats: int) -> Tensor:
-    """[B, Hkv, S, D] -> [B, Hkv * repeats, S, D], each head repeated next to itself."""
+    """Return x [B, Hkv, S, D] as [B, Hkv * repeats, S, D], each head repeated next to itself; x itself for 1."""
     if repeats == 1:
         return x
     batch, heads, length, width = x.shape
@@ -171,17 +172,17 @@ class DecoderAttention(nn.Module):
 
         Args:
             hidden_states: [B, S, hidden_size].
-            position_embeddings: cosines and sines, [B, S, D] each.
+            position_embeddings: cosines and sines, [B or 1, S, D] each.
             attention_mask: passed to the attention implementation, so of its type: None, a bool or float mask
-                [B, 1, S, L] (`sdpa`, `eager`), [B, L] (flash attention), a `BlockMask` (flex attention), or an int32
-                mask of `decode_interface.py` (`hfe_decode`).
+                [B, 1, S, L] (`sdpa`, `eager`), [B, L] (flash attention), a `BlockMask` (flex attention); for
+                `hfe_decode` a mask as for `sdpa`, or one of the int32 masks of `decode_interface.py`.
             past_key_values, cache: the cache, under either name; keys and values of the call, [B, Hkv, S, D] each, are
                 added to it.
             kwargs: passed to the attention implementation.
 
         Raises:
             HFEError: two different caches were passed, or a cache, mask or positions were passed as an unknown keyword
-                argument.
+                argument. Errors of the attention implementation propagate.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         check_arguments(self, kwargs)
@@ -242,11 +243,13 @@ class DecoderAttention(nn.Module):
         Args:
             q: [B, S, Hq, D].
             k, v: [B, S, Hkv, D].
-            position_embeddings: cosines and sines, [B, S, D] each.
-            write: the cache memory, which is written in place; its `length` is advanced.
+            position_embeddings: cosines and sines, [B or 1, S, D] each.
+            write: the cache memory, which is written in place; its `length` is advanced. `may_write_cache(q)` must
+            hold.
 
         Returns:
-            Rotated queries [B, Hq, S, D]; `write.keys` and `write.values` [B, Hkv, L, D].
+            Rotated queries [B, Hq, S, D]; `write.keys` and `write.values` [B, Hkv, L, D], the cache's memory itself,
+            which later calls write to.
         """
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else None
         q = rotary_cache(
@@ -283,9 +286,9 @@ class CacheWrite(NamedTuple):
 def find_cache_write(cache: Cache | None, layer_idx: int, mask: Any, queries: int) -> CacheWrite | None:
     """Where a kernel may write the `queries` tokens of a call; None if `cache.update` must be called instead.
 
-    A cache with a method `next_write(layer_idx)` returns its own `CacheWrite` or None. For a `StaticCache` the mask
-    must be a decode mask: the int32 mask that `pack_decode_mask` of `decode_interface.py`
-    makes, whose row 0 holds the slot of each query.
+    A cache with a method `next_write(layer_idx)` returns its own `CacheWrite` or None. Otherwise the cache must be a
+    `StaticCache` (see `static_layer`) and the mask a decode mask: the int32 mask that `pack_decode_mask` of
+    `decode_interface.py` makes, whose row 0 holds the slot of each query.
 
     Args:
         cache: the cache of the call, or None.

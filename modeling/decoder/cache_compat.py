@@ -37,7 +37,10 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 
 def cache_of_arguments(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among the keyword arguments of a call, under either name; None if there is none."""
+    """Return the cache among the keyword arguments of a call; None if there is none.
+
+    `past_key_values` if it is not None, else `cache`; that they are not two different caches is not checked.
+    """
     return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 

@@ -65,7 +65,9 @@ class CapturableCache(ABC):
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Reallocate memory for `capacity` tokens and copy the contents; steps captured before are no longer valid.
+        """Reallocate memory for `capacity` tokens, not fewer than now, and copy the contents.
+
+        Steps captured before are no longer valid.
 
         Raises:
             HFEError: the cache has a fixed size.
@@ -85,6 +87,8 @@ class CapturableCache(ABC):
 
     def ensure_capacity(self, tokens: int) -> None:
         """Grow to `round_capacity(tokens)` if the capacity is less than `tokens`, the cached ones included.
+
+        Growing makes steps captured before invalid, see `grow`.
 
         Raises:
             HFEError: the cache would have to grow and has a fixed size.

@@ -119,7 +119,7 @@ class DecoderConfig(RegisteredConfig, PreTrainedConfig):
         return set()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the fields of absent patches: these have their defaults."""
+        """As in transformers, without the fields of absent patches, which get their defaults on loading."""
         absent = self.fields_of_absent_patches()
         return {name: value for name, value in super().to_dict().items() if name not in absent}
 

@@ -47,13 +47,19 @@ class StaticCacheMixin(CapturableCache):
         return [layer.cumulative_length for layer in self.layers]
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens of each sequence, in place: sets the length of every layer."""
+        """Keep the first `length` tokens of each sequence, in place: sets the length of every layer.
+
+        `length` must not exceed the number of cached tokens; this is not checked.
+        """
         for layer in self.layers:
             layer.cumulative_length.fill_(length)
 
 
 class StaticCacheView(StaticCacheMixin):
-    """A user's `StaticCache` as a `CapturableCache`: it shares the layers of `cache`, and its size is fixed."""
+    """A user's `StaticCache` as a `CapturableCache`: it shares the layers of `cache`, and its size is fixed.
+
+    The layers must be exactly `StaticLayer`s, see `as_capturable`; this is not checked.
+    """
 
     def __init__(self, cache: StaticCache) -> None:
         self.layers = cache.layers
@@ -110,7 +116,7 @@ class DecodeCache(StaticCacheMixin, StaticCache):
         """Key-value length (the capacity) and offset (0), as in transformers.
 
         Grows the cache if the call's `query_length` tokens do not fit: every forward calls this method before it
-        writes to the cache.
+        writes to the cache. Synchronises with the device.
         """
         self.ensure_capacity(self.get_seq_length(layer_idx) + query_length)
         return self.capacity, 0
@@ -120,7 +126,7 @@ class DecodeCache(StaticCacheMixin, StaticCache):
         StaticCache.reset(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens in place.
+        """Remove the last tokens of each sequence in place.
 
         Args:
             tokens_to_remove: minus their number, as in transformers; at least all cached tokens empties the cache.
@@ -142,7 +148,10 @@ class DecodeCache(StaticCacheMixin, StaticCache):
         self._map_sequences(lambda states: states[indices])
 
     def _map_sequences(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace keys and values [B, Hkv, capacity, D] of every layer by `function` of them, of any batch size."""
+        """Replace keys and values [B, Hkv, capacity, D] of every layer by `function` of them, of any batch size.
+
+        CUDA graphs that were captured with the old memory no longer fit.
+        """
         for layer in self.layers:
             layer.keys, layer.values = function(layer.keys), function(layer.values)
             layer.batch_size = layer.keys.shape[0]

@@ -90,7 +90,10 @@ def is_decode_mask(mask: Any) -> bool:
 
 
 def query_slots(mask: Tensor, queries: int) -> Tensor:
-    """Return the cache slots of the `queries` queries of a decode mask, int32 [Q]; the same in every sequence."""
+    """Return the cache slots of the queries of a decode mask, int32 [queries]; the same in every sequence.
+
+    `queries` must be the number of queries that the mask was made for. The result is a view of the mask.
+    """
     return mask[0, 0, 0, :queries]
 
 
@@ -289,8 +292,10 @@ def decode_attention_forward(
         attention_mask: result of `decode_mask`: None, a decode or prompt mask, or a mask for `sdpa`.
         dropout: probability of dropping a weight.
         scaling: factor of the scores; None for ``D ** -0.5``.
-        sliding_window: tokens of the window, the query's own included; None for no window.
-        kwargs: passed to `sdpa`.
+        sliding_window: tokens of the window, the query's own included; None for no window. Read with a decode mask
+        only,
+            since other masks contain the window.
+        kwargs: passed to `sdpa` if the mask is not a packed mask; otherwise only `softcap` and `s_aux` are checked.
 
     Returns:
         Output [B, Q, Hq, D] and None for the weights.

@@ -19,8 +19,9 @@ from hf_efficient.modeling.decoder.graph_capture import capture_graph
 class DecodeStep:
     """A step of one token per sequence over one cache, with the input tensors that it reads and advances.
 
-    Set `tokens`, then call `run`, or after `capture` call `replay`: both return logits [B, V] and advance positions,
-    mask and cache by one token.
+    Call `reset`, set `tokens`, then call `run`, or after `capture` call `replay`: both return logits [B, V] and advance
+    positions, mask and cache by one token. `model` and `cache` of all calls must be the same, and the cache must not
+    have been reallocated since (`fits`).
 
     Args:
         cache: a cache that `as_capturable` of `decode_cache.py` supports, with allocated memory. Only the addresses of
@@ -63,16 +64,21 @@ class DecodeStep:
         return self.tokens.shape[0]
 
     def fits(self, cache: Cache) -> bool:
-        """True when the memory of `cache` is that of the step: it is the same cache and has not been reallocated."""
+        """True when the memory of `cache` is that of the step: it is the same cache and has not been reallocated.
+
+        Raises:
+            HFEError: the cache is not supported, see `as_capturable`.
+        """
         return require_capturable(cache).addresses() == self._addresses
 
     def reset(self, length: int, positions: Tensor, padding_mask: Tensor | None) -> None:
-        """Set positions and mask for a next step after `length` cached tokens.
+        """Set positions and mask, in place, for a next step after `length` cached tokens; `tokens` is not changed.
 
         Args:
             length: number of tokens in the cache, padding included.
             positions: int64 [B], position id of each sequence's next token.
-            padding_mask: bool [B, length], False at padding; None without padding. Not read unless `padded`.
+            padding_mask: bool [B, at most `length`], False at padding; None without padding. Not read unless `padded`.
+                Slots after it are visible as soon as they hold a token.
         """
         self.positions.copy_(positions[:, None])
         self.mask[:, 0, 0, 0] = length
@@ -104,11 +110,12 @@ class DecodeStep:
     def capture(self, model: Any, cache: Cache, signature: tuple) -> None:
         """Capture `run` in a CUDA graph, for `replay`.
 
-        Positions, mask and the cache's state are unchanged afterwards, so the step itself is still to be replayed.
+        Positions, mask and the cache's state are unchanged afterwards, so the step itself is still to be replayed. An
+        earlier graph of this step is replaced; if the capture fails, its error propagates.
 
         Args:
             model: the causal language model, on a CUDA device.
-            cache: the cache of this step.
+            cache: the cache that the step was created for.
             signature: `step_signature` of the model; stored as `self.signature`.
         """
         state = (self.positions, self.mask, *require_capturable(cache).state_tensors())
@@ -118,7 +125,11 @@ class DecodeStep:
         self.signature = signature
 
     def replay(self) -> Tensor:
-        """Run the captured step with `self.tokens`; return logits [B, V], a tensor that the next replay overwrites."""
+        """Run the captured step with `self.tokens`; return logits [B, V], a tensor that the next replay overwrites.
+
+        Call `capture` first. Model and cache are those that it was called with: the caller must check that
+        `step_signature` of the model is still `self.signature` and that the step `fits` the cache.
+        """
         self._graph.replay()
         return self._logits
 

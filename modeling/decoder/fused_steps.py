@@ -68,7 +68,8 @@ def may_fuse(x: Tensor) -> bool:
 def may_fuse_linear(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
     """True when `skinny_linear` may be used in place of calling these linear modules on `x` [..., K].
 
-    `x` must have at most `MAX_ROWS` rows, and each module must be a plain `nn.Linear` without hooks.
+    `may_fuse` must hold, `x` must have at most `MAX_ROWS` rows, and each module must be exactly an `nn.Linear` without
+    hooks, whose weight has the dtype and device of `x`.
     """
     return (
         may_fuse(x)
@@ -82,7 +83,7 @@ def fused_linear(x: Tensor, modules: tuple[Any, ...], residual: Tensor | None = 
 
     Args:
         x: [..., K].
-        modules: linear modules, module i from K to N_i channels.
+        modules: linear modules, module i from K to N_i channels, with or without bias.
         residual: [..., sum of N_i], added to the result; None to add nothing.
 
     Returns:

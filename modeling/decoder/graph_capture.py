@@ -75,9 +75,10 @@ def step_signature(model: Any) -> tuple | None:
     """A tuple that identifies every weight and setting that a captured step reads; None if none may be captured.
 
     A graph captured under an equal signature is still valid. The tuple contains the device, layer types, settings
-    (`_settings`) of the configuration and of each module, and address, dtype, shape and strides of each tensor. It is
-    None if a module is of another package, has a hook, adapter or wrapper, is compiled or in training mode, or if a
-    weight is a Tensor subclass (quantised, distributed) or not readable from the device of the first one.
+    (`_settings`) of the configuration, class and settings of each module, and address, dtype, shape and strides of each
+    parameter and buffer. It is None if a module is of another package, has a hook, adapter or wrapper, is compiled or
+    in training mode, or if a weight is a Tensor subclass (quantised, distributed) or not readable from the device of
+    the first one.
     """
     signature: list[Any] = [tuple(model.config.layer_types), _settings(model.config)]
     device = None
@@ -133,7 +134,10 @@ def capture_graph(
 
     Returns:
         The graph, the tensor that each replay fills with its result, and the bytes of device memory that PyTorch
-        reserved for the graph.
+        reserved for the graph. The graph holds the addresses of the tensors that `run` reads and writes, but does not
+        keep those alive that were allocated before the capture.
+
+    Errors of `run` and of the capture, such as `torch.OutOfMemoryError`, propagate.
     """
     stream = _capture_stream(device)
     with _CAPTURING, restored(state):
@@ -164,7 +168,7 @@ class CapturedSteps(Protocol):
     def device(self) -> torch.device: ...
 
     def nbytes(self) -> int:
-        """Bytes of the cache and of the graphs."""
+        """Bytes of device memory that the cache and the graphs hold."""
 
     def report(self) -> list[dict[str, Any]]:
         """Shapes and bytes of each captured step."""
@@ -209,7 +213,7 @@ class StepPool:
         return None
 
     def put(self, steps: CapturedSteps) -> None:
-        """Return a cache and its captured steps to the pool, as the most recently used entry.
+        """Return a cache and its captured steps to the pool, as the most recently used entry. They must not be in use.
 
         While the pool exceeds one of its limits, the least recently used entry is evicted, which frees its memory; the
         new entry too if it exceeds the memory limit by itself. `steps.device` must be a CUDA device (in Triton's

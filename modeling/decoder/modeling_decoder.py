@@ -86,7 +86,7 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; then `check_loaded` checks missing and unexpected tensors.
+        """As in transformers; then `check_loaded` checks missing and unexpected tensors, if any parameter was loaded.
 
         Raises:
             HFEError: the checkpoint is of another architecture; transformers only warns.
@@ -127,7 +127,7 @@ class DecoderPreTrainedModel(RegisteredModel, PreTrainedModel):
     def build_cache(self, batch_size: int, capacity: int) -> Any:
         """Return an empty cache of `cache_class` with memory for `capacity` tokens of each sequence.
 
-        In the dtype and on the device of the model.
+        In the dtype and on the device of the model. `torch.OutOfMemoryError` propagates.
         """
         return self.cache_class(self.config, batch_size, capacity, self.dtype, self.device)
 
@@ -293,7 +293,7 @@ class DecoderModel(DecoderPreTrainedModel):
             input_ids: int64 [B, S]; or `inputs_embeds`, not both.
             attention_mask: [B, cached tokens + S], 0 at padding; a mask [B, 1, S, L]; or a dictionary of layer type to
                 mask, which is used as it is.
-            position_ids: int64 [B, S] or [1, S]; by default those that follow the cached tokens.
+            position_ids: int64 [B, S] or [1, S]; by default those that follow the cached tokens, padding counted too.
             past_key_values, cache: the cache, under either name.
             inputs_embeds: [B, S, hidden_size].
             use_cache: create a cache if none is passed; by default `config.use_cache`.
@@ -304,7 +304,7 @@ class DecoderModel(DecoderPreTrainedModel):
             ValueError: both or neither of `input_ids` and `inputs_embeds` were passed.
             TokenIdError: an id is outside the vocabulary; see `check_token_ids`.
             HFEError: two different caches were passed, or a cache, mask or positions were passed as an unknown keyword
-                argument.
+                argument. A patch's hooks may raise more.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -421,7 +421,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as for
                 `DecoderModel.forward`, which raises the same errors.
             labels: int64 [B, S], the ids themselves: the loss shifts them; -100 is ignored.
-            logits_to_keep: 0 for all positions (K = S), n for the last n, or an int64 tensor [K] of indices.
+            logits_to_keep: 0 for all positions (K = S), which `labels` need; n for the last n; or an int64 tensor [K]
+                of indices.
             kwargs: passed to the model and to the loss (`num_items_in_batch`).
         """
         outputs = self.model(

@@ -20,7 +20,10 @@ class DecoderRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the norm of `hidden_states` [..., width]: same shape; one kernel where `may_fuse_norm` holds."""
+        """Return the norm of `hidden_states` [..., width], in the same shape and the dtype of `rms_norm`.
+
+        One kernel where `may_fuse_norm` holds.
+        """
         if may_fuse_norm(self, hidden_states):
             return add_rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -60,7 +63,7 @@ def norm_attribute(norm: Any, name: str) -> Any:
 def add_and_norm(
     norm: Any, x: Tensor, residual: Tensor | None = None, statistic: Any = None
 ) -> tuple[Tensor, Tensor, Any]:
-    """Return ``norm(x + residual)``, the sum ``x + residual``, and the statistic for the layer's next norm.
+    """Return ``norm(x + residual)``, the sum ``x + residual``, and a statistic for the layer's next norm.
 
     A norm with the attribute `adds_residual` is called as ``norm(x, residual, statistic)`` and
     returns all three results. For other norms the statistic is None; where `may_fuse_norm` holds, one kernel adds and
@@ -70,7 +73,8 @@ def add_and_norm(
         norm: the norm, possibly wrapped by an adapter.
         x: [..., width].
         residual: [..., width], added to `x`; None to add nothing.
-        statistic: the statistic that the layer's previous norm returned; read by norms with `adds_residual` only.
+        statistic: what the layer's input norm hands to its post-attention norm, the third result of its call; read by
+            norms with `adds_residual` only. None for the first norm of a layer.
 
     Returns:
         ``(normed, summed, statistic)``: [..., width] each and any object; `summed` is `x` itself without a residual.

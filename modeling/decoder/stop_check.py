@@ -21,7 +21,8 @@ class AsyncStopCheck:
 
     Args:
         ids: int64 [B, length]; only its dtype and device are used.
-        streamer: its `put` gets the tokens [B] of each check, on the CPU; None for no streamer.
+        streamer: its `put` gets the tokens [B] of each check, on the CPU, so `every_token` must be True; None for no
+            streamer.
         every_token: check after every token. Otherwise every `STOP_CHECK_INTERVAL` tokens, and `all_finished` reads a
             check only when the next one has been sent.
     """
@@ -58,10 +59,10 @@ class AsyncStopCheck:
         self._in_flight.append((host, event))
 
     def all_finished(self) -> bool:
-        """Read the oldest copied state; True if every sequence had finished in it.
+        """Read the oldest copied state and pass its tokens to the streamer; True if every sequence had finished in it.
 
-        Waits for that copy, not for later steps. False if there are too few states to read: one with `every_token`,
-        otherwise two.
+        Waits for that copy, not for later steps. Reads nothing and returns False with fewer copied states than one
+        (`every_token`) or two (otherwise).
         """
         if len(self._in_flight) < (1 if self.every_token else 2):
             return False
@@ -76,7 +77,7 @@ class AsyncStopCheck:
         return not bool(state[0])
 
     def finish(self) -> int:
-        """Return the number of generated tokens until every sequence had finished; synchronises with the device.
+        """Return the number of tokens until every sequence had finished, those of `count_step`; waits for the device.
 
         Before that, passes the tokens of the remaining states to the streamer and ends it.
         """

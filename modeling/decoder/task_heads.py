@@ -42,6 +42,7 @@ class DecoderForSequenceClassification(TaskHead, GenericForSequenceClassificatio
     """A `DecoderModel` and a linear layer on the last token that is not padding: `logits` [B, num_labels]."""
 
     def build_head(self, config: DecoderConfig) -> None:
+        """Set the head `score`, a linear layer without bias."""
         self.num_labels = config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
@@ -61,6 +62,7 @@ class DecoderForQuestionAnswering(TaskHead, GenericForQuestionAnswering, Decoder
     """A `DecoderModel` and a linear layer on every token: `start_logits` and `end_logits` of an answer, [B, S]."""
 
     def build_head(self, config: DecoderConfig) -> None:
+        """Set the head `qa_outputs`, with one output for the start and one for the end of an answer."""
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
 

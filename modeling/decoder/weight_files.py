@@ -74,8 +74,9 @@ def resolve_weight_files(
         name: name of the checkpoint in error messages; by default the folder's name.
 
     Raises:
-        HFEError: the folder cannot be read or has no such file, a shard is missing, or the weights are of an
-            unsupported kind: pickle, or the files of a distributed model.
+        HFEError: the folder cannot be read or has no such file, a shard is missing, the weights are of an unsupported
+            kind (pickle, or the files of a distributed model), the index is damaged, or the index or
+            `transformers_weights` names a file outside the folder or one that is not safetensors.
     """
     directory, name = folder / subfolder, name or folder.resolve().name
     present = _file_names(directory)
@@ -123,7 +124,11 @@ def _inside(name: Any, origin: str, suffix: str = "") -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder; raise `HFEError` if it cannot be read."""
+    """Return the sorted names in a folder.
+
+    Raises:
+        HFEError: the folder cannot be read.
+    """
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
