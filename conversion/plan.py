@@ -91,8 +91,8 @@ def check_source(source: Source) -> dict[str, str]:
     Reads no weights, except that a stored copy of a tied tensor is compared with the tensor it is tied to.
 
     Raises:
-        HFEError: a tensor is missing, unknown, of another shape or quantised, or a stored head differs from the
-            embedding although config.json ties them.
+        HFEError: a tensor is missing, unknown, of another shape or quantised, or a stored head cannot be read or
+            differs from the embedding although config.json ties them.
     """
     reader, config = source.reader, source.config
     names = reader.names()
@@ -160,7 +160,10 @@ def plan_conversion(
 
 
 def _main_dtype(reader: TensorReader, left_out: dict[str, str]) -> torch.dtype:
-    """The dtype of most elements of the source, without the tensors that are left out."""
+    """The dtype of most elements of the source, not counting the tensors in `left_out`.
+
+    Of two dtypes with equally many, that of the tensor that comes first.
+    """
     elements: dict[torch.dtype, int] = {}
     for name in reader.names():
         if name not in left_out:
@@ -177,10 +180,10 @@ def _check_every_tensor_planned(
     dropped: list[str],
     left_out: dict[str, str],
 ) -> None:
-    """Raise `HFEError` unless the plan covers each tensor of source and result exactly once.
+    """Raise `HFEError` unless the plan covers each tensor of source and result.
 
     Each tensor of the result (`expected`, name -> shape) is copied or computed, and each of the source is copied,
-    dropped or left out.
+    dropped or left out. A computed tensor must be one of the result, and no dropped one may be copied.
     """
     names = set(reader.names())
     problems = {
@@ -195,7 +198,10 @@ def _check_every_tensor_planned(
 
 
 def _check_tied(reader: TensorReader, name: str, owner: str) -> None:
-    """Raise `HFEError` unless the stored tensor `name` equals `owner`, which it is tied to; compared in row chunks."""
+    """Raise `HFEError` unless the stored tensor `name` equals `owner`, which it is tied to; compared in row chunks.
+
+    Errors in reading them, such as NaN, are `HFEError` too.
+    """
     shape = reader.shape(owner)
     step = max(1, CHUNK_ELEMENTS // torch.Size(shape[1:]).numel())
     for start in range(0, shape[0], step):

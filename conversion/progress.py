@@ -77,7 +77,7 @@ class _Lines:
             self._write()
 
     def close(self) -> None:
-        """Print a last line if the percentage changed since the last one."""
+        """Print a last line if the percentage increased since the last one."""
         if self._percent > self._written_percent:
             self._write()
 

@@ -138,7 +138,7 @@ class ConversionReport:
         )
 
     def _evaluation_rows(self) -> list[tuple[str, str]]:
-        """(label, value) of the calibration text and of each metric; empty if neither was used."""
+        """(label, value) of the calibration text, the evaluated text and each metric; empty if neither was used."""
         rows = []
         if self.calibration and any(patch.get("calibrated", True) for patch in self.patches):
             text, count = self.calibration["calibration_text"], self.calibration["calibration_tokens"]
@@ -190,7 +190,10 @@ def _short(value: Any) -> str:
 
 
 def _ranges(indices: list[int]) -> str:
-    """`[0, 1, 2, 5]` as `[0-2, 5]`; many ranges as the first `_MAX_RANGES` - 1, the last and the number of integers."""
+    """`[0, 1, 2, 5]` as `[0-2, 5]`; two consecutive integers as `0, 1`.
+
+    More than `_MAX_RANGES` ranges are written as the first `_MAX_RANGES` - 1, the last and the number of integers.
+    """
     ranges: list[list[int]] = []
     for index in indices:
         if ranges and index == ranges[-1][-1] + 1:
@@ -217,7 +220,11 @@ def _format_metric(value: float | None) -> str:
 
 
 def _by_count_rows(buckets: dict[str, dict[str, float | None]]) -> list[tuple[str, str]]:
-    """(label, value) of each metric, with a column for each bucket of counts in the calibration text; empty without."""
+    """(label, value) of each metric that compares with the source, by bucket; empty without buckets.
+
+    A bucket is a range of counts in the calibration text, and a column of the values. The first row names them, with
+    their share of the tokens.
+    """
     if not buckets:
         return []
 

@@ -57,7 +57,7 @@ class VocabularyChange:
         return [token_id for token_id in range(self.old_size, self.new_size) if token_id not in self.rows]
 
     def token_tensors(self, config: DecoderConfig) -> set[str]:
-        """Names of the result's tensors that have a row for each token; empty if no rows are added.
+        """Names of the result's tensors that have a row for each token; empty if no token gets a new row.
 
         They are those whose shape changes with `vocab_size`.
         """
@@ -72,7 +72,7 @@ class VocabularyChange:
         """Read a tensor [old_size, W] with a row for each token, and extend it to [new_size, W] by `fill`.
 
         Raises:
-            HFEError: it holds NaN or infinity.
+            HFEError: it holds NaN or infinity, or the file cannot be read or is truncated.
         """
         width = reader.shape(name)[1]
         tensor = torch.empty(self.new_size, width, dtype=reader.dtype(name))
@@ -83,7 +83,10 @@ class VocabularyChange:
         return self.fill(tensor)
 
     def fill(self, tensor: Tensor) -> Tensor:
-        """Set the rows of new tokens and of unused ids of a tensor [new_size, W] in place, and return the tensor."""
+        """Set the rows of new tokens and of unused ids of a tensor [new_size, W] in place, and return the tensor.
+
+        Means (see the module's docstring) are computed in fp64 and rounded to the tensor's dtype.
+        """
         unused = self.unused
         if unused:
             total = torch.zeros(tensor.shape[1], dtype=torch.float64)
@@ -114,11 +117,12 @@ def add_tokens(source: Source, tokens: Sequence[str]) -> VocabularyChange:
     """The vocabulary of `source` in which each string of `tokens` is one token; existing tokens keep their id and row.
 
     The row of a new token is the mean of the rows of the tokens of its name without brackets: `/Path` for `</Path>`.
-    The source's own tokenizer is not changed.
+    The source's own tokenizer is not changed. If every string is one token already, nothing is added, and `tokenizer`
+    is None.
 
     Raises:
-        HFEError: the source has no tokenizer, or the tokenizer rejects new tokens, still splits one of them, or gives
-            an id outside the model's vocabulary for a part of a name.
+        HFEError: the source has no tokenizer that can be loaded, or the tokenizer rejects new tokens, still splits one
+            of them, or gives no id or one outside the model's vocabulary for a part of a name.
     """
     before = source.tokenizer()
     size = source.config.vocab_size

@@ -162,7 +162,7 @@ class CausalDecoderFamily(ModelFamily):
         return "AutoModelForCausalLM"
 
     def skeleton(self, config: PreTrainedConfig) -> nn.Module:
-        """A causal language model on the meta device."""
+        """Our causal language model of `config` on the meta device; errors as for `decoder_config`."""
         with torch.device("meta"):
             return EfficientDecoderForCausalLM(decoder_config(config))
 

@@ -51,7 +51,10 @@ class EncoderFamily(ModelFamily):
     not_evaluated = "the model has no head that predicts tokens"
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
-        """As `ModelFamily.check_fields`; decoders, cross-attention and relative positions raise `HFEError`."""
+        """As `ModelFamily.check_fields`; decoders, cross-attention and relative positions raise `HFEError`.
+
+        So do fields that `unread_fields` rejects: unknown ones that by their name change what the model computes.
+        """
         for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
             if fields.get(name):
                 raise HFEError(
@@ -67,7 +70,7 @@ class EncoderFamily(ModelFamily):
         return unread_fields(fields, stock, read=("position_embedding_type",))
 
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
-        """As `ModelFamily.own_config`; `architectures` names our class with the source's head."""
+        """As `ModelFamily.own_config`; `architectures` names our class with the source's head. Errors: `auto_class`."""
         spec = _spec(stock)
         fields = {name: value for name, value in stock.to_dict().items() if name not in _FILE_FIELDS}
         if architecture_of(stock.model_type) is None:
@@ -135,7 +138,10 @@ class EncoderFamily(ModelFamily):
         return "part of a head that the model's class does not have" if name.startswith(_OTHER_HEADS) else ""
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
-        """The `MaskedEvaluator`: loss of masked tokens; None for another head than masked language modelling."""
+        """The `MaskedEvaluator`: loss of masked tokens; None for another head than masked language modelling.
+
+        Errors as for `auto_class`.
+        """
         if self.auto_class(config) != "AutoModelForMaskedLM":
             return None
         return load("hf_efficient.conversion.measuring.masked:MaskedEvaluator")()
@@ -159,14 +165,22 @@ class EncoderFamily(ModelFamily):
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class that a configuration of one of our encoders names first in `architectures`."""
+    """The model class that a configuration of one of our encoders names first in `architectures`.
+
+    Raises:
+        KeyError: the name is not that of a class of ours. A configuration from `own_config` names one.
+    """
     spec = _spec(config)
     by_name: dict[str, Any] = {cls.__name__: cls for cls in spec.auto_classes.values()}
     return by_name[config.architectures[0]]
 
 
 def _spec(config: PreTrainedConfig) -> ArchitectureSpec:
-    """The architecture of a configuration of ours; for a stock one, the one that combines patches."""
+    """The architecture of a configuration of ours; for a stock one, the one that combines patches.
+
+    Raises:
+        StopIteration: no architecture is made from the stock model type.
+    """
     ours = architecture_of(config.model_type)
     if ours is not None:
         return ours

@@ -96,7 +96,11 @@ class ModelFamily(Protocol):
         """
 
     def auto_class(self, stock: PreTrainedConfig) -> str:
-        """Name of the Auto class of the model with its head, e.g. `AutoModelForCausalLM`."""
+        """Name of the Auto class of the model with its head, e.g. `AutoModelForCausalLM`.
+
+        Raises:
+            HFEError: `architectures` names a head that our models do not have, in a family that reads it.
+        """
 
     def skeleton(self, config: PreTrainedConfig) -> nn.Module:
         """The model of a configuration of ours, on the meta device (names and shapes, no data)."""
@@ -116,7 +120,10 @@ class ModelFamily(Protocol):
         """The evaluator of the model's loss on text; None if the model has no head that predicts tokens."""
 
     def weight_files(self, folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
-        """The safetensors files of a checkpoint folder; error messages refer to it as `name`. See `weight_files`."""
+        """The safetensors files of a checkpoint folder; error messages refer to it as `name`.
+
+        Errors as for the function `weight_files` of `reading/checkpoint_files.py`.
+        """
         return weight_files(folder, fields, name)
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
@@ -221,8 +228,8 @@ def target_architecture(
 ) -> ArchitectureSpec:
     """The architecture of the result of a conversion.
 
-    A single patch on a stock model gives that patch's own architecture; every other combination gives the architecture
-    of the family that combines patches.
+    A single patch on a stock model gives that patch's own architecture, if it has one; every other combination gives
+    the architecture of the family that combines patches.
 
     Args:
         stock: configuration of the source, of a transformers class or of ours.

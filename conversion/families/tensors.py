@@ -25,7 +25,8 @@ def check_tensors(
         shapes, dtypes: shape and dtype of each of the source's tensors, by its name in our model.
 
     Raises:
-        HFEError: a tensor is missing, the model does not have it, or it has another shape or not a float dtype.
+        HFEError: there are fewer tensors than layers, or a tensor is missing, is one that the model does not have and
+            that may not be left out, or has another shape or not a float dtype.
     """
     # Checked first, so that no model with absurdly many layers is built.
     if config.num_hidden_layers > len(shapes):

@@ -25,7 +25,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         name: of the checkpoint in error messages.
 
     Raises:
-        HFEError: there is no configuration, it cannot be read, or the folder holds an adapter.
+        HFEError: there is no configuration, it cannot be read or `file_inside` rejects it, `configuration_files` is
+            not a list of file names with versions, or the folder holds an adapter.
     """
     has_config = (folder / CONFIG_NAME).is_file()
     if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -71,7 +72,8 @@ def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
         name: of the checkpoint in error messages.
 
     Raises:
-        HFEError: there are none, or one is missing, damaged or outside.
+        HFEError: there are none, or one is missing or outside (see `file_inside`); an index cannot be read; the field
+            `transformers_weights` is wrong; or the weights are pickles or those of a distributed model.
     """
     entry = next((each for each in weight_file_names(fields) if (folder / each).is_file()), None)
     if entry is not None and entry.endswith(".json"):
@@ -81,13 +83,17 @@ def weight_files(folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
 
 
 def open_folder_reader(folder: Path) -> SafetensorsReader:
-    """A reader of the safetensors weights of a folder, in one file or sharded."""
+    """A reader of the safetensors weights of a folder, in one file or sharded; config.json may be missing.
+
+    Raises:
+        HFEError: config.json cannot be read, or as for `weight_files` and `SafetensorsReader`.
+    """
     fields = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     return SafetensorsReader(weight_files(folder, fields, folder.name))
 
 
 def file_inside(folder: Path, name: Any, origin: str) -> Path:
-    """`folder / name`, checked to be an existing file inside the folder.
+    """`folder / name`, checked to be an existing file inside the folder or one of its subfolders.
 
     A symbolic link may lead out of the folder only to the blobs of the Hub's cache, whose snapshots consist of links.
 
@@ -97,7 +103,8 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
         origin: the file or checkpoint that names it, for the message.
 
     Raises:
-        HFEError: `name` is no relative path inside the folder, leads outside through a link, or does not exist.
+        HFEError: `name` is not a relative path (see `is_file_name`) or has the part `..`; it leads outside the folder
+            through a link, or is part of a loop of links; or there is no such file.
     """
     if not is_file_name(name) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise HFEError(

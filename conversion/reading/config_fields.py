@@ -58,12 +58,17 @@ _UNSET: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bool = True) -> list[str]:
-    """Check the fields of a decoder's config.json; returns a warning for each group of fields that is ignored.
+    """Check the fields of a decoder's config.json; returns warnings for the user.
+
+    There is one for all ignored fields (see `unread_fields`), one for a class in `architectures` that is not stock,
+    and one for modeling code of the checkpoint's own, which is not run. The last two do not concern checkpoints of our
+    own decoders.
 
     Args:
         fields: the fields of config.json.
         config: transformers' configuration with these fields.
-        others: also check fields that `config` does not declare, and the class names; False if another reader did.
+        others: also check fields that `config` does not declare, and the class names; False if another reader does,
+            which gives no warnings.
 
     Raises:
         HFEError: a field changes, or by its name may change, what the model computes, and our decoder does not
@@ -104,8 +109,8 @@ def check_fields(fields: dict[str, Any], config: PreTrainedConfig, *, others: bo
 def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Sequence[str] = ()) -> list[str]:
     """A list with one warning that names the fields of config.json that are ignored; empty if there are none.
 
-    Ignored are fields with a value that neither `config` nor `GenerationConfig` declares. Those known to have no effect
-    on the logits are not named.
+    Ignored are fields that neither `config` nor `GenerationConfig` declares. Those known to have no effect on the
+    logits, and those that are null, false, zero or empty, are not named.
 
     Args:
         fields: the fields of config.json.
@@ -142,6 +147,8 @@ def unread_fields(fields: dict[str, Any], config: PreTrainedConfig, *, read: Seq
 def _check_windows(fields: dict[str, Any], config: PreTrainedConfig) -> None:
     """Raise `HFEError` if the sliding windows of config.json affect the stock model's cache but not its attention.
 
+    That is a `sliding_window` that `config` does not declare, or undeclared `layer_types` that differ from what every
+    layer does.
     In transformers' Llama and Mistral `layer_types` only selects the cache layers; so does `sliding_window` in Llama.
     """
     declared = {field.name for field in dataclasses.fields(config)}

@@ -40,8 +40,8 @@ def checked_fields(fields: dict[str, Any], config_class: type[PreTrainedConfig])
     Left out are names that begin with an underscore and attributes of the class that old checkpoints have as fields.
 
     Raises:
-        HFEError: a value has the wrong type or is far larger than any model's, or a key is not a field but would
-            overwrite an attribute of the class.
+        HFEError: a value has the wrong type, is negative or is far larger than any model's; a key is not a field but
+            would overwrite an attribute of the class; or `per_layer_config` is set.
     """
     known = {field.name for field in dataclasses.fields(config_class)}
     passed = {name: value for name, value in fields.items() if name not in _CLASS_ATTRIBUTES and name[:1] != "_"}
@@ -127,6 +127,6 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _parse_dtype(value: Any) -> torch.dtype | None:
-    """The torch dtype named by `value`, or None."""
+    """`value` if it is a torch dtype, the torch dtype named by it if it is a string, or None."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     return dtype if isinstance(dtype, torch.dtype) else None

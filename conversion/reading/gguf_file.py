@@ -62,7 +62,8 @@ class GGUFFile:
         tensors: the tensor table.
 
     Raises:
-        HFEError: the file cannot be read, or its header is damaged or larger than any model's.
+        HFEError: the file cannot be read, is truncated, or its header is damaged or larger than any model's; a block
+            type is not supported (see `_row_bytes`); or the package gguf is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +85,7 @@ class GGUFFile:
         """Rows `start` to `stop` of a tensor viewed as [rows, last dimension], dequantised to float32.
 
         Raises:
-            HFEError: the rows hold NaN or infinity, or the file is truncated.
+            HFEError: the rows hold NaN or infinity, or the file cannot be read or is truncated.
         """
         dequantize = _gguf().dequantize
         tensor = self.tensors[name]
@@ -143,7 +144,8 @@ class GGUFFile:
         """(block type, bytes of a row) of a tensor whose type has the `number` of the file format.
 
         Raises:
-            HFEError: the type is unknown, cannot be dequantised, or its block size does not divide a row of `shape`.
+            HFEError: the type is unknown or cannot be dequantised, `shape` has a dimension of 0, its rows are not whole
+                blocks, or the package gguf is not installed.
         """
         package = _gguf()
         try:
@@ -202,11 +204,15 @@ class _Header:
         return struct.unpack(form, self._take(struct.calcsize(form)))
 
     def name(self) -> str:
-        """The next string, a metadata key or the name of a tensor."""
+        """The next string, a metadata key or the name of a tensor; errors as for `_text`."""
         return self._text(_MAX_NAME_BYTES)
 
     def value(self) -> Any:
-        """The next metadata value, which its type precedes; see `GGUFFile.metadata`."""
+        """The next metadata value, which its type precedes; of long arrays and those of strings the length.
+
+        Raises:
+            HFEError: the type, or that of an array's elements, is unknown, or as for `_text`.
+        """
         (kind,) = self.unpack("I")
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])[0]
@@ -227,7 +233,11 @@ class _Header:
         return count
 
     def _text(self, limit: int) -> str:
-        """A string of at most `limit` bytes, which its length precedes; `HFEError` if it is longer or not UTF-8."""
+        """A string of at most `limit` bytes, which its length precedes.
+
+        Raises:
+            HFEError: it is longer or not UTF-8, or the file is too short.
+        """
         (length,) = self.unpack("Q")
         if length > limit:
             raise self.damaged(f"a text of {length} bytes where at most {limit} are allowed")

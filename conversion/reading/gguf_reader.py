@@ -96,7 +96,10 @@ class GGUFReader:
         return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """``read(name)[start:stop]``; other rows are read only for vectors and for reordered tensors."""
+        """A copy of ``read(name)[start:stop]``, with the errors of `read`.
+
+        Other rows are read only for vectors and for reordered tensors.
+        """
         shape = self.shape(name)
         if len(shape) < 2 or self._interleaved_heads(name) is not None:
             return self.read(name)[start:stop].clone()
@@ -195,7 +198,8 @@ def _check_not_split(file: GGUFFile) -> None:
 def _check_rope_unscaled(file: GGUFFile, architecture: str) -> None:
     """Raise `HFEError` for scaled rotary frequencies: GGUF does not store all parameters of transformers' rope types.
 
-    llama.cpp reads a factor without a type as linear scaling, under its older name too.
+    llama.cpp reads a factor without a type as linear scaling, under its older name too. A tensor of frequency factors
+    counts as scaling unless all are 1; an error in reading it (`GGUFFile.read`) is raised too.
     """
 
     def value(key: str) -> Any:
@@ -220,6 +224,7 @@ def _check_rope_unscaled(file: GGUFFile, architecture: str) -> None:
 def _check_other_keys(file: GGUFFile, architecture: str) -> None:
     """Raise `HFEError` for unknown metadata keys with a value, bidirectional attention and effective sliding windows.
 
+    A value of 0, false or an empty one counts as none; a window of at least the context length has no effect.
     An unknown key of the architecture may change what the model computes.
     """
     for key, value in file.metadata.items():

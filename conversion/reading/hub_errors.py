@@ -20,7 +20,10 @@ from hf_efficient.errors import HFEError, error_text
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
-    """Context: what huggingface_hub raises inside becomes `HFEError`; other errors pass through.
+    """Context: errors inside of access, HTTP and connection, and of a failed upload, become `HFEError`.
+
+    Among them are Python's ConnectionError and TimeoutError. Other errors pass through, also HFValidationError, which
+    huggingface_hub raises for a malformed repository id.
 
     Args:
         repo_id, revision: the repository, for the messages.

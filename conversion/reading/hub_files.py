@@ -56,10 +56,11 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
     """Download the files of a checkpoint that a conversion reads; returns the snapshot's folder in the Hub's cache.
 
     Of the weights only the safetensors that transformers would load are downloaded. If there are none, the folder has
-    only the small files, unless the repository has weights of another kind, which raises.
+    only the small files, unless the repository is found to have weights of another kind, which raises.
 
     Raises:
-        HFEError: the repository cannot be read (see `hub_errors`), or has pickle or GGUF files and no safetensors.
+        HFEError: the repository cannot be read or the files cannot be stored (see `_snapshot`), its configuration or
+            index is not valid (see `read_config` and `shard_names`), or it has pickle or GGUF files and no safetensors.
         UsageError: the token is malformed.
     """
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
@@ -94,14 +95,19 @@ def download_tokenizer(repo_id: str, *, token: str | None) -> Path:
     """Download a repository's small files, which include the tokenizer; returns the snapshot's folder.
 
     Raises:
-        HFEError: the repository cannot be read (see `hub_errors`), or the disk is full.
+        HFEError: the repository cannot be read (see `hub_errors`), or the files cannot be stored, e.g. on a full disk.
         UsageError: the token is malformed.
     """
     return _snapshot(repo_id, _SMALL_FILES, None, token)
 
 
 def _snapshot(repo_id: str, patterns: list[str], revision: str | None, token: str | None) -> Path:
-    """Download the files that match `patterns`; returns the snapshot's folder. Errors: see `hub_errors`."""
+    """Download the files that match `patterns`; returns the snapshot's folder in the Hub's cache.
+
+    Raises:
+        HFEError: the repository cannot be read (see `hub_errors`), or the files cannot be stored in the cache.
+        UsageError: the token, or without one the token of the login, is malformed.
+    """
     checked_token(token if token is not None else get_token())
     try:
         with hub_errors(repo_id, revision, or_folder=True):
@@ -134,7 +140,10 @@ def gguf_names(metadata: dict[str, Any]) -> tuple[str | None, str | None]:
 
 
 def card_metadata(folder: Path) -> dict[str, str]:
-    """`license` and `base_model` from the metadata of a folder's README.md, each only if it is a single string."""
+    """`license` and `base_model` from the metadata of a folder's README.md, each if it is one string or a list of one.
+
+    Empty if there is no README.md or its metadata is invalid.
+    """
     card = folder / "README.md"
     if not card.is_file():
         return {}

@@ -139,7 +139,7 @@ class SafetensorsReader:
     """A `TensorReader` (see `tensor_reader.py`) for the given safetensors files. Creating it reads their headers.
 
     Raises:
-        HFEError: a file is damaged (see `parse_header`), or two files have a tensor of the same name.
+        HFEError: a file cannot be read or is damaged (see `parse_header`), or two files have a tensor of the same name.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -166,7 +166,11 @@ class SafetensorsReader:
         return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor in its stored dtype; `HFEError` for NaN, infinity or a truncated file."""
+        """A copy of the tensor in its stored dtype, on the CPU.
+
+        Raises:
+            HFEError: it holds NaN or infinity, or the file cannot be read or is truncated.
+        """
         entry = self._entries[name]
         return check_finite(name, read_tensor(entry.path, entry.offset, entry.shape, entry.dtype), entry.path)
 

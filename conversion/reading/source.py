@@ -76,17 +76,21 @@ class Source:
 
     @property
     def patched(self) -> bool:
-        """True if the checkpoint is already of one of our architectures."""
+        """True if the model type is that of one of our architectures; False for a layout of authors' training code."""
         return architecture_of(self.stock_config.model_type) is not None
 
     @property
     def family(self) -> ModelFamily:
-        """The family that the model belongs to."""
+        """The family that the model belongs to; `HFEError` if no family has its model type."""
         return family_of_config(self.stock_config)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration, tensor headers and file sizes. Reads no weights, so it does not depend on them."""
+        """SHA-256 of configuration, tensor headers, and names and sizes of the weight files.
+
+        A tokenizer that the user named contributes the names and sizes of its files `tokenizer*`. Reads no weights, so
+        it does not depend on their values.
+        """
         fields = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for path in self.weight_files:
@@ -139,7 +143,8 @@ def open_source(
 ) -> Source:
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weights.
 
-    A Hub source, or a tokenizer named by a Hub id, is downloaded first.
+    A Hub source, or a tokenizer named by a Hub id, is downloaded first. The special token ids of a source without
+    config.json, other than a GGUF file, are taken from its tokenizer, if it can be loaded.
 
     Args:
         location: the source. A path that exists locally is never looked up on the Hub.
@@ -148,7 +153,8 @@ def open_source(
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
 
     Raises:
-        HFEError: the source is missing, damaged, cannot be downloaded, or is not supported by conversions.
+        HFEError: the source is missing, damaged, cannot be downloaded, or is not supported by conversions; or the named
+            tokenizer cannot be downloaded, or not be loaded where special token ids are taken from it.
         UsageError: the token is malformed.
     """
     source = _open(location, revision, token)
@@ -159,7 +165,10 @@ def open_source(
 
 
 def _open(location: str, revision: str | None, token: str | None) -> Source:
-    """`open_source` without a named tokenizer; the special tokens of a layout without config.json are not set yet."""
+    """`open_source` without a named tokenizer, with its errors.
+
+    The special tokens of a layout without config.json are not set yet.
+    """
     path = Path(location).expanduser()
     if path.is_dir():
         return _open_folder(location, path)
@@ -175,7 +184,11 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
 
 
 def _open_folder(location: str, folder: Path) -> Source:
-    """Open a checkpoint folder, in the layout of transformers or of an architecture's own training code."""
+    """Open a checkpoint folder, in the layout of transformers or of an architecture's own training code.
+
+    Raises:
+        HFEError: a file is missing or damaged, or the model is not supported.
+    """
     repo, revision = repo_of_snapshot(folder)
     name = repo or folder.resolve().name
     readers = [load(path) for spec in architectures() for path in spec.release_readers]
@@ -199,7 +212,11 @@ def _open_folder(location: str, folder: Path) -> Source:
 
 
 def _open_stock(folder: Path, name: str) -> Release:
-    """Open a folder in the layout of transformers: config.json and safetensors of a stock model or of one of ours."""
+    """Open a folder in the layout of transformers: config.json and safetensors of a stock model or of one of ours.
+
+    Raises:
+        HFEError: a file is missing or damaged, or the model is not supported.
+    """
     fields = read_config(folder, name)
     stock_config = source_config(fields)
     family = family_of_config(stock_config)
@@ -211,7 +228,10 @@ def _open_stock(folder: Path, name: str) -> Release:
 
 
 def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
-    """A warning if no weight has the dtype of config.json, since a conversion keeps the dtype of the weights."""
+    """A list of one warning if no weight has the dtype of config.json, since a conversion keeps the weights' dtype.
+
+    Empty if one has it, config.json names none, or no weight is of a floating-point dtype.
+    """
     stored = {dtype for dtype in map(reader.dtype, reader.names()) if dtype.is_floating_point}
     if config.dtype is None or config.dtype in stored or not stored:
         return []
@@ -223,7 +243,7 @@ def _dtype_warning(config: PreTrainedConfig, reader: TensorReader) -> list[str]:
 
 
 def _open_gguf(location: str, path: Path) -> Source:
-    """Open a GGUF file; configuration, licence and names come from its metadata."""
+    """Open a GGUF file; configuration, licence and names come from its metadata. Errors as for `GGUFReader`."""
     reader = GGUFReader(path)
     base_model, model_name = gguf_names(reader.file.metadata)
     return Source(

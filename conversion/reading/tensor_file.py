@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the bytes of `path` from `offset` on; `HFEError` if the file ends before."""
+    """Fill `buffer` with the bytes of `path` from `offset` on; `HFEError` if the file ends before or cannot be read."""
     filled = 0
     with open_file(path) as file:
         file.seek(offset)
@@ -35,7 +35,11 @@ def read_bytes(path: Path, offset: int, buffer: memoryview) -> None:
 
 
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Read the tensor whose little-endian elements begin at byte `offset` of `path`; `HFEError` if it is truncated."""
+    """Read the tensor whose little-endian elements begin at byte `offset` of `path`, into a new one on the CPU.
+
+    Raises:
+        HFEError: the file cannot be read or is truncated. A tensor without elements is not read.
+    """
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         read_bytes(path, offset, tensor.view(-1).view(torch.uint8).numpy().data)
@@ -43,7 +47,7 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
 
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """`tensor` unchanged; `HFEError` if it holds NaN or infinity."""
+    """`tensor` unchanged; `HFEError` if it holds NaN or infinity, whose message names it as `name` in `path`."""
     # Minimum and maximum of a tensor with NaN are NaN, so no mask of the tensor's size is needed.
     if tensor.numel() and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
         bad = "NaN" if tensor.isnan().any() else "infinity"

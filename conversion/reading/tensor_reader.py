@@ -27,8 +27,11 @@ class TensorReader(Protocol):
         """A copy of the tensor, on the CPU.
 
         Raises:
-            HFEError: it holds NaN or infinity, or the file is truncated.
+            HFEError: it holds NaN or infinity, or the file cannot be read or is truncated.
         """
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A copy of ``read(name)[start:stop]``, with the errors of `read`; where possible no other entries are read."""
+        """A copy of ``read(name)[start:stop]``, with the errors of `read`; where possible no other entries are read.
+
+        The tensor has a dimension, and ``0 <= start <= stop``; `stop` may exceed its length.
+        """

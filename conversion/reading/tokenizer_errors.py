@@ -10,7 +10,10 @@ from hf_efficient.errors import HFEError, error_text
 
 @contextmanager
 def tokenizer_errors(problem: str, remedy: str) -> Iterator[None]:
-    """Context: any error inside but `HFEError` becomes `HFEError` with the text `problem (cause); remedy`."""
+    """Context: any `Exception` inside becomes `HFEError` with the text `problem (cause); remedy`.
+
+    So does a panic of the library tokenizers. An `HFEError` passes through, as do KeyboardInterrupt and the like.
+    """
     try:
         yield
     except HFEError:

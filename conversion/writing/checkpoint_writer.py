@@ -32,11 +32,14 @@ class CheckpointWriter:
         self._open: ShardWriter | None = None
 
     def needs(self, name: str) -> bool:
-        """True unless the tensor is in a finished shard."""
+        """True unless the tensor is in a finished shard; `KeyError` if it is none of the plan."""
         return self._shard_of[name].name not in self._finished
 
     def add(self, name: str, tensor: Tensor, *, known_finite: bool = False) -> None:
-        """Write the next tensor, unless it is in a finished shard; arguments and errors as for `ShardWriter.add`."""
+        """Write the next tensor, unless it is in a finished shard; after the last one of a shard, finish and record it.
+
+        Arguments and errors as for `ShardWriter.add`; `KeyError` if the tensor is none of the plan.
+        """
         if not self.needs(name):
             return
         shard = self._shard_of[name]
@@ -65,8 +68,8 @@ def write_weights(
 ) -> None:
     """Write every shard of the plan, and then the index if there are several. Holds one tensor in memory at a time.
 
-    What each patch measured is recorded in the workspace under `patch:NAME`. A patch whose tensors are all in finished
-    shards is not run again.
+    What each patch measured is recorded in the workspace under `patch:NAME`. A patch of which this is recorded, and
+    whose tensors are all in finished shards, is not run again.
 
     Args:
         calibration: returns the calibration; called only if a patch that computes tensors needs it.
@@ -74,7 +77,9 @@ def write_weights(
         vocabulary: added tokens, whose rows every tensor with a row for each token gets; None if there are none.
 
     Raises:
-        HFEError: a tensor cannot be read or holds NaN or infinity, or the tensors of a patch differ from its plan.
+        HFEError: a tensor cannot be read, holds NaN or infinity or exceeds its dtype's range, or a patch gives tensors
+            in another order or shape than planned.
+        KeyError: a patch gives a tensor that is not in the plan.
         DiskFullError: the disk is full.
     """
     writer = CheckpointWriter(plan, workspace)
@@ -107,7 +112,8 @@ def _copy(
 ) -> None:
     """Write the copied tensors of the plan; `advance(bytes done, total bytes)` is called after each.
 
-    `by_token`: names of the tensors with a row for each token, which `vocabulary` extends.
+    `by_token`: names of the tensors with a row for each token, which `vocabulary` extends. Errors as for
+    `write_weights`.
     """
     sizes = {tensor.name: tensor.bytes for shard in plan.shards for tensor in shard.tensors}
     total, done = sum(sizes[name] for name in plan.copied), 0

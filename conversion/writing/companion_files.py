@@ -42,12 +42,15 @@ def is_licence(name: str) -> bool:
 def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
     """Write tokenizer, generation settings and licence of the source to `folder`; returns warnings for the report.
 
-    Files of a checkpoint folder are copied byte for byte, except that references to code are removed, and that a
-    tokenizer with added tokens is saved again. The tokenizer in `folder` gives the same ids as the source's.
+    Files of a checkpoint folder are copied byte for byte, except that settings that transformers does not know, such
+    as references to code, are removed, and that a tokenizer with added tokens is saved again. A GGUF file's tokenizer
+    is saved too. The tokenizer in `folder` gives the same ids as the source's; if that cannot be loaded, its copy is
+    not checked, and a warning says so.
 
     Raises:
-        HFEError: a file leads outside the source, generation settings are invalid, a needed tokenizer cannot be loaded,
-            or the tokenizer behaves differently when it is loaded from `folder`.
+        HFEError: a file leads outside the source, a settings file cannot be read, generation settings are invalid, a
+            tokenizer that must be saved cannot be loaded, or the tokenizer behaves differently when it is loaded from
+            `folder`.
         DiskFullError: the disk is full.
     """
     tokenizer = vocabulary.tokenizer if vocabulary else None
@@ -70,6 +73,9 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
     """Write generation_config.json: the source's without unknown entries or, without one, the settings of config.json.
 
     The ids in `vocabulary.suppressed` are added to `suppress_tokens`. Returns warnings.
+
+    Raises:
+        HFEError: the source's file cannot be read or leads outside it, or settings in config.json are invalid.
     """
     path = folder / GENERATION_CONFIG_NAME
     if source.gguf_file is None and (source.files / GENERATION_CONFIG_NAME).is_file():
@@ -97,7 +103,10 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
 
 
 def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
-    """`keep_tokenizer` for `tokenizer`, or for the source's if that is None; a warning if that cannot be loaded."""
+    """`keep_tokenizer` for `tokenizer`, or for the source's if that is None; a warning if that cannot be loaded.
+
+    Errors as for `keep_tokenizer`.
+    """
     if tokenizer is None:
         try:
             tokenizer = source.tokenizer()
@@ -108,14 +117,18 @@ def _keep_tokenizer(source: Source, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
-    """Save a tokenizer without references to code; returns warnings."""
+    """Save a tokenizer, without settings that transformers does not know; returns warnings that name these."""
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
     return _drop_unknown_entries(path, TokenizerSettings)[1] if path.is_file() else []
 
 
 def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Copy the tokenizer or processor files that match a glob pattern, without references to code; returns warnings."""
+    """Copy tokenizer_config.json, if there is one, and the tokenizer or processor files that match a glob pattern.
+
+    Settings that transformers does not know are removed. Returns warnings: names of these, or that there is no
+    tokenizer. Errors as for `_copy_file` and `_drop_unknown_entries`.
+    """
     _copy(origin, folder, patterns)
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
@@ -130,6 +143,9 @@ def _drop_unknown_entries(path: Path, kind: Any) -> tuple[dict[str, Any], list[s
 
     Returns:
         The settings and, if entries were removed, a list with one warning that names them.
+
+    Raises:
+        HFEError: the file is not a JSON object that `read_json` accepts.
     """
     settings, dropped = without_unknown(read_json(path), kind)
     name = settings.get("tokenizer_class")
@@ -151,7 +167,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _copy(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of `origin` that match one of the glob patterns."""
+    """Copy the files of `origin` that match one of the glob patterns; errors as for `_copy_file`."""
     for pattern in patterns:
         for path in sorted(origin.glob(pattern)):
             _copy_file(origin, str(path.relative_to(origin)), folder)
@@ -164,7 +180,10 @@ def _copy_file(origin: Path, name: str, folder: Path) -> None:
 
 
 def _copy_licences(origin: Path, folder: Path) -> list[str]:
-    """Copy licence texts, also from a folder LICENSES; returns a warning that names similar files that are no texts."""
+    """Copy licence texts, also from a folder LICENSES; errors as for `_copy_file`.
+
+    Returns a list with one warning that names similar files that are no such texts, if there are any.
+    """
     left_out = []
     for path in sorted(match for pattern in _LICENCE_PATTERNS for match in origin.glob(pattern)):
         for each in sorted(path.iterdir()) if path.is_dir() else [path]:

@@ -45,7 +45,8 @@ class FinishedFile:
 def disk_errors(folder: Path) -> Iterator[None]:
     """Context: the OSError of a full disk, a quota or a limit on file size becomes `DiskFullError`.
 
-    Other errors pass through. `folder` is on the disk whose free space the message gives.
+    So does an `HFEError` whose cause is such an OSError. Other errors pass through. `folder` is on the disk whose free
+    space the message gives.
     """
     try:
         yield

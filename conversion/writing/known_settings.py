@@ -203,7 +203,9 @@ def type_mismatches(value: Any, kind: Any, name: str = "") -> Iterator[tuple[str
     Args:
         value: a result of `json.loads`.
         kind: the expected type: str, int, float, bool, None, Any, unions, `Literal`, `list`, `dict` or a `TypedDict`,
-            which allows no other keys than its own. Keys of a `dict` are str, `Literal`, or int for decimal digits.
+            which allows no other keys than its own, and none of which is required. A float may also be an int, or an
+            object by which transformers writes infinity and NaN. Keys of a `dict` are str, `Literal`, or
+            int for decimal digits.
         name: path of the value, the prefix of the yielded paths.
     """
     if _fits(value, kind):
@@ -289,6 +291,6 @@ def _shown(value: Any) -> str:
 
 
 def without_unknown(values: dict[str, Any], kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """(entries of `values` that are of the TypedDict `kind`, names of the other entries)."""
+    """(entries of `values` that are of the TypedDict `kind`, names of the other top-level entries)."""
     dropped = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in type_mismatches(values, kind)))
     return {key: value for key, value in values.items() if key not in dropped}, dropped

@@ -73,7 +73,7 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
     """Cut the tensors, in their order, into files of at most `max_bytes` of data; a larger tensor gets its own file.
 
     Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size; if it would
-    not, a new file is begun.
+    not, a new file is begun. A single file is named model.safetensors, several model-00001-of-0000N.safetensors.
     """
     # Not huggingface_hub's split_state_dict_into_shards_factory: it continues the previous file after a tensor beyond
     # the limit, so that two files would be open, and it does not align tensors.
@@ -125,6 +125,7 @@ class ShardWriter:
 
         Raises:
             HFEError: the tensor is not the next one of the plan, has NaN or infinity, or exceeds the dtype's range.
+            IndexError: all tensors of the shard were added before.
             DiskFullError: the disk is full.
         """
         planned = self.shard.tensors[self._next]

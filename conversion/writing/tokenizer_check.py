@@ -44,7 +44,9 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
         folder: folder of the result, with copies of the tokenizer's files; config.json may be missing.
 
     Raises:
-        HFEError: the tokenizer that is loaded from `folder` still behaves differently.
+        HFEError: the tokenizer that is loaded from `folder` still behaves differently, or tokenizer_config.json cannot
+            be read.
+        DiskFullError: tokenizer_config.json cannot be written, because the disk is full.
     """
     expected = _behaviour(tokenizer)
 
@@ -74,7 +76,7 @@ def keep_tokenizer(name: str, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _write_tokenizer_class(tokenizer: Any, folder: Path) -> None:
-    """Set `tokenizer_class` in tokenizer_config.json, which is created if it is missing."""
+    """Set `tokenizer_class` in tokenizer_config.json, which is created if it is missing; errors: `keep_tokenizer`."""
     path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
     settings["tokenizer_class"] = type(tokenizer).__name__
@@ -82,7 +84,11 @@ def _write_tokenizer_class(tokenizer: Any, folder: Path) -> None:
 
 
 def _behaviour(tokenizer: Any) -> list[Any]:
-    """Vocabulary, special tokens and chat template of a tokenizer, and its results for `_TEXTS`, to compare by ==."""
+    """What two tokenizers must have in common, to compare by ==.
+
+    Vocabulary, added and special tokens, chat template and its result, padding side, and the ids and decoded texts of
+    `_TEXTS` and of texts with added tokens.
+    """
     special = sorted(str(token) for token in tokenizer.get_added_vocab())
     texts = [*_TEXTS, *special, " x ".join(special), *(f"a{token}b" for token in special[:50])]
     results: list[Any] = [

@@ -94,7 +94,8 @@ class Workspace:
         output: the folder to create.
         options: everything that determines the result. A conversion is resumed only with the same options.
         resume: continue an unfinished conversion; without one, start anew.
-        overwrite: discard an unfinished conversion (unless `resume`), and replace `output` at the end.
+        overwrite: whether the user allowed that an unfinished conversion and `output` are replaced. `check_output`, to
+            be called before, raises without it; this class discards (unless `resume`) and replaces either way.
 
     Attributes:
         checkpoint: the folder that `publish` renames to `output`.
@@ -123,7 +124,8 @@ class Workspace:
         """Create and lock the folder, and load the state of an earlier run with `resume`.
 
         Raises:
-            HFEError: another process uses the folder, it is not of this user, or the earlier run had other options.
+            HFEError: another process uses the folder, it is not of this user, or the earlier run that is to be resumed
+                had other options.
             DiskFullError: the disk is full.
         """
         parent = next(folder for folder in self.output.parents if folder.exists())
@@ -158,7 +160,10 @@ class Workspace:
         return bool(self._state["complete"]) and not self.checkpoint.exists() and self.output.exists()
 
     def check_space(self, needed: int) -> None:
-        """Raise `DiskFullError` if there is no space for a result of `needed` bytes, finished shards not counted."""
+        """Raise `DiskFullError` if there is no space for a result of `needed` bytes, finished shards not counted.
+
+        64 MB more must be free, for the files beside the weights.
+        """
         finished = sum(file["size"] for file in self._state["shards"].values())
         free = shutil.disk_usage(self.folder).free
         if needed - finished + _SPARE_BYTES > free:
@@ -199,6 +204,9 @@ class Workspace:
         """fsync the checkpoint, rename it to OUTPUT, and remove the working folder.
 
         An old OUTPUT is removed only after the new one is in place.
+
+        Raises:
+            DiskFullError: the disk is full.
         """
         self._state["complete"] = True
         self._save_state()
@@ -246,7 +254,11 @@ class Workspace:
             self._lock = None
 
     def _load_state(self) -> None:
-        """Load the state of an earlier run, if it is valid; `HFEError` if that run had other options."""
+        """Load the state of an earlier run, if it is valid, and set `resumed`.
+
+        Raises:
+            HFEError: that run had other options, or its state is of another format version.
+        """
         try:
             state = read_json(self.folder / _STATE, limit=_MAX_STATE_BYTES)
         except HFEError:
@@ -264,7 +276,7 @@ class Workspace:
         self.resumed = True
 
     def _clear_checkpoint(self) -> None:
-        """Remove everything from the checkpoint folder but recorded weight files."""
+        """Create the checkpoint folder if it is missing, and remove everything from it but recorded weight files."""
         self.checkpoint.mkdir(exist_ok=True)
         for path in self.checkpoint.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -347,7 +359,12 @@ def _not_own_error(path: Path, problem: str) -> HFEError:
 
 
 def _open_lock(folder: int, flags: int) -> TextIO:
-    """Open the lock file in a working folder, given by its descriptor; a symbolic link is refused by the system."""
+    """Open the lock file in a working folder, given by its descriptor.
+
+    Raises:
+        FileNotFoundError: there is none, and `flags` do not create it.
+        OSError: it is a symbolic link.
+    """
     return os.fdopen(os.open(_LOCK, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder), "r+")
 
 
@@ -380,5 +397,5 @@ def _lock_or_fail(lock: TextIO, output: Path) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Text for each option that differs between two runs."""
+    """A text for each option of the `new` run that was different or missing in the `old` one."""
     return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
