@@ -79,7 +79,8 @@ def convert(
     """Convert a checkpoint to a patched architecture, tensor by tensor.
 
     `output` is created atomically (renamed when complete) and contains weights, configuration, tokenizer, code, model
-    card and report. Until then the files are in `OUTPUT.hfe-partial` next to it, from which `resume=True` continues.
+    card and report. Until then the files are in `OUTPUT.hfe-partial` next to it, from which `resume=True` continues
+    after an interruption or a full disk; any other `HFEError` of a conversion that was not resumed removes them.
 
     Args:
         source: Hub id, local folder, or local `.gguf` file; the folder may also be a checkpoint of an architecture's
@@ -113,8 +114,9 @@ def convert(
 
     Raises:
         UsageError: an option is wrong, the token is malformed, a patch does not suit the model, or `output` exists.
-        HFEError: the token may not write to `push_to_hub`, the source cannot be read or converted, or disk space is
-            insufficient; `output` is unchanged. Or the upload failed; then `output` is complete.
+        HFEError: the token may not write to `push_to_hub`, the source or the text cannot be used, another process
+            writes `output`, the interrupted conversion had other options, or disk space is insufficient; `output` is
+            unchanged. Or the upload failed; then `output` is complete.
     """
     started = time.perf_counter()
     if measure and not dry_run:

@@ -12,7 +12,10 @@ Verdict = Literal["confirmed", "altered", "not confirmable"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a checkpoint: the file, what is wrong, and what to do about it."""
+    """One thing that is wrong with a checkpoint: the file, what is wrong, and what to do about it.
+
+    Characters that are not printable become escape sequences in all three.
+    """
 
     file: str
     problem: str

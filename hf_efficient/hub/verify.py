@@ -96,7 +96,10 @@ def verify_upload(folder: str | Path) -> tuple[VerificationReport, tuple[str, ..
 def _verify_folder(
     folder: UntrustedFolder, source: str, commit: str | None, *, only_model: bool = False
 ) -> tuple[VerificationReport, FolderContents]:
-    """(report on a folder, its files by kind); with `only_model`, only files that `push` uploads can have findings."""
+    """(report on a folder, its files by kind); with `only_model`, only files that `push` uploads can have findings.
+
+    `source` and `commit` are named in the report. Faults of the folder are findings, not errors.
+    """
     findings: list[Finding] = []
     remedy = REMEDY_EXPORT if CONFIG_NAME in folder else _REMEDY_NO_CONFIG
     missing = [Finding(name, "is missing", remedy) for name in (CONFIG_NAME, CODE_MANIFEST) if name not in folder]

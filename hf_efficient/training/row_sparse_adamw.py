@@ -313,10 +313,12 @@ class RowSparseAdamW(torch.optim.AdamW):
                 self.state[parameter] = _placed(of_rows[key], parameter)
 
     def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles, without hooks and collected gradients."""
         own = {"max_row_norm": self.max_row_norm, "process_group": self.process_group, "row_norm": self.row_norm}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore that state, drop collected gradients, and register the hooks."""
         super().__setstate__(state)
         if "_hooks" not in self.__dict__:  # a copied or unpickled optimizer, which __init__ did not run for
             self._reset_hooks()
