@@ -46,8 +46,8 @@ class ChannelGains:
     Attributes:
         gain: [D], float32.
         relative_error: error of ``gain * tanh(a z')`` as an approximation of the source's normalised rows z, relative
-            to the norm of z over all tokens.
-        max_over_rms: the largest |x| / rms(x).
+            to the norm of z over all tokens; z' are the normalised rows of the converted model.
+        max_over_rms: the largest |x| / rms(x) in the converted model.
         saturated: fraction of the elements with |tanh| above 0.9.
         gain_times_a: the smallest, the median and the largest gain, times a.
     """
@@ -63,9 +63,9 @@ class ChannelGains:
         """Fit the gains by least squares over the tokens of a text.
 
         With z the normalised row of the source and t = tanh(a z') that of the converted model at the same token,
-        channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, clamped to between 1/a and 4/a. The first position of each
-        sequence is left out: it is the attention sink of decoders, and its huge activations would outweigh hundreds of
-        tokens.
+        channel j has the gain ``<z_j, t_j> / <t_j, t_j>``, clamped to between 1/a and 4/a; it is 1/a if the mean of
+        t_j^2 is below `_MIN_ENERGY`. The first position of each sequence is left out: it is the attention sink of
+        decoders, and its huge activations would outweigh hundreds of tokens.
 
         Args:
             a: lambda / kappa, the factor of the argument of tanh.
@@ -120,8 +120,8 @@ class MeanSquareLine:
     v is the mean square in the layer's input norm.
 
     Attributes:
-        through_origin: the best line has a negative slope or intercept, so its estimate could be negative for rows
-            smaller than those of the text; this is therefore the best line with intercept 0.
+        through_origin: the best line has no positive slope, or a negative intercept, so its estimate could be negative
+            for rows smaller than those of the text; this is therefore the best line with intercept 0.
         miss: root mean square over tokens of ``sqrt(estimate / v') - 1``, the relative error of the norm's scale.
     """
 
@@ -134,11 +134,12 @@ class MeanSquareLine:
     def fit(cls, first: Tensor, second: Tensor) -> MeanSquareLine:
         """The line that minimises ``sum ((slope v + intercept - v') / v')^2`` over tokens.
 
+        If its slope is not positive or its intercept is negative, the line with intercept 0 that minimises the sum.
         The error is relative, because mean squares differ by a factor of a million between tokens, and the norm divides
         by their square root.
 
         Args:
-            first, second: v and v' of each token [B, S], S at least 2; the first position is left out.
+            first, second: v and v' > 0 of each token [B, S], S at least 2; the first position is left out.
         """
         v, target = first[:, 1:].flatten().double(), second[:, 1:].flatten().double()
         design = torch.stack((v / target, 1 / target))

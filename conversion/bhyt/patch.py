@@ -153,6 +153,7 @@ class Bhyt:
 
         Raises:
             UsageError: the exact layers are to be measured and `calibration` is None.
+            HFEError: a weight cannot be read or holds NaN or infinity.
         """
         exact = self.exact_layers if isinstance(self.exact_layers, list) else []
         if self.measures_choice:
@@ -164,7 +165,10 @@ class Bhyt:
         return self._fields(config, exact)
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
-        """The fields that `choose` will return, with the fewest possible exact layers in place of measured ones."""
+        """The fields that `choose` will return, with the fewest possible exact layers in place of measured ones.
+
+        Called only if the exact layers are measured.
+        """
         count = config.num_hidden_layers
         exact = [index for index in _ALWAYS_EXACT if index < count]
         known = f"{len(exact)} to {count} layers, {' and '.join(map(str, exact))} among them"
@@ -206,7 +210,12 @@ class Bhyt:
         return TensorChanges(added)
 
     def tensors(self, config: DecoderConfig, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of the added tensors, in the order of `changes`."""
+        """Names and values of the added tensors, in the order of `changes`.
+
+        Raises:
+            UsageError: something is fitted and `calibration` is None.
+            HFEError: a weight cannot be read or holds NaN or infinity.
+        """
         # Rounded to the dtype of the checkpoint, because the gains are fitted to the stored value.
         lam = torch.tensor([self._lambda(config)], dtype=config.dtype or torch.float32)
         if self.needs_calibration:
@@ -222,7 +231,7 @@ class Bhyt:
         return {"sites": self._measured, "line_misses": self._misses, "summary": self._summary}
 
     def _lambda(self, config: DecoderConfig) -> float:
-        """The lambda of every norm: the bound, or the largest that is lossless."""
+        """The lambda of every norm: the bound, or kappa times the largest a that is lossless and a power of two."""
         if self.bound is not None:
             return self.bound
         # A power of two, so that multiplying a weight by 1 / a is exact.
@@ -230,11 +239,13 @@ class Bhyt:
         return self.kappa * 2.0 ** math.floor(math.log2(largest))
 
     def _fitted(self, config: DecoderConfig, calibration: Calibration, lam: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of `out_scale` and `affine` of every norm, in the order of the layers.
+        """Names and tensors of `out_scale`, and `affine` where a line is fitted, of every norm that is converted.
 
         The text runs through the layers with the norms converted so far and, if they are bounded, also with the
         source's norms. A gain fits the converted norm's output on the converted residual stream to the source norm's
         output on the source's residual stream, so each layer corrects part of the errors of the layers below it.
+
+        What is fitted is also stored for `report`. Errors as for `tensors`.
         """
         run = calibration.start(calibration.fit)
         (converted,) = run.batches
@@ -268,6 +279,8 @@ class Bhyt:
 
     def _gain(self, name: str, config: DecoderConfig, lam: Tensor, converted: Tensor, source: Tensor | None) -> Tensor:
         """`out_scale` [D] of the norm `name`, fitted to the residual streams before it [B, S, D]; 1 / a if lossless.
+
+        The measurements of a fit are stored for `report`.
 
         Args:
             converted, source: residual stream of the converted model, and of the source; None if lossless.
@@ -343,7 +356,11 @@ def _norms(config: DecoderConfig) -> list[tuple[str, int]]:
 
 
 def _parse_layers(layers: str | list[int]) -> list[int]:
-    """`exact_layers` as a sorted list of indices, empty for `none`; `UsageError` if one is negative or occurs twice."""
+    """`exact_layers` as a sorted list of indices, empty for `none`.
+
+    Raises:
+        UsageError: one is no integer, is negative or occurs twice.
+    """
     if isinstance(layers, str) and layers.strip() == "none":
         return []
     parsed = layer_indices(layers)

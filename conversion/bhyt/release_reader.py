@@ -118,7 +118,13 @@ def _release_config(fields: dict[str, Any], stock: EfficientDecoderConfig) -> Ef
 
 
 def _layer_kind(fields: dict[str, Any], index: int) -> str:
-    """The norm of a layer: `rms`, `bhyt`, `bhytline` or `bhytstar`; `HFEError` for any other in config.json."""
+    """The norm of a layer: `rms`, `bhyt`, `bhytline` or `bhytstar`.
+
+    Layers outside `bhyt_layer_range`, [first, last], have the norm `fallback_norm_type`; `bhytstar` ignores the range.
+
+    Raises:
+        HFEError: config.json names another norm, or `bhyt_layer_range` is malformed.
+    """
     kind, bounds = fields.get("norm_type", "rms"), fields.get("bhyt_layer_range")
     if bounds is not None and kind in _ESTIMATED:
         if not (isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int) for bound in bounds)):
@@ -195,7 +201,7 @@ class BhytReleaseReader:
 
     Raises:
         HFEError: the checkpoint has backups of `norm_fold` but config.json does not set `bhyt_gamma_folded`, or sets it
-            for norms that `norm_fold` does not fold; or a tensor is missing.
+            for norms that `norm_fold` does not fold or for another `model_type` than llama; or a scalar is missing.
 
     `bhyt_gamma_folded: true` in config.json says that the projections contain the gammas of the norms before them. The
     reader then divides the gammas out of the projections: applied twice, they would ruin the model. Setting the gammas
@@ -296,14 +302,19 @@ class BhytReleaseReader:
         return torch.float32 if name in self._computed else self._stored.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`: computed from others, unfolded, or as stored."""
+        """A copy of the tensor `name`: computed from others, unfolded, or as stored.
+
+        Raises:
+            HFEError: it or one that it is computed from holds NaN or infinity or cannot be read, or an estimate's slope
+                is too small (see `_affine`).
+        """
         if name in self._computed:
             index, kind = self._computed[name]
             return self._branch(index) if kind == "branch" else self._affine(index)
         return self._unfolded(name, self._stored.read(name).view(self.shape(name)))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """``read(name)[start:stop]``; of stored tensors only these rows are read."""
+        """A copy of ``read(name)[start:stop]``, with its errors; of stored tensors only these rows are read."""
         if name in self._computed or self._stored.shape(name) == ():
             return self.read(name)[start:stop]
         return self._unfolded(name, self._stored.read_rows(name, start, stop))
@@ -314,7 +325,10 @@ class BhytReleaseReader:
         return [f"the gammas of {norms} norms were divided out of the projections after them"] if norms else []
 
     def _unfolded(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor`; if it is a folded projection, its columns are divided by the gammas of the norm before it."""
+        """`tensor`; if it is a folded projection, a copy whose columns are divided by the gammas of the norm before it.
+
+        Columns whose gamma is 0 stay as they are.
+        """
         if name not in self._gamma_of:
             return tensor
         gamma = self._stored.read(self._gamma_of[name]).float()
@@ -322,7 +336,7 @@ class BhytReleaseReader:
         return (tensor.float() / gamma.where(gamma != 0, 1.0)).to(tensor.dtype)
 
     def _branch(self, index: int) -> Tensor:
-        """The layer's `branch_variance` [2], fp32."""
+        """The layer's `branch_variance` [2], fp32: factor and constant of the mean square that attention adds."""
         attention = f"model.layers.{index}.self_attn"
         bias = f"{attention}.v_proj.bias"
         return branch_variance(

@@ -49,7 +49,8 @@ class Calibration:
     Attributes:
         config, reader: configuration (of our decoder) and tensors of the source checkpoint.
         fit: text that weights are fitted to.
-        probe: a short text for choices such as the layers, from the same documents as `fit`; the sequences after it.
+        probe: a short text for choices such as the layers, from the same documents as `fit`: the sequences after it, or
+            its last ones if the text is short.
         held_out: text of other documents, for the metrics in the report.
         fit_name, held_out_name: names of the texts in reports.
         device: device of the computation.
@@ -67,7 +68,11 @@ class Calibration:
     progress: Progress = no_progress
 
     def start(self, *batches: Tensor) -> LayerwisePass:
-        """Start a layer-by-layer forward pass of batches of token ids [B, S] through the source model."""
+        """Start a layer-by-layer forward pass of batches of token ids [B, S] through the source model.
+
+        Raises:
+            HFEError: the embedding cannot be read, or as its subclass `TokenIdError` an id is outside the vocabulary.
+        """
         return LayerwisePass(self.config, self.reader, batches, device=self.device)
 
     def token_counts(self) -> Tensor:
@@ -100,7 +105,8 @@ def prepare_calibration(
     Args:
         source: the opened source checkpoint.
         text: a .jsonl or .txt file, the Hub id of a data set, or None for the built-in sample.
-        tokens, held_out_tokens: maximum number of tokens of `fit` and of `held_out`, rounded down to whole sequences.
+        tokens, held_out_tokens: largest number of tokens of text in `fit` and in `held_out`, cut into whole sequences;
+            the BOS of each is not counted. If the text gives too few sequences, `fit` includes those of `probe`.
         device, progress: see `Calibration`.
 
     Raises:

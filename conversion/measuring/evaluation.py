@@ -91,11 +91,11 @@ class EvaluationReport:
 
     Attributes:
         text: name of the text.
-        tokens: number of predicted tokens; the first token of each sequence is not predicted.
+        tokens: number of predicted tokens; of next tokens, the first of each sequence is not predicted.
         sequences: number of sequences, the sample size of the intervals.
         sequence_length: tokens in each sequence.
         nll: cross-entropy in nats per token.
-        perplexity: ``exp(nll)``.
+        perplexity: ``exp(nll)``, with the mean nll, or 700 if it is larger, for a finite number.
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
         top1_agreement: fraction of positions at which both models have the same most likely token.
@@ -155,7 +155,8 @@ def checkpoint_logits(
         progress: called with (layers done, number of layers) after every layer.
 
     Returns:
-        A `LogitSource`. It raises `TokenIdError` for an id outside the vocabulary.
+        A `LogitSource`. It raises `TokenIdError` for an id outside the vocabulary, and `HFEError` for a weight that
+        holds NaN or infinity or cannot be read.
     """
 
     def logits(ids: Tensor) -> Iterator[Tensor]:
@@ -194,7 +195,11 @@ def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_by_position(chunks: Iterator[Tensor], ids: Tensor) -> Tensor:
-    """Cross-entropy in nats [B, S - 1] of each next token of ids [B, S]; `chunks` are the ids' logits."""
+    """Cross-entropy in nats [B, S - 1], fp32, of each next token of ids [B, S]; `chunks` are the ids' logits.
+
+    Raises:
+        ValueError: there are more or fewer chunks than `ids` has.
+    """
     nll = [next_token_nll(chunk, target) for chunk, target in zip(chunks, _chunks(ids.roll(-1, dims=1)), strict=True)]
     return torch.cat(nll).view_as(ids)[:, :-1]
 
@@ -228,7 +233,7 @@ def compare_predictions(
         objective: see `EvaluationReport`.
 
     Raises:
-        HFEError: the two models have vocabularies of different sizes.
+        HFEError: the two models have vocabularies of different sizes, or as the functions of the models raise it.
         ValueError: `model` returned more or fewer chunks than `ids` has.
     """
     measured: dict[Metric, list[Tensor]] = {"nll": [], "reference_nll": [], "kl": [], "top1_agreement": []}
@@ -336,7 +341,8 @@ class Evaluator(ABC):
             tokenizer: the tokenizer of the ids, for a family whose `predictions` needs it.
 
         Raises:
-            HFEError: the two models have vocabularies of different sizes, or the tokenizer does not suit the model.
+            HFEError: the two models have vocabularies of different sizes, the tokenizer does not suit the model, or the
+                function of a model raises it.
         """
         chosen = self.predictions(ids, tokenizer)
         return compare_predictions(*chosen, text, model, reference, counts=counts, objective=self.objective)

@@ -32,6 +32,9 @@ def read_token_rows(reader: TensorReader, name: str, ids: Tensor) -> Tensor:
         reader: the checkpoint's tensors.
         name: name of the tensor.
         ids: token ids, sorted and unique; consecutive ids are read together.
+
+    Raises:
+        HFEError: a row holds NaN or infinity, or the file cannot be read or is truncated.
     """
     if ids.numel() == 0:
         return torch.empty(0, reader.shape(name)[1], dtype=reader.dtype(name))
@@ -79,6 +82,7 @@ class LayerwisePass:
 
     Raises:
         TokenIdError: an id lies outside the vocabulary.
+        HFEError: the embedding holds NaN or infinity, or its file cannot be read or is truncated.
     """
 
     def __init__(
@@ -139,7 +143,10 @@ class LayerwisePass:
             )
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Apply every layer to every batch; after each layer `progress(layers done, number of layers)` is called."""
+        """Apply every layer to every batch; after each layer `progress(layers done, number of layers)` is called.
+
+        Errors as for `layers`.
+        """
         for index, layer in self.layers():
             for batch in self.batches:
                 self.run_layer(index, layer, batch)
@@ -150,7 +157,11 @@ class LayerwisePass:
     def logits(self, *batches: BatchState) -> Iterator[Iterator[Tensor]]:
         """For each batch that has passed the last layer, an iterator over its logits in chunks [LOGIT_POSITIONS, V].
 
-        The chunks are those of `measuring.evaluation.LogitSource`. Reads the final norm and the head, in fp32.
+        The chunks are those of `measuring.evaluation.LogitSource`: each sequence in turn, whose last chunk may be
+        shorter. Reads the final norm and the head, in fp32.
+
+        Raises:
+            HFEError: a weight holds NaN or infinity, or its file cannot be read or is truncated.
         """
         self._materialise(self.model.norm, "model.norm.")
         name = EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
@@ -179,7 +190,7 @@ class LayerwisePass:
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         """Load every parameter and buffer of `module`, in fp32, from the tensors `prefix + name`.
 
-        Tensors with a row for each token get the rows of `vocabulary` only.
+        Tensors with a row for each token get the rows of `vocabulary` only. Errors as for `layers`.
         """
         parameters = {name for name, _ in module.named_parameters()}
         for name in module.state_dict():

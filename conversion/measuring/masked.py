@@ -36,7 +36,8 @@ class MaskedEvaluator(Evaluator):
     ) -> LogitSource:
         """A function that loads the checkpoint in fp32 and computes its logits.
 
-        `progress` is called with (sequences done, number of sequences).
+        `progress` is called with (sequences done, number of sequences). The function raises `HFEError` if a weight
+        holds NaN or infinity or cannot be read.
         """
 
         def logits(ids: Tensor) -> Iterator[Tensor]:
@@ -58,6 +59,9 @@ class MaskedEvaluator(Evaluator):
 
     def predictions(self, ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """`ids` with the selected tokens replaced by the mask token, `ids` itself, and True at the selected positions.
+
+        Selected are 15 % of the positions at random (seed 0), and the middle one of each sequence. `ids` [B, S] are on
+        the CPU.
 
         Raises:
             HFEError: the tokenizer has no mask token.
@@ -85,7 +89,7 @@ class MaskedEvaluator(Evaluator):
 
 
 def _loaded(config: PreTrainedConfig, reader: TensorReader) -> Any:
-    """The encoder with the checkpoint's weights, in fp32 on the CPU, in eval mode."""
+    """The encoder with the checkpoint's weights, in fp32 on the CPU, in eval mode; errors of `TensorReader.read`."""
     with no_init_weights():
         model: Any = model_class(config)(config)
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())

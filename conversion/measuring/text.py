@@ -39,8 +39,9 @@ def load_text(source: str | None) -> tuple[Text, Text]:
 
     Args:
         source: a `.jsonl` file with a field `text` on each line, a `.txt` file (documents are paragraphs, separated by
-            an empty line), the id of a data set on the Hub (needs the package datasets; its split `train`, its column
-            `text`), or None for the sample of Python's English documentation that is part of this package.
+            an empty line), the id of a data set on the Hub (needs the package datasets; the first 10,000 rows of its
+            split `train`, its column `text`), or None for the sample of Python's English documentation
+            that is part of this package.
 
     Raises:
         HFEError: the source is missing or cannot be read, a line of a .jsonl file has no text (the message names it),
@@ -58,11 +59,12 @@ def load_text(source: str | None) -> tuple[Text, Text]:
 
 
 def pack(tokenizer: Any, text: Text, tokens: int, vocab_size: int, *, excerpt: int = SEQUENCE_LENGTH) -> Tensor:
-    """Token ids [B, SEQUENCE_LENGTH], int64, of at most `tokens` tokens of text; a short text gives [1, its length].
+    """Token ids [B, SEQUENCE_LENGTH], int64, of at most `tokens` tokens of text; a short text gives one sequence.
 
     Every sequence begins with the tokenizer's BOS if it has one, whether or not the tokenizer adds it: the first
     position is an attention sink, and should be the same token in every text. The rest is the first `excerpt` tokens
-    of each document followed by EOS, concatenated and cut into sequences; an incomplete last one is dropped.
+    of each document followed by EOS, if the tokenizer has one, concatenated and cut into sequences; an incomplete last
+    one is dropped. A text of fewer tokens than a sequence gives [1, its number of tokens, and 1 for BOS].
 
     Raises:
         HFEError: the text gives fewer than two tokens.
@@ -111,7 +113,11 @@ def _read_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    """The field `text` of each line of a .jsonl file; `HFEError` names a line without such a string."""
+    """The field `text` of each line of a .jsonl file; empty lines are skipped.
+
+    Raises:
+        HFEError: a line, which the message names, is not a JSON object with such a string, or as for `_read_text`.
+    """
     # Not splitlines, which also splits at U+2028 and others; these may occur inside a text.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -128,7 +134,11 @@ def _read_paragraphs(path: Path) -> Iterator[str]:
 
 
 def _read_dataset(name: str) -> Iterator[str]:
-    """The column `text` of the first 10,000 rows of a data set's split `train`; `HFEError` if it cannot be read."""
+    """The column `text` of the first 10,000 rows of a data set's split `train`.
+
+    Raises:
+        HFEError: it cannot be read, or the package datasets is not installed.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -58,6 +58,9 @@ class LayerProbe:
     Attributes:
         layers: the layers that may be chosen: all but 0, whose rows could not be prefetched.
         costs: increase in the loss with each of these layers converted alone, in nats per token.
+
+    Raises:
+        HFEError: a weight cannot be read or holds NaN or infinity, or the `fitter` raises it.
     """
 
     def __init__(self, calibration: Calibration, fitter: Callable[[LayerwisePass], FitLayer], rounds: int = 0) -> None:
@@ -92,9 +95,9 @@ class LayerProbe:
     def rises(self, chosen: Collection[int], candidates: Collection[int]) -> dict[int, float]:
         """For each candidate, the increase in the loss, in nats per token, with it and the layers `chosen` converted.
 
-        All candidates are measured in one traversal of the layers: a candidate has hidden states of its own from its
-            layer on, and
-        shares those of the other candidates below it.
+        There is at least one candidate. All are measured in one traversal of the layers: a candidate has hidden states
+        of its own from its layer on, and shares those of the other candidates below it. A call without `chosen` also
+        stores the loss of the source model, which later calls compare with. Errors as for `LayerwisePass.layers`.
         """
         run, common = self._run, self._embedded.clone()
         branches: dict[int, BatchState] = {}
@@ -122,7 +125,7 @@ class LayerProbe:
 
 
 def cheapest(costs: dict[int, float], max_layers: int, max_delta: float | None) -> list[int]:
-    """The layers with the lowest costs, as many as the limits allow.
+    """The layers with the lowest costs, as many as the limits allow; of equal costs the lower layer first.
 
     Args:
         costs: by layer, in nats per token.
@@ -151,7 +154,9 @@ def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[
     """Rounds that add one layer each: first the layer with the lowest cost, then the one that raises the loss least.
 
     Errors compound: the increase that a layer adds usually grows with the number of layers converted before it. So a
-    candidate is measured again only if its last increase is less than that of the best layer of the round.
+    candidate is measured again only if its last increase is less than that of the best layer of the round. Candidates
+    are measured in groups of `_CANDIDATES_PER_TRAVERSAL`, so a few others are measured with it. Of layers that raise
+    the loss equally, the lower one is added.
 
     Args:
         probe: measures the candidates.
@@ -159,7 +164,7 @@ def greedy(probe: LayerProbe, max_layers: int, max_delta: float | None) -> list[
         max_delta: largest measured increase with all chosen layers together; None for no limit.
 
     Raises:
-        HFEError: not even the cheapest layer is within `max_delta`.
+        HFEError: not even the cheapest layer is within `max_delta`, or as for `LayerProbe.rises`.
     """
     added = dict(probe.costs)
     rounds: list[Round] = []

@@ -118,7 +118,8 @@ class LinguaReader:
         """Open the checkpoint in `folder`; error messages refer to it as `name`.
 
         Raises:
-            HFEError: params.json is missing or not valid, or as the constructor.
+            HFEError: params.json is missing or not valid, the configuration is not one of our decoder's, or as the
+                constructor.
         """
         if not (folder / PARAMS_NAME).is_file():
             raise HFEError(
@@ -132,7 +133,7 @@ class LinguaReader:
         return Release(reader, reader.config, decoder_config(config), reader.paths)
 
     def names(self) -> list[str]:
-        """Names of all tensors, as in our decoder's state dict."""
+        """Names of all tensors, as in our decoder's state dict; those that it does not have keep their stored names."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -155,7 +156,7 @@ class LinguaReader:
         return tensor if heads is None else to_rotate_half_order(tensor, heads)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """``read(name)[start:stop]``; other rows are read only for q_proj and k_proj."""
+        """A copy of ``read(name)[start:stop]``, with its errors; other rows are read only for q_proj and k_proj."""
         if self._interleaved_heads(name) is not None:
             return self.read(name)[start:stop].clone()
         return self._columns(name, slice(start, stop))
@@ -207,7 +208,7 @@ def _shard_files(folder: Path) -> list[Path]:
     An empty list if there is no folder `stem_shards`.
 
     Raises:
-        HFEError: a rank's file is missing, or the folder is empty.
+        HFEError: a rank's file is missing, or the folder has none.
     """
     # The user may name the folder of the step or the folder `consolidated` in it.
     places = [folder, *([folder.parent] if folder.name == _BACKBONE_FOLDER else [])]
@@ -288,7 +289,8 @@ def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dic
     Tables in `state`, the tensors of the backbone's file, are removed from it; the shards take precedence.
 
     Raises:
-        HFEError: a table is no matrix, the shards differ in their tables or numbers of rows, or an index is missing.
+        HFEError: a shard cannot be loaded (see `_load_tensors`) or has another tensor than tables, a table is no
+            matrix, the shards differ in their tables or numbers of rows, or an index is missing.
     """
     tables: dict[int, _ShardedTensor] = {}
     for name in [name for name in state if _TABLE.fullmatch(name)]:
@@ -347,7 +349,7 @@ def _check_widths(tables: dict[int, _ShardedTensor], intermediate_size: int) -> 
 
 
 def _embedding_rows(state: dict[str, Tensor], path: Path) -> int:
-    """The number of rows of the embedding, which is the vocabulary size."""
+    """The number of rows of the embedding, the vocabulary size; `HFEError` if it is missing or not a matrix."""
     if "tok_embeddings.weight" not in state:
         raise HFEError(f"{path.name} has no tok_embeddings.weight", "name the folder of a whole checkpoint")
     if state["tok_embeddings.weight"].ndim != 2:
@@ -379,7 +381,8 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     """The backbone's `LlamaConfig`; fields that the section `model` does not have get Lingua's defaults.
 
     Raises:
-        HFEError: a number is missing or not a positive integer, or transformers rejects the configuration.
+        HFEError: a number is missing or not a positive integer, `n_heads` and `head_dim` are both missing,
+            `ffn_dim_multiplier` is not a positive number, or transformers rejects the configuration.
     """
     dim, layers = _positive_int(model, "dim"), _positive_int(model, "n_layers")
     head_dim, heads = (_positive_int(model, name, optional=True) for name in ("head_dim", "n_heads"))
@@ -411,7 +414,11 @@ def _config(model: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 
 
 def _positive_int(model: dict[str, Any], name: str, *, optional: bool = False) -> int:
-    """The field `name` of the section `model`; 0 if it is `optional` and missing or 0, `HFEError` if not positive."""
+    """The field `name` of the section `model`; 0 if it is `optional` and missing or 0.
+
+    Raises:
+        HFEError: it is not an integer from 1 to `_MAX_VALUE`.
+    """
     value: Any = model.get(name)
     if optional and (value is None or value == 0):
         return 0
@@ -421,7 +428,11 @@ def _positive_int(model: dict[str, Any], name: str, *, optional: bool = False) -
 
 
 def _factor(model: dict[str, Any]) -> float | None:
-    """`ffn_dim_multiplier` of the section `model`, or None without it; `HFEError` unless it is a positive number."""
+    """`ffn_dim_multiplier` of the section `model`, or None without it.
+
+    Raises:
+        HFEError: it is not a positive number below `_MAX_VALUE`.
+    """
     value = model.get("ffn_dim_multiplier")
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX_VALUE
     if value is not None and not number:
@@ -441,7 +452,8 @@ def _stem_layers(model: dict[str, Any], tables: int) -> list[int]:
     """The layers that have STEM tables, ascending; without `stem_layers` all but layer 0, as in the training code.
 
     Raises:
-        HFEError: the field is not a list of different integers, or their number differs from that of the `tables`.
+        HFEError: the field is not a list of different integers from 0 on, or their number differs from `tables`, the
+            number of tables in the files.
     """
     named = model.get("stem_layers")
     if named is None:

@@ -184,13 +184,14 @@ class Stem:
 
         Raises:
             UsageError: the layers are to be measured and `calibration` is None.
-            HFEError: no layer is within `max_delta`.
+            HFEError: no layer is within `max_delta`, a weight cannot be read or holds NaN or infinity, or `output_ls`
+                would take more than 8 GiB.
         """
         layers = self._choose(required_calibration(calibration)) if self.measures_choice else self.layers
         return {"stem_layers": list(layers), "stem_keep_up_proj": self.keep_up_proj}
 
     def expected_choice(self, config: DecoderConfig) -> ExpectedChoice:
-        """The fields that `choose` will return, with the largest possible number of layers if they are measured."""
+        """The fields that `choose` will return, with the largest possible number of layers. For `auto` and `greedy`."""
         most = min(self._limit(config), config.num_hidden_layers - 1)
         count = f"{most} layer{'s' if most > 1 else ''}"
         if self.max_delta is not None and most > 1:
@@ -200,7 +201,10 @@ class Stem:
         return ExpectedChoice(fields, {"stem_layers": count})
 
     def changes(self, config: DecoderConfig, dtype: torch.dtype) -> TensorChanges:
-        """The tables [vocab_size, intermediate_size] that are added, and the up-projections that are dropped."""
+        """The tables [vocab_size, intermediate_size] that are added, and the up-projections that are dropped.
+
+        With `keep_up_proj` none is dropped.
+        """
         changes = TensorChanges()
         shape = (config.vocab_size, config.intermediate_size)
         for index in config.stem_layers:
@@ -214,6 +218,10 @@ class Stem:
         """(name, table) of each STEM layer, ascending; runs the calibration text through the model layer by layer.
 
         Also measures each table's errors on held-out text, for `report`.
+
+        Raises:
+            UsageError: `calibration` is None.
+            HFEError: a weight cannot be read or holds NaN or infinity, or `output_ls` would take more than 8 GiB.
         """
         calibration = required_calibration(calibration)
         sequences = max(_ERROR_TOKENS // calibration.held_out.shape[1], 1)
@@ -286,7 +294,7 @@ class Stem:
         return self.max_layers or max(config.num_hidden_layers // 3, 1)
 
     def _choose(self, calibration: Calibration) -> list[int]:
-        """Choose the layers by `auto` or `greedy`, sorted; stores the measurements for `report`."""
+        """Choose the layers by `auto` or `greedy`, sorted; stores the measurements for `report`. Errors: `choose`."""
         limit = self._limit(calibration.config)
         probe = LayerProbe(calibration, self._fitter, rounds=limit if self.layers == "greedy" else 0)
         self._costs = probe.costs

@@ -279,7 +279,7 @@ class FittedTable:
     def write(self, reader: TensorReader, size: int, dtype: torch.dtype) -> Tensor:
         """The whole table [size, F] in `dtype` on the CPU, of which rows beyond the source's embedding are zero.
 
-        `reader` gives the source's embedding.
+        `reader` gives the source's embedding; `HFEError` if that cannot be read or holds NaN or infinity.
         """
         vocab_size = reader.shape(EMBEDDING)[0]
         table = torch.empty(size, self.rows.shape[1], dtype=dtype)

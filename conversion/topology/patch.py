@@ -90,7 +90,8 @@ class _TopologyPatch:
         """The source's tokenizer and embedding rows with the control tokens added, suppressed unless trained.
 
         Raises:
-            HFEError: `trained=True`, and the tokenizer lacks a control token.
+            HFEError: `trained=True`, and the tokenizer lacks a control token; or as for `add_tokens`: the source has no
+                tokenizer, or one that does not support the tokens.
         """
         change = add_tokens(source, CONTROL_TOKENS[self.name])
         if self.trained and change.tokenizer is not None:
@@ -106,7 +107,7 @@ class _TopologyPatch:
         return change
 
     def choose(self, config: DecoderConfig, calibration: Calibration | None) -> dict[str, Any]:
-        """The configuration fields `vocab_size` and `topology`; after `vocabulary`."""
+        """The configuration fields `vocab_size` and `topology`; `UsageError` before `vocabulary` was called."""
         return {
             "vocab_size": self._added.new_size,
             "topology": {
@@ -126,7 +127,11 @@ class _TopologyPatch:
         return iter(())
 
     def report(self) -> TopologyMeasurements:
-        """For each added token, the tokens whose rows it was made from; and a summary of the control tokens."""
+        """For each added token, the tokens whose rows it was made from; and a summary of the control tokens.
+
+        Raises:
+            UsageError: `vocabulary` was not called before.
+        """
         change = self._added
         new = sorted(change.rows)
         tokens = f"{len(new)} added, ids {new[0]} to {new[-1]}" if new else "all in the tokenizer already"
@@ -138,7 +143,7 @@ class _TopologyPatch:
 
     @property
     def _added(self) -> VocabularyChange:
-        """The result of `vocabulary`."""
+        """The result of `vocabulary`; `UsageError` if it was not called before."""
         if self._vocabulary is None:
             raise UsageError(f"{self.name} has no vocabulary of the source yet", "call vocabulary(source) first")
         return self._vocabulary
