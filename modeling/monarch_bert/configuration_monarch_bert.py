@@ -11,11 +11,11 @@ from hf_efficient.modeling.base.registered_config import RegisteredConfig
 
 @strict
 class MonarchBertConfig(RegisteredConfig, BertConfig):
-    """`BertConfig` with the stock meaning of every field.
+    """`BertConfig` of transformers, whose fields keep their meaning, and two more.
 
     | field | meaning |
     |---|---|
-    | `source_model_type` | stock model type that the weights come from; None when trained from scratch |
+    | `source_model_type` | model type of transformers that the weights come from; None when trained from scratch |
     | `hfe_format` | version of the checkpoint layout |
     """
 
@@ -26,7 +26,14 @@ class MonarchBertConfig(RegisteredConfig, BertConfig):
     hfe_format: int = 1
 
     def validate_architecture(self) -> None:
-        """Cross-field rules; raises `ValueError` with the value and the rule."""
+        """Check the fields against each other.
+
+        Called when a configuration is created, which then raises `StrictDataclassClassValidationError` of
+        huggingface_hub, caused by this error.
+
+        Raises:
+            ValueError: `hidden_size` is not a multiple of `num_attention_heads`, or the model would be a decoder.
+        """
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

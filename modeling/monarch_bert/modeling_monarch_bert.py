@@ -27,7 +27,11 @@ from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import Monarc
 
 
 class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
-    """Base class: creating a model raises `ValueError` if its configuration is invalid (see `MonarchBertConfig`)."""
+    """Base class: creating a model checks its configuration again.
+
+    Raises:
+        StrictDataclassClassValidationError: (of huggingface_hub) a rule of `MonarchBertConfig` is violated.
+    """
 
     config: MonarchBertConfig
     config_class = MonarchBertConfig  # set too: transformers does not resolve the string annotation above

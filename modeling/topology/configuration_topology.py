@@ -24,7 +24,7 @@ TokenIds = TypedDict("TokenIds", {tag: int for tags in CONTROL_TOKENS.values() f
 
 
 class TopologySettings(TypedDict, total=False):
-    """Types of the values in the field `topology`; see `TopologyConfig` for their meaning."""
+    """Types of the values of the field `topology` in config.json; see `TopologyConfig` for their meaning."""
 
     grammar: str
     mode: str
@@ -48,8 +48,8 @@ class TopologyConfig(DecoderConfig):
     | `separator` | white space between two control tokens, which parallel generation appends without sampling |
     | `version` | version of this format, 1 |
 
-    With ``topology=None`` the model is a plain decoder. Creating a configuration with an invalid topology raises as
-    `validate_topology` does.
+    With ``topology=None`` the model is a plain decoder. Creating a configuration with an invalid topology raises
+    `StrictDataclassClassValidationError` of huggingface_hub, caused by the `ValueError` of `validate_topology`.
     """
 
     model_type = "hfe_topology_base"

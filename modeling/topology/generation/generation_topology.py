@@ -141,7 +141,8 @@ def parallel_generate(
             needs most; or `tokens`, the tokens of all branches together. A branch is closed early enough to leave room
             for the joins above it.
         branch_max_new_tokens: maximum number of sampled tokens in one branch; None for no limit besides the budget.
-        constrain: disallow EOS inside blocks, and control tokens where they would be malformed.
+        constrain: disallow EOS inside blocks, and control tokens that have no place there (see
+            `ForcedText.disallowed_ids`); outside blocks nothing is disallowed.
         seed: seed of sampling; by default drawn from PyTorch's generator. With the same seed a branch samples the same
             tokens whatever other branches run.
         sampler: a `Sampler` that replaces greedy search and sampling; logits processors are then not applied.

@@ -198,7 +198,9 @@ class SequenceState:
         return 1 + len(self.forced.separator_ids) + len(self.forced.join_ids) + above
 
     def _required_budget(self, branch: Branch, headers: list[tuple[int, ...]]) -> int:
-        """Return the smallest remaining budget with which children with these headers can all be closed and joined.
+        """Return a remaining budget that suffices for children with these headers, as positions or tokens.
+
+        Each child then has room for one sampled token, and all can be closed and joined.
 
         Args:
             branch: the branch that is to fork.
@@ -210,6 +212,7 @@ class SequenceState:
             return len(self.forced.separator_ids) + max(map(len, headers)) + 1 + reserve
         reserved = self._remaining_budget(branch) - self._unreserved_tokens()
         per_child = 2 + len(self.forced.separator_ids)  # a sampled token, the closing tag and the separator
+        # The last 2 are for the separator before the headers, of at most two tokens.
         return reserved + len(self.forced.join_ids) + sum(len(header) + per_child for header in headers) + 2
 
     def _has_segments_for(self, branches: int) -> bool:

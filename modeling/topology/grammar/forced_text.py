@@ -104,7 +104,10 @@ class ForcedText:
         return (self.close_id, close_block) if in_path else (close_block,)
 
     def disallowed_ids(self, eos_ids: Collection[int]) -> dict[str, tuple[int, ...]]:
-        """Return for each place in the text the token ids that would make the text malformed there.
+        """Return for each place in the text the token ids that a model may be kept from choosing there.
+
+        In a branch or path these are EOS and all control tokens, except the one that closes it and the one that opens a
+        block in it. Between the paths of a block they are EOS and the closing tag of a path.
 
         Args:
             eos_ids: ids of the tokens that end the text.
