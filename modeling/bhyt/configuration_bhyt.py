@@ -17,7 +17,8 @@ class BhytConfig(DecoderConfig):
 
     | field | meaning |
     |---|---|
-    | `bhyt_layers` | layers whose two norms are BHyT, sorted and unique; by default all. The others keep RMSNorm |
+    | `bhyt_layers` | layers whose two norms are BHyT, sorted and unique; by default all, or none where the patch is |
+    | | optional (`hfe_decoder`). The others keep RMSNorm |
     | `bhyt_second_site` | mean square in `post_attention_layernorm`: `exact`; `approx`, that of `input_layernorm` |
     | | plus what attention is expected to add (the paper's choice); `affine`, slope times that of |
     | | `input_layernorm` plus intercept, both fitted |

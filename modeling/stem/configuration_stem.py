@@ -1,4 +1,4 @@
-"""Configuration of STEM: in chosen layers, the up-projection of the feed-forward is a table row of the token."""
+"""Configuration of STEM: in chosen layers, a table row of the token replaces the feed-forward's up-projection."""
 
 from typing import Any
 
@@ -8,12 +8,15 @@ from hf_efficient.modeling.decoder.configuration_decoder import DecoderConfig
 
 
 def stem_layer_preset(num_hidden_layers: int, preset: str) -> list[int]:
-    """Layers that the STEM paper replaces when it trains from scratch; layer 0 always stays dense.
+    """Return the indices of the layers that the STEM paper replaces when it trains from scratch, sorted, without 0.
 
     Args:
         num_hidden_layers: number of layers of the model.
         preset: ``third`` (every third from layer 2, or layer 1 of two), ``half`` (the odd ones) or ``full`` (all but
             layer 0).
+
+    Raises:
+        ValueError: another preset.
 
     Source: arXiv:2601.10639, section 4. A conversion should choose by measured sensitivity instead.
     """
@@ -33,13 +36,15 @@ class StemConfig(DecoderConfig):
 
     | field | meaning |
     |---|---|
-    | `stem_layers` | indices of the STEM layers, sorted and unique; by default every third (the paper's choice) |
+    | `stem_layers` | indices of the STEM layers, sorted and unique; by default every third (the paper's choice), or |
+    | | none where the patch is optional (`hfe_decoder`) |
     | `stem_embedding_dim` | width of a table row; must equal `intermediate_size` |
     | `stem_init_std` | standard deviation of a fresh table; None: Xavier, `sqrt(2 / (vocab_size + width of a row))` |
     | `stem_keep_up_proj` | keep the stock up-projection beside the table: `mlp.efficient = False` runs the stock path |
-    | `stem_sparse_grad` | the tables get sparse gradients, of the rows of a batch's tokens |
-    | `stem_offload` | `none`; `cpu`: the tables stay in host memory; `disk`: in the checkpoint's files |
-    | `stem_cache_rows` | rows of each offloaded table to cache on the device, those of the most frequent tokens |
+    | `stem_sparse_grad` | the tables get sparse gradients, only of the rows of a batch's tokens |
+    | `stem_offload` | `none`; `cpu`: the tables stay in host memory; `disk`: mapped from the checkpoint's files |
+    | `stem_cache_rows` | rows of each offloaded table to cache on the device, those of the most frequent tokens; |
+    | | no effect where the tables cannot be pinned, as with `disk` |
     | `stem_prefetch_layers` | offloaded tables whose rows may be in transfer at the same time; 0: all |
     | `stem_inputs_embeds` | for `inputs_embeds` without ids: `error`, or `match` to find the ids in the embedding |
     """
@@ -57,6 +62,7 @@ class StemConfig(DecoderConfig):
     stem_inputs_embeds: str = "error"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        """Replace the defaults None of `stem_layers` and `stem_embedding_dim` as the table describes."""
         if self.stem_layers is None:
             self.stem_layers = [] if self.patch_is_optional else stem_layer_preset(self.num_hidden_layers, "third")
         if self.stem_embedding_dim is None:
@@ -64,7 +70,7 @@ class StemConfig(DecoderConfig):
         super().__post_init__(**kwargs)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """As in `DecoderConfig`; tables are split by rows, and gates are gathered."""
+        """As in `DecoderConfig`; with STEM layers, tables are split by rows, and gates are gathered."""
         plan = super().tensor_parallel_plan()
         if not self.stem_layers:
             return plan
@@ -80,14 +86,20 @@ class StemConfig(DecoderConfig):
 
     @property
     def active_patches(self) -> list[str]:
+        """Names of the patches that this configuration has, `stem` if there are STEM layers."""
         return [*super().active_patches, *(["stem"] if self.stem_layers else [])]
 
     def fields_of_absent_patches(self) -> set[str]:
+        """As in `DecoderConfig`; all STEM fields if there are no STEM layers."""
         absent = super().fields_of_absent_patches()
         return absent if "stem" in self.active_patches else absent | set(StemConfig.__annotations__)
 
     def validate_stem(self) -> None:
-        """Rules of the STEM fields; raises `ValueError` with the value and the rule."""
+        """Check the STEM fields; transformers calls it when a configuration is created.
+
+        Raises:
+            ValueError: a rule is broken; the message has the value and the rule.
+        """
         layers, count = self.stem_layers, self.num_hidden_layers
         if not layers and not self.patch_is_optional:
             raise ValueError("stem_layers is empty; name at least one layer, or use the unpatched decoder")

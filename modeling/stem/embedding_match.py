@@ -14,22 +14,28 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _hash_rows(rows: Tensor, factors: Tensor) -> Tensor:
-    """A 64-bit hash [N] of each row of [N, d]: the bits of its elements times odd `factors` [d], summed modulo 2^64."""
+    """Return a 64-bit hash of each row, int64 [N]: bits of the elements times `factors`, summed modulo 2^64.
+
+    Args:
+        rows: [N, d], floating-point of 2, 4 or 8 bytes.
+        factors: int64 [d], odd, on the device of `rows`.
+    """
     bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.dtype.itemsize])  # + 0.0 turns -0.0 into 0.0
     return (bits.long() * factors).sum(-1)
 
 
 @torch.no_grad()
 def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: int) -> Tensor:
-    """Ids [B, S] of the embedding rows that equal `inputs_embeds` [B, S, d] in every element.
+    """Return the ids, int64 [B, S], of the embedding rows that equal `inputs_embeds` [B, S, d] in every element.
 
     Rows are found by hash and then compared, so that no [B, S, vocab_size, d] comparison is made. The embedding is
     called as a module, so that adapters and offloading hooks run. If several rows are equal, the lowest id is returned,
-    with a warning.
+    with a warning, once in the process. Reads the whole embedding and synchronises with the device in every call.
 
     Args:
-        inputs_embeds: [B, S, d].
-        embed_tokens: the embedding, ids -> rows.
+        inputs_embeds: [B, S, d]; compared in the dtype that it and the embedding promote to. The result is on its
+            device.
+        embed_tokens: the embedding, called with ids [N] on that device; returns rows [N, d].
         vocab_size: number of its rows.
 
     Raises:
@@ -41,6 +47,7 @@ def match_token_ids(inputs_embeds: Tensor, embed_tokens: nn.Module, vocab_size: 
     factors = (torch.randint(-(1 << 62), 1 << 62, (width,), generator=generator) * 2 + 1).to(device)
 
     def rows(ids: Tensor) -> Tensor:
+        """Return the embedding rows [N, d] of `ids` [N], in the promoted dtype."""
         found = embed_tokens(ids).to(device)
         return found.to(torch.promote_types(found.dtype, given.dtype))
 

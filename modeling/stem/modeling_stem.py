@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-# ruff: noqa: E402  (an older transformers lacks what is imported below, and this error names the release it takes)
+# ruff: noqa: E402  (an old transformers fails on an import below; this check first names the releases that work)
 from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
@@ -67,7 +67,7 @@ class StemMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def _can_fuse(self, token_inputs: Tensor | TokenRows | None) -> bool:
-        """True if the fused kernel, which reads the table's weight, gives the result of calling the two modules."""
+        """True if the fused kernel, which reads the table's weight, may replace the calls of activation and table."""
         table = self.stem_embed
         return (
             is_bare(self.act_fn, SILU)
@@ -80,15 +80,16 @@ class StemMLP(nn.Module):
     def forward(
         self, hidden_states: Tensor, token_ids: Tensor | TokenRows | None, residual: Tensor | None = None
     ) -> Tensor:
-        """The feed-forward's output [B, S, hidden_size], plus `residual` if it is given.
+        """Return the feed-forward's output [B, S, hidden_size], plus `residual` if it is given.
 
         Args:
             hidden_states: [B, S, hidden_size].
-            token_ids: ids [B, S] that index the table, or their rows from `StemModel.begin_lookup`.
+            token_ids: ids [B, S] that index the table, or their rows from `StemModel.begin_lookup`; not read if
+                `efficient` is False, otherwise not None.
             residual: [B, S, hidden_size].
 
         Raises:
-            HFEError: `efficient` is False and the checkpoint has no up-projection.
+            HFEError: `efficient` is False and the checkpoint has no up-projection, or the table has no weight.
         """
         gate = linear(hidden_states, self.gate_proj)
         if not self.efficient:
@@ -104,7 +105,7 @@ class StemMLP(nn.Module):
         return linear(gated, self.down_proj, residual)
 
     def _stock_up(self, hidden_states: Tensor) -> Tensor:
-        """The stock up-projection of [B, S, hidden_size]; `HFEError` if the checkpoint does not have it."""
+        """Return the stock up-projection of [B, S, hidden_size]; `HFEError` if the checkpoint does not have it."""
         if self.up_proj is None:
             raise HFEError(
                 "efficient=False needs the stock up-projection, which this checkpoint does not have",
@@ -114,12 +115,14 @@ class StemMLP(nn.Module):
 
 
 class StemPreTrainedModel(DecoderPreTrainedModel):
+    """Initialisation, loading, checks and saving that `StemModel` and the models with a head share."""
+
     config: StemConfig
     config_class = StemConfig  # set too: transformers does not resolve the string annotation above
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module that has no weights in the checkpoint."""
+        """Initialise a module in place; transformers calls it for those that have no weights in the checkpoint."""
         if not isinstance(module, StemTable):
             super()._init_weights(module)
         elif module.weight is None:
@@ -130,7 +133,11 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             init.normal_(module.weight, std=self.config.stem_init_std)
 
     def post_init(self) -> None:
-        """As in transformers; `HFEError` if a serving engine loads a model with offloaded tables."""
+        """As in transformers; with `stem_offload="disk"`, loading skips the tables of the checkpoint.
+
+        Raises:
+            HFEError: a serving engine loads a model with offloaded tables.
+        """
         placement, attention = self.config.stem_offload, self.config._attn_implementation
         if placement != "none" and attention in _ENGINES:
             raise HFEError(
@@ -143,10 +150,11 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with `stem_offload`, the tables are never moved to the device.
+        """As in transformers; with `stem_offload`, the tables are never moved to the device of `device_map`.
 
         Raises:
-            HFEError: `stem_offload` together with tensor parallelism, several devices, or weights not in safetensors.
+            HFEError: `stem_offload` together with tensor parallelism, several devices, or weights not in safetensors;
+                the checkpoint lacks tables or has tables of another shape; and the errors of `DecoderPreTrainedModel`.
         """
         source = pretrained_model_name_or_path  # the parameter's name is that of transformers, for keyword calls
         placement = cls._requested_placement(source, kwargs)
@@ -174,7 +182,10 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
 
     @classmethod
     def _requested_placement(cls, source: Any, arguments: dict[str, Any]) -> str:
-        """`stem_offload` of the arguments of `from_pretrained`, else of the configuration."""
+        """Return `stem_offload` of the keyword arguments of `from_pretrained`, else of the configuration.
+
+        Without a `config` among them, config.json of `source` is read.
+        """
         config = arguments.get("config")
         if "stem_offload" in arguments:
             return arguments["stem_offload"]
@@ -183,7 +194,15 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         return (config.get if isinstance(config, dict) else partial(getattr, config))("stem_offload", "none")
 
     def _map_tables(self, source: Any, arguments: dict[str, Any]) -> None:
-        """Map each table from the files that the rest of the model was loaded from."""
+        """Map each table from the files that the rest of the model was loaded from.
+
+        Args:
+            source: the first argument of `from_pretrained`.
+            arguments: its keyword arguments.
+
+        Raises:
+            HFEError: a table is missing (see `find_tensors`) or has another shape (see `StemTable.map_from`).
+        """
         tables = {f"{name}.weight": m for name, m in self.base_model.named_modules() if isinstance(m, StemTable)}
         hub, loaded = hub_arguments(arguments), self.config.name_or_path
         if str(source) != str(loaded):  # `source` is an adapter; its revision is not that of the base model
@@ -193,7 +212,7 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             tables[name].map_from(*place)
 
     def check_loaded(self, missing_keys: set[str], unexpected_keys: set[str]) -> None:
-        """Raise `HFEError` if the checkpoint lacks tables."""
+        """As in `DecoderPreTrainedModel`; raises `HFEError` also if the checkpoint lacks tables."""
         super().check_loaded(missing_keys, unexpected_keys)
         tables = sorted(key for key in missing_keys if key.endswith(".stem_embed.weight"))
         if tables:
@@ -203,7 +222,10 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
             )
 
     def refresh_rows(self, ids: Tensor) -> None:
-        """Discard cached copies of the rows `ids` [n]; call it after the tables were changed in place there."""
+        """Discard copies of the rows `ids` [n] cached on the device (`stem_cache_rows`).
+
+        Call it after the tables were changed in place there; all other rows are taken to be unchanged.
+        """
         fetcher = _FETCHERS.get(self.base_model)
         if fetcher is not None:
             fetcher.drop(ids)
@@ -230,14 +252,21 @@ class StemPreTrainedModel(DecoderPreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; resizes the tables too."""
+        """As in transformers; resizes the tables too, see `_resize_tables`.
+
+        Raises:
+            HFEError: a table with `stem_offload="disk"` has not been mapped from a file yet.
+        """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self._resize_tables(embeddings.num_embeddings)
         return embeddings
 
     @torch.no_grad()
     def _resize_tables(self, rows: int) -> None:
-        """Resize every table to `rows` rows; a new row is the mean of the old ones."""
+        """Resize every table to `rows` rows; a new row is the mean of the old ones.
+
+        A resized table has a new parameter in ordinary memory, also if it was mapped from a file.
+        """
         for module in self.modules():
             if isinstance(module, StemTable) and module.num_embeddings != rows:
                 old = module.resident_weight
@@ -257,16 +286,21 @@ class StemModel(StemPreTrainedModel, DecoderModel):
     row_provider: Callable[..., Any] | None = None
 
     def build_mlp(self, layer_idx: int) -> nn.Module:
+        """As in `DecoderModel`; a `StemMLP` in the STEM layers."""
         return StemMLP(self.config) if layer_idx in self.config.stem_layers else super().build_mlp(layer_idx)
 
     def resolve_token_ids(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Ids [B, S] that index the tables: `stem_input_ids`, else `input_ids`, else those found for `inputs_embeds`.
+        """Return the ids [B, S] that index the tables.
+
+        These are `stem_input_ids`, which is removed from `kwargs`, else `input_ids`, else those that `match_token_ids`
+        finds for `inputs_embeds` (with `stem_inputs_embeds="match"`). None if there are none and no layer here needs
+        them: in a pipeline stage without STEM layers, or in a model without.
 
         Raises:
-            HFEError: there are no ids, they have another shape than the input, or a table another size than the
-                embedding.
+            HFEError: there are no ids, they have another shape than the input, an embedding equals no row, or a table
+                has another number of rows than the embedding.
         """
         stem_input_ids = kwargs.pop("stem_input_ids", None)
         ids = super().resolve_token_ids(input_ids, inputs_embeds, kwargs) if stem_input_ids is None else stem_input_ids
@@ -304,7 +338,9 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Token inputs of the layers for ids [B, S]: the ids or their `TokenRows`, or what `row_provider` returns.
+        """Return the token inputs of the layers for ids [B, S]: ids, their `TokenRows`, or `row_provider`'s result.
+
+        `stem_prompt_rows` is removed from `kwargs`. Raises as `begin_lookup` does.
 
         A row provider is called as ``row_provider(model, token_ids, look_up, prompt_rows=, attention_mask=,
         position_ids=, past_key_values=)``. ``look_up(ids)`` gives the ordinary token inputs of any ids, and
@@ -326,10 +362,11 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         )
 
     def begin_lookup(self, token_ids: Tensor | None) -> Tensor | TokenRows | None:
-        """The ids themselves, or their rows if tables are in host memory (prefetched) or get sparse gradients.
+        """Return the ids, or their `TokenRows` if tables are in host memory (prefetched) or get sparse gradients.
 
         Raises:
-            HFEError: a table in host memory would get a dense gradient.
+            HFEError: a table in host memory would get a dense gradient, or a table has no weight (see
+                `StemTable.resident_weight`).
         """
         token_ids = super().begin_lookup(token_ids)
         # A table with a hook, such as accelerate's offloading, has its weight only while the module is called.
@@ -349,7 +386,7 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         return TokenRows(token_ids) if any(table.sparse for table in trained) else token_ids
 
     def _fetcher(self, tables: list[StemTable], device: torch.device) -> TableFetcher:
-        """The `TableFetcher` of this model, made anew if its tables or the device changed."""
+        """Return the `TableFetcher` of this model, which prefetches rows; a new one if tables or device changed."""
         fetcher = _FETCHERS.get(self)
         if fetcher is None or not fetcher.serves(tables, device):
             config = self.config
@@ -359,18 +396,21 @@ class StemModel(StemPreTrainedModel, DecoderModel):
         return fetcher
 
     def pin_tables(self) -> None:
-        """Pin the tables with `stem_offload="cpu"` now instead of in the first call that needs their rows."""
+        """Pin the tables with `stem_offload="cpu"` now instead of in the first call that needs their rows.
+
+        Nothing unless the rest of the model is on a CUDA device.
+        """
         tables = [table for table in self._tables() if table.placement == "cpu"]
         if tables and self.device.type == "cuda" and tables[0].resident_weight.device != self.device:
             self._fetcher(tables, self.device)
 
     def row_fetches(self) -> dict[str, Any]:
-        """`TableFetcher.report` of tables in host memory; empty before their rows were fetched."""
+        """Return `TableFetcher.report` of tables in host memory; empty before they were pinned or read."""
         fetcher = _FETCHERS.get(self)
         return {} if fetcher is None else fetcher.report()
 
     def _tables(self) -> list[StemTable]:
-        """The tables in the order of the layers, without those that an adapter wraps."""
+        """Return the tables of this pipeline stage in the order of the layers, without those that an adapter wraps."""
         tables = (getattr(layer.mlp, "stem_embed", None) for layer in self.layers_here().values())
         return [table for table in tables if isinstance(table, StemTable)]
 
@@ -392,6 +432,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
     prompt_arguments = frozenset({"stem_input_ids", "stem_prompt_rows"})
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `CapturedGeneration`; first pins tables in host memory."""
         self.model.pin_tables()  # a decoding step is captured only if its tables are pinned
         return super()._sample(*args, **kwargs)
 
@@ -415,7 +456,7 @@ class StemForCausalLM(StemPreTrainedModel, DecoderForCausalLM, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(self, **inputs: Any) -> Any:
-        """As in transformers; for a row provider, copies of a prompt, such as its beams, carry the prompt's index."""
+        """As in transformers; with a `row_provider`, adds `stem_prompt_rows` [rows], the prompt's index of each row."""
         if self.model.row_provider is not None and inputs.get("expand_size", 1) > 1:
             ids = inputs["input_ids"]
             inputs["stem_prompt_rows"] = torch.arange(len(ids), device=ids.device)

@@ -16,10 +16,10 @@ class Admission:
     """The changes of a cache by one call.
 
     Attributes:
-        ids: tokens that are added [n].
-        indices: index of each among the call's distinct tokens [n].
-        slots: cache slot of each [n].
-        evicted: tokens that are removed [m].
+        ids: token ids that are added, int64 [n].
+        indices: index of each among the call's distinct tokens, int64 [n].
+        slots: cache slot of each, int64 [n].
+        evicted: token ids that are removed, int64 [m].
     """
 
     ids: Tensor
@@ -28,33 +28,37 @@ class Admission:
     evicted: Tensor
 
     def to(self, device: torch.device) -> Admission:
-        """The same on another device."""
+        """Return the same changes on another device."""
         return Admission(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class FrequencyPolicy:
-    """LFU with ageing: caches the tokens with the highest counts, which decay with `HALF_LIFE`.
+    """Decides which tokens are cached: those with the highest counts, which decay with `HALF_LIFE` (LFU with ageing).
 
-    Works on the host, on int64 ids, and decides only which tokens are cached.
+    Works on the host, on int64 ids; it holds no rows.
 
     Args:
         vocab_size: number of token ids.
         capacity: number of slots.
+
+    Attributes:
+        held: int64 [capacity], token id in each slot, -1 in a free one.
     """
 
     def __init__(self, vocab_size: int, capacity: int) -> None:
-        self.held = torch.full((capacity,), -1)  # token id in each slot, -1 in a free one
+        self.held = torch.full((capacity,), -1)
         self._slot_of = torch.full((vocab_size,), -1)
         self._counts = torch.zeros(vocab_size, dtype=torch.float64)
 
     def hits(self, ids: Tensor) -> Tensor:
-        """Whether each of `ids` [u] is cached, bool [u]."""
+        """Return whether each of `ids` [u] is cached, bool [u]."""
         return self._slot_of[ids] >= 0
 
     def admit(self, ids: Tensor, counts: Tensor) -> Admission:
-        """Count distinct, sorted `ids` [u] `counts` [u] times each, and choose which to add as now most frequent.
+        """Count distinct, sorted `ids` [u] `counts` [u] times each, and return which tokens to add and to evict.
 
-        The slots of added tokens count as free until `commit`.
+        Evicted tokens are no longer cached on return. Added ones are cached from `commit` on; until then their slots
+        count as free, so call `commit` before the next `admit`, or drop this result.
         """
         self._counts *= 0.5 ** (int(counts.sum()) / HALF_LIFE)
         self._counts[ids] += counts
@@ -72,12 +76,12 @@ class FrequencyPolicy:
         return Admission(added, torch.searchsorted(ids, added), slots, evicted)
 
     def commit(self, admission: Admission) -> None:
-        """Record that the rows of the added tokens are in their slots."""
+        """Record that the rows of the added tokens are in their slots; `admission` must be the last one of `admit`."""
         self.held[admission.slots] = admission.ids
         self._slot_of[admission.ids] = admission.slots
 
     def drop(self, ids: Tensor) -> None:
-        """Remove `ids`, whose rows have changed."""
+        """Mark `ids` [n], whose rows have changed, as not cached; their counts stay."""
         slots = self._slot_of[ids]
         self.held[slots[slots >= 0]] = -1
         self._slot_of[ids] = -1
@@ -90,7 +94,7 @@ class RowCache:
 
     Args:
         tables: weight of each table [V, F].
-        capacity: number of rows to cache of each.
+        capacity: number of rows to cache of each; at most V are.
         device: of the cache.
 
     Attributes:
@@ -108,15 +112,24 @@ class RowCache:
             self.slot_of = torch.full((vocab_size,), -1, dtype=torch.int32, device=device)
 
     def forget(self, ids: Tensor) -> None:
-        """Mark the tokens `ids` [n], a device tensor, as not cached."""
+        """Mark the tokens `ids` [n], a device tensor, as not cached in `slot_of`; `policy` is not changed."""
         self.slot_of[ids] = -1
 
     def fill(self, table: int, rows: Tensor, admission: Admission) -> None:
-        """Copy the added tokens' rows, of the call's `rows` [u, F], into the slots of table number `table`."""
+        """Copy the added tokens' rows, of the call's `rows` [u, F], into their slots, in place.
+
+        Args:
+            table: number of the table.
+            rows: rows of the call's distinct tokens [u, F], on the device.
+            admission: result of `FrequencyPolicy.admit` for these tokens, on the device.
+        """
         self.rows[table].index_copy_(0, admission.slots, rows.index_select(0, admission.indices))
 
     def publish(self, admission: Admission) -> None:
-        """Mark the added tokens as cached; call it after every table was filled."""
+        """Mark the added tokens as cached in `slot_of`; call it after every table was filled.
+
+        `admission` is on the device. `policy` records it by `commit`.
+        """
         self.slot_of[admission.ids] = admission.slots.to(torch.int32)
 
 

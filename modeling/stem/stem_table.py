@@ -34,7 +34,11 @@ class StemTable(nn.Embedding):
             super().__init__(rows, width, sparse=sparse)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """As in PyTorch for ``none``; a ``cpu`` table is only cast, a ``disk`` table neither moved nor cast."""
+        """As in PyTorch for the placement ``none``; a ``cpu`` table is only cast, a ``disk`` table not even that.
+
+        A ``cpu`` table on the meta device gets uninitialised memory on the CPU when the model gets memory. Casting
+        replaces the parameter `weight` by a new one.
+        """
         if self.placement == "none" or self.weight is None:
             return super()._apply(fn, recurse)
         if self.placement == "disk":
@@ -51,7 +55,11 @@ class StemTable(nn.Embedding):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows [..., intermediate_size] of the ids `input` [...], on the device of `input`."""
+        """Return the rows [..., intermediate_size] of the ids `input` [...], on the device of `input`.
+
+        Raises:
+            HFEError: the weight has not been mapped from a file yet.
+        """
         if self.weight is not None and self.weight.device == input.device:
             return super().forward(input)
         # For callers such as an adapter around the table; the model itself prefetches rows with a `TableFetcher`.
@@ -74,6 +82,8 @@ class StemTable(nn.Embedding):
     def map_from(self, file: Path, name: str) -> None:
         """Map the weight from tensor `name` of a safetensors file; its pages are read from disk on first use.
 
+        Sets `weight`, without a gradient and in the dtype of the file, and `file`.
+
         Raises:
             HFEError: the tensor has another shape than the table.
         """
@@ -92,7 +102,12 @@ class StemTable(nn.Embedding):
 
 
 def single_device(device_map: Any) -> torch.device | None:
-    """The only device of a `device_map`; None without a map.
+    """Return the only device of a `device_map`; None without a map.
+
+    `auto` and the other strategies of accelerate give the accelerator, or the CPU if there is none.
+
+    Args:
+        device_map: as for `from_pretrained`: a device, its index, a strategy, or a dictionary of module to device.
 
     Raises:
         HFEError: the map spreads the model over several devices, or names no device.

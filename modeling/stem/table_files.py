@@ -18,14 +18,16 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision",
 
 
 def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The items of `arguments`, of `from_pretrained`, that choose files."""
+    """Return those of the keyword arguments of `from_pretrained` that choose the files of a repository."""
     return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
 
 
 def find_tensors(
     source: Any, names: Iterable[str], config: Mapping[str, Any], variant: str | None = None, **hub: Any
 ) -> dict[str, tuple[Path, str]]:
-    """For each tensor, the safetensors file that `from_pretrained` loads it from, and its name in that file.
+    """Return, for each tensor, the safetensors file that `from_pretrained` loads it from and its name in that file.
+
+    Files of a Hub repository are downloaded if they are not in the cache.
 
     Args:
         source: local folder or Hub id.
@@ -35,7 +37,9 @@ def find_tensors(
         hub: from `hub_arguments`.
 
     Raises:
-        HFEError: the checkpoint has no safetensors, or lacks a tensor.
+        HFEError: the checkpoint has no safetensors, or lacks a tensor; and the errors of `resolve_weight_files`.
+
+    Errors of transformers' download propagate, mostly as `OSError`.
     """
     found: dict[str, tuple[Path, str]] = {}
     for file in _weight_files(source, config, variant, hub):
@@ -52,7 +56,10 @@ def find_tensors(
 
 
 def _weight_files(source: Any, config: Mapping[str, Any], variant: str | None, hub: dict[str, Any]) -> list[Path]:
-    """The safetensors files that `from_pretrained` loads, downloaded if `source` is a Hub id."""
+    """Return the paths of the safetensors files that `from_pretrained` loads, downloaded if `source` is a Hub id.
+
+    Arguments and errors as for `find_tensors`, without missing tensors.
+    """
     if os.path.isdir(source):
         return resolve_weight_files(Path(source), config, variant=variant, subfolder=hub.get("subfolder") or "")
     names = weight_file_names(config, variant)

@@ -33,8 +33,9 @@ _REGISTER_FLAGS = 1 | 2
 
 
 def pin_in_place(weight: Tensor) -> bool:
-    """Pin the memory of a CPU tensor in place, so that CUDA devices can read it; False if the system refuses.
+    """Pin the memory of a CPU tensor in place, so that CUDA devices can read it; True if it is pinned now.
 
+    False, with a warning, if the system refuses. The memory is unpinned when the object `weight` is freed.
     `Tensor.pin_memory` would copy the table, into an allocation that is rounded up to a power of two.
     """
     if weight.is_pinned():
@@ -51,6 +52,7 @@ def pin_in_place(weight: Tensor) -> bool:
 
 
 def _unpin(runtime: Any, address: int) -> None:
+    """Undo `pin_in_place` for the memory at `address`, with the CUDA runtime; synchronises with the device."""
     torch.cuda.synchronize()  # kernels may still be reading it
     runtime.cudaHostUnregister(address)
 
@@ -92,6 +94,7 @@ class TableFetcher:
         self.rows_requested = self.rows_cached = 0
 
     def _addresses(self) -> list[tuple]:
+        """Return address, shape and dtype of each table's weight."""
         return [(weight.data_ptr(), weight.shape, weight.dtype) for weight in self.weights]
 
     def serves(self, tables: Sequence[nn.Embedding], device: torch.device) -> bool:
@@ -102,7 +105,7 @@ class TableFetcher:
         return same and device == self.device and self._addresses() == self._signature
 
     def report(self) -> dict[str, Any]:
-        """`direct`, the capacity of the cache, `rows_requested` and `rows_cached`, by name."""
+        """Return `direct`, `cache_rows` (the capacity of the cache), `rows_requested` and `rows_cached`, by name."""
         return {
             "direct": self.direct,
             "cache_rows": 0 if self.cache is None else len(self.cache.policy.held),
@@ -111,17 +114,23 @@ class TableFetcher:
         }
 
     def _weight_versions(self) -> list[int]:
-        """PyTorch's count of in-place changes of each table."""
+        """Return PyTorch's count of in-place changes of each table; 0 for an inference tensor, which has none."""
         return [0 if weight.is_inference() else weight._version for weight in self.weights]
 
     def begin(self, ids: Tensor) -> PrefetchedRows:
-        """Start to fetch the rows for token ids [B, S] on the device."""
+        """Start to fetch the rows for token ids [B, S] on the device, and return them as `PrefetchedRows`.
+
+        If a table was changed in place since the last call, all cached rows are discarded first.
+        """
         if self.cache is not None and self._versions != self._weight_versions():  # such as by an optimizer step
             self.drop(self.cache.policy.held[self.cache.policy.held >= 0])
         return PrefetchedRows(ids, self)
 
     def drop(self, ids: Tensor) -> None:
-        """Remove rows `ids` [n], which were changed in the tables, from the cache."""
+        """Remove rows `ids` [n], which were changed in the tables, from the cache; nothing without a cache.
+
+        All other cached rows are taken to be unchanged.
+        """
         self._versions = self._weight_versions()
         if self.cache is not None:
             self.cache.policy.drop(ids.cpu())
@@ -132,7 +141,10 @@ class TableFetcher:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def gather(self, table_index: int, ids: Tensor, out: Tensor) -> None:
-        """Read the rows `ids` [u] of table number `table_index` into `out` [u, F], on the current stream."""
+        """Read the rows `ids` [u] of table number `table_index` into `out` [u, F], on the current stream.
+
+        Only if `direct`: the kernel reads the pinned table. `ids` and `out` are on the device.
+        """
         weight, cache = self.weights[table_index].detach(), self.cache
         if cache is None:
             gather_rows(weight, ids, out=out)
@@ -150,6 +162,10 @@ class TableFetcher:
             out: on the device.
             arrived: recorded after the copy.
             worker: the thread.
+
+        Returns:
+            The task, done when the copy has been enqueued; its `result()` raises what the thread raised. Wait for it
+            before `arrived`.
         """
 
         def work() -> None:
@@ -165,7 +181,15 @@ class TableFetcher:
 
 
 class PrefetchedRows(TokenRows):
-    """`TokenRows` of tables in host memory, prefetched to the device."""
+    """`TokenRows` of tables in host memory, prefetched to the device.
+
+    Created, it has requested the rows of the first tables. Repeated tokens are merged in training and in calls of more
+    than `DECODE_TOKENS` tokens, which synchronises; never during a graph capture.
+
+    Args:
+        ids: token ids [B, S], on the fetcher's device.
+        fetcher: reads the tables.
+    """
 
     def __init__(self, ids: Tensor, fetcher: TableFetcher) -> None:
         capturing = torch.cuda.is_current_stream_capturing()
@@ -185,7 +209,11 @@ class PrefetchedRows(TokenRows):
         self._request_up_to(fetcher.ahead)
 
     def fetch(self, table: nn.Embedding) -> Tensor:
-        """The rows [u, F] on the device; also requests those of the next table that may be in transfer."""
+        """Return the rows [u, F] on the device; also requests those of the next table that may be in transfer.
+
+        The current stream waits for them, the host only if a thread stages them. An error of that thread is raised
+        here.
+        """
         table_index = self._fetcher.index_of[id(table.weight)]
         if table_index not in self._in_flight:  # fetched before: activation checkpointing calls a layer again
             self._request(table_index)
@@ -224,7 +252,7 @@ class PrefetchedRows(TokenRows):
         self._in_flight[table_index] = rows, arrived, staged
 
     def _admit(self, cache: RowCache) -> None:
-        """Choose the rows of this call that the cache will take.
+        """Choose the rows of this call that the cache will take, and count requested and cached rows; synchronises.
 
         Evicted tokens are marked as not cached before the call's rows are copied, so that the cache is valid even if
         the call raises before that.
@@ -243,7 +271,10 @@ class PrefetchedRows(TokenRows):
         self._commit = functools.partial(cache.policy.commit, admission)
 
     def _fill_cache(self, table_index: int, rows: Tensor) -> None:
-        """Copy the admitted rows of one table into the cache; after the last table they are used."""
+        """Copy the admitted rows of one table into the cache; after the last table they are marked as cached.
+
+        Nothing if no rows were admitted, or if the table was requested before (by activation checkpointing).
+        """
         cache = self._fetcher.cache
         if cache is None or self._admission is None or table_index != self._requested:
             return

@@ -46,7 +46,7 @@ class _RowsOfTable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-        """Returns `rows` unchanged."""
+        """Return `rows` unchanged."""
         ctx.save_for_backward(ids)
         ctx.table = table  # not by save_for_backward: the optimizer may change it before a second backward pass
         return rows
@@ -54,7 +54,7 @@ class _RowsOfTable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[None, Tensor, None]:
-        """The gradient of `rows` [u, F] as a sparse gradient of the table [V, F]."""
+        """Return the gradient `drows` [u, F] as a sparse gradient of the table [V, F]; see `_check_optimizer`."""
         (ids,) = ctx.saved_tensors
         table = ctx.table
         _check_optimizer(table)
@@ -89,16 +89,22 @@ class TokenRows:
             self.slots = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
 
     def rows(self, table: nn.Embedding) -> Tensor:
-        """Rows of `table` [u, F], on the device of the ids; in training, `table` gets a sparse gradient."""
+        """Return the rows `distinct` of `table` [u, F], on the device of the ids.
+
+        With gradients enabled and a table that requires one, the table gets a sparse gradient; this needs `merged`.
+
+        Raises:
+            HFEError: in the backward pass, see `_check_optimizer`.
+        """
         rows = self.fetch(table)
         if torch.is_grad_enabled() and table.weight.requires_grad:
             return _RowsOfTable.apply(rows, table.weight, self.distinct)
         return rows
 
     def look_up(self, table: nn.Module) -> Tensor:
-        """Rows [B, S, F] by calling the table's module, so that adapters and hooks around it run."""
+        """Return the rows [B, S, F] by calling the table's module, so that adapters and hooks around it run."""
         return table(self.ids)
 
     def fetch(self, table: nn.Embedding) -> Tensor:
-        """The rows [u, F], without a gradient."""
+        """Return the rows `distinct` of `table` [u, F], without a gradient."""
         return table.weight.detach().index_select(0, self.distinct)
