@@ -106,7 +106,7 @@ def architectures() -> Sequence[ArchitectureSpec]:
 
 
 def architecture_of(model_type: str) -> ArchitectureSpec | None:
-    """The architecture registered under ``model_type``, or None if that is not one of ours."""
+    """The architecture registered under ``model_type``, or None if that is not one of ours. Imports modeling files."""
     return next((spec for spec in _ARCHITECTURES if spec.model_type == model_type), None)
 
 
@@ -124,7 +124,7 @@ def active_architectures(config: PreTrainedConfig) -> list[ArchitectureSpec]:
 
 
 def patch_classes() -> dict[str, type]:
-    """Name of each patch on the command line -> the dataclass of its options."""
+    """Name of each patch on the command line -> the dataclass of its options, whose module is imported."""
     return {spec.patch: load(spec.patch_options) for spec in _ARCHITECTURES if spec.patch and spec.patch_options}
 
 

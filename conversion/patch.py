@@ -112,6 +112,8 @@ class Patch(Protocol[ConfigT]):
     def tensors(self, config: ConfigT, calibration: Calibration | None) -> Iterator[tuple[str, Tensor]]:
         """(name, value) of every added tensor in the order of `changes`; each is written before the next is computed.
 
+        A value has the planned shape and any floating-point dtype: it is converted when it is written.
+
         A tensor with a row for each token has `config.vocab_size` rows; the converter overwrites the rows of tokens
         that another patch adds. The same options give the same bits, since a resumed conversion calls this again.
         """
@@ -152,7 +154,8 @@ def is_number(value: Any) -> bool:
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:
     """The layer indices in a text such as `1,4,7` or in a list, sorted; None if one is no integer or occurs twice.
 
-    Negative indices are returned, and so is an empty list; the caller checks the range.
+    Negative indices are returned, and so is an empty list; the caller checks the range. An argument that is neither
+    text nor can be iterated over raises `TypeError`.
     """
     try:
         parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]

@@ -168,7 +168,7 @@ class MeanSquareLine:
 
 @contextmanager
 def replaced(layer: DecoderLayer, **parts: nn.Module) -> Iterator[None]:
-    """Context: `layer` has the given submodules, name -> module, in place of its own."""
+    """Context: `layer` has the given submodules, name -> module, in place of its own, which it gets back at the end."""
     own = {name: getattr(layer, name) for name in parts}
     try:
         for name, part in parts.items():

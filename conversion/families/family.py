@@ -281,12 +281,12 @@ class ModelTensors:
 
 
 def model_tensors(config: PreTrainedConfig) -> ModelTensors:
-    """The tensors of the model of a configuration of ours."""
+    """The tensors of the model of a configuration of ours; creates it on the meta device, which reads no weights."""
     return tensors_of(skeleton(config))
 
 
 def tensors_of(model: Any) -> ModelTensors:
-    """The tensors of a model on the meta device."""
+    """The tensors of a model of transformers' kind (`PreTrainedModel`), such as one on the meta device."""
     tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     leaves = model._keep_in_fp32_modules_strict or ()

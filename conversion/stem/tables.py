@@ -74,7 +74,11 @@ def observe_feed_forward(mlp: GatedMLP, consume: Callable[[Tensor, Tensor, Tenso
 
 @contextmanager
 def stem_feed_forward(run: LayerwisePass, layer: DecoderLayer, rows: Tensor | None) -> Iterator[None]:
-    """Context: `layer.mlp` is a STEM feed-forward with table `rows` [R, F], indexed by local ids; None: unchanged."""
+    """Context: `layer.mlp` is a STEM feed-forward with table `rows` [R, F], indexed by local ids; None: unchanged.
+
+    Local ids are the indices of tokens in `LayerwisePass.vocabulary`. The weights of gate and `down_proj` are shared
+    with the stock feed-forward, which `layer` gets back at the end.
+    """
     if rows is None:
         yield
         return
