@@ -55,7 +55,7 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
         super().post_init()
 
     def init_weights(self) -> None:
-        """As in transformers; then computes the branch variances from the initial weights."""
+        """As in transformers; then computes the branch variances from the initial weights, where available."""
         super().init_weights()
         self.base_model._refresh_if_changed(strict=False)
 

@@ -29,10 +29,12 @@ class StaticCacheMixin(CapturableCache):
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences; the layers must be initialised."""
         return self.layers[0].keys.shape[0]
 
     @property
     def capacity(self) -> int:
+        """Number of slots of each layer."""
         return self.layers[0].max_cache_len
 
     def memory(self) -> list[Tensor]:

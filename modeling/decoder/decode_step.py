@@ -61,6 +61,7 @@ class DecodeStep:
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences B."""
         return self.tokens.shape[0]
 
     def fits(self, cache: Cache) -> bool:
@@ -143,10 +144,12 @@ class PooledStep:
 
     @property
     def signature(self) -> tuple | None:
+        """`step_signature` of the model when the step was captured."""
         return self.step.signature
 
     @property
     def device(self) -> torch.device:
+        """Device of the step and of its cache."""
         return self.step.tokens.device
 
     def fits(self, batch_size: int, capacity: int, padded: bool) -> bool:

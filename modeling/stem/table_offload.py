@@ -169,6 +169,7 @@ class TableFetcher:
         """
 
         def work() -> None:
+            """Fill the pinned buffer and enqueue the copy to the device."""
             # Inference mode is thread-local, and an inference tensor of the caller may only be written in that mode.
             with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                 buffer = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
