@@ -93,7 +93,7 @@ def convert(
         revision: branch, tag or commit of a Hub source.
         token: access token for the Hub, for downloads and for `push_to_hub`.
         device: device for calibration and evaluation.
-        seed: random seed. The state of the caller's CPU generator is restored afterwards, not that of GPU generators.
+        seed: random seed. The state of the caller's generators is restored afterwards.
         max_shard_size: largest size of a weight file, in bytes or as text such as `5GB`.
         base_model, license: Hub id and licence for the model card; by default those in the source's metadata.
         tokenizer: folder or Hub id of a tokenizer, for a source without one, or to use in place of the source's.
@@ -152,8 +152,13 @@ def convert(
     if any(patch.measures_choice for patch in options.patches):
         shares["choosing"] = _MEASURED_CHOICE_SECONDS
     show = progress and (measure or not dry_run)
-    with Progress(shares, show=show) as bar, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with Progress(shares, show=show) as bar, torch.random.fork_rng(devices=cuda):
+        # `torch.manual_seed` would also seed devices whose state is not restored here.
+        torch.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
         conversion = _Conversion(opened, options, bar)
         if dry_run:
             report = conversion.report(conversion.plan(measure=measure))

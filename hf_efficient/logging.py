@@ -6,6 +6,7 @@ import functools
 import logging
 
 from hf_efficient.environment import log_level
+from hf_efficient.errors import UsageError
 
 # Attribute of log records whose warning is also part of a command's report.
 IN_REPORT = "in_report"
@@ -15,11 +16,17 @@ IN_REPORT = "in_report"
 def get_logger() -> logging.Logger:
     """The ``hf_efficient`` logger; unless it has a level, it gets the one that ``HFE_LOG`` names.
 
-    `ValueError` if this is no level of `logging`.
+    Raises:
+        UsageError: this is not a level of `logging`.
     """
     logger = logging.getLogger("hf_efficient")
     if logger.level == logging.NOTSET:
-        logger.setLevel(log_level())
+        try:
+            logger.setLevel(log_level())
+        except ValueError:
+            raise UsageError(
+                f"HFE_LOG={log_level()!r} is not a logging level", "use DEBUG, INFO, WARNING or ERROR"
+            ) from None
     return logger
 
 

@@ -299,7 +299,10 @@ def _vector(values: Any, name: str) -> np.ndarray:
     Raises:
         HFEError: `values` is not one-dimensional, or not of integers.
     """
-    vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
+    try:
+        vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
+    except ValueError:  # a ragged list
+        raise HFEError(f"{name} are lists of different lengths", "pass one list of integers") from None
     if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
         raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "pass one list of integers")
     return vector.astype(np.int64)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_efficient.editing.stem_tables import check_tokens, read_rows, stem_base_model, table_weights
-from hf_efficient.errors import HFEError
+from hf_efficient.errors import HFEError, error_text
 
 _FORMAT = "hfe_stem_edit"
 
@@ -199,10 +199,14 @@ class StemEdit:
                     for part in ("before", "after")
                 )
                 ids = file.get_tensor("ids").tolist()
-        except (OSError, SafetensorError) as error:
-            raise HFEError(f"cannot read the edit {path}: {error}", "name a file that StemEdit.save wrote") from None
+                table_rows = int(metadata["table_rows"])
+        # Metadata that is missing or malformed gives the last three.
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise HFEError(
+                f"cannot read the edit {path}: {error_text(error, named=True)}", "name a file that StemEdit.save wrote"
+            ) from None
         table_weights(base_model, layers)
-        return cls(base_model, check_tokens(base_model, ids), before, after, int(metadata["table_rows"]))
+        return cls(base_model, check_tokens(base_model, ids), before, after, table_rows)
 
 
 def replacement_rows(

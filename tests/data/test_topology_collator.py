@@ -304,6 +304,7 @@ def test_wrong_options(options: dict[str, Any], words: str, tokenizer: Any) -> N
         ({"input_ids": [1, 2], "labels": [1]}, "sample 1 has 2 input_ids and 1 labels"),
         ({"input_ids": []}, "sample 1 is empty"),
         ({"input_ids": [[1, 2]]}, r"input_ids of sample 1 are int64 of shape \[1, 2\]"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids of sample 1 are lists of different lengths"),
         ({"input_ids": [1.5]}, "input_ids of sample 1 are float64"),
         ({"prompt": None, "completion": "x"}, "sample 1 has a prompt that is a NoneType"),
         ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "a completion that is a list"),

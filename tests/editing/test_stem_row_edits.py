@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -327,3 +328,13 @@ print("edited")
     command = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "expected.pt"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.stdout.strip() == "edited", done.stderr
+
+
+def test_an_edit_without_its_metadata_is_refused(stem: PreTrainedModel, tmp_path: Path) -> None:
+    stem_edit_rows(stem, {S: T}).save(tmp_path / "edit.safetensors")
+    with safe_open(tmp_path / "edit.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for lacking in ("layers", "table_rows"):
+        save_file(tensors, tmp_path / "lacking.safetensors", {k: v for k, v in metadata.items() if k != lacking})
+        with pytest.raises(HFEError, match=f"cannot read the edit .*{lacking}"):
+            stem_load_edit(stem, tmp_path / "lacking.safetensors")
