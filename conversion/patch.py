@@ -152,14 +152,14 @@ def is_number(value: Any) -> bool:
 
 
 def layer_indices(layers: str | Sequence[int]) -> list[int] | None:
-    """The layer indices in a text such as `1,4,7` or in a list, sorted; None if one is no integer or occurs twice.
+    """The layer indices in a text such as `1,4,7` or in a list, sorted.
 
-    Negative indices are returned, and so is an empty list; the caller checks the range. An argument that is neither
-    text nor can be iterated over raises `TypeError`.
+    None if one is no integer or occurs twice, or if the argument is neither text nor a list. Negative indices are
+    returned, and so is an empty list; the caller checks the range.
     """
     try:
         parsed = [int(part) for part in layers.split(",")] if isinstance(layers, str) else [*layers]
-    except ValueError:
+    except (TypeError, ValueError):
         return None
     integers = all(isinstance(index, int) and not isinstance(index, bool) for index in parsed)
     return sorted(parsed) if integers and len(set(parsed)) == len(parsed) else None

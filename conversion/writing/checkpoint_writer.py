@@ -17,6 +17,7 @@ from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import write_text
 from hf_efficient.conversion.writing.shard_writer import Shard, ShardWriter
 from hf_efficient.conversion.writing.workspace import Workspace
+from hf_efficient.errors import HFEError
 
 
 class CheckpointWriter:
@@ -56,6 +57,10 @@ class CheckpointWriter:
         if self._open is not None:
             self._open.abandon()
 
+    def missing(self) -> str | None:
+        """Name of the first shard that is not finished; None if all are."""
+        return next((shard.name for shard in self._shard_of.values() if shard.name not in self._finished), None)
+
 
 def write_weights(
     plan: ConversionPlan,
@@ -78,7 +83,7 @@ def write_weights(
 
     Raises:
         HFEError: a tensor cannot be read, holds NaN or infinity or exceeds its dtype's range, or a patch gives tensors
-            in another order or shape than planned.
+            in another order or shape than planned, or too few.
         KeyError: a patch gives a tensor that is not in the plan.
         DiskFullError: the disk is full.
     """
@@ -96,6 +101,12 @@ def write_weights(
                 for name, tensor in patch.tensors(plan.config, text):
                     writer.add(name, vocabulary.fill(tensor) if vocabulary and name in by_token else tensor)
                 workspace.record_result(key, patch.report())
+        missing = writer.missing()
+        if missing is not None:
+            raise HFEError(
+                f"{missing} lacks tensors that a patch was to compute",
+                "this is an error in the patch; please report it",
+            )
     finally:
         writer.close()
     if len(plan.shards) > 1:

@@ -56,7 +56,9 @@ def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     if not caches:
         return arguments
     others = {name: value for name, value in arguments.items() if name not in CACHE_ARGUMENTS}
-    return {**others, **cache_argument(one_cache(caches.get("past_key_values"), caches.get("cache"), others))}
+    # Before `others` is copied, since `one_cache` puts a paged cache back into it.
+    cache = one_cache(caches.get("past_key_values"), caches.get("cache"), others)
+    return {**others, **cache_argument(cache)}
 
 
 def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.decoder import cache_compat
 from hf_efficient.modeling.decoder.cache_compat import CACHE_ARGUMENT, CACHE_ARGUMENTS, cache_of_arguments
 from hf_efficient.modeling.decoder.modeling_decoder import DecoderModel
 
@@ -161,3 +162,9 @@ def test_no_name_is_read_past_the_one_place() -> None:
         assert cache_of_arguments({"use_cache": True, name: marker}) is marker
     assert cache_of_arguments({"cache": None, "past_key_values": marker}) is marker
     assert cache_of_arguments({}) is None
+
+
+def test_a_paged_cache_of_older_releases_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_compat, "CACHE_ARGUMENT", "past_key_values")
+    paged = object()
+    assert cache_compat.rename_cache({"cache": paged, "use_cache": True})["cache"] is paged

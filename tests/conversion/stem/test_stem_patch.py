@@ -21,6 +21,7 @@ from hf_efficient.errors import HFEError, UsageError
         ({"layers": [1, 1]}, "different whole numbers"),
         ({"layers": [1.5]}, "whole numbers"),
         ({"layers": [True]}, "whole numbers"),
+        ({"layers": 3}, "layers=3 must be auto, greedy, or different whole numbers"),
         ({"init": "median"}, "init='median'.*gated_mean"),
         ({"shrinkage": -1.0}, "shrinkage=-1.0 must be 0 or more"),
         ({"shrinkage": math.nan}, "shrinkage=nan"),
