@@ -120,9 +120,16 @@ class ModelFamily(Protocol):
         """The evaluator of the model's loss on text; None if the model has no head that predicts tokens."""
 
     def weight_files(self, folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
-        """The safetensors files of a checkpoint folder; error messages refer to it as `name`.
+        """The safetensors files of a checkpoint folder.
 
-        Errors as for the function `weight_files` of `reading/checkpoint_files.py`.
+        Args:
+            folder: the checkpoint folder.
+            fields: the fields of its config.json; `transformers_weights` among them names other weight files.
+            name: what error messages call the folder.
+
+        Raises:
+            HFEError: no weight file is found, one is missing or outside the folder, or the weights are pickles; see
+                `weight_files` of `reading/checkpoint_files.py`.
         """
         return weight_files(folder, fields, name)
 

@@ -94,7 +94,7 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
 class ShardWriter:
     """Writes one shard, tensor by tensor, under a temporary name; `close` renames it. Creating it writes the header.
 
-    Tensors may have any dtype: they are converted in chunks, so that there is no second copy of a tensor.
+    Tensors of another floating-point dtype than planned are converted in chunks, so that there is no second copy.
 
     Args:
         folder: the checkpoint folder.

@@ -74,7 +74,7 @@ class TopologyDataCollator:
         label_mode: `topology`, as above; `reference`, every token of the completion (or of given labels other than
             -100), as in the released code.
         packing: put several texts into one row of at most `max_length` tokens. Tokens may not attend to other texts.
-        pad_to_multiple_of: pad rows to a multiple of this length.
+        pad_to_multiple_of: pad rows to a multiple of this length; None, as transformers' collators take it, is 1.
         backend: `topology`; or `sdpa`, for models of transformers: the batch then contains `attention_mask`, bool
             [B, 1, S, S], instead of `segment_ids` and `segment_visibility`.
         strict: raise for a malformed text; otherwise ignore or repair malformed control tokens, as generation does.
@@ -106,9 +106,13 @@ class TopologyDataCollator:
             )
         if self.packing and self.max_length is None:
             raise UsageError("packing needs the length of a row", "pass max_length")
-        if self.pad_to_multiple_of < 1:
-            raise UsageError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1", "leave it out")
-        _ = self._token_ids
+        if self.pad_to_multiple_of is None:
+            self.pad_to_multiple_of = 1
+        if not is_integer(self.pad_to_multiple_of) or self.pad_to_multiple_of < 1:
+            raise UsageError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of!r} must be an integer of at least 1", "leave it out"
+            )
+        _ = self._token_ids  # raises now if the tokenizer lacks a control token
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these samples; see the class for its tensors.

@@ -65,14 +65,14 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor, Any]:
     """Return ``norm(x + residual)``, the sum ``x + residual``, and a statistic for the layer's next norm.
 
-    A norm with the attribute `adds_residual` is called as ``norm(x, residual, statistic)`` and
-    returns all three results. For other norms the statistic is None; where `may_fuse_norm` holds, one kernel adds and
-    normalises.
+    A norm that has a true attribute `adds_residual`, or wraps a norm that has one, is called as
+    ``norm(x, residual, statistic)`` and returns all three results. For other norms the statistic is None; where
+    `may_fuse_norm` holds, one kernel adds and normalises.
 
     Args:
         norm: the norm, possibly wrapped by an adapter.
         x: [..., width].
-        residual: [..., width], added to `x`; None to add nothing.
+        residual: [..., width] in the dtype of `x`, added to it; None to add nothing.
         statistic: what the layer's input norm hands to its post-attention norm, the third result of its call; read by
             norms with `adds_residual` only. None for the first norm of a layer.
 

@@ -290,6 +290,7 @@ def test_a_trainer_takes_it(tokenizer: Any, tmp_path: Any) -> None:
         ({"grammar": "multiverse", "max_length": "9"}, "max_length=.9. must be an integer"),
         ({"grammar": "multiverse", "packing": True}, "packing needs the length of a row"),
         ({"grammar": "multiverse", "pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+        ({"grammar": "multiverse", "pad_to_multiple_of": 1.5}, "pad_to_multiple_of=1.5"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], words: str, tokenizer: Any) -> None:

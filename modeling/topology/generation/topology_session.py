@@ -34,7 +34,8 @@ class TopologySession:
     Args:
         model: the causal language model; the session keeps no reference to it.
         batch: B, the number of sequences.
-        capacity: cache slots of each sequence that are needed at first.
+        capacity: initial capacity of the cache in slots per sequence; keys and values are allocated by the first forward
+            pass.
         signature: `step_signature` of the model, which identifies all weights and settings that a CUDA graph reads;
             None if steps must not be captured but are computed by calling the model.
 
@@ -51,8 +52,10 @@ class TopologySession:
         self.cache = TopologyCache(model.config.num_hidden_layers, batch, capacity, self.device)
         self.may_capture = can_capture_steps(model)
         self.signature = signature
+        # By number of queries, number of words of a segment bitmap, and whether log-probabilities are computed.
         self._steps: dict[tuple[int, int, bool], TopologyStep] = {}
         self._steps_until_check = SIGNATURE_CHECK_INTERVAL
+        # The most likely tokens of the last step, which the next step can read on the device; shared by all steps.
         with torch.inference_mode(False):
             self._chosen = torch.zeros(batch * MAX_CAPTURED_QUERIES, dtype=torch.int64, device=self.device)
         self._suppressed: tuple[int, ...] = ()
