@@ -34,8 +34,8 @@ class TopologySession:
     Args:
         model: the causal language model; the session keeps no reference to it.
         batch: B, the number of sequences.
-        capacity: initial capacity of the cache in slots per sequence; keys and values are allocated by the first forward
-            pass.
+        capacity: initial capacity of the cache in slots per sequence; the first forward pass allocates keys and
+            values.
         signature: `step_signature` of the model, which identifies all weights and settings that a CUDA graph reads;
             None if steps must not be captured but are computed by calling the model.
 
