@@ -96,8 +96,10 @@ class _TopologyPatch:
         change = add_tokens(source, CONTROL_TOKENS[self.name])
         if self.trained and change.tokenizer is not None:
             lacking = [token for token, token_id in change.token_ids.items() if token_id in change.rows]
+            # Without rows to add, the tokens are in the vocabulary, but text is not encoded to them.
+            what = f"lacks {' '.join(lacking)}" if lacking else "does not encode the control tokens as single tokens"
             raise HFEError(
-                f"{self.name} trained=True, but the tokenizer of {source.name} lacks {' '.join(lacking)}",
+                f"{self.name} trained=True, but the tokenizer of {source.name} {what}",
                 "leave it out, or name the tokenizer that the model was trained with",
             )
         self._is_trained = change.tokenizer is None if self.trained is None else self.trained

@@ -78,7 +78,9 @@ def check_tokens(base_model: Any, tokens: Sequence[int]) -> list[int]:
     if not tokens:
         raise HFEError("no token is named", "name one or more token ids")
     for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rows:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise TokenIdError(f"token {token!r} is not an int; ids are 0..{rows - 1}", "name a token id of this model")
+        if not 0 <= token < rows:
             raise TokenIdError(f"token {token!r} is outside 0..{rows - 1}", "name a token id of this model")
     return list(tokens)
 

@@ -155,10 +155,11 @@ class BhytPreTrainedModel(DecoderPreTrainedModel):
 
         Returns:
             Indices of the layers whose weights are not available in this process (offloaded, or sharded in an unknown
-            layout); these keep their values.
+            layout); these keep their values. A layer whose `branch` itself is on the meta device is skipped and not
+            in the result.
 
         Raises:
-            HFEError: such a layer has no value yet (NaN).
+            HFEError: a layer without available weights has no value yet (NaN); layers before it have been updated.
         """
         return self.base_model._refresh(strict=True)
 

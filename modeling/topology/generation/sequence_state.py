@@ -163,9 +163,10 @@ class SequenceState:
         return 0 if branch.is_trunk else branch.reserve + 2 * branch.open_blocks
 
     def _closing_tokens(self, branch: Branch) -> int:
-        """Return the number of forced tokens that close a branch: its open blocks, its closing tag and the separator.
+        """Return the number of tokens reserved for closing a branch; 0 for the trunk.
 
-        Those of the branches above it are not counted; 0 for the trunk.
+        Two for each open block (`</Path>` and `</Parallel>`), its closing tag and the separator. Tokens of the branches
+        above it are not counted.
         """
         return 0 if branch.is_trunk else 2 * branch.open_blocks + 1 + len(self.forced.separator_ids)
 
