@@ -198,8 +198,9 @@ def _check_not_split(file: GGUFFile) -> None:
 def _check_rope_unscaled(file: GGUFFile, architecture: str) -> None:
     """Raise `HFEError` for scaled rotary frequencies: GGUF does not store all parameters of transformers' rope types.
 
-    llama.cpp reads a factor without a type as linear scaling, under its older name too. A tensor of frequency factors
-    counts as scaling unless all are 1; an error in reading it (`GGUFFile.read`) is raised too.
+    Any `scaling.type` but `none` counts as scaling, whatever its factor. Without a type, a factor (under its older name
+    too, since llama.cpp reads it as linear scaling) or an attention factor other than 0 and 1 does. A tensor of
+    frequency factors counts unless all are 1; an error in reading it (`GGUFFile.read`) is raised too.
     """
 
     def value(key: str) -> Any:

@@ -321,7 +321,19 @@ def _own_folder(path: Path) -> Iterator[int]:
 
 
 def _check_entries(path: Path, folder: int) -> None:
-    """Raise `HFEError` for a symbolic or hard link, a device or a file of another user in a working folder."""
+    """Check the entries of a working folder: nothing in it may change files elsewhere or belong to another user.
+
+    `checkpoint` and `replaced` must be folders, every other entry a regular file of this user with one hard link, of
+    any name. In `checkpoint` only folders and such files are allowed; the content of `replaced` is not checked.
+
+    Args:
+        path: path of the folder, for messages.
+        folder: descriptor of the open folder.
+
+    Raises:
+        HFEError: an entry is of another kind; the message names it.
+        OSError: an entry disappeared or cannot be read.
+    """
     with os.scandir(folder) as entries:
         statuses = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
     folders = (_CHECKPOINT, _REPLACED)
@@ -349,7 +361,9 @@ def _describe_entry(status: os.stat_result) -> str:
     if stat.S_ISLNK(status.st_mode):
         return "a link"
     if stat.S_ISREG(status.st_mode):
-        return "a file of several names" if status.st_nlink > 1 else f"a file of the user {status.st_uid}"
+        if status.st_nlink > 1:
+            return "a file of several names"
+        return "a file, not a folder" if _is_own_file(status) else f"a file of the user {status.st_uid}"
     return "neither an ordinary file nor a folder of a conversion"
 
 

@@ -187,7 +187,8 @@ class TopologyDataCollator:
             place: its index in the batch, for messages.
 
         Raises:
-            HFEError: the sample is empty, or a field is missing or invalid.
+            HFEError: the sample is empty, or a field is missing or invalid. Errors of the tokenizer and of its chat
+            template are raised as they are.
         """
         if "input_ids" in feature:
             ids = _vector(feature["input_ids"], f"input_ids of sample {place}")
@@ -307,7 +308,7 @@ def _vector(values: Any, name: str) -> np.ndarray:
         vector = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
     except ValueError:  # a ragged list
         raise HFEError(f"{name} are lists of different lengths", "pass one list of integers") from None
-    if vector.size and (vector.ndim != 1 or vector.dtype.kind not in "iu"):
+    if vector.ndim != 1 or (vector.size and vector.dtype.kind not in "iu"):
         raise HFEError(f"{name} are {vector.dtype} of shape {list(vector.shape)}", "pass one list of integers")
     return vector.astype(np.int64)
 

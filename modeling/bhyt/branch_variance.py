@@ -23,15 +23,15 @@ def branch_variance(
 
     Args:
         value_weight: W_V [num_key_value_heads * head_dim, d].
-        output_weight: W_O [d, num_attention_heads * head_dim]; consecutive heads share a key-value head. On the device
-            of W_V; both of any floating-point dtype.
-        value_bias: b_V [num_key_value_heads * head_dim], or None for 0.
+        output_weight: W_O [d, num_attention_heads * head_dim]; consecutive heads share a key-value head.
+        value_bias: b_V [num_key_value_heads * head_dim], or None for 0. All three are on one device and of any
+            floating-point dtype.
         head_dim: channels of a head.
         seq_len: T, the length of the training sequences.
 
     Computed in float32, also under autocast, without gradients.
 
-    Source: arXiv:2601.09719, Assumption 3.3; the bias is ours.
+    Source: arXiv:2601.09719, Assumption 3.3; the term of the bias is not in the paper.
     """
     with torch.autocast(value_weight.device.type, enabled=False):
         values, outputs = value_weight.float(), output_weight.float()

@@ -60,8 +60,8 @@ def effective_weight(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None] 
 def fingerprint(module: Any) -> Hashable:
     """Return a value that changes when `effective_weight` may change and is much cheaper; None if weights are sharded.
 
-    It is made of addresses and version counters of the parameters and of the state of adapters, so it does not change
-    with writes through `Tensor.data`, which some optimizers make.
+    It is made of addresses and version counters of the parameters and of the state of adapters, so it misses
+    writes through `Tensor.data`, which some optimizers make, in-place writes to inference tensors, and buffers.
     """
     identity: list[Any] = []
     if type(module) is not nn.Linear:

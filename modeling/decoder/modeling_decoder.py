@@ -405,7 +405,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, CapturedGeneration, GenerationM
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,

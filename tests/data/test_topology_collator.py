@@ -306,6 +306,7 @@ def test_wrong_options(options: dict[str, Any], words: str, tokenizer: Any) -> N
         ({"input_ids": []}, "sample 1 is empty"),
         ({"input_ids": [[1, 2]]}, r"input_ids of sample 1 are int64 of shape \[1, 2\]"),
         ({"input_ids": [[1, 2], [3]]}, "input_ids of sample 1 are lists of different lengths"),
+        ({"input_ids": [[]]}, r"input_ids of sample 1 are float64 of shape \[1, 0\]"),
         ({"input_ids": [1.5]}, "input_ids of sample 1 are float64"),
         ({"prompt": None, "completion": "x"}, "sample 1 has a prompt that is a NoneType"),
         ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "a completion that is a list"),

@@ -181,7 +181,10 @@ class Cursor:
         return frame
 
     def can_add_path(self, tag: str) -> bool:
-        """Return True if the graph has room for a path; False, after `report_malformed`, if the rest is kept for joins.
+        """Return True if the graph has room for a path.
+
+        Otherwise call `report_malformed`, which raises `TopologyError` if `strict` and returns False if not: the last
+        ``2 * MAX_DEPTH`` segments are reserved for the joins of open blocks.
 
         Args:
             tag: control token that opens the path.
