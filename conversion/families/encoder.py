@@ -179,7 +179,7 @@ def _spec(config: PreTrainedConfig) -> ArchitectureSpec:
     """The architecture of a configuration of ours; for a stock one, the one that combines patches.
 
     Raises:
-        StopIteration: no architecture is made from the stock model type.
+        StopIteration: no architecture that combines patches is made from the stock model type.
     """
     ours = architecture_of(config.model_type)
     if ours is not None:

@@ -175,7 +175,10 @@ class SafetensorsReader:
         return check_finite(name, read_tensor(entry.path, entry.offset, entry.shape, entry.dtype), entry.path)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A copy of ``read(name)[start:stop]``, of which only these bytes are read; errors as for `read`."""
+        """Rows `start` to `stop` of the tensor, with ``0 <= start <= stop``; `stop` may exceed the number of rows.
+
+        Only the bytes of these rows are read and checked; errors as for `read`.
+        """
         entry = self._entries[name]
         stop = min(stop, entry.shape[0])
         offset = entry.offset + start * entry.row_elements * entry.dtype.itemsize

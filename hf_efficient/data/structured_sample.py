@@ -80,7 +80,8 @@ class Sample:
     def chains(self) -> list[list[Step]]:
         """Return the steps as maximal chains, ordered by their first steps.
 
-        In a chain each step depends on the one before it and on no other, and no other step depends on that one.
+        Each step of a chain after the first depends only on the step before it, and no other step depends on that
+        earlier step.
         """
         users = {step.id: [other for other in self.steps if step.id in other.deps] for step in self.steps}
         chains: dict[str, list[Step]] = {}  # id of the last step -> chain

@@ -141,7 +141,8 @@ def _absent(name: str, wanted: tuple[str, ...], present: list[str]) -> HFEError:
     Args:
         name: name of the checkpoint.
         wanted: names of the files of which one is needed.
-        present: names in its folder; pickle files or other variants among them are named in the message.
+        present: names in its folder. The message names the first pickle file (`training_args.bin` aside), or else up to
+            three other `model.*` weight files.
     """
     pickles = [file for file in present if file.endswith(_PICKLES) and file != "training_args.bin"]
     if pickles:
