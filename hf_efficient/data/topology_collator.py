@@ -233,6 +233,7 @@ class TopologyDataCollator:
         """Pack texts into rows of at most `max_length` tokens by first fit: each goes into the first row with room."""
         bins: list[list[_Row]] = []
         for row in rows:
+            # `__post_init__` requires `max_length` for packing, which mypy cannot know.
             remaining = self.max_length - len(row.ids)  # type: ignore[operator]
             target = next((packed for packed in bins if sum(len(other.ids) for other in packed) <= remaining), None)
             if target is None:

@@ -2,7 +2,7 @@
 
 transformers loads it with ``from_pretrained(checkpoint, trust_remote_code=True)``, and for any model with
 ``model.generate(..., custom_generate=checkpoint, trust_remote_code=True)``. It imports
-the installed package where there is one, else the files beside it, copies of the checkpoint's code files.
+the installed package; if there is none, it imports the copies of the checkpoint's code files in this folder.
 """
 
 from __future__ import annotations

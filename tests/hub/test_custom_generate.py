@@ -71,7 +71,7 @@ def text(found):
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
-# Loaded with the checkpoint: by position, by name, and with the tokenizer beside it.
+# `generate` of the folder's own class, with the prompt as a positional and as a keyword argument.
 own = load(trained)
 result = {
     "position": text(own.generate(ids, **settings)),
