@@ -5,14 +5,12 @@ Annotations are evaluated in this file, because the types of the dictionary are 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 from hf_efficient.errors import HFEError
+from hf_efficient.kernels.monarch_attention.layout import PAD_QUERIES, PADS, ROW_AXES, SequenceLayout
 
-PADS = ("post", "pre")
-PAD_QUERIES = ("zero", "mean")
-ROW_AXES = ("fh", "f", "h", "w", "fw", "hw")
 SpecT = TypeVar("SpecT", bound="_Spec")
 
 
@@ -41,6 +39,8 @@ class MonarchGridFields(TypedDict, total=False):
 class _Spec:
     """What both settings share: conversion from and to the dictionary in a configuration, and the rules of `layers`."""
 
+    # Names of the fields; `dataclasses.fields` cannot be traced by torch.compile.
+    field_names: ClassVar[tuple[str, ...]]
     layers: tuple[int, ...] | None
 
     @classmethod
@@ -52,19 +52,19 @@ class _Spec:
         """
         if not isinstance(values, Mapping):
             raise HFEError(f"monarch={values!r} must be a dictionary", "give the settings by name, or None")
-        # `fields` takes any dataclass; the type checker does not know that each subclass is one.
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(str(key) for key in values if key not in names)
+        unknown = [str(key) for key in values if key not in cls.field_names]
         if unknown:
-            raise HFEError(f"monarch has the unknown keys {unknown}; its keys are {names}", "correct the names")
-        if "block_size" in names and "block_size" not in values:
+            raise HFEError(
+                f"monarch has the unknown keys {sorted(unknown)}; its keys are {list(cls.field_names)}",
+                "correct the names",
+            )
+        if "block_size" in cls.field_names and "block_size" not in values:
             raise HFEError(f"monarch={dict(values)!r} has no block_size, which is required", "set block_size")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON types, for a configuration's field `monarch`."""
-        # As above: every subclass is a dataclass.
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in self.field_names}
         return values | {"layers": None if self.layers is None else list(self.layers)}
 
     def runs_in(self, layer: int) -> bool:
@@ -133,6 +133,7 @@ class MonarchSpec(_Spec):
         HFEError: a value has another type or breaks its rule.
     """
 
+    field_names: ClassVar[tuple[str, ...]] = tuple(MonarchFields.__annotations__)
     block_size: int
     num_iters: int = 1
     pad: str = "post"
@@ -146,13 +147,21 @@ class MonarchSpec(_Spec):
         self._check_choice("pad", PADS)
         self._check_choice("pad_queries", PAD_QUERIES)
         if self.min_length is not None:
-            self._check_integer("min_length", 1)
+            self._check_integer("min_length", 0)
         self._check_layer_list()
 
     @property
     def least_tokens(self) -> int:
-        """Number of valid tokens from which on a sequence uses Monarch attention."""
-        return 2 * self.block_size if self.min_length is None else self.min_length
+        """Number of valid tokens from which on a sequence uses Monarch attention; at least one block.
+
+        In a single block, Monarch attention and softmax attention are the same.
+        """
+        return max(self.block_size, 2 * self.block_size if self.min_length is None else self.min_length)
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """How the tokens are arranged, for the kernel."""
+        return SequenceLayout(self.block_size, self.pad, self.pad_queries)
 
     def check_length(self, most: int, name: str) -> None:
         """Check that blocks fit into the longest sequence of a model.
@@ -187,6 +196,7 @@ class MonarchGridSpec(_Spec):
         HFEError: a value has another type or breaks its rule.
     """
 
+    field_names: ClassVar[tuple[str, ...]] = tuple(MonarchGridFields.__annotations__)
     f_tied: int = 1
     h_reduce: int = 1
     w_reduce: int = 1

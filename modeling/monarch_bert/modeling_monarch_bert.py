@@ -11,8 +11,6 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
-from typing import Any
-
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -22,11 +20,11 @@ from transformers import (
     BertPreTrainedModel,
 )
 
-from hf_efficient.modeling.base.registered_model import RegisteredModel
+from hf_efficient.modeling.monarch.monarch_encoder import MonarchEncoder
 from hf_efficient.modeling.monarch_bert.configuration_monarch_bert import MonarchBertConfig
 
 
-class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
+class MonarchBertPreTrainedModel(MonarchEncoder, BertPreTrainedModel):
     """Base class: creating a model checks its configuration again.
 
     Raises:
@@ -35,10 +33,6 @@ class MonarchBertPreTrainedModel(RegisteredModel, BertPreTrainedModel):
 
     config: MonarchBertConfig
     config_class = MonarchBertConfig  # set too: transformers does not resolve the string annotation above
-
-    def __init__(self, config: MonarchBertConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
-        super().__init__(config, *args, **kwargs)
 
 
 class MonarchBertModel(MonarchBertPreTrainedModel, BertModel):

@@ -11,8 +11,6 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
-from typing import Any
-
 from transformers import (
     RobertaForMaskedLM,
     RobertaForQuestionAnswering,
@@ -22,11 +20,11 @@ from transformers import (
     RobertaPreTrainedModel,
 )
 
-from hf_efficient.modeling.base.registered_model import RegisteredModel
+from hf_efficient.modeling.monarch.monarch_encoder import MonarchEncoder
 from hf_efficient.modeling.monarch_roberta.configuration_monarch_roberta import MonarchRobertaConfig
 
 
-class MonarchRobertaPreTrainedModel(RegisteredModel, RobertaPreTrainedModel):
+class MonarchRobertaPreTrainedModel(MonarchEncoder, RobertaPreTrainedModel):
     """Base class: creating a model checks its configuration again.
 
     Raises:
@@ -35,10 +33,6 @@ class MonarchRobertaPreTrainedModel(RegisteredModel, RobertaPreTrainedModel):
 
     config: MonarchRobertaConfig
     config_class = MonarchRobertaConfig  # set too: transformers does not resolve the string annotation above
-
-    def __init__(self, config: MonarchRobertaConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
-        super().__init__(config, *args, **kwargs)
 
 
 class MonarchRobertaModel(MonarchRobertaPreTrainedModel, RobertaModel):

@@ -11,15 +11,13 @@ from hf_efficient.modeling.base.tested_releases import check_transformers
 
 check_transformers()
 
-from typing import Any
-
 from transformers import ViTForImageClassification, ViTModel, ViTPreTrainedModel
 
-from hf_efficient.modeling.base.registered_model import RegisteredModel
+from hf_efficient.modeling.monarch.monarch_encoder import MonarchEncoder
 from hf_efficient.modeling.monarch_vit.configuration_monarch_vit import MonarchViTConfig
 
 
-class MonarchViTPreTrainedModel(RegisteredModel, ViTPreTrainedModel):
+class MonarchViTPreTrainedModel(MonarchEncoder, ViTPreTrainedModel):
     """Base class: creating a model checks its configuration again.
 
     Raises:
@@ -28,10 +26,6 @@ class MonarchViTPreTrainedModel(RegisteredModel, ViTPreTrainedModel):
 
     config: MonarchViTConfig
     config_class = MonarchViTConfig  # set too: transformers does not resolve the string annotation above
-
-    def __init__(self, config: MonarchViTConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
-        super().__init__(config, *args, **kwargs)
 
 
 class MonarchViTModel(MonarchViTPreTrainedModel, ViTModel):
