@@ -8,13 +8,11 @@ The checkpoint directory of one training step has:
     stem_shards/stem_model_mp{r}.pt           column shards of the STEM embedding tables, one file for each
                                               tensor-parallel rank r
 
-The weight files are pickles. They are opened by `torch.load` with `weights_only=True`, which creates only tensors and
-plain containers, and with `mmap=True`, so that only the tensors that are read take memory.
+The weight files are pickles; `reading/torch_file.py` opens them without running code.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +27,9 @@ from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.conversion.families.family import source_config
 from hf_efficient.conversion.reading.release import Release
 from hf_efficient.conversion.reading.rotary_order import to_rotate_half_order
-from hf_efficient.conversion.reading.safetensors_reader import DTYPES
 from hf_efficient.conversion.reading.tensor_file import check_finite
-from hf_efficient.errors import HFEError, error_text
+from hf_efficient.conversion.reading.torch_file import checked_tensor, load_torch_file
+from hf_efficient.errors import HFEError
 from hf_efficient.json_file import is_whole, read_json
 
 PARAMS_NAME = "params.json"
@@ -226,36 +224,13 @@ def _shard_files(folder: Path) -> list[Path]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Load the dict saved in `path`, with memory-mapped tensors.
-
-    Raises:
-        HFEError: the file is damaged, contains objects that `weights_only=True` refuses, or is not a dict.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise HFEError(
-            f"{path.name} is damaged or has more than tensors and plain containers, so it is not opened: it could "
-            "execute arbitrary code",
-            "copy it again, or, if you trust it, load it and save its tensors again with torch.save",
-        ) from error
-    # A damaged pickle can raise any exception.
-    except Exception as error:
-        cause = error_text(error, named=True)
-        raise HFEError(f"{path.name} cannot be read ({cause})", "copy it again") from error
-    if not isinstance(content, dict):
-        raise HFEError(f"{path.name} has a {type(content).__name__}, not tensors by name", "copy it again")
-    return content
-
-
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     """Load the tensors, memory-mapped, of a backbone or table shard; their names lose the prefixes of wrappers.
 
     Raises:
-        HFEError: as `_load` and `_checked`, or two tensors have the same name without prefixes.
+        HFEError: as `load_torch_file` and `checked_tensor`, or two tensors have the same name without prefixes.
     """
-    content = _load(path)
+    content = load_torch_file(path)
     # The file may also have the state of the optimizer.
     state = content["model"] if isinstance(content.get("model"), dict) else content
     tensors: dict[str, Tensor] = {}
@@ -265,22 +240,8 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         name = _WRAPPERS.sub("", stored) if isinstance(stored, str) else str(stored)
         if name in tensors:
             raise HFEError(f"{path.name} has the tensor {name} twice, with different prefixes", "save it again")
-        tensors[name] = _checked(name, tensor, path)
+        tensors[name] = checked_tensor(name, tensor, path)
     return tensors
-
-
-def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """`tensor`, detached; `HFEError` unless it is dense, contiguous, of a known dtype and not larger than the file."""
-    is_dense_cpu = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not is_dense_cpu or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
-        raise HFEError(
-            f"tensor {name} in {path.name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, or "
-            "not contiguous; a checkpoint needs contiguous dense tensors",
-            "save it again with torch.save, each tensor as .contiguous()",
-        )
-    if tensor.numel() * tensor.itemsize > path.stat().st_size:
-        raise HFEError(f"tensor {name} in {path.name} is larger than the file", "copy it again")
-    return tensor.detach()
 
 
 def _tables(shards: list[Path], state: dict[str, Tensor], backbone: Path) -> dict[int, _ShardedTensor]:
