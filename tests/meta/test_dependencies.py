@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [p for folder in ("hf_efficient", "kernels", "modeling", "conversion") for p in (ROOT / folder).rglob("*.py")]
 # Imported inside a `try` whose `except ImportError` says what to install: only one feature needs them.
-OPTIONAL = {"datasets", "matplotlib"}
+OPTIONAL = {"datasets", "diffusers", "matplotlib"}
 
 
 def _base_dependencies() -> set[str]:
