@@ -65,14 +65,8 @@ class ConversionOptions:
 
     @property
     def max_shard_bytes(self) -> int:
-        """`max_shard_size` (a number, or a text such as `5GB` or `2GiB`) in bytes; `UsageError` if it is no size."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(self.max_shard_size).strip().upper())
-        count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-        if count < 1:
-            raise UsageError(
-                f"max_shard_size={self.max_shard_size!r} is not a size", "write it like 5GB, 500MB or 2GiB"
-            )
-        return count
+        """`max_shard_size` in bytes, see `size_in_bytes`."""
+        return size_in_bytes("max_shard_size", self.max_shard_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON values; a local path is shortened to its last part."""
@@ -93,6 +87,15 @@ class ConversionOptions:
         values["tokenizer"] = None if self.tokenizer is None else _name_without_folder(self.tokenizer)
         values["patches"] = {patch.name: patch_fields(patch) for patch in self.patches}
         return values
+
+
+def size_in_bytes(name: str, size: str | int) -> int:
+    """A size in bytes, from a number or a text such as `5GB` or `2GiB`; any other raises `UsageError` about `name`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if count < 1:
+        raise UsageError(f"{name}={size!r} is not a size", "write it like 5GB, 500MB or 2GiB")
+    return count
 
 
 def patch_fields(patch: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def plan_conversion(
     Args:
         choices: configuration fields that the patches chose, name -> value.
         target: architecture of the result.
-        dtype: dtype of the result, except of tensors that the model always stores in float32; None keeps each source
+        dtype: dtype of the result, except of tensors that the model has in float32 always; None keeps each source
             tensor's own, and gives new tensors the dtype of most source elements.
         max_shard_bytes: largest size of a weight file.
         left_out: the result of `check_source`.
@@ -141,7 +141,8 @@ def plan_conversion(
     expected = tensors.shapes
     copied = [name for name in expected if name not in added]
     _check_every_tensor_planned(reader, expected, copied, added, dropped, left_out)
-    dtypes = {name: torch.float32 if name in tensors.float32 else dtype or reader.dtype(name) for name in copied}
+    kept = dict.fromkeys(tensors.float32, torch.float32) if dtype is not None else {}
+    dtypes = {name: kept.get(name, dtype or reader.dtype(name)) for name in copied}
     # Wider elements first, so that every tensor in a file is aligned to its element size.
     copied.sort(key=lambda name: -dtypes[name].itemsize)
     stored = [StoredTensor(name, expected[name], dtypes[name]) for name in copied]

@@ -60,6 +60,7 @@ _PUBLIC = {
     "enable_monarch_wan": "hf_efficient.diffusers_processor",
     "evaluate": "hf_efficient.evaluation",
     "export": "hf_efficient.hub.export",
+    "export_layout": "hf_efficient.layout_export",
     "gather_rows": "hf_efficient.kernels.gather_rows.api",
     "inspect": "hf_efficient.inspection",
     "keep_branch_variance": "hf_efficient.training.branch_variance",

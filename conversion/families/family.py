@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from hf_efficient.conversion.architecture import (
     ArchitectureSpec,
@@ -29,6 +30,7 @@ from hf_efficient.conversion.architecture import (
 from hf_efficient.conversion.reading.checkpoint_files import weight_files
 from hf_efficient.conversion.reading.config_file import checked_fields
 from hf_efficient.errors import HFEError, UsageError, error_text
+from hf_efficient.modeling.decoder.weight_files import weight_file_names
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.evaluation import Evaluator
@@ -53,12 +55,17 @@ class ModelFamily(Protocol):
 
     Attributes:
         name: what messages call the models, in the plural.
-        config_classes: stock model type -> transformers' configuration class.
+        config_classes: stock model type -> transformers' configuration class, or one that stands for another library's.
         tensor_groups: label in `inspect` -> parts of the names of its tensors; the first that matches counts.
         inspected_fields: configuration fields that `inspect` reports as numbers.
         pipeline_tags: name of an Auto class -> the Hub's name of its task.
         generates: whether the models have `generate`, generation settings and `hf-efficient generate`.
-        companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result.
+        companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result;
+            empty for models without one.
+        subfolders: folders of a repository in which config.json and weights may be, if it has no config.json itself.
+        layouts: names of the layouts of other libraries that `layout` describes.
+        patch_notes: name of a patch -> paragraph of the model card about it, in place of the patch's own `card_note`.
+        patch_citations: name of a patch -> BibTeX for the model card, besides the patch's own `citation`.
         not_evaluated: why a model without an `evaluator` is not evaluated, for the report.
     """
 
@@ -69,6 +76,10 @@ class ModelFamily(Protocol):
     pipeline_tags: ClassVar[Mapping[str, str]]
     generates: ClassVar[bool] = False
     companion_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES
+    subfolders: ClassVar[tuple[str, ...]] = ()
+    layouts: ClassVar[tuple[str, ...]] = ()
+    patch_notes: ClassVar[Mapping[str, str]] = {}
+    patch_citations: ClassVar[Mapping[str, str]] = {}
     not_evaluated: ClassVar[str] = ""
 
     def supports(self, fields: Mapping[str, Any]) -> bool:
@@ -78,6 +89,17 @@ class ModelFamily(Protocol):
     def check_source(self, fields: Mapping[str, Any]) -> None:
         """Raise `HFEError` if the fields of config.json describe a variant that cannot be converted."""
         return
+
+    def stock_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json that `supports` accepts as fields of a class in `config_classes`.
+
+        By default they are returned as they are. A family whose sources are not of transformers translates them, and
+        sets `model_type`.
+
+        Raises:
+            HFEError: a field has a wrong type, or a value that our model does not implement.
+        """
+        return fields
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:
         """Warnings about fields of config.json that are ignored; `stock` is the configuration made of them.
@@ -119,6 +141,17 @@ class ModelFamily(Protocol):
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
         """The evaluator of the model's loss on text; None if the model has no head that predicts tokens."""
 
+    def weight_file_names(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the weight file and of the index of shards in a source; the first that exists is read.
+
+        Args:
+            fields: the fields of its config.json; `transformers_weights` among them is the only name.
+
+        Raises:
+            HFEError: `transformers_weights` is not the name of a safetensors file or index inside the folder.
+        """
+        return weight_file_names(fields)
+
     def weight_files(self, folder: Path, fields: dict[str, Any], name: str) -> list[Path]:
         """The safetensors files of a checkpoint folder.
 
@@ -133,14 +166,39 @@ class ModelFamily(Protocol):
         """
         return weight_files(folder, fields, name)
 
+    def layout(self, name: str, config: PreTrainedConfig) -> Layout:
+        """How another library stores the model of a configuration of ours; `name` is one of `layouts`.
+
+        Raises:
+            HFEError: the layout does not have the model.
+        """
+        raise NotImplementedError(name)
+
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
         """Label -> text, lines of `inspect` about the shape of a model of ours."""
 
     def snippets(self, auto_class: str, *, chat: bool) -> dict[str, str]:
-        """Sentence -> code below it, for the model card; the code uses a loaded `model` and `tokenizer`.
+        """Sentence -> code below it, for the model card; the code uses a loaded `model`, and `tokenizer` if it has one.
 
         `chat` is True if the tokenizer has a chat template.
         """
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another library stores a model of ours.
+
+    Attributes:
+        fields: content of its config.json.
+        names: name of each tensor in our model -> its name in the layout.
+        weights: name of the weight file, such as `diffusion_pytorch_model.safetensors`.
+        left_out: texts about settings of the model that the layout does not have, for the user.
+    """
+
+    fields: dict[str, Any]
+    names: dict[str, str]
+    weights: str
+    left_out: list[str]
 
 
 def families() -> list[ModelFamily]:
@@ -159,6 +217,18 @@ def family_of(model_type: Any) -> ModelFamily | None:
     if spec is not None:
         return load(spec.family)
     return next((family for family in families() if family.supports({"model_type": model_type})), None)
+
+
+def family_of_fields(fields: Mapping[str, Any]) -> ModelFamily | None:
+    """The family of the stock model, or of the one of ours, that the fields of a config.json describe; None if none."""
+    spec = architecture_of(str(fields.get("model_type")))
+    return load(spec.family) if spec else next((family for family in families() if family.supports(fields)), None)
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of config.json and weights: `folder`, or the first of a family's `subfolders` of it that has one."""
+    places = [folder, *(folder / name for family in families() for name in family.subfolders)]
+    return next((place for place in places if (place / CONFIG_NAME).is_file()), folder)
 
 
 def family_of_config(config: PreTrainedConfig) -> ModelFamily:
@@ -194,7 +264,7 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
         )
     for family in families():
         family.check_source(fields)
-    config_class = _config_class(fields)
+    config_class, fields = _config_class(fields)
     checked = checked_fields(fields, config_class)
     try:
         config = config_class.from_dict(checked)
@@ -208,16 +278,20 @@ def _source_config(fields: dict[str, Any]) -> PreTrainedConfig:
         raise HFEError(f"config.json is not a valid {config_class.__name__}: {cause}", "correct config.json") from error
 
 
-def _config_class(fields: dict[str, Any]) -> type[PreTrainedConfig]:
-    """Our or transformers' configuration class for the `model_type`; `HFEError` if it is not supported."""
-    model_type = str(fields.get("model_type"))
-    spec = architecture_of(model_type)
+def _config_class(fields: dict[str, Any]) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+    """(our or the stock configuration class of the fields of a config.json, the fields by this class's names).
+
+    Raises:
+        HFEError: no family supports the model, or as for `ModelFamily.stock_fields`.
+    """
+    spec = architecture_of(str(fields.get("model_type")))
     if spec is not None:
-        return spec.config_class
-    family = next((each for each in families() if each.supports(fields)), None)
+        return spec.config_class, fields
+    family = family_of_fields(fields)
     if family is None:
         raise _unsupported(fields.get("model_type"))
-    return family.config_classes[model_type]
+    fields = family.stock_fields(fields)
+    return family.config_classes[fields["model_type"]], fields
 
 
 def _unsupported(model_type: Any) -> HFEError:
@@ -279,7 +353,7 @@ class ModelTensors:
     Attributes:
         shapes: name -> shape of each tensor that a checkpoint stores, in the order of the model.
         tied: name of each tensor that a checkpoint does not store -> the one that it is tied to.
-        float32: names of the tensors that are stored in float32, whatever the dtype of the others.
+        float32: names of the tensors that a model in half precision has in float32.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -296,8 +370,8 @@ def tensors_of(model: Any) -> ModelTensors:
     """The tensors of a model of transformers' kind (`PreTrainedModel`), such as one on the meta device."""
     tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    leaves = model._keep_in_fp32_modules_strict or ()
-    return ModelTensors(shapes, tied, {name for name in shapes if name.rpartition(".")[2] in leaves})
+    parts = set(model._keep_in_fp32_modules_strict or ())
+    return ModelTensors(shapes, tied, {name for name in shapes if parts.intersection(name.split("."))})
 
 
 def expected_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

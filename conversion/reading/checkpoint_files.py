@@ -112,7 +112,9 @@ def file_inside(folder: Path, name: Any, origin: str) -> Path:
             "do not use this checkpoint, or correct its index",
         )
     path, root = folder / name, folder.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    # The checkpoint may be a folder of a snapshot, such as `transformer`.
+    snapshots = next((place for place in (root.parent, root.parent.parent) if place.name == "snapshots"), None)
+    allowed = [root] if snapshots is None else [root, snapshots.parent / "blobs"]
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # by Python's version

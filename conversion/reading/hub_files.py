@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CONFIG_NAME
 
+from hf_efficient.conversion.families.family import family_of_fields, model_folder
 from hf_efficient.conversion.reading.checkpoint_files import read_config
 from hf_efficient.conversion.reading.hub_errors import hub_errors
 from hf_efficient.errors import HFEError, UsageError, error_text, hide_secret
@@ -55,8 +56,8 @@ def checked_token(token: str | None) -> str | None:
 def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
     """Download the files of a checkpoint that a conversion reads; returns the snapshot's folder in the Hub's cache.
 
-    Of the weights only the safetensors that transformers would load are downloaded. If there are none, the folder has
-    only the small files, unless the repository is found to have weights of another kind, which raises.
+    Of the weights only the safetensors that the model's library would load are downloaded. If there are none, the
+    folder has only the small files, unless the repository is found to have weights of another kind, which raises.
 
     Raises:
         HFEError: the repository cannot be read or the files cannot be stored (see `_snapshot`), its configuration or
@@ -66,13 +67,18 @@ def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
-    fields = read_config(folder, repo_id) if (folder / CONFIG_NAME).is_file() else {}
-    for name in weight_file_names(fields):  # in the order in which transformers looks for them
-        if not (folder / name).is_file():
-            folder = _snapshot(repo_id, [*_SMALL_FILES, name], commit, token)
-        if (folder / name).is_file():
+    inside = model_folder(folder).relative_to(folder)
+    fields = read_config(folder / inside, repo_id) if (folder / inside / CONFIG_NAME).is_file() else {}
+    family = family_of_fields(fields)
+    # In the order in which the model's library looks for them.
+    for name in weight_file_names(fields) if family is None else family.weight_file_names(fields):
+        path = inside / name
+        if not (folder / path).is_file():
+            folder = _snapshot(repo_id, [*_SMALL_FILES, path.as_posix()], commit, token)
+        if (folder / path).is_file():
             if name.endswith(".json"):
-                folder = _snapshot(repo_id, [*_SMALL_FILES, *shard_names(folder / name)], commit, token)
+                shards = [(inside / shard).as_posix() for shard in shard_names(folder / path)]
+                folder = _snapshot(repo_id, [*_SMALL_FILES, *shards], commit, token)
             return folder
     with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
         names = HfApi(token=token).list_repo_files(repo_id, revision=commit)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Release:
-    """An opened checkpoint folder, of which headers are read but no weights.
+    """An opened checkpoint folder or file, of which headers are read but no weights.
 
     Attributes:
         reader: the tensors by the names of our model.
@@ -37,12 +37,15 @@ class ReleaseReader(Protocol):
     """A `TensorReader` for checkpoints of one training code, with two more class methods."""
 
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
-        """True for a folder in this layout, complete or not. Does not raise for a damaged folder."""
+    def recognises(cls, path: Path) -> bool:
+        """True for a folder, or a file that the user named, in this layout, complete or not.
+
+        Does not raise for a damaged one.
+        """
 
     @classmethod
-    def open(cls, folder: Path, name: str) -> Release:
-        """Open the checkpoint in `folder`; error messages refer to it as `name`.
+    def open(cls, path: Path, name: str) -> Release:
+        """Open the checkpoint at `path`; error messages refer to it as `name`.
 
         Raises:
             HFEError: the checkpoint is damaged, incomplete, or has a feature that our model does not have.

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from hf_efficient.conversion.architecture import architecture_of, architectures, load
-from hf_efficient.conversion.families.family import ModelFamily, family_of_config, source_config
+from hf_efficient.conversion.families.family import ModelFamily, family_of_config, model_folder, source_config
 from hf_efficient.conversion.reading.checkpoint_files import read_config
 from hf_efficient.conversion.reading.gguf_reader import GGUFReader, gguf_special_tokens
 from hf_efficient.conversion.reading.hub_files import (
@@ -26,7 +26,7 @@ from hf_efficient.conversion.reading.hub_files import (
     is_repo_id,
     repo_of_snapshot,
 )
-from hf_efficient.conversion.reading.release import Release
+from hf_efficient.conversion.reading.release import Release, ReleaseReader
 from hf_efficient.conversion.reading.safetensors_reader import SafetensorsReader
 from hf_efficient.conversion.reading.stock_names import with_stock_names
 from hf_efficient.conversion.reading.tensor_reader import TensorReader
@@ -44,6 +44,7 @@ class Source:
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of ours: see `ModelFamily.own_config`.
         fields: the fields of config.json; empty for a source without one.
+        single_file: True if the user named a weight file and not a folder: files beside it are not part of the source.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
         special_tokens: role, such as `eos_token` -> token id, from the metadata of a GGUF file.
@@ -59,6 +60,7 @@ class Source:
     config: PreTrainedConfig
     fields: dict[str, Any] = field(default_factory=dict)
     weight_files: list[Path] = field(default_factory=list)
+    single_file: bool = False
     gguf_file: str | None = None
     tokenizer_files: Path | None = None
     special_tokens: dict[str, int] = field(default_factory=dict)
@@ -161,7 +163,8 @@ def open_source(
     if tokenizer is not None:
         path = Path(tokenizer).expanduser()
         source = replace(source, tokenizer_files=path if path.is_dir() else download_tokenizer(tokenizer, token=token))
-    return source if source.fields or source.gguf_file is not None else _with_special_tokens(source)
+    named_tokens = source.fields or source.gguf_file is not None or not source.family.companion_files
+    return source if named_tokens else _with_special_tokens(source)
 
 
 def _open(location: str, revision: str | None, token: str | None) -> Source:
@@ -173,31 +176,45 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
     if path.is_dir():
         return _open_folder(location, path)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if path.suffix.lower() == ".gguf":
+            return _open_gguf(location, path)
+        reader = _release_reader(path)
+        if reader is None:
             raise HFEError(
                 f"{path.name} is a file but not a .gguf", "name a checkpoint folder, a .gguf file or a Hub repository"
             )
-        return _open_gguf(location, path)
+        return _source(location, path.parent, reader.open(path, path.name), single_file=True)
     if path.suffix.lower() == ".gguf" or not is_repo_id(location):
         raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
     return _open_folder(location, download_checkpoint(location, revision=revision, token=token))
 
 
 def _open_folder(location: str, folder: Path) -> Source:
-    """Open a checkpoint folder, in the layout of transformers or of an architecture's own training code.
+    """Open a checkpoint folder, in the layout of its library or of an architecture's own training code.
 
     Raises:
         HFEError: a file is missing or damaged, or the model is not supported.
     """
+    name = repo_of_snapshot(folder)[0] or folder.resolve().name
+    reader = _release_reader(folder)
+    opened = _open_stock(model_folder(folder), name) if reader is None else reader.open(folder, name)
+    return _source(location, folder, opened)
+
+
+def _release_reader(path: Path) -> type[ReleaseReader] | None:
+    """The reader of an architecture's own training code that recognises a folder or file; None for any other."""
+    readers = (load(name) for spec in architectures() for name in spec.release_readers)
+    return next((reader for reader in readers if reader.recognises(path)), None)
+
+
+def _source(location: str, folder: Path, opened: Release, *, single_file: bool = False) -> Source:
+    """The source with the weights `opened`; licence and names come from the card in `folder`, if it is the source."""
     repo, revision = repo_of_snapshot(folder)
-    name = repo or folder.resolve().name
-    readers = [load(path) for spec in architectures() for path in spec.release_readers]
-    release = next((reader for reader in readers if reader.recognises(folder)), None)
-    opened = _open_stock(folder, name) if release is None else release.open(folder, name)
-    card = card_metadata(folder)
+    card = {} if single_file else card_metadata(folder)
     return Source(
         location=location,
         files=folder,
+        single_file=single_file,
         reader=opened.reader,
         stock_config=opened.stock_config,
         config=opened.config,
@@ -212,7 +229,7 @@ def _open_folder(location: str, folder: Path) -> Source:
 
 
 def _open_stock(folder: Path, name: str) -> Release:
-    """Open a folder in the layout of transformers: config.json and safetensors of a stock model or of one of ours.
+    """Open a folder with config.json and safetensors of a stock model or of one of ours.
 
     Raises:
         HFEError: a file is missing or damaged, or the model is not supported.
@@ -253,6 +270,7 @@ def _open_gguf(location: str, path: Path) -> Source:
         stock_config=reader.config,
         config=family_of_config(reader.config).own_config(reader.config),
         weight_files=[path],
+        single_file=True,
         gguf_file=path.name,
         special_tokens=gguf_special_tokens(reader.file),
         base_model=base_model,

@@ -110,7 +110,7 @@ def write_weights(
     finally:
         writer.close()
     if len(plan.shards) > 1:
-        write_text(workspace.checkpoint / SAFE_WEIGHTS_INDEX_NAME, _index(plan.shards))
+        write_text(workspace.checkpoint / SAFE_WEIGHTS_INDEX_NAME, index_text(plan.shards))
 
 
 def _copy(
@@ -139,8 +139,8 @@ def _copy(
         advance(done, total)
 
 
-def _index(shards: list[Shard]) -> str:
-    """The text of model.safetensors.index.json: total size in bytes, and tensor name -> file."""
+def index_text(shards: list[Shard]) -> str:
+    """The text of the index of several weight files: total size in bytes, and tensor name -> file."""
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     total = sum(shard.data_bytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

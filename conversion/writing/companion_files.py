@@ -62,8 +62,8 @@ def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange 
             warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder, source.family.companion_files)
         if has_tokenizer(folder):
             warnings += _keep_tokenizer(source, tokenizer, folder)
-        if source.gguf_file is None:
-            warnings += _copy_licences(source.files, folder)
+        if not source.single_file:
+            warnings += copy_licences(source.files, folder)
         if source.family.generates:
             warnings += _write_generation_settings(source, folder, vocabulary)
     return warnings
@@ -126,9 +126,12 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
 def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
     """Copy tokenizer_config.json, if there is one, and the tokenizer or processor files that match a glob pattern.
 
-    Settings that transformers does not know are removed. Returns warnings: names of these, or that there is no
-    tokenizer. Errors as for `_copy_file` and `_drop_unknown_entries`.
+    Without patterns, for models without a tokenizer, nothing is copied. Settings that transformers does not know are
+    removed. Returns warnings: names of these, or that there is no tokenizer. Errors as for `_copy_file` and
+    `_drop_unknown_entries`.
     """
+    if not patterns:
+        return []
     _copy(origin, folder, patterns)
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
@@ -179,7 +182,7 @@ def _copy_file(origin: Path, name: str, folder: Path) -> None:
     shutil.copyfile(file_inside(origin, name, origin.name), folder / name)
 
 
-def _copy_licences(origin: Path, folder: Path) -> list[str]:
+def copy_licences(origin: Path, folder: Path) -> list[str]:
     """Copy licence texts, also from a folder LICENSES; errors as for `_copy_file`.
 
     Returns a list with one warning that names similar files that are no such texts, if there are any.

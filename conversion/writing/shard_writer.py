@@ -69,11 +69,12 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
 
-def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard]:
+def split_into_shards(tensors: list[StoredTensor], max_bytes: int, name: str = SAFE_WEIGHTS_NAME) -> list[Shard]:
     """Cut the tensors, in their order, into files of at most `max_bytes` of data; a larger tensor gets its own file.
 
     Readers view a file's bytes as elements, so each tensor must begin at a multiple of its element size; if it would
-    not, a new file is begun. A single file is named model.safetensors, several model-00001-of-0000N.safetensors.
+    not, a new file is begun. A single file has the `name`, such as model.safetensors; several files are named like
+    model-00001-of-0000N.safetensors.
     """
     # Not huggingface_hub's split_state_dict_into_shards_factory: it continues the previous file after a tensor beyond
     # the limit, so that two files would be open, and it does not align tensors.
@@ -86,9 +87,9 @@ def split_into_shards(tensors: list[StoredTensor], max_bytes: int) -> list[Shard
         groups[-1].append(tensor)
         size += tensor.bytes
     if len(groups) == 1:
-        return [Shard(SAFE_WEIGHTS_NAME, groups[0])]
-    count = len(groups)
-    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
+        return [Shard(name, groups[0])]
+    count, (base, suffix) = len(groups), os.path.splitext(name)
+    return [Shard(f"{base}-{i:05d}-of-{count:05d}{suffix}", group) for i, group in enumerate(groups, start=1)]
 
 
 class ShardWriter:

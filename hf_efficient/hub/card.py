@@ -80,13 +80,13 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
         _metadata(config, report, base, names, title),
         f"# {title}",
         _introduction(config, base, source, names),
-        *[note(name) for name in all_names],
+        *[note(name, config) for name in all_names],
         usage(folder, config, repo_id or "OWNER/NAME"),
         _measurements(report),
         _sizes(report),
         _patches(patches),
         _provenance(report, source, patches),
-        citations(all_names),
+        citations(all_names, config),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n\n"
     return text + _SIGNATURE.format(_digest(text))

@@ -43,7 +43,7 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)")
     parts = [_LOADING.format(requirements=REQUIREMENTS), _python("\n".join(lines))]
     family = family_of(config.get("model_type"))
-    if family is not None and tokenizer:
+    if family is not None and (tokenizer or not family.companion_files):
         for sentence, code in family.snippets(auto_class, chat=_has_chat_template(folder)).items():
             parts += [sentence, _python(code)]
     oldest, newest = TESTED_TRANSFORMERS
@@ -51,16 +51,23 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
     return "\n\n".join([*parts, tested])
 
 
-def note(patch: str) -> str:
-    """The paragraph about a patch in the model card; empty for an unknown one."""
+def note(patch: str, config: dict[str, Any]) -> str:
+    """The paragraph about a patch in the model card; empty for an unknown one. `config`: fields of config.json."""
     options: Any = patch_classes().get(patch)
-    return str(options.card_note) if options else ""
+    family = family_of(config.get("model_type"))
+    own = str(options.card_note) if options else ""
+    return own if family is None else family.patch_notes.get(patch, own)
 
 
-def citations(patches: list[str]) -> str:
-    """The card's section with the BibTeX of the patches' papers; empty without known patches."""
+def citations(patches: list[str], config: dict[str, Any]) -> str:
+    """The card's section with the BibTeX of the patches' papers; empty without known patches.
+
+    `config`: the fields of config.json.
+    """
     known: dict[str, Any] = patch_classes()
+    family = family_of(config.get("model_type"))
     entries = [str(known[patch].citation) for patch in patches if patch in known]
+    entries += [family.patch_citations[patch] for patch in patches if family and patch in family.patch_citations]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(entries) + "\n```" if entries else ""
 
 
