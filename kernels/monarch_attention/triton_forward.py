@@ -1,8 +1,8 @@
 """Triton kernels of the forward pass of monarch_attention.
 
 `right_kernel` is the R-step, `left_kernel` the L-step with the output, `average_kernel` the averaged queries of the
-next iteration. A "line" is a query tile and a column, a "key row" a key tile and a row. Between the kernels, three results
-lie in device memory:
+next iteration. A "line" is a query tile and a column, a "key row" a key tile and a row. Between the kernels, three
+results lie in device memory:
 
 | result | shape | |
 |---|---|---|
@@ -79,7 +79,7 @@ if HAVE_TRITON:
         tl.store(target + row[:, None] * HEAD_DIM + offs_d[None, :], value.to(target.dtype.element_ty), mask=mask)
 
     # Grid (b1 * blocks of lines, G, parts of the key tiles): a program holds BLOCK_M lines of one row, and passes over
-    # key tiles; with LOOP_ROWS, of a single tile, over rows: (parts of the rows * blocks of lines, G). z are the logits,
+    # key tiles; with LOOP_ROWS, of a single tile, over rows: (parts of the rows * blocks of lines, G). z are logits,
     # m_i their maximum, l_i the sum of exponentials p, e_i the sum of p * log2 p, so that
     # sum R log2 R = e_i / l_i - log2(l_i).
     @triton.jit(
@@ -293,7 +293,7 @@ if HAVE_TRITON:
                 store_row(y, y_acc, line_ptr + key_row, line < lines, HEAD_DIM, BLOCK_D)
 
     # Grid (blocks of b1 * lines, G), the last lines first, whose a_l and y may still be in the L2 cache: a program
-    # holds BLOCK_M query rows of one line. FlashAttention's online softmax over the key rows; m_i, l_i and acc as there.
+    # holds BLOCK_M query rows of one line. FlashAttention's online softmax over the key rows; m_i, l_i, acc as there.
     @triton.jit(do_not_specialize=["first_group", "query_tokens", "key_tiles", "query_tiles"])
     def left_kernel(
         out,
