@@ -123,6 +123,7 @@ class WanCache(CapturableCache):
                 f"batch_size={batch_size}, num_frames={num_frames} and grid={grid} must be at least 1", "give them"
             )
         self._batch_size = batch_size
+        self._chunk = config.num_frames_per_block
         self._sink = config.sink_size
         self._windowed = config.local_attn_size != -1
         self._frames = config.local_attn_size if self._windowed else num_frames
@@ -181,7 +182,7 @@ class WanCache(CapturableCache):
                 f"start_frame={start_frame} must be between 0 and {self.num_frames}, the frames in the cache",
                 "generate the chunks in order",
             )
-        self._check_kept(start_frame)
+        self._check_kept(start_frame, num_frames)
         first = start_frame - self.evicted_frames
         overflow = first + num_frames - self._frames
         if overflow > 0:
@@ -221,7 +222,7 @@ class WanCache(CapturableCache):
                 f"length={length} must be 0 to {self.num_frames} frames of {self.frame_tokens} tokens",
                 "give a multiple of the tokens of a frame",
             )
-        self._check_kept(frames)
+        self._check_kept(frames, self._chunk)
         self.num_frames = frames
         self.slots = ((frames - self.evicted_frames) * self.frame_tokens,) * 2
 
@@ -240,13 +241,13 @@ class WanCache(CapturableCache):
         self.slots = (0, 0)
         self._tiling = None
 
-    def _check_kept(self, start_frame: int) -> None:
-        """Raise `HFEError` if frames that a chunk at `start_frame` would attend to have left the cache since."""
-        if self.evicted_frames and start_frame < self._sink + self.evicted_frames:
+    def _check_kept(self, start_frame: int, num_frames: int) -> None:
+        """Raise `HFEError` if frames that a chunk at `start_frame` attends to have left the cache since."""
+        if self.evicted_frames and start_frame + num_frames - self.evicted_frames < self._frames:
             raise HFEError(
-                f"frame {start_frame} cannot be computed again: {self.evicted_frames} frames have left the cache of "
-                f"{self._frames} (local_attn_size)",
-                "start again with cache.reset()",
+                f"frame {start_frame} cannot be computed again: it attends to frames that have left the cache of "
+                f"local_attn_size={self._frames}, which has seen {self.num_frames}",
+                "only the last chunk can be computed again; start the video again with cache.reset()",
             )
 
 

@@ -32,6 +32,7 @@ from hf_efficient.modeling.monarch_wan.configuration_monarch_wan import MonarchW
 from hf_efficient.modeling.monarch_wan.input_checks import check_inputs, check_values
 from hf_efficient.modeling.monarch_wan.norms import Float32Linear
 from hf_efficient.modeling.monarch_wan.rotary import rotary_tables
+from hf_efficient.modeling.monarch_wan.sampler import WanSampling
 
 
 @dataclass
@@ -99,7 +100,7 @@ class MonarchWanPreTrainedModel(RegisteredModel, PreTrainedModel):
             super()._init_weights(module)
 
 
-class MonarchWanModel(MonarchWanPreTrainedModel):
+class MonarchWanModel(MonarchWanPreTrainedModel, WanSampling):
     """The Wan transformer: flow of noisy latents, given a timestep and a text.
 
     With `variant="bidirectional"` all frames attend to each other. With `variant="causal"` a frame attends to those of
@@ -139,8 +140,7 @@ class MonarchWanModel(MonarchWanPreTrainedModel):
             HFEError: the model is not causal, or the size is no multiple of the patch size.
         """
         grid = self._token_grid((num_frames, height, width))
-        devices = [block.self_attn.norm_k.weight.device for block in self.blocks]
-        devices = [self.device if device.type == "meta" else device for device in devices]
+        devices = [_device_of(block.self_attn.norm_k) for block in self.blocks]
         return WanCache(self.config, batch_size, num_frames, grid[1:], self.dtype, devices)
 
     @capture_outputs
@@ -159,7 +159,7 @@ class MonarchWanModel(MonarchWanPreTrainedModel):
             hidden_states: noisy latents [B, in_channels, F, height, width].
             timestep: [B], or [B, F] for a timestep of each latent frame; 1000 is noise, 0 is the video.
             encoder_hidden_states: text [B, text_len, text_dim], padded with zeros. With a cache that has seen the text
-                it may be None; if it is passed again, its keys and values are computed again.
+                (in a call without gradients) it may be None; if it is passed, its keys and values are computed again.
             cache: causal models: earlier chunks of the video. The call is then one chunk, which is written to it. With
                 gradients enabled, they reach the keys and values of the call but not those in the cache.
             start_frame: position of the first frame in the video.
@@ -253,6 +253,12 @@ class MonarchWanModel(MonarchWanPreTrainedModel):
         _, patch_height, patch_width = self.config.patch_size
         patches = patches.view(patches.shape[0], *grid, patch_height, patch_width, self.config.out_channels)
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module with a weight computes; accelerate may keep the weight elsewhere."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(module.weight.device if device is None else device)
 
 
 __all__ = ["MonarchWanConfig", "MonarchWanModel", "MonarchWanOutput", "MonarchWanPreTrainedModel", "WanCache"]
