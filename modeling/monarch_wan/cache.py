@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class WanCache(CapturableCache):
         self.evicted_frames = 0
         self.has_text = False
         self.slots = (0, 0)
-        self._tiling: Any = None
+        self._tiling: Sequence[Any] = ()
         # The cache may be made in inference mode and be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             devices = device if isinstance(device, list | tuple) else [device] * config.num_hidden_layers
@@ -157,7 +158,7 @@ class WanCache(CapturableCache):
         """Number of cached tokens of each video, those that left the cache not counted."""
         return (self.num_frames - self.evicted_frames) * self.frame_tokens
 
-    def begin_chunk(self, start_frame: int, num_frames: int, tiling: Any = None) -> None:
+    def begin_chunk(self, start_frame: int, num_frames: int, tiling: Sequence[Any]) -> None:
         """Choose the slots of the chunk that is written next, and let frames that no longer fit leave the cache.
 
         Frames of the video after the chunk are removed: they were computed from its earlier content.
@@ -165,15 +166,18 @@ class WanCache(CapturableCache):
         Args:
             start_frame: position of the chunk's first frame in the video; not beyond `num_frames`.
             num_frames: frames of the chunk.
-            tiling: the settings of Monarch attention in each block; they stay the same while the cache is filled.
+            tiling: settings of Monarch attention in each block, None for softmax attention; they must stay the same
+                while the cache is filled.
 
         Raises:
             HFEError: frames are missing before the chunk or left the cache, it does not fit into the memory, or
                 `tiling` changed.
         """
         if self.num_frames and tiling != self._tiling:
+            block = next(i for i, (old, new) in enumerate(zip(self._tiling, tiling, strict=True)) if old != new)
+            old, new = ("softmax attention" if each is None else each for each in (self._tiling[block], tiling[block]))
             raise HFEError(
-                f"the tiling of Monarch attention changed from {self._tiling} to {tiling} while the cache holds "
+                f"the tiling of Monarch attention in block {block} changed from {old} to {new}, but the cache holds "
                 f"{self.num_frames} frames that were computed with the first",
                 "finish the video with the same settings, or call cache.reset()",
             )
@@ -239,7 +243,7 @@ class WanCache(CapturableCache):
         self.evicted_frames = 0
         self.has_text = False
         self.slots = (0, 0)
-        self._tiling = None
+        self._tiling = ()
 
     def _check_kept(self, start_frame: int, num_frames: int) -> None:
         """Raise `HFEError` if frames that a chunk at `start_frame` attends to have left the cache since."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_efficient.environment import check_data
 from hf_efficient.errors import HFEError
+from hf_efficient.modeling.monarch_wan.cache import WanCache
 from hf_efficient.modeling.monarch_wan.configuration_monarch_wan import MonarchWanConfig
 
 # Further keyword arguments that transformers' decorators read.
@@ -40,6 +41,8 @@ def check_inputs(
                 f"MonarchWanModel was given {name}, which it does not know and must not ignore",
                 "pass hidden_states, timestep, encoder_hidden_states, cache and start_frame; there are no masks",
             )
+    if cache is not None and not isinstance(cache, WanCache):
+        raise HFEError(f"cache is a {type(cache).__name__}, not a WanCache", "make it with model.new_cache(...)")
     if hidden_states.dim() != 5 or hidden_states.shape[1] != config.in_channels or not all(hidden_states.shape[2:]):
         raise HFEError(
             f"hidden_states has the shape {list(hidden_states.shape)}",
@@ -64,7 +67,7 @@ def check_inputs(
     _check_causal(config, frames, cache)
 
 
-def _check_text(config: MonarchWanConfig, text: Tensor | None, batch: int, cache: Any) -> None:
+def _check_text(config: MonarchWanConfig, text: Tensor | None, batch: int, cache: WanCache | None) -> None:
     """Raise `HFEError` unless the text has its shape, or the cache has it already."""
     expected = [batch, config.text_len, config.text_dim]
     if text is None:
@@ -79,7 +82,7 @@ def _check_text(config: MonarchWanConfig, text: Tensor | None, batch: int, cache
         )
 
 
-def _check_causal(config: MonarchWanConfig, frames: int, cache: Any) -> None:
+def _check_causal(config: MonarchWanConfig, frames: int, cache: WanCache | None) -> None:
     """Raise `HFEError` unless the frames are whole chunks, with a cache one chunk of a causal model."""
     chunk = config.num_frames_per_block
     if config.variant != "causal":
@@ -89,8 +92,6 @@ def _check_causal(config: MonarchWanConfig, frames: int, cache: Any) -> None:
                 "load the checkpoint with variant='causal', if it was trained so",
             )
         return
-    if cache is not None and not hasattr(cache, "begin_chunk"):
-        raise HFEError(f"cache is a {type(cache).__name__}, not a WanCache", "make it with model.new_cache(...)")
     if cache is not None and frames != chunk:
         raise HFEError(
             f"a call with a cache has {frames} frames; a chunk has num_frames_per_block={chunk}",

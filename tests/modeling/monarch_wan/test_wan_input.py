@@ -68,7 +68,7 @@ def test_a_field_of_another_type_is_refused() -> None:
         ({"kv_cache": [1]}, "was given kv_cache, which it does not know"),
         ({"position_ids": torch.arange(72)}, "was given position_ids, which it does not know"),
         ({"past_key_values": object()}, "was given past_key_values, which it does not know"),
-        ({"cache": object()}, "a cache needs a causal model"),
+        ({"cache": object()}, "cache is a object, not a WanCache; make it with model.new_cache"),
     ],
 )
 def test_wrong_argument_is_named(changes: dict[str, Any], message: str, wan: Callable, call: Callable) -> None:
@@ -115,8 +115,8 @@ def test_a_cache_refuses_other_sizes_gaps_and_overflow(wan: Callable, call: Call
     model(*whole.frames(3, 6), cache=cache, start_frame=3)
     with pytest.raises(HFEError, match="frames 6 to 8 do not fit into a cache of 6"):
         model(*whole.frames(6, 9), cache=cache, start_frame=6)
-    with pytest.raises(HFEError, match="cache is a list, not a WanCache; make it with model.new_cache"):
-        model(*whole.frames(0, 3), cache=[])
+    with pytest.raises(HFEError, match="a cache needs a causal model"):
+        wan()(*whole.frames(0, 3), cache=cache)
     with pytest.raises(HFEError, match="7 frames are no whole number of chunks of num_frames_per_block=3"):
         model(*whole.frames(0, 7))
 
@@ -126,10 +126,10 @@ def test_a_filled_cache_refuses_another_tiling(wan: Callable, call: Callable) ->
     first, second = (wan(variant="causal", monarch={"h_reduce": reduce}) for reduce in (1, 2))
     whole, cache = call(6), first.new_cache(2, 6, 8, 12)
     first(*whole.frames(0, 3), cache=cache)
-    with pytest.raises(HFEError, match=r"tiling .* changed from .*h_reduce=1.* to .*h_reduce=2.* holds 3 frames"):
+    with pytest.raises(HFEError, match=r"in block 0 changed from .*h_reduce=1.* to .*h_reduce=2.* holds 3 frames"):
         second(*whole.frames(3, 6), cache=cache, start_frame=3)
-    first.blocks[0].self_attn.efficient = False
-    with pytest.raises(HFEError, match="tiling of Monarch attention changed"):
+    first.blocks[1].self_attn.efficient = False
+    with pytest.raises(HFEError, match="in block 1 changed from .* to softmax attention, but"):
         first(*whole.frames(3, 6), cache=cache, start_frame=3)
     cache.reset()
     second(*whole.frames(0, 3), cache=cache)
