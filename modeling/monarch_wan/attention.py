@@ -164,9 +164,10 @@ class MonarchWanSelfAttention(_Attention):
         spec = self.active_spec
         if spec is None:
             return self._softmax(query, key, value)
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        layout = grid_layout(spec, grid)
         output = monarch_attention(
-            *heads_first, grid_layout(spec, grid), num_iters=spec.num_iters, scale=self.scaling, causal_frames=chunk
+            query, key, value, layout, num_iters=spec.num_iters, scale=self.scaling, causal_frames=chunk
         )
         return output.transpose(1, 2)
 

@@ -17,7 +17,7 @@ from hf_efficient.modeling.monarch_wan.norms import MonarchWanLayerNorm
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``normed * (1 + scale) + shift``, float32 [B, N, hidden_size]; shift and scale float32 [B, T, hidden_size]."""
-    return (_by_frame(normed, scale) * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], _by_frame(normed, scale), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor) -> Tensor:
         hidden_states, update: [B, N, hidden_size].
         gate: float32 [B, T, hidden_size].
     """
-    gated = (_by_frame(update.float(), gate) * gate[:, :, None]).flatten(1, 2)
-    return (hidden_states.float() + gated).to(hidden_states.dtype)
+    total = torch.addcmul(_by_frame(hidden_states, gate), _by_frame(update, gate), gate[:, :, None])
+    return total.flatten(1, 2).to(hidden_states.dtype)
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class MonarchWanOutput(ModelOutput):
 
 
 class MonarchWanPreTrainedModel(RegisteredModel, PreTrainedModel):
-    """Loading and initial weights; creating a model checks its configuration again.
+    """Settings for loading; creating a model checks its configuration again.
 
     Raises:
         StrictDataclassClassValidationError: (of huggingface_hub) a rule of `MonarchWanConfig` is violated.
@@ -76,28 +76,18 @@ class MonarchWanPreTrainedModel(RegisteredModel, PreTrainedModel):
         config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
         super().__init__(config, *args, **kwargs)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module in place, as the original code does.
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, whose implementations are those of softmax attention here.
 
-        Linear layers Xavier uniform, those with an attribute `init_std` normal; biases 0; the patch embedding as a
-        linear layer; modulations normal with variance 1 / hidden_size.
+        Raises:
+            HFEError: `monarch` was asked for, which arranges tokens as a sequence and not as a video.
         """
-        if isinstance(module, nn.Linear):
-            std = getattr(module, "init_std", None)
-            if std is None:
-                init.xavier_uniform_(module.weight)
-            else:
-                init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv3d):
-            bound = (6 / (module.weight.shape[0] + module.weight[0].numel())) ** 0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.zeros_(module.bias)
-        elif isinstance(module, MonarchWanBlock | MonarchWanHead):
-            init.normal_(module.modulation, std=self.config.hidden_size**-0.5)
-        else:
-            super()._init_weights(module)
+        if requested_attention is not None and requested_attention.endswith("monarch"):
+            raise HFEError(
+                f"attn_implementation={requested_attention!r} is for encoders, not for {self.config.model_type}",
+                "set the configuration's field monarch, e.g. monarch={'h_reduce': 2}",
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class MonarchWanModel(MonarchWanPreTrainedModel, WanSampling):
@@ -108,10 +98,13 @@ class MonarchWanModel(MonarchWanPreTrainedModel, WanSampling):
     training, or chunk by chunk with a `WanCache`.
     """
 
+    # Typed so, because the modules of a ModuleList have no types.
+    blocks: Any
+
     def __init__(self, config: MonarchWanConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
-        patch = tuple(config.patch_size)
+        patch = (1, config.patch_size[1], config.patch_size[2])
         self.patch_embedding = nn.Conv3d(config.in_channels, width, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
@@ -122,12 +115,32 @@ class MonarchWanModel(MonarchWanPreTrainedModel, WanSampling):
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(width, 6 * width))
         self.blocks = nn.ModuleList(MonarchWanBlock(config, index) for index in range(config.num_hidden_layers))
         self.head = MonarchWanHead(config)
-        for embedding in (self.text_embedding, self.time_embedding):
-            for index in (0, 2):
-                embedding[index].init_std = config.initializer_range
-        self.head.head.init_std = 0.0
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module in place, as the original code does.
+
+        Linear layers Xavier uniform, those of the text and timestep embedding normal, the last one 0; biases 0; the
+        patch embedding as a linear layer; modulations normal with variance 1 / hidden_size.
+        """
+        if isinstance(module, nn.Linear):
+            if module is self.head.head:
+                init.zeros_(module.weight)
+            elif any(module is each for each in (*self.text_embedding, *self.time_embedding)):
+                init.normal_(module.weight, std=self.config.initializer_range)
+            else:
+                init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv3d):
+            bound = (6 / (module.weight.shape[0] + module.weight[0].numel())) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, MonarchWanBlock | MonarchWanHead):
+            init.normal_(module.modulation, std=self.config.hidden_size**-0.5)
+        else:
+            super()._init_weights(module)
 
     def new_cache(self, batch_size: int, num_frames: int, height: int, width: int) -> WanCache:
         """Return an empty cache for generating videos chunk by chunk, in the dtype and on the devices of the model.
@@ -256,9 +269,9 @@ class MonarchWanModel(MonarchWanPreTrainedModel, WanSampling):
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module with a weight computes; accelerate may keep the weight elsewhere."""
+    """Return the device on which a module with weights computes; accelerate may keep these elsewhere."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return torch.device(module.weight.device if device is None else device)
+    return next(module.parameters()).device if device is None else torch.device(device)
 
 
 __all__ = ["MonarchWanConfig", "MonarchWanModel", "MonarchWanOutput", "MonarchWanPreTrainedModel", "WanCache"]

@@ -54,9 +54,10 @@ def apply_rotary(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         [B, N, heads, D] in the dtype of `x`.
     """
     cos, sin = (table[None, :, None, :] for table in tables)
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    # A product with a float32 table is float32, whatever the dtype of `x`.
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
 __all__ = ["apply_rotary", "axis_channels", "rotary_tables"]

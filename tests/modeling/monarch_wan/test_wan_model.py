@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_efficient.errors import HFEError
 from hf_efficient.modeling.monarch_wan.modeling_monarch_wan import MonarchWanConfig, MonarchWanModel
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -163,6 +164,14 @@ def test_attention_implementations_agree(attention: str, fields: dict, wan: Call
     model.set_attn_implementation(attention)
     assert model.blocks[0].self_attn.config._attn_implementation == attention
     torch.testing.assert_close(model(*given).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_attention_of_encoders_is_refused(wan: Callable) -> None:
+    message = "attn_implementation='monarch' is for encoders, not for hfe_monarch_wan; set the configuration's field"
+    with pytest.raises(HFEError, match=message):
+        wan().set_attn_implementation("monarch")
+    with pytest.raises(HFEError, match=message):
+        MonarchWanModel._from_config(wan().config, attn_implementation="monarch")
 
 
 @pytest.mark.parametrize("variant", ["bidirectional", "causal"])
