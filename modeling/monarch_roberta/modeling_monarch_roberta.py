@@ -1,7 +1,8 @@
 """RoBERTa as a registered encoder: the classes of transformers with `MonarchRobertaConfig`.
 
 Arguments and results of each `forward` are those of the class of transformers that the docstring names. The attention
-is transformers' own: `eager`, `sdpa`, `flex_attention` or flash attention. B is the batch size, S the sequence length.
+is Monarch attention if the configuration's field `monarch` is set, else transformers' own; another one that the caller
+names as `attn_implementation` runs in either case, see `MonarchEncoder`. B is the batch size, S the sequence length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """ViT as a registered vision encoder: the classes of transformers with `MonarchViTConfig`.
 
-Arguments and results of each `forward` are those of the class of transformers that the docstring names. B is the batch
-size; S is the number of tokens of an image, one class token and the patches.
+Arguments and results of each `forward` are those of the class of transformers that the docstring names. The attention
+is Monarch attention if the configuration's field `monarch` is set, else transformers' own; another one that the caller
+names as `attn_implementation` runs in either case, see `MonarchEncoder`. B is the batch size; S is the number of tokens
+of an image, one class token and the patches.
 """
 
 from __future__ import annotations
