@@ -1,37 +1,32 @@
-"""The model family of bidirectional encoders: BERT models become classes of ours that derive from the stock ones."""
+"""The model family of bidirectional text encoders: BERT, RoBERTa and XLM-RoBERTa, which has RoBERTa's modules."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import BertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
-from hf_efficient.conversion.architecture import ArchitectureSpec, architecture_of, architectures, load, runtime_fields
-from hf_efficient.conversion.families.family import FINE_TUNING, LORA, ModelFamily
+from hf_efficient.conversion.architecture import load
+from hf_efficient.conversion.families.derived import DerivedFamily
+from hf_efficient.conversion.families.family import FINE_TUNING, LORA
 from hf_efficient.conversion.reading.config_fields import unread_fields
-from hf_efficient.errors import HFEError, error_text
+from hf_efficient.errors import HFEError
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.measuring.evaluation import Evaluator
 
-# Fields of a configuration that describe the file or the class, not the model.
-_FILE_FIELDS = ("model_type", "auto_map", "transformers_version", "_name_or_path")
-_PREFIX = "bert."
 # Names of the first releases for the weight and bias of a layer norm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# Prefixes of tensors of the pretraining heads, which the class that the checkpoint names may not have.
-_OTHER_HEADS = ("cls.", "bert.pooler.", "pooler.")
 
 
-class EncoderFamily(ModelFamily):
-    """Encoders with bidirectional self-attention; see `ModelFamily` for the methods."""
+class EncoderFamily(DerivedFamily):
+    """Text encoders with bidirectional self-attention; see `ModelFamily` for the methods."""
 
     name = "bidirectional encoders"
-    config_classes = {"bert": BertConfig}
+    config_classes = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
+    prefixes = ("bert.", "roberta.")
+    buffers = ("embeddings.position_ids", "embeddings.token_type_ids")
+    other_heads = ("cls.", "lm_head.", "bert.pooler.", "roberta.pooler.", "pooler.")
     tensor_groups = {
         "attention": (".attention.",),
         "feed-forward": (".intermediate.", ".output."),
@@ -70,72 +65,27 @@ class EncoderFamily(ModelFamily):
         return unread_fields(fields, stock, read=("position_embedding_type",))
 
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
-        """As `ModelFamily.own_config`; `architectures` names our class with the source's head. Errors: `auto_class`."""
-        spec = _spec(stock)
-        fields = {name: value for name, value in stock.to_dict().items() if name not in _FILE_FIELDS}
-        if architecture_of(stock.model_type) is None:
-            fields["source_model_type"] = stock.model_type
-        for name in runtime_fields():
-            fields.pop(name, None)
-        fields["architectures"] = [spec.auto_classes[self.auto_class(stock)].__name__]
-        try:
-            config = spec.config_class(**fields)
-        # For a field of a wrong type or value huggingface_hub raises its own error classes.
-        except Exception as error:
-            cause = error_text(error, most=None)
+        """As `DerivedFamily.own_config`; `HFEError` also for a padding token with which no model can be built."""
+        config = super().own_config(stock)
+        pad, numbered = config.pad_token_id, _numbers_from_padding(config)
+        if (pad is None and numbered) or (pad is not None and not (0 if numbered else -1) <= pad < config.vocab_size):
+            rule = ", and RoBERTa numbers positions from pad_token_id + 1 on" if numbered else ""
             raise HFEError(
-                f"config.json does not describe an encoder of ours: {cause}", "correct config.json"
-            ) from error
-        if config.hidden_act not in ACT2FN:
+                f"config.json has pad_token_id={pad}; the vocabulary is 0..{config.vocab_size - 1}{rule}",
+                "set pad_token_id in config.json to that of the tokenizer",
+            )
+        if longest_input(config) < 1:
             raise HFEError(
-                f"config.json names the activation hidden_act={config.hidden_act!r}, which transformers does not know",
-                f"use one of {', '.join(sorted(ACT2FN)[:6])}, …, or a checkpoint of another family",
+                f"config.json has max_position_embeddings={config.max_position_embeddings} and pad_token_id={pad}; "
+                "RoBERTa numbers positions from pad_token_id + 1 on, so no input has room",
+                "correct config.json",
             )
         return config
 
-    def auto_class(self, stock: PreTrainedConfig) -> str:
-        """Name of the Auto class of the first of `architectures`; `BertForPreTraining` counts as masked language model.
-
-        Raises:
-            HFEError: `architectures` is missing, or names a class that our architecture does not have.
-        """
-        named = (stock.architectures or [None])[0]
-        spec = _spec(stock)
-        prefix = type(stock).__name__.removesuffix("Config")
-        task = str(named).removeprefix(prefix).removeprefix("For").replace("PreTraining", "MaskedLM")
-        auto = "AutoModel" if task == "Model" else f"AutoModelFor{task}"
-        if named is None or auto not in spec.auto_classes:
-            heads = [each.removeprefix("AutoModel") or "Model" for each in spec.auto_classes if each != "AutoConfig"]
-            known = ", ".join(prefix + head for head in heads)
-            raise HFEError(
-                f"config.json names the class {named} in architectures; conversions support {known}",
-                "correct architectures in config.json, or choose a checkpoint of one of these classes",
-            )
-        return auto
-
-    def skeleton(self, config: PreTrainedConfig) -> nn.Module:
-        """The model of the class in `architectures`, on the meta device."""
-        with torch.device("meta"):
-            return model_class(config)(config)
-
-    def stored_names(self, names: set[str], expected: set[str]) -> dict[str, str]:
-        """As `ModelFamily.stored_names`: a missing or surplus prefix `bert.`, and the old names of layer norms."""
-        stored = {}
-        for name in expected - names:
-            # A checkpoint of the base model has no prefix before its names, one of a model with a head has.
-            for other in (name, name.removeprefix(_PREFIX), _PREFIX + name):
-                ending = ".".join(other.split(".")[-2:])
-                old = other.removesuffix(ending) + _OLD_NAMES.get(ending, ending)
-                found = next((each for each in (other, old) if each in names and each not in expected), None)
-                if found is not None:
-                    stored[name] = found
-        return stored
-
-    def reason_to_leave_out(self, name: str) -> str:
-        """A reason for stored buffers and parts of other heads; an empty text for any other tensor."""
-        if name.endswith(_BUFFERS):
-            return "a buffer that the model computes itself"
-        return "part of a head that the model's class does not have" if name.startswith(_OTHER_HEADS) else ""
+    def older_names(self, name: str) -> list[str]:
+        """The name of a layer norm's weight or bias in the first releases."""
+        ending = ".".join(name.split(".")[-2:])
+        return [name.removesuffix(ending) + _OLD_NAMES[ending]] if ending in _OLD_NAMES else []
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
         """The `MaskedEvaluator`: loss of masked tokens; None for another head than masked language modelling.
@@ -164,27 +114,14 @@ class EncoderFamily(ModelFamily):
         return {label: code, FINE_TUNING: LORA.format("")}
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class that a configuration of one of our encoders names first in `architectures`.
-
-    Raises:
-        KeyError: the name is not that of a class of ours. A configuration from `own_config` names one.
-    """
-    spec = _spec(config)
-    by_name: dict[str, Any] = {cls.__name__: cls for cls in spec.auto_classes.values()}
-    return by_name[config.architectures[0]]
+def longest_input(config: PreTrainedConfig) -> int:
+    """Largest number of tokens that an encoder has positions for; `config` is a stock one or one of ours."""
+    return int(config.max_position_embeddings) - (config.pad_token_id + 1 if _numbers_from_padding(config) else 0)
 
 
-def _spec(config: PreTrainedConfig) -> ArchitectureSpec:
-    """The architecture of a configuration of ours; for a stock one, the one that combines patches.
-
-    Raises:
-        StopIteration: no architecture that combines patches is made from the stock model type.
-    """
-    ours = architecture_of(config.model_type)
-    if ours is not None:
-        return ours
-    return next(spec for spec in architectures() if config.model_type in (spec.source_types or ()) and spec.combines)
+def _numbers_from_padding(config: PreTrainedConfig) -> bool:
+    """True for RoBERTa, whose positions begin at pad_token_id + 1, that of a padding token being pad_token_id."""
+    return isinstance(config, RobertaConfig | XLMRobertaConfig)
 
 
 ENCODERS = EncoderFamily()

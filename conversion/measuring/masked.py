@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from hf_efficient.conversion.families.encoder import model_class
+from hf_efficient.conversion.families.derived import model_class
+from hf_efficient.conversion.families.encoder import longest_input
 from hf_efficient.conversion.families.family import model_tensors
 from hf_efficient.conversion.measuring.evaluation import Evaluator, LogitSource
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS
@@ -79,8 +80,8 @@ class MaskedEvaluator(Evaluator):
     @staticmethod
     @torch.no_grad()
     def _logits(model: Any, ids: Tensor, progress: Callable[[int, int], None] | None) -> Iterator[Tensor]:
-        """Logits in chunks, see `LogitSource`; a longer sequence than max_position_embeddings is cut into windows."""
-        device, window = next(model.parameters()).device, model.config.max_position_embeddings
+        """Logits in chunks, see `LogitSource`; one that is too long for the model is cut into windows."""
+        device, window = next(model.parameters()).device, longest_input(model.config)
         for index, sequence in enumerate(ids):
             windows = [model(input_ids=part[None].to(device)).logits[0] for part in sequence.split(window)]
             yield from torch.cat(windows).split(LOGIT_POSITIONS)
