@@ -44,6 +44,8 @@ _PUBLIC = {
     "ConversionReport": "hf_efficient.conversion.report",
     "HFEError": "hf_efficient.errors",
     "MedVerse": "hf_efficient.conversion.topology.patch",
+    "Monarch": "hf_efficient.conversion.monarch.patch",
+    "MonarchGridSpec": "hf_efficient.modeling.monarch.monarch_spec",
     "MonarchSpec": "hf_efficient.modeling.monarch.monarch_spec",
     "MonarchWanAttnProcessor": "hf_efficient.diffusers_processor",
     "Multiverse": "hf_efficient.conversion.topology.patch",

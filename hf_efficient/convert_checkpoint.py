@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_efficient import __version__
-from hf_efficient.conversion.families.family import target_architecture
+from hf_efficient.conversion.families.family import check_patches, family_of, target_architecture
 from hf_efficient.conversion.measuring.calibration import CALIBRATION_TOKENS, Calibration, prepare_calibration
 from hf_efficient.conversion.measuring.evaluation import EVAL_DTYPE, Evaluator, LogitSource
 from hf_efficient.conversion.options import ConversionOptions, patch_fields
@@ -147,6 +147,7 @@ def convert(
         revision=revision,
         token=token,
         tokenizer=None if tokenizer is None else str(tokenizer),
+        accept=lambda fields: _check_patches(fields, options.patches),
     )
     shares = {stage: share for stage, share in _STAGES.items() if not dry_run or stage in _PLANNING_STAGES}
     if any(patch.measures_choice for patch in options.patches):
@@ -175,6 +176,16 @@ def convert(
     if push_to_hub is not None:
         _push(output, push_to_hub, token)
     return ConversionReport.from_dict(read_json(output / REPORT_NAME))
+
+
+def _check_patches(fields: dict[str, Any], patches: Sequence[Patch]) -> None:
+    """Raise `UsageError` if a patch does not support the `model_type` in the fields of a config.json.
+
+    A type that no family has is left to the reader of the source: it may be that of an architecture's training code.
+    """
+    model_type = fields.get("model_type")
+    if family_of(model_type) is not None:
+        check_patches(str(model_type), [patch.name for patch in patches])
 
 
 def _push(output: Path, repo_id: str, token: str | None) -> None:

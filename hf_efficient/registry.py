@@ -24,6 +24,19 @@ _parallel_decoder = partial(
     writes_special_tokens="hf_efficient.modeling.topology.grammar.control_tokens:is_trained",
     generation_figures=("parallelism",),
 )
+# The same patch in models of several families, each an architecture of its own, with and without the patch.
+_monarch = partial(
+    ArchitectureSpec,
+    patch="monarch",
+    patch_options="hf_efficient.conversion.monarch.patch:Monarch",
+    inspected_fields={"monarch": "Monarch attention"},
+)
+_text_encoder = partial(
+    _monarch,
+    tasks=("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"),
+    family="hf_efficient.conversion.families.encoder:ENCODERS",
+    combines=True,
+)
 
 ARCHITECTURES: tuple[ArchitectureSpec, ...] = (
     _decoder(
@@ -62,13 +75,23 @@ ARCHITECTURES: tuple[ArchitectureSpec, ...] = (
         prefix="MedVerse",
         patch_options="hf_efficient.conversion.topology.patch:MedVerse",
     ),
-    ArchitectureSpec(
-        patch=None,
+    _text_encoder(
         modeling="hf_efficient.modeling.monarch_bert.modeling_monarch_bert",
         prefix="MonarchBert",
-        tasks=("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"),
-        family="hf_efficient.conversion.families.encoder:ENCODERS",
         source_types=("bert",),
+    ),
+    # XLM-RoBERTa is RoBERTa with another vocabulary.
+    _text_encoder(
+        modeling="hf_efficient.modeling.monarch_roberta.modeling_monarch_roberta",
+        prefix="MonarchRoberta",
+        source_types=("roberta", "xlm-roberta"),
+    ),
+    _monarch(
+        modeling="hf_efficient.modeling.monarch_vit.modeling_monarch_vit",
+        prefix="MonarchViT",
+        tasks=("ImageClassification",),
+        family="hf_efficient.conversion.families.vision:VISION",
+        source_types=("vit",),
         combines=True,
     ),
 )

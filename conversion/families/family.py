@@ -26,6 +26,7 @@ from hf_efficient.conversion.architecture import (
     architectures,
     architectures_beside,
     load,
+    patch_classes,
 )
 from hf_efficient.conversion.reading.checkpoint_files import weight_files
 from hf_efficient.conversion.reading.config_file import checked_fields
@@ -322,23 +323,47 @@ def target_architecture(
         UsageError: a patch does not support this model type.
     """
     ours = architecture_of(stock.model_type)
-    beside = architectures_beside(ours) if ours is not None else _architectures_for(stock.model_type)
-    for name in patches:
-        if all(spec.patch != name for spec in beside):
-            known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch)
-            raise UsageError(
-                f"patch {name} does not support a {stock.model_type} model",
-                f"such a model supports the patches: {known}" if known else "convert it without a patch: --patch none",
-            )
+    beside = check_patches(stock.model_type, patches)
     active = [*trained_patches, *patches]
     single = active[0] if len(active) == 1 and ours is None else None
     own = [spec for spec in beside if single is not None and spec.patch == single]
     return (own or [spec for spec in beside if spec.combines])[0]
 
 
+def check_patches(model_type: str, patches: Sequence[str]) -> list[ArchitectureSpec]:
+    """The architectures that models of `model_type` can be converted to, which has every patch of these names.
+
+    Args:
+        model_type: of a stock model of a family, or of one of our models.
+        patches: names of the patches.
+
+    Raises:
+        UsageError: a patch does not support this model type.
+    """
+    ours = architecture_of(model_type)
+    beside = architectures_beside(ours) if ours is not None else _architectures_for(model_type)
+    for name in patches:
+        if all(spec.patch != name for spec in beside):
+            options = patch_classes().get(name)
+            reason = f": {options.scope}" if hasattr(options, "scope") else ""
+            known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch)
+            supported = [kind for spec in architectures() if spec.patch == name for kind in _stock_types(spec)]
+            raise UsageError(
+                f"patch {name} does not support a {model_type} model{reason}",
+                f"it supports the model types {', '.join(dict.fromkeys(supported))}; for {model_type} there "
+                + (f"are the patches {known}" if known else "is no patch, only --patch none"),
+            )
+    return beside
+
+
+def _stock_types(spec: ArchitectureSpec) -> Sequence[str]:
+    """The stock model types that can be converted to an architecture."""
+    return spec.source_types or tuple(load(spec.family).config_classes)
+
+
 def _architectures_for(model_type: str) -> list[ArchitectureSpec]:
     """The architectures that models of a stock model type can be converted to."""
-    return [spec for spec in architectures() if model_type in (spec.source_types or load(spec.family).config_classes)]
+    return [spec for spec in architectures() if model_type in _stock_types(spec)]
 
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The model family of bidirectional image encoders: ViT models become classes of ours that derive from the stock ones."""
+"""The model family of image encoders: ViT models become classes of ours that derive from the stock ones."""
 
 from __future__ import annotations
 

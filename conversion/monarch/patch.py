@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from hf_efficient.conversion.families.encoder import longest_input
+from hf_efficient.conversion.families.vision import patch_grid
 from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import TensorChanges, bibtex, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.json_file import is_whole
+from hf_efficient.modeling.monarch.monarch_spec import PAD_QUERIES, PADS, ROW_AXES, MonarchGridSpec, MonarchSpec
 
-_SEQUENCE_OPTIONS = ("block_size", "num_iters", "pad", "pad_queries", "min_length", "layers")
-_GRID_OPTIONS = ("f_tied", "h_reduce", "w_reduce", "row_axes", "num_iters", "layers")
-_CHOICES = {
-    "pad": ("post", "pre"),
-    "pad_queries": ("zero", "mean"),
-    "row_axes": ("fh", "f", "h", "w", "fw", "hw"),
-}
-_SMALLEST = {"block_size": 2, "num_iters": 1, "min_length": 0, "f_tied": 1, "h_reduce": 1, "w_reduce": 1}
+_CHOICES = {"pad": PADS, "pad_queries": PAD_QUERIES, "row_axes": ROW_AXES}
+_SMALLEST = {"block_size": 2, "num_iters": 1, "min_length": 1, "f_tied": 1, "h_reduce": 1, "w_reduce": 1}
 
 
 class MonarchMeasurements(TypedDict, total=False):
@@ -131,11 +128,9 @@ class Monarch:
                 f"the source has Monarch attention already ({config.model_type})",
                 "convert its stock source again, with the options you want",
             )
-        kind = _kind(config)
+        kind = _KINDS[config.model_type]
         foreign = [
-            each.name
-            for each in fields(self)
-            if each.name not in kind.options and getattr(self, each.name) not in (None, "all")
+            each.name for each in fields(self) if each.name not in kind.options and getattr(self, each.name) is not None
         ]
         if foreign:
             raise UsageError(
@@ -147,7 +142,7 @@ class Monarch:
             raise UsageError(
                 f"monarch layers {outside} do not exist", f"the model has layers 0 to {config.num_hidden_layers - 1}"
             )
-        kind.check(self._values(config), config)
+        kind.check(self._spec(config), config)
 
     def choose(self, config: PreTrainedConfig, calibration: Calibration | None) -> dict[str, Any]:
         """The configuration field `monarch`: the options, with the defaults of the family for those not given.
@@ -159,9 +154,9 @@ class Monarch:
         | `min_length` | None: twice `block_size` | the same | |
         | `h_reduce` | | | 2, as in the paper without training |
         """
-        values = self._values(config)
-        self._summary = _kind(config).summary(values, config)
-        return {"monarch": values}
+        kind, spec = _KINDS[config.model_type], self._spec(config)
+        self._summary = kind.summary(spec, config)
+        return {"monarch": spec.to_dict()}
 
     def changes(self, config: PreTrainedConfig, dtype: torch.dtype) -> TensorChanges:
         """No tensor is added or dropped."""
@@ -175,103 +170,81 @@ class Monarch:
         """Lines for the report's table: at which lengths Monarch attention runs, and its cost there."""
         return {"summary": self._summary}
 
-    def _values(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Option -> value of all options of the model's family; `layers` is None for all layers."""
-        kind = _kind(config)
-        defaults = kind.defaults(config)
+    def _spec(self, config: PreTrainedConfig) -> MonarchSpec | MonarchGridSpec:
+        """The given options of the model's family, with its defaults for the others."""
+        kind = _KINDS[config.model_type]
         given = {name: getattr(self, name) for name in kind.options}
-        return {name: defaults.get(name) if value is None else value for name, value in given.items()}
+        return kind.spec_class(**kind.defaults(config) | {name: v for name, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the options of one kind of model are.
+    """The options of one kind of model.
 
     Attributes:
-        options: names of the options.
-        defaults: configuration -> value of each option that is not None by default.
-        check: (values, configuration) -> None; raises `UsageError` for values that do not suit the model.
-        summary: (values, configuration) -> lines for the report's table.
+        spec_class: class whose fields are the options.
+        defaults: configuration -> value of each option whose default depends on the model.
+        check: (options, configuration) -> None; raises `UsageError` for options that do not suit the model.
+        summary: (options, configuration) -> lines for the report's table.
     """
 
-    options: tuple[str, ...]
+    spec_class: type[Any]
     defaults: Callable[[Any], dict[str, Any]]
-    check: Callable[[dict[str, Any], Any], None]
-    summary: Callable[[dict[str, Any], Any], dict[str, str]]
+    check: Callable[[Any, Any], None]
+    summary: Callable[[Any, Any], dict[str, str]]
 
-
-def _kind(config: PreTrainedConfig) -> _Kind:
-    """The options of a model, by the model type of its configuration, which is one of ours."""
-    return _KINDS[config.model_type]
+    @property
+    def options(self) -> list[str]:
+        """Names of the options."""
+        return [each.name for each in fields(self.spec_class)]
 
 
 def _text_defaults(config: Any) -> dict[str, Any]:
     """Defaults for a text encoder: blocks for its longest input, padded at the end as tokenizers pad."""
     # Rounded to the nearest power of two of the root, and to the larger of two equally near: softmax is kept below
     # twice the block size, and so for most single sentences.
-    exponent = math.floor(math.log2(max(config.max_position_embeddings, 4)) / 2 + 0.5)
-    return {"block_size": 2**exponent, "num_iters": 1, "pad": "post", "pad_queries": "zero"}
+    exponent = math.floor(math.log2(max(longest_input(config), 4)) / 2 + 0.5)
+    return {"block_size": 2**exponent, "pad": "post"}
 
 
 def _image_defaults(config: Any) -> dict[str, Any]:
     """Defaults for an image encoder: one block for each row of patches."""
-    return {"block_size": max(_grid(config)[1], 2), "num_iters": 1, "pad": "pre", "pad_queries": "zero"}
+    return {"block_size": max(patch_grid(config)[1], 2), "pad": "pre"}
 
 
 def _video_defaults(config: Any) -> dict[str, Any]:
     """Defaults for a video model without training, those of arXiv:2602.12271."""
-    return {"num_iters": 1, "f_tied": 1, "h_reduce": 2, "w_reduce": 1, "row_axes": "fh"}
-
-
-def _grid(config: Any) -> tuple[int, int]:
-    """(rows, columns) of patches in an image of the size in the configuration."""
-    size, patch = (
-        (each, each) if isinstance(each, int) else tuple(each) for each in (config.image_size, config.patch_size)
-    )
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def _text_length(config: Any) -> int:
-    """Longest input of a text encoder, in tokens."""
-    # RoBERTa numbers its positions from pad_token_id + 1 on.
-    offset = config.pad_token_id + 1 if config.model_type == "hfe_monarch_roberta" else 0
-    return int(config.max_position_embeddings) - offset
+    return {"h_reduce": 2}
 
 
 def _image_length(config: Any) -> int:
     """Tokens of an image: its patches and the class token."""
-    return math.prod(_grid(config)) + 1
+    return math.prod(patch_grid(config)) + 1
 
 
 def _sequences(length: Callable[[Any], int], defaults: Callable[[Any], dict[str, Any]]) -> _Kind:
-    """The kind of models whose input is a sequence of at most `length(config)` tokens."""
+    """The options of models whose input is a sequence of at most `length(config)` tokens."""
 
-    def check(values: dict[str, Any], config: Any) -> None:
+    def check(spec: MonarchSpec, config: Any) -> None:
         """Raise `UsageError` if no input is long enough for Monarch attention."""
-        least, longest = _least_length(values), length(config)
-        if least > longest:
+        longest = length(config)
+        if max(spec.least_tokens, spec.block_size) > longest:
             raise UsageError(
-                f"monarch attention would never run: it begins at {least} tokens (min_length, or twice block_size), "
-                f"and the longest input has {longest}",
+                f"monarch attention would never run: it begins at {max(spec.least_tokens, spec.block_size)} tokens "
+                f"(min_length, or twice block_size), and the longest input has {longest}",
                 "choose a smaller block_size or min_length",
             )
 
-    def summary(values: dict[str, Any], config: Any) -> dict[str, str]:
+    def summary(spec: MonarchSpec, config: Any) -> dict[str, str]:
         """At which lengths Monarch attention runs, and the share of the FLOPs of softmax attention at the longest."""
         longest = length(config)
-        share = _flops(longest, values["block_size"], values["num_iters"]) / (4 * longest**2)
+        share = _flops(longest, spec.block_size, spec.num_iters) / (4 * longest**2)
         return {
-            "monarch runs": f"from {_least_length(values)} tokens on, in blocks of {values['block_size']}; softmax "
-            "attention below",
+            "monarch runs": f"from {spec.least_tokens} tokens on, in blocks of {spec.block_size}; below, softmax",
             "attention FLOPs": f"{share:.1%} of those of softmax attention at {longest} tokens",
         }
 
-    return _Kind(_SEQUENCE_OPTIONS, defaults, check, summary)
-
-
-def _least_length(values: dict[str, Any]) -> int:
-    """Number of tokens from which on Monarch attention runs."""
-    return 2 * values["block_size"] if values["min_length"] is None else values["min_length"]
+    return _Kind(MonarchSpec, defaults, check, summary)
 
 
 def _flops(length: int, block_size: int, num_iters: int) -> int:
@@ -284,22 +257,22 @@ def _flops(length: int, block_size: int, num_iters: int) -> int:
     return 2 * padded * ((2 * num_iters + 1) * block_size + 2 * num_iters * blocks)
 
 
-def _no_check(values: dict[str, Any], config: Any) -> None:
-    """Nothing to check."""
+def _no_check(spec: MonarchGridSpec, config: Any) -> None:
+    """Nothing: the size of a video is not in the configuration."""
 
 
-def _video_summary(values: dict[str, Any], config: Any) -> dict[str, str]:
-    """No lines: the size of a video is not in the configuration."""
+def _no_summary(spec: MonarchGridSpec, config: Any) -> dict[str, str]:
+    """No lines, for the same reason."""
     return {}
 
 
-_TEXT = _sequences(_text_length, _text_defaults)
+_TEXT = _sequences(longest_input, _text_defaults)
 # Model type -> the options of its models.
 _KINDS = {
     "hfe_monarch_bert": _TEXT,
     "hfe_monarch_roberta": _TEXT,
     "hfe_monarch_vit": _sequences(_image_length, _image_defaults),
-    "hfe_monarch_wan": _Kind(_GRID_OPTIONS, _video_defaults, _no_check, _video_summary),
+    "hfe_monarch_wan": _Kind(MonarchGridSpec, _video_defaults, _no_check, _no_summary),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,22 +54,31 @@ def checked_token(token: str | None) -> str | None:
     return token
 
 
-def download_checkpoint(repo_id: str, *, revision: str | None, token: str | None) -> Path:
+def download_checkpoint(
+    repo_id: str, *, revision: str | None, token: str | None, accept: Callable[[dict[str, Any]], None] | None = None
+) -> Path:
     """Download the files of a checkpoint that a conversion reads; returns the snapshot's folder in the Hub's cache.
 
     Of the weights only the safetensors that the model's library would load are downloaded. If there are none, the
     folder has only the small files, unless the repository is found to have weights of another kind, which raises.
 
+    Args:
+        repo_id, revision, token: the repository.
+        accept: called with the fields of config.json, if there is one, before weights are downloaded.
+
     Raises:
         HFEError: the repository cannot be read or the files cannot be stored (see `_snapshot`), its configuration or
             index is not valid (see `read_config` and `shard_names`), or it has pickle or GGUF files and no safetensors.
         UsageError: the token is malformed.
+        Exception: whatever `accept` raises.
     """
     folder = _snapshot(repo_id, _SMALL_FILES, revision, token)
     # The same commit as the small files, even if the branch has moved on since.
     commit = repo_of_snapshot(folder)[1] or revision
     inside = model_folder(folder).relative_to(folder)
     fields = read_config(folder / inside, repo_id) if (folder / inside / CONFIG_NAME).is_file() else {}
+    if accept is not None and fields:
+        accept(fields)
     family = family_of_fields(fields)
     # In the order in which the model's library looks for them.
     for name in weight_file_names(fields) if family is None else family.weight_file_names(fields):

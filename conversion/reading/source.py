@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +143,7 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     tokenizer: str | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Source:
     """Open a Hub id, a local folder or a local `.gguf` file. Reads configuration and headers, no weights.
 
@@ -153,13 +155,14 @@ def open_source(
         revision: branch, tag or commit of a Hub repository.
         token: access token for the Hub.
         tokenizer: folder or Hub id of a tokenizer to use in place of the source's own.
+        accept: for a Hub source, called with the fields of config.json before weights are downloaded; may raise.
 
     Raises:
         HFEError: the source is missing, damaged, cannot be downloaded, or is not supported by conversions; or the named
             tokenizer cannot be downloaded, or not be loaded where special token ids are taken from it.
         UsageError: the token is malformed.
     """
-    source = _open(location, revision, token)
+    source = _open(location, revision, token, accept)
     if tokenizer is not None:
         path = Path(tokenizer).expanduser()
         source = replace(source, tokenizer_files=path if path.is_dir() else download_tokenizer(tokenizer, token=token))
@@ -167,7 +170,9 @@ def open_source(
     return source if named_tokens else _with_special_tokens(source)
 
 
-def _open(location: str, revision: str | None, token: str | None) -> Source:
+def _open(
+    location: str, revision: str | None, token: str | None, accept: Callable[[dict[str, Any]], None] | None
+) -> Source:
     """`open_source` without a named tokenizer, with its errors.
 
     The special tokens of a layout without config.json are not set yet.
@@ -186,7 +191,7 @@ def _open(location: str, revision: str | None, token: str | None) -> Source:
         return _source(location, path.parent, reader.open(path, path.name), single_file=True)
     if path.suffix.lower() == ".gguf" or not is_repo_id(location):
         raise HFEError(f"there is no file or folder {location}", "check the path, or name a Hub repository as org/name")
-    return _open_folder(location, download_checkpoint(location, revision=revision, token=token))
+    return _open_folder(location, download_checkpoint(location, revision=revision, token=token, accept=accept))
 
 
 def _open_folder(location: str, folder: Path) -> Source:

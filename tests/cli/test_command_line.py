@@ -94,7 +94,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
         (["nonsense"], "No such command"),
         (["convert", "source"], "Missing argument"),
         (["convert", "source", "out"], "no --patch"),
-        (["convert", "source", "out", "--patch", "warp"], "choose from stem, bhyt, multiverse, medverse, none"),
+        (["convert", "source", "out", "--patch", "warp"], f"choose from {', '.join(patch_classes())}, none"),
         (["convert", "source", "out", "--patch", "none", "--stem-layers", "1"], "add --patch stem"),
         (["convert", "source", "out", "--patch", "stem", "--patch", "none"], "contradicts itself"),
         (["convert", "source", "out", "--patch", "stem", "--stem-layers", "one"], "stem"),

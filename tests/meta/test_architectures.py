@@ -14,13 +14,21 @@ from hf_efficient.registry import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 # Architectures without a patch of their own are the common ground of the others.
-NAMES = {"stem", "bhyt", "topology", "multiverse", "medverse"}
+NAMES = {"stem", "bhyt", "topology", "multiverse", "medverse", "monarch"}
 # Folders of an architecture, of its operations, and of what is made for one: knowledge editing, training, texts.
 ROOMS = (
     *(f"modeling/{name}/" for name in NAMES),
     *(f"conversion/{name}/" for name in NAMES),
+    # One folder for what its models share, and one for each model.
+    "modeling/monarch_",
     *("kernels/stem_gate/", "kernels/bhyt_norm/", "kernels/topology_attention/", "kernels/topology_blocks/"),
-    *("kernels/gather_rows/", "hf_efficient/editing/", "hf_efficient/data/", "hf_efficient/training/"),
+    *(
+        "kernels/gather_rows/",
+        "kernels/monarch_attention/",
+        "hf_efficient/editing/",
+        "hf_efficient/data/",
+        "hf_efficient/training/",
+    ),
     # The decoder that combines them, the record of all of them, and the public names.
     *("modeling/efficient_decoder/", "hf_efficient/registry.py", "hf_efficient/__init__.py"),
     # A demonstration of one conversion.
