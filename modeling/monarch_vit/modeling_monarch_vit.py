@@ -56,5 +56,13 @@ class MonarchViTModel(MonarchViTPreTrainedModel, ViTModel):
 class MonarchViTForImageClassification(MonarchViTPreTrainedModel, ViTForImageClassification):
     """`ViTForImageClassification`: logits [B, num_labels] of an image."""
 
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As in transformers, but tensors are saved under the names of their modules.
+
+        With ``save_original_format=True`` they get those of transformers 4, as in a stock ViT, which `MonarchViTModel`
+        and `hf-efficient verify` do not read.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
 
 __all__ = ["MonarchViTConfig", "MonarchViTForImageClassification", "MonarchViTModel", "MonarchViTPreTrainedModel"]

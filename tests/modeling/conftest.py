@@ -21,8 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from hf_efficient.conversion.architecture import ArchitectureSpec, load
 from hf_efficient.conversion.families.decoder import decoder_config
-from hf_efficient.conversion.families.family import family_of
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
 from hf_efficient.modeling.topology.grammar.control_tokens import MEDVERSE, MULTIVERSE
 from hf_efficient.registry import ARCHITECTURES, architecture_of
@@ -52,10 +52,11 @@ class Parts:
 
     Attributes:
         base: attribute that holds the model without its head.
-        embedding, linear, norm: modules: the token embedding, a linear layer of the attention, the last norm.
+        embedding: module or parameter: the token embedding, or that of positions.
+        linear, norm: modules: a linear layer of the attention, the last norm.
         removable: a tensor of the second layer's feed-forward, 1,536 elements.
-        head: module that gives the logits of the last hidden state.
-        tied: tensor that is not stored when the embeddings are tied.
+        head: module that gives the logits of the last hidden state; None if something lies between the two.
+        tied: tensor that is not stored when the embeddings are tied; None without such a one.
         lora: target modules of an adapter.
         whole, offloaded: modules that stay on the CPU, and that a test puts on disk.
     """
@@ -65,13 +66,14 @@ class Parts:
     linear: str
     norm: str
     removable: str
-    head: str
-    tied: str
+    head: str | None
+    tied: str | None
     lora: tuple[str, ...]
     whole: tuple[str, ...]
     offloaded: tuple[str, ...]
 
 
+# Name of a family, or model type of an architecture whose parts have other names than the family's -> parts.
 PARTS: dict[str, Parts] = {
     "causal decoders": Parts(
         base="model",
@@ -97,9 +99,34 @@ PARTS: dict[str, Parts] = {
         whole=("bert.embeddings", "bert.encoder.layer.0", "cls"),
         offloaded=("bert.encoder.layer.1", "bert.encoder.layer.2"),
     ),
+    "hfe_monarch_roberta": Parts(
+        base="roberta",
+        embedding="roberta.embeddings.word_embeddings",
+        linear="roberta.encoder.layer.0.attention.self.query",
+        norm="roberta.encoder.layer.2.output.LayerNorm",
+        removable="roberta.encoder.layer.1.intermediate.dense.weight",
+        head="lm_head",
+        tied="lm_head.decoder.weight",
+        lora=("query", "value", "intermediate.dense"),
+        whole=("roberta.embeddings", "roberta.encoder.layer.0", "lm_head"),
+        offloaded=("roberta.encoder.layer.1", "roberta.encoder.layer.2"),
+    ),
+    "image encoders": Parts(
+        base="vit",
+        embedding="vit.embeddings.position_embeddings",
+        linear="vit.layers.0.attention.q_proj",
+        norm="vit.layernorm",
+        removable="vit.layers.1.mlp.fc1.weight",
+        head=None,
+        tied=None,
+        lora=("q_proj", "v_proj", "mlp.fc1"),
+        whole=("vit.embeddings", "vit.layers.0", "vit.layernorm", "classifier"),
+        offloaded=("vit.layers.1", "vit.layers.2"),
+    ),
 }
 
-# One line for each architecture: what its tiny model needs beyond SHAPE.
+# One line for each architecture: what its tiny model needs beyond SHAPE. A line `MODEL_TYPE+NAME` is another tiny model
+# of it, which the tests of every architecture take too.
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     "hfe_decoder": {"qk_norm": True, "head_dim": 12},
     "hfe_stem": {"stem_layers": [0, 2]},
@@ -114,7 +141,29 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     "hfe_medverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MEDVERSE)}, "mode": "layers"}},
     # Dropout would make training steps differ.
     "hfe_monarch_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "hfe_monarch_roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "hfe_monarch_vit": {"image_size": 16, "patch_size": 4, "num_labels": 5},
 }
+
+
+def _architecture(variant: str) -> ArchitectureSpec:
+    """The architecture of a line of `ARCHITECTURE_FIELDS`."""
+    architecture = architecture_of(variant.partition("+")[0])
+    assert architecture is not None
+    return architecture
+
+
+def _variants(*, tokens: bool = False) -> list[str]:
+    """The lines of every architecture, with `tokens` only of those whose models take token ids.
+
+    An architecture without a line is listed too, so that its tests fail.
+    """
+    found = []
+    for architecture in ARCHITECTURES:
+        lines = [line for line in ARCHITECTURE_FIELDS if line.partition("+")[0] == architecture.model_type]
+        if not tokens or hasattr(architecture.config_class(), "vocab_size"):
+            found += lines or [architecture.model_type]
+    return found
 
 
 def _randomise(model: PreTrainedModel) -> PreTrainedModel:
@@ -138,23 +187,20 @@ def _stock_and_ours(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrai
     return stock, ours
 
 
-def _tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
-    architecture = architecture_of(model_type)
-    assert architecture is not None
-    known = {field.name for field in dataclasses.fields(architecture.config_class)}
+def _tiny_config(variant: str, **fields: Any) -> PreTrainedConfig:
+    config_class = _architecture(variant).config_class
+    known = {field.name for field in dataclasses.fields(config_class)}
     shape = {name: value for name, value in SHAPE.items() if name in known}
-    return architecture.config_class(**(shape | ARCHITECTURE_FIELDS[model_type] | fields))
+    return config_class(**(shape | ARCHITECTURE_FIELDS[variant] | fields))
 
 
-def _tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
-    return _randomise(_auto_class(model_type).from_config(_tiny_config(model_type, **fields)))
+def _tiny_model(variant: str, **fields: Any) -> PreTrainedModel:
+    return _randomise(_auto_class(variant).from_config(_tiny_config(variant, **fields)))
 
 
-def _auto_class(model_type: str) -> Any:
+def _auto_class(variant: str) -> Any:
     """The Auto class of an architecture's main head."""
-    architecture = architecture_of(model_type)
-    assert architecture is not None
-    return getattr(transformers, architecture.main_auto_class)
+    return getattr(transformers, _architecture(variant).main_auto_class)
 
 
 def _token_ids(batch: int, length: int, vocab_size: int = SHAPE["vocab_size"]) -> Tensor:
@@ -173,24 +219,57 @@ def model_type(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[a.model_type for a in ARCHITECTURES])
+@pytest.fixture(params=_variants())
 def any_model_type(request: pytest.FixtureRequest) -> str:
-    """Every registered architecture in turn."""
+    """Every registered architecture in turn, and each further line of `ARCHITECTURE_FIELDS`."""
+    return request.param
+
+
+@pytest.fixture(params=_variants(tokens=True))
+def text_model_type(request: pytest.FixtureRequest) -> str:
+    """As `any_model_type`, but only those whose models take token ids."""
     return request.param
 
 
 @pytest.fixture
-def parts(any_model_type: str) -> Parts:
-    """Names of the parts of the architecture's models."""
-    family = family_of(any_model_type)
-    assert family is not None
-    return PARTS[family.name]
+def variant(request: pytest.FixtureRequest) -> str:
+    """The line of `ARCHITECTURE_FIELDS` that the test runs with, whichever of the fixtures above gives it."""
+    names = [name for name in ("any_model_type", "text_model_type", "model_type") if name in request.fixturenames]
+    return request.getfixturevalue(names[0])
 
 
 @pytest.fixture
-def auto_class(any_model_type: str) -> Any:
+def architecture(variant: str) -> ArchitectureSpec:
+    """The architecture of the test's model."""
+    return _architecture(variant)
+
+
+@pytest.fixture
+def parts(architecture: ArchitectureSpec) -> Parts:
+    """Names of the parts of the architecture's models."""
+    return PARTS.get(architecture.model_type) or PARTS[load(architecture.family).name]
+
+
+@pytest.fixture
+def inputs(architecture: ArchitectureSpec) -> dict[str, Tensor]:
+    """Two inputs of the architecture's models: token ids [2, 9], or images."""
+    config = _tiny_config(architecture.model_type)
+    if hasattr(config, "vocab_size"):
+        return {"input_ids": _token_ids(2, 9)}
+    shape = (2, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(2))}
+
+
+@pytest.fixture
+def labels(inputs: dict[str, Tensor]) -> Tensor:
+    """What the main head is trained to give for `inputs`."""
+    return inputs["input_ids"] if "input_ids" in inputs else torch.tensor([1, 4])
+
+
+@pytest.fixture
+def auto_class(variant: str) -> Any:
     """The Auto class of the architecture's main head."""
-    return _auto_class(any_model_type)
+    return _auto_class(variant)
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,13 @@ from hf_efficient.logging import get_logger, warn_once
 def train(
     model: PreTrainedModel, token_ids: Callable, folder: Path, resume: bool = False, stop_at: int = 0, **options: Any
 ) -> Trainer:
-    """Three steps of two sequences each; with `stop_at` the run breaks off there, after a checkpoint."""
-    data = [{"input_ids": row, "labels": row} for row in token_ids(6, 12)]
+    """Three steps of two examples each; with `stop_at` the run breaks off there, after a checkpoint."""
+    if model.main_input_name == "input_ids":
+        data = [{"input_ids": row, "labels": row} for row in token_ids(6, 12)]
+    else:
+        size, noise = model.config.image_size, torch.Generator().manual_seed(3)
+        images = torch.randn(6, model.config.num_channels, size, size, generator=noise)
+        data = [{"pixel_values": image, "labels": torch.tensor(i % 5)} for i, image in enumerate(images)]
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
