@@ -68,6 +68,22 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
             than 64 characters, a key twice in an object, a text with a lone surrogate, or more than 64 levels of
             nesting.
     """
+    value = _parse(name, data)
+    if not isinstance(value, dict):
+        raise HFEError(f"{name} holds a {type(value).__name__}, not an object", _DAMAGED)
+    return value
+
+
+def parse_json_list(name: str, data: bytes) -> list[Any]:
+    """As `parse_json`, for a file that holds a list."""
+    value = _parse(name, data)
+    if not isinstance(value, list):
+        raise HFEError(f"{name} holds a {type(value).__name__}, not a list", _DAMAGED)
+    return value
+
+
+def _parse(name: str, data: bytes) -> Any:
+    """The value in `data`, with the errors of `parse_json` but for the kind of value."""
     try:
         value = json.loads(
             data.decode(),
@@ -79,9 +95,7 @@ def parse_json(name: str, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         cause = "it is nested too deeply" if isinstance(error, RecursionError) else error_text(error)
         raise HFEError(f"{name} cannot be read as JSON ({cause})", _DAMAGED) from error
-    if not isinstance(value, dict):
-        raise HFEError(f"{name} holds a {type(value).__name__}, not an object", _DAMAGED)
-    level: list[Any] = [value]
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(_MAX_DEPTH):
         level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
         if not level:

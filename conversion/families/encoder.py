@@ -8,8 +8,9 @@ from transformers import BertConfig, PreTrainedConfig, RobertaConfig, XLMRoberta
 
 from hf_efficient.conversion.architecture import load
 from hf_efficient.conversion.families.derived import DerivedFamily
-from hf_efficient.conversion.families.family import FINE_TUNING, LORA
+from hf_efficient.conversion.families.family import FINE_TUNING, LORA, TOKENIZER_FILES
 from hf_efficient.conversion.reading.config_fields import unread_fields
+from hf_efficient.conversion.writing.known_sentence_transformers import SENTENCE_TRANSFORMERS_FILES
 from hf_efficient.errors import HFEError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class EncoderFamily(DerivedFamily):
         "AutoModelForTokenClassification": "token-classification",
         "AutoModelForQuestionAnswering": "question-answering",
     }
+    companion_files = (*TOKENIZER_FILES, *SENTENCE_TRANSFORMERS_FILES)
     not_evaluated = "the model has no head that predicts tokens"
 
     def check_fields(self, fields: dict[str, Any], stock: PreTrainedConfig) -> list[str]:

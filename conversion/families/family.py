@@ -63,6 +63,7 @@ class ModelFamily(Protocol):
         generates: whether the models have `generate`, generation settings and `hf-efficient generate`.
         companion_files: glob patterns of the files of tokenizer or processor, which are copied from source to result;
             empty for models without one.
+        image_processor: transformers' class of image processor for a model of images; None for any other.
         subfolders: folders of a repository in which config.json and weights may be, if it has no config.json itself.
         layouts: names of the layouts of other libraries that `layout` describes.
         patch_notes: name of a patch -> paragraph of the model card about it, in place of the patch's own `card_note`.
@@ -77,11 +78,17 @@ class ModelFamily(Protocol):
     pipeline_tags: ClassVar[Mapping[str, str]]
     generates: ClassVar[bool] = False
     companion_files: ClassVar[tuple[str, ...]] = TOKENIZER_FILES
+    image_processor: ClassVar[str | None] = None
     subfolders: ClassVar[tuple[str, ...]] = ()
     layouts: ClassVar[tuple[str, ...]] = ()
     patch_notes: ClassVar[Mapping[str, str]] = {}
     patch_citations: ClassVar[Mapping[str, str]] = {}
     not_evaluated: ClassVar[str] = ""
+
+    @property
+    def reads_text(self) -> bool:
+        """True if the models have a tokenizer."""
+        return set(TOKENIZER_FILES) <= set(self.companion_files)
 
     def supports(self, fields: Mapping[str, Any]) -> bool:
         """True if the fields of a config.json describe a stock model of this family."""

@@ -1,4 +1,7 @@
-"""Writes the files of a checkpoint beside weights, configuration and code: tokenizer, generation settings, licence."""
+"""Writes the files of a checkpoint beside weights, configuration and code.
+
+They are those of the tokenizer or image processor and of sentence-transformers, generation settings, and licence.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,37 @@ from typing import Any
 
 from transformers import GenerationConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from hf_efficient.conversion.families.family import TOKENIZER_FILES
 from hf_efficient.conversion.reading.checkpoint_files import file_inside
 from hf_efficient.conversion.reading.source import Source
 from hf_efficient.conversion.vocabulary import VocabularyChange
 from hf_efficient.conversion.writing.durable_files import disk_errors, write_text
-from hf_efficient.conversion.writing.known_settings import (
-    GenerationSettings,
-    TokenizerSettings,
-    is_tokenizer_class,
-    without_unknown,
+from hf_efficient.conversion.writing.known_files import settings_type
+from hf_efficient.conversion.writing.known_processor import current_class, is_image_processor_class
+from hf_efficient.conversion.writing.known_sentence_transformers import (
+    MODULE_FILES,
+    MODULES_NAME,
+    SENTENCE_TRANSFORMERS_FILES,
 )
+from hf_efficient.conversion.writing.known_settings import is_tokenizer_class, type_mismatches, without_unknown
 from hf_efficient.conversion.writing.tokenizer_check import keep_tokenizer
-from hf_efficient.errors import HFEError, error_text
-from hf_efficient.json_file import read_json
+from hf_efficient.errors import HFEError, UsageError, error_text
+from hf_efficient.json_file import MAX_JSON_BYTES, parse_json_list, read_bytes_of, read_json
 
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 # File names of texts only: a LICENSE.py of the source is code.
 _LICENCE_NAME = re.compile(
     r"(LICEN[CS]E|NOTICE|COPYING)[\w+-]*(\.(txt|md|rst))?|LICEN[CS]ES/[\w+-][\w.+-]*\.(txt|md)", re.ASCII
 )
+
+# Key that names a class -> whether transformers has the class.
+_CLASS_NAMES = {
+    "tokenizer_class": is_tokenizer_class,
+    "image_processor_type": is_image_processor_class,
+    "feature_extractor_type": is_image_processor_class,
+}
 
 
 def is_licence(name: str) -> bool:
@@ -40,31 +52,40 @@ def is_licence(name: str) -> bool:
 
 
 def write_companions(source: Source, folder: Path, vocabulary: VocabularyChange | None = None) -> list[str]:
-    """Write tokenizer, generation settings and licence of the source to `folder`; returns warnings for the report.
+    """Write the files beside weights and configuration of the source to `folder`; returns warnings for the report.
 
     Files of a checkpoint folder are copied byte for byte, except that settings that transformers does not know, such
     as references to code, are removed, and that a tokenizer with added tokens is saved again. A GGUF file's tokenizer
     is saved too. The tokenizer in `folder` gives the same ids as the source's; if that cannot be loaded, its copy is
-    not checked, and a warning says so.
+    not checked, and a warning says so. `AutoImageProcessor` finds the source's class of image processor in `folder`.
 
     Raises:
+        UsageError: the user named a tokenizer for a model without one.
         HFEError: a file leads outside the source, a settings file cannot be read, generation settings are invalid, a
             tokenizer that must be saved cannot be loaded, or the tokenizer behaves differently when it is loaded from
             `folder`.
         DiskFullError: the disk is full.
     """
-    tokenizer = vocabulary.tokenizer if vocabulary else None
+    tokenizer, family = vocabulary.tokenizer if vocabulary else None, source.family
+    if not family.reads_text and source.tokenizer_files is not None:
+        raise UsageError(f"a tokenizer was given, and {family.name} have none", "leave it out (--tokenizer)")
     with disk_errors(folder):
-        if tokenizer is not None or (source.gguf_file is not None and source.tokenizer_files is None):
+        if family.image_processor is not None:
+            warnings = _copy_processor(source.files, folder, family.image_processor)
+        elif not family.reads_text:
+            warnings = []
+        elif tokenizer is not None or (source.gguf_file is not None and source.tokenizer_files is None):
             tokenizer = source.tokenizer() if tokenizer is None else tokenizer
             warnings = _save_tokenizer(tokenizer, folder)
         else:
-            warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder, source.family.companion_files)
+            warnings = _copy_tokenizer(source.tokenizer_files or source.files, folder)
         if has_tokenizer(folder):
             warnings += _keep_tokenizer(source, tokenizer, folder)
         if not source.single_file:
             warnings += copy_licences(source.files, folder)
-        if source.family.generates:
+            if MODULES_NAME in family.companion_files and (source.files / MODULES_NAME).is_file():
+                warnings += _copy_sentence_transformers(source.files, folder)
+        if family.generates:
             warnings += _write_generation_settings(source, folder, vocabulary)
     return warnings
 
@@ -80,7 +101,7 @@ def _write_generation_settings(source: Source, folder: Path, vocabulary: Vocabul
     path = folder / GENERATION_CONFIG_NAME
     if source.gguf_file is None and (source.files / GENERATION_CONFIG_NAME).is_file():
         _copy(source.files, folder, (GENERATION_CONFIG_NAME,))
-        settings, warnings = _drop_unknown_entries(path, GenerationSettings)
+        settings, warnings = _drop_unknown_entries(path)
     else:
         warnings = []
         try:
@@ -120,29 +141,76 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     """Save a tokenizer, without settings that transformers does not know; returns warnings that name these."""
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
-    return _drop_unknown_entries(path, TokenizerSettings)[1] if path.is_file() else []
+    return _drop_unknown_entries(path)[1] if path.is_file() else []
 
 
-def _copy_tokenizer(origin: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Copy tokenizer_config.json, if there is one, and the tokenizer or processor files that match a glob pattern.
+def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
+    """Copy tokenizer_config.json, if there is one, and the other files of a tokenizer.
 
-    Without patterns, for models without a tokenizer, nothing is copied. Settings that transformers does not know are
-    removed. Returns warnings: names of these, or that there is no tokenizer. Errors as for `_copy_file` and
-    `_drop_unknown_entries`.
+    Settings that transformers does not know are removed. Returns warnings: names of these, or that there is no
+    tokenizer. Errors as for `_copy_file` and `_drop_unknown_entries`.
     """
-    if not patterns:
-        return []
-    _copy(origin, folder, patterns)
+    _copy(origin, folder, TOKENIZER_FILES)
     if not (origin / TOKENIZER_CONFIG_FILE).is_file():
         return ["the source has no tokenizer, so the result has none"] if not has_tokenizer(origin) else []
     _copy(origin, folder, (TOKENIZER_CONFIG_FILE,))
-    return _drop_unknown_entries(folder / TOKENIZER_CONFIG_FILE, TokenizerSettings)[1]
+    return _drop_unknown_entries(folder / TOKENIZER_CONFIG_FILE)[1]
 
 
-def _drop_unknown_entries(path: Path, kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """Remove the entries of a JSON settings file that the TypedDict `kind` does not have or whose type differs.
+def _copy_processor(origin: Path, folder: Path, default: str) -> list[str]:
+    """Copy preprocessor_config.json, without settings that transformers does not know; returns warnings.
 
-    A `tokenizer_class` that is not one of transformers is removed too. If nothing is removed, the file is not written.
+    `AutoImageProcessor` would look up a class that the file does not name by the model type, which a conversion
+    changes: so it is written into the file. `default` is the class that transformers looks up for the source.
+
+    Errors as for `_copy_file` and `_drop_unknown_entries`.
+    """
+    path = folder / IMAGE_PROCESSOR_NAME
+    if not (origin / IMAGE_PROCESSOR_NAME).is_file():
+        return ["the source has no image processor, so the result has none"]
+    _copy(origin, folder, (IMAGE_PROCESSOR_NAME,))
+    settings, warnings = _drop_unknown_entries(path)
+    named = current_class(settings.get("image_processor_type") or settings.pop("feature_extractor_type", None))
+    if named is None or not is_image_processor_class(named):
+        named = default
+    if settings.get("image_processor_type") != named:
+        settings["image_processor_type"] = named
+        write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return warnings
+
+
+def _copy_sentence_transformers(origin: Path, folder: Path) -> list[str]:
+    """Copy the files that the package sentence-transformers reads, so that it loads the result; returns warnings.
+
+    Without them it would take the mean of the hidden states. None is copied if the source has a module with weights or
+    code of its own, or with settings that are not known. Errors as for `_copy_file` and `_drop_unknown_entries`.
+    """
+    data = read_bytes_of(file_inside(origin, MODULES_NAME, origin.name), MAX_JSON_BYTES)
+    found = {MODULES_NAME: parse_json_list(MODULES_NAME, data)}
+    for pattern in MODULE_FILES:
+        for path in sorted(origin.glob(pattern)):
+            name = path.relative_to(origin).as_posix()
+            found[name] = read_json(file_inside(origin, name, origin.name))
+    for name, value in found.items():
+        where = next((f"{where} {what}" for where, what in type_mismatches(value, settings_type(name))), None)
+        if where is not None:
+            return [
+                f"the files of sentence-transformers were not copied, because a conversion does not know all of them "
+                f"({name}: {where}); that package would load the result with the mean of the hidden states"
+            ]
+    _copy(origin, folder, SENTENCE_TRANSFORMERS_FILES)
+    warnings = []
+    for name in SENTENCE_TRANSFORMERS_FILES:
+        if name not in (MODULES_NAME, *MODULE_FILES) and (folder / name).is_file():
+            warnings += _drop_unknown_entries(folder / name)[1]
+    return warnings
+
+
+def _drop_unknown_entries(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Remove the entries of a JSON settings file that its type (`settings_type`) lacks or has with another type.
+
+    The name of a class of tokenizer or image processor that is not one of transformers is removed too. If nothing is
+    removed, the file is not written.
 
     Returns:
         The settings and, if entries were removed, a list with one warning that names them.
@@ -150,17 +218,19 @@ def _drop_unknown_entries(path: Path, kind: Any) -> tuple[dict[str, Any], list[s
     Raises:
         HFEError: the file is not a JSON object that `read_json` accepts.
     """
-    settings, dropped = without_unknown(read_json(path), kind)
-    name = settings.get("tokenizer_class")
-    if name is not None and not is_tokenizer_class(name):
-        del settings["tokenizer_class"]
-        dropped.append("tokenizer_class")
+    settings, dropped = without_unknown(read_json(path), settings_type(path.name))
+    for key, known in _CLASS_NAMES.items():
+        name = settings.get(key)
+        if name is not None and not known(current_class(name)):
+            del settings[key]
+            dropped.append(key)
     if not dropped:
         return settings, []
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    warning = f"{path.name} of the source has entries that transformers does not know, left out: {', '.join(dropped)}"
-    if {"auto_map", "tokenizer_class"} & set(dropped):
-        warning += "; its tokenizer has code of its own, which is not carried over: check that it works without"
+    warning = f"{path.name} of the source has entries that a conversion does not know, left out: {', '.join(dropped)}"
+    if {"auto_map", *_CLASS_NAMES} & set(dropped):
+        kind = "image processor" if path.name == IMAGE_PROCESSOR_NAME else "tokenizer"
+        warning += f"; its {kind} has code of its own, which is not carried over: check that it works without"
     return settings, [warning]
 
 

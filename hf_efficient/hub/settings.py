@@ -8,24 +8,20 @@ from typing import Any, Literal, TypedDict
 
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from hf_efficient.conversion.report import REPORT_NAME
-from hf_efficient.conversion.writing.known_settings import (
-    GenerationSettings,
-    TokenizerSettings,
-    is_tokenizer_class,
-    object_type,
-    type_mismatches,
-)
-from hf_efficient.conversion.writing.known_tokenizer import TOKENIZER_JSON
+from hf_efficient.conversion.writing.known_files import settings_type
+from hf_efficient.conversion.writing.known_processor import is_image_processor_class
+from hf_efficient.conversion.writing.known_sentence_transformers import MODULES_NAME
+from hf_efficient.conversion.writing.known_settings import is_tokenizer_class, object_type, type_mismatches
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.contents import size_limit
 from hf_efficient.hub.findings import Finding
 from hf_efficient.hub.folder import REMEDY, UntrustedFolder
 from hf_efficient.hub.report_types import report_mismatches
 from hf_efficient.hub.weight_names import is_index
-from hf_efficient.json_file import parse_json
+from hf_efficient.json_file import parse_json, parse_json_list
 from hf_efficient.modeling.base.saved_code import CODE_MANIFEST
 from hf_efficient.registry import ArchitectureSpec
 
@@ -45,6 +41,11 @@ _COMMON: dict[str, Any] = {
     "label2id": dict[str, int] | None,
     "problem_type": Literal["regression", "single_label_classification", "multi_label_classification"] | None,
 }
+# Name of a file -> (key that names a class, whether transformers has the class).
+_CLASS_NAMES = {
+    TOKENIZER_CONFIG_FILE: ("tokenizer_class", is_tokenizer_class),
+    IMAGE_PROCESSOR_NAME: ("image_processor_type", is_image_processor_class),
+}
 
 
 class IndexMetadata(TypedDict, total=False):
@@ -61,10 +62,14 @@ class WeightIndex(TypedDict, total=False):
     weight_map: dict[str, str]
 
 
-def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> dict[str, Any]:
-    """The JSON object in a listed file; if it cannot be read, an empty one, and a finding is added to `findings`."""
+def read_settings(folder: UntrustedFolder, name: str, findings: list[Finding]) -> Any:
+    """The JSON object in a listed file, of `modules.json` the list.
+
+    If it cannot be read, the result is an empty object, and a finding is added to `findings`.
+    """
     try:
-        return parse_json(name, folder.read(name, size_limit(name)))
+        parse = parse_json_list if name == MODULES_NAME else parse_json
+        return parse(name, folder.read(name, size_limit(name)))
     except HFEError as error:
         findings.append(Finding(name, error.problem, error.remedy))
         return {}
@@ -101,32 +106,28 @@ def check_settings(
         architecture: the architecture of config.json, on which the keys of the conversion report depend; None: the
             report is not checked.
     """
-    kinds = {
-        GENERATION_CONFIG_NAME: GenerationSettings,
-        TOKENIZER_CONFIG_FILE: TokenizerSettings,
-        **TOKENIZER_JSON,
-    }
     findings: list[Finding] = []
     for name in names:
         if name.endswith(".json") and name not in (CONFIG_NAME, CODE_MANIFEST):
             value = read_settings(folder, name, findings)
             if name != REPORT_NAME:
-                findings += _mismatch_findings(name, value, WeightIndex if is_index(name) else kinds[name])
+                findings += _mismatch_findings(name, value, WeightIndex if is_index(name) else settings_type(name))
             elif architecture is not None:
                 found = report_mismatches(value, config_types(architecture))
                 findings += [Finding(name, f"{where} {problem}", REMEDY) for where, problem in found]
-            if name == TOKENIZER_CONFIG_FILE:
-                findings += _tokenizer_class_findings(value.get("tokenizer_class"))
+            findings += _class_findings(name, value)
     return findings
 
 
-def _tokenizer_class_findings(name: Any) -> Iterator[Finding]:
-    """A finding if `tokenizer_class` is not a class of transformers."""
-    if isinstance(name, str) and not is_tokenizer_class(name):
-        yield Finding(TOKENIZER_CONFIG_FILE, f"tokenizer_class is {name!r}, which transformers does not have", REMEDY)
+def _class_findings(name: str, value: Any) -> Iterator[Finding]:
+    """A finding for the name of a class in the settings `value` of the file `name` that transformers does not have."""
+    key, known = _CLASS_NAMES.get(name, ("", None))
+    named = value.get(key) if known is not None else None
+    if known is not None and isinstance(named, str) and not known(named):
+        yield Finding(name, f"{key} is {named!r}, which transformers does not have", REMEDY)
 
 
-def _mismatch_findings(name: str, value: dict[str, Any], kind: Any) -> list[Finding]:
+def _mismatch_findings(name: str, value: Any, kind: Any) -> list[Finding]:
     """A finding for each unknown key or wrong type in `value`, the content of the file `name` of the type `kind`."""
     return [Finding(name, f"{where} {problem}", REMEDY) for where, problem in type_mismatches(value, kind)]
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from hf_efficient import __version__
+from hf_efficient.conversion.families.family import family_of
 from hf_efficient.conversion.writing.companion_files import is_licence
 from hf_efficient.errors import HFEError, UsageError
 from hf_efficient.hub.contents import FIRST_BYTES, FolderContents, folder_contents, size_limit
@@ -108,7 +109,8 @@ def _verify_folder(
     model_type, release = fields.get("model_type"), manifest.get("version")
     architecture = architecture_of(model_type) if isinstance(model_type, str) else None
     exported = render_code(architecture) if architecture else None
-    contents = folder_contents(folder.files, exported.files if exported else ())
+    family = family_of(model_type) if architecture else None
+    contents = folder_contents(folder.files, exported.files if exported else (), family)
     verdict: Verdict = "not confirmable"
     tensors = 0
     if architecture is None or exported is None:
