@@ -125,6 +125,8 @@ PARTS: dict[str, Parts] = {
     ),
 }
 
+# Dropout would make training steps differ.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # One line for each architecture: what its tiny model needs beyond SHAPE. A line `MODEL_TYPE+NAME` is another tiny model
 # of it, which the tests of every architecture take too.
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
@@ -139,10 +141,15 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
     },
     "hfe_multiverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MULTIVERSE)}}},
     "hfe_medverse": {"topology": {"token_ids": {tag: 40 + i for i, tag in enumerate(MEDVERSE)}, "mode": "layers"}},
-    # Dropout would make training steps differ.
-    "hfe_monarch_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "hfe_monarch_roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "hfe_monarch_bert": NO_DROPOUT,
+    "hfe_monarch_roberta": NO_DROPOUT,
     "hfe_monarch_vit": {"image_size": 16, "patch_size": 4, "num_labels": 5},
+    "hfe_monarch_bert+monarch": NO_DROPOUT | {"monarch": {"block_size": 2}},
+    "hfe_monarch_roberta+monarch": NO_DROPOUT | {"monarch": {"block_size": 3, "num_iters": 2, "pad_queries": "mean"}},
+    "hfe_monarch_vit+monarch": {
+        **{"image_size": 16, "patch_size": 4, "num_labels": 5},
+        "monarch": {"block_size": 4, "pad": "pre", "layers": [0, 2]},
+    },
 }
 
 
