@@ -27,6 +27,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from hf_efficient.conversion.architecture import load
 from hf_efficient.hub.export import CodeExport, export, render_code
 from hf_efficient.registry import ARCHITECTURES, ArchitectureSpec, architecture_of
 
@@ -36,7 +37,14 @@ SMALL = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
 }
 # Fields without which an architecture's patch would be absent or incomplete.
-PATCHED = {"hfe_decoder": {"stem_layers": [1], "bhyt_final": "bhyt"}, "hfe_bhyt": {"bhyt_seq_len": 16}}
+PATCHED: dict[str, dict[str, Any]] = {
+    "hfe_decoder": {"stem_layers": [1], "bhyt_final": "bhyt"},
+    "hfe_bhyt": {"bhyt_seq_len": 16},
+    "hfe_monarch_bert": {"monarch": {"block_size": 4}},
+    "hfe_monarch_roberta": {"monarch": {"block_size": 4}},
+    "hfe_monarch_vit": {"monarch": {"block_size": 4, "pad": "pre"}, "image_size": 16, "patch_size": 4},
+}
+IMAGE_PROCESSOR = {"do_resize": True, "image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
 MODEL_TYPES = [architecture.model_type for architecture in ARCHITECTURES]
 
 
@@ -47,7 +55,7 @@ def _small(architecture: ArchitectureSpec) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: Any) -> Path:
-    """A tiny random model with code and tokenizer, as a conversion writes it."""
+    """A tiny random model with code and tokenizer or image processor, as a conversion writes it."""
     architecture = next(a for a in ARCHITECTURES if a.model_type == model_type)
     torch.manual_seed(seed)
     config = architecture.config_class(**{**_small(architecture), **PATCHED.get(model_type, {}), **changed})
@@ -56,11 +64,15 @@ def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: An
         for parameter in model.parameters():
             parameter.mul_(8)  # initial weights are so small that every output looks alike
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    family = load(architecture.family)
+    if family.reads_text:
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(folder)
+    elif family.image_processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2))
     export(folder)
     return folder
 
