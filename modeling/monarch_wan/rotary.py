@@ -32,15 +32,16 @@ def rotary_tables(
     """
     # Apple's GPUs have no float64.
     computed_on = torch.device("cpu") if device.type == "mps" else device
-    angles = []
+    cosines, sines = [], []
     for axis, (size, channels) in enumerate(zip(grid, axis_channels(head_dim), strict=True)):
         exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=computed_on) / channels
         position = torch.arange(size, dtype=torch.float64, device=computed_on) + (start_frame if axis == 0 else 0)
+        angles = position[:, None] / theta**exponent
         shape = [1, 1, 1, channels // 2]
         shape[axis] = size
-        angles.append((position[:, None] / theta**exponent).view(shape).expand(*grid, channels // 2))
-    joined = torch.cat(angles, dim=-1).flatten(0, 2)
-    return joined.cos().to(device, torch.float32), joined.sin().to(device, torch.float32)
+        for tables, values in ((cosines, angles.cos()), (sines, angles.sin())):
+            tables.append(values.to(device, torch.float32).view(shape).expand(*grid, -1))
+    return torch.cat(cosines, dim=-1).flatten(0, 2), torch.cat(sines, dim=-1).flatten(0, 2)
 
 
 def apply_rotary(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
