@@ -155,7 +155,7 @@ def test_cached_chunks_compile_to_one_graph(spec: dict | None, wan: Callable, ca
         torch.testing.assert_close(compiled_states, states, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fields", [{}, {"variant": "causal"}], ids=["bidirectional", "causal"])
 @torch.no_grad()
 def test_attention_implementations_agree(attention: str, fields: dict, wan: Callable, call: Callable) -> None:
