@@ -25,7 +25,7 @@ class MonarchEncoder(RegisteredModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.validate()  # again: keyword arguments of `from_pretrained` set fields without the cross-field checks
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the `PreTrainedModel` after it
 
     def post_init(self) -> None:
         """As in transformers; also gives each attention module its settings."""

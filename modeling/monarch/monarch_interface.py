@@ -8,7 +8,9 @@ The settings are those of `enable_monarch`, or of the configuration's field `mon
 `default_spec.py`. In each layer:
 
 - A row of a batch is the sequence of its valid tokens, wherever its padding is. A row with fewer valid tokens than
-  `min_length` uses softmax attention. So the output of a row does not depend on the other rows.
+  `min_length` uses softmax attention. So the output of a row does not depend on the other rows. In eager mode the mask
+  says which of this is needed; in a compiled or captured graph with a mask, every layer moves the tokens and computes
+  the softmax attention of the first `min_length` tokens too.
 - Layers with a sliding window, and the decoder of an encoder-decoder model, use ``sdpa`` of transformers; so do layers
   without settings, and those whose `efficient` is False.
 - What Monarch attention does not have raises an error: causal attention, a bias or another mask than one of tokens,
@@ -127,7 +129,7 @@ def _monarch(
         # The valid tokens of a short row are all among the first of the row, or the last if the padding is in front.
         most = spec.least_tokens - 1
         part = slice(tokens - most, tokens) if spec.pad == "pre" else slice(0, most)
-        short = _softmax(*(x[:, :, part] for x in (query, key, value)), keep[:, part], scaling)
+        short = _softmax(query[:, :, part], key[:, :, part], value[:, :, part], keep[:, part], scaling)
         is_short = (mask.length < spec.least_tokens)[:, None, None, None]
         chosen = torch.where(is_short, short, output[:, :, part])
         rest = output[:, :, : tokens - most] if spec.pad == "pre" else output[:, :, most:]
@@ -164,7 +166,7 @@ def _sdpa(
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-def _spec_of_layer(module: nn.Module, kwargs: dict[str, Any]) -> MonarchSpec | None:
+def _spec_of_layer(module: Any, kwargs: dict[str, Any]) -> MonarchSpec | None:
     """Return the settings of a layer; None if it uses softmax attention.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -90,14 +91,15 @@ def attach_spec(model: PreTrainedModel, spec: MonarchSpec) -> None:
     )
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: nn.Module) -> list[Any]:
     """Return the self-attention modules of a model in their order; of an encoder-decoder model those of the encoder.
 
     They are the modules that call transformers' attention interface: a class named for attention, with `is_causal`.
     """
+    modules: list[Any] = list(model.modules())
     return [
         module
-        for module in model.modules()
+        for module in modules
         if "Attention" in type(module).__name__
         and isinstance(getattr(module, "is_causal", None), bool)
         and not (module.config.is_encoder_decoder and getattr(module, "is_decoder", False))

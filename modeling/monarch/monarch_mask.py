@@ -94,7 +94,8 @@ def unpack_mask(mask: Tensor) -> PackedMask:
     keep = planes[0] > 0
     if len(planes) == 1:
         return PackedMask(keep, softmax=True)
-    return PackedMask(keep, planes[1][:, 0], *planes[2:])
+    length = planes[1][:, 0]
+    return PackedMask(keep, length) if len(planes) == 2 else PackedMask(keep, length, planes[2], planes[3])
 
 
 def valid_places(length: Tensor, tokens: int, pad: str) -> Tensor:

@@ -143,6 +143,21 @@ def test_a_decoder_whose_attention_is_not_causal_runs_monarch_attention(
     assert len(calls) == 3
 
 
+def test_in_a_model_of_two_parts_the_encoder_of_images_can_be_named(calls: list[dict[str, Any]]) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = sizes | {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 24, "patch_size": 4}, projection_dim=16)
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "pixel_values": torch.randn(1, 3, 24, 24)}
+    model = CLIPModel._from_config(config, attn_implementation={"vision_config": "monarch"}).eval()
+    run(model, inputs)
+    assert len(calls) == 2
+    model.set_attn_implementation("monarch")
+    with pytest.raises(ValueError, match="'vision_config': 'monarch'"):
+        run(model, inputs)
+
+
 @pytest.mark.parametrize(("name", "words"), [("t5", "passes position_bias"), ("beit-bias", "attention mask")])
 def test_a_position_bias_is_refused(name: str, words: str, stock_model: Callable, stock_inputs: Callable) -> None:
     with pytest.raises(ValueError, match=words):
