@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hf_efficient.errors import HFEError
@@ -35,11 +35,13 @@ class TokenGrid:
     def __init__(self) -> None:
         self.size: tuple[int, int, int] | None = None
 
-    def read(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def read(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the transformer: set `size` from its latents [B, channels, frames, height, width]."""
         latents: Tensor = args[0] if args else kwargs["hidden_states"]
-        patch = transformer.config.patch_size
-        self.size = tuple(size // each for size, each in zip(latents.shape[2:], patch, strict=True))
+        frames, height, width = (
+            size // each for size, each in zip(latents.shape[2:], transformer.config.patch_size, strict=True)
+        )
+        self.size = frames, height, width
 
 
 class MonarchWanAttnProcessor:
@@ -95,16 +97,15 @@ class MonarchWanAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (
-            each.unflatten(-1, (attn.heads, -1)) for each in (attn.norm_q(query), attn.norm_k(key), value)
-        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (each.unflatten(-1, (attn.heads, -1)) for each in (query, key, value))
         if rotary_emb is not None:
             cos, sin = rotary_emb
             tables = cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]
             query, key = apply_rotary(query, tables), apply_rotary(key, tables)
-        heads_first = (each.transpose(1, 2) for each in (query, key, value))
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         layout = grid_layout(self.spec, self.grid.size)
-        attended = monarch_attention(*heads_first, layout, num_iters=self.spec.num_iters)
+        attended = monarch_attention(query, key, value, layout, num_iters=self.spec.num_iters)
         project, dropout = attn.to_out
         return dropout(project(attended.transpose(1, 2).flatten(2)))
 
@@ -146,14 +147,8 @@ def enable_monarch_wan(
         HFEError: diffusers is not installed, the argument has no Wan transformer, or a setting is wrong. Settings that
             do not fit the size of a video raise when it is generated.
     """
-    spec = MonarchGridSpec(
-        f_tied=f_tied,
-        h_reduce=h_reduce,
-        w_reduce=w_reduce,
-        row_axes=row_axes,
-        num_iters=num_iters,
-        layers=None if layers is None else tuple(layers),
-    )
+    sizes = {"f_tied": f_tied, "h_reduce": h_reduce, "w_reduce": w_reduce}
+    spec = MonarchGridSpec.from_dict({**sizes, "row_axes": row_axes, "num_iters": num_iters, "layers": layers})
     transformers = list(_transformers(pipeline_or_transformer))
     for transformer in transformers:
         spec.check_layers(len(transformer.blocks))

@@ -40,9 +40,9 @@ def export_layout(
         overwrite: replace an existing OUTPUT once the new one is complete.
 
     Raises:
-        UsageError: the layout is unknown or not one of the model's, a size is wrong, or `output` exists.
-        HFEError: the source cannot be used, or the layout does not have such a model, e.g. diffusers the causal
-            variant; `output` is unchanged.
+        UsageError: the layout is unknown, a size is wrong, or `output` exists.
+        HFEError: the source cannot be used, or the layout does not have its model, e.g. diffusers the causal variant;
+            `output` is unchanged.
     """
     known = list(dict.fromkeys(name for family in families() for name in family.layouts))
     if layout not in known:
@@ -51,13 +51,8 @@ def export_layout(
     max_shard_bytes = size_in_bytes("max_shard_size", max_shard_size)
     check_output(output, Path(source).expanduser(), resume=False, overwrite=overwrite)
     opened = open_source(str(source), revision=revision, token=token)
-    if layout not in opened.family.layouts:
-        raise UsageError(
-            f"{opened.name} is one of the {opened.family.name}, which have no layout {layout}",
-            "export the code with `hf-efficient export FOLDER`: such a folder loads in transformers",
-        )
-    check_source(opened)
     described = opened.family.layout(layout, opened.config)
+    check_source(opened)
     options = {"layout": layout, "source": opened.fingerprint}
     try:
         with Workspace(output, options, resume=False, overwrite=overwrite) as workspace:

@@ -178,9 +178,11 @@ class ModelFamily(Protocol):
         """How another library stores the model of a configuration of ours; `name` is one of `layouts`.
 
         Raises:
-            HFEError: the layout does not have the model.
+            HFEError: the layout is not one of the family's, or does not have the model.
         """
-        raise NotImplementedError(name)
+        raise HFEError(
+            f"the {self.name} have no layout {name}", "a converted folder loads in transformers, with its code"
+        )
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
         """Label -> text, lines of `inspect` about the shape of a model of ours."""

@@ -356,7 +356,7 @@ def test_the_command_line_exports_a_layout(
 
 
 def test_a_model_without_other_layouts_says_so(stock_folder: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one of the causal decoders, which have no layout diffusers"):
+    with pytest.raises(HFEError, match="the causal decoders have no layout diffusers"):
         export_layout(stock_folder(), tmp_path / "out", "diffusers")
 
 
