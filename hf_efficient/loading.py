@@ -48,7 +48,8 @@ def load_for_generation(
     if path.is_dir():
         if not (path / CONFIG_NAME).exists():
             raise HFEError(f"{checkpoint} has no config.json", "name the folder of a whole checkpoint")
-        read_json(path / CONFIG_NAME)
+        # Before the tokenizer, which models that do not generate text may lack.
+        _check_generates(checkpoint, str(read_json(path / CONFIG_NAME).get("model_type")))
         checkpoint = str(path)
     elif path.exists():
         raise UsageError(f"{checkpoint} is a file", "name the folder of a checkpoint or a Hub id")

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 # Fields of a configuration that describe the file or the class, not the model.
 _FILE_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+# Largest accepted values of fields that `checked_fields` does not know, far above those of any model.
+_MAX_SIZES = {
+    **dict.fromkeys(("in_channels", "out_channels", "text_dim", "freq_dim", "text_len", "rope_max_seq_len"), 1 << 20),
+    "patch_size": 1 << 10,
+}
 
 
 class VideoFamily(ModelFamily):
@@ -99,13 +104,18 @@ class VideoFamily(ModelFamily):
         if architecture_of(stock.model_type) is None:
             fields["source_model_type"] = stock.model_type
         try:
-            return MonarchWanConfig(**fields, architectures=[MonarchWanModel.__name__])
+            config = MonarchWanConfig(**fields, architectures=[MonarchWanModel.__name__])
         # For a field of a wrong type or value huggingface_hub raises its own error classes.
         except Exception as error:
             cause = error_text(error, most=None)
             raise HFEError(
                 f"config.json does not describe a Wan transformer: {cause}", "correct config.json"
             ) from error
+        for name, most in _MAX_SIZES.items():
+            value = getattr(config, name)
+            if max(value if isinstance(value, list) else [value]) > most:
+                raise HFEError(f"config.json has {name}={value}, more than {most}", "correct config.json")
+        return config
 
     def auto_class(self, stock: PreTrainedConfig) -> str:
         """`AutoModel`: there is one class."""

@@ -23,6 +23,7 @@ from hf_efficient.conversion.monarch.patch import Monarch
 from hf_efficient.conversion.reading import hub_files
 from hf_efficient.conversion.wan.tensor_names import PREFIX, diffusers_name
 from hf_efficient.errors import HFEError, UsageError
+from hf_efficient.loading import load_for_generation
 from hf_efficient.modeling.monarch_wan.configuration_monarch_wan import MonarchWanConfig
 from wan_checkpoints import DIFFUSERS, DIM, FFN, LAYERS, ORIGINAL, WEIGHTS, in_diffusers, table, tensors, write
 
@@ -267,9 +268,12 @@ def test_the_card_says_what_monarch_is_good_for(tmp_path: Path) -> None:
     assert "tokenizer" not in card.partition("## What was measured")[0] and "block size" not in card
 
 
-def test_a_video_model_is_not_evaluated(converted: Path) -> None:
+def test_a_video_model_is_neither_evaluated_nor_asked_for_text(converted: Path) -> None:
     with pytest.raises(HFEError, match="cannot be measured on text: a video model predicts no tokens"):
         evaluate(converted)
+    options = {"dtype": "auto", "device": "cpu", "revision": None, "token": None, "trust_remote_code": False}
+    with pytest.raises(HFEError, match="one of the video transformers .hfe_monarch_wan., which do not generate text"):
+        load_for_generation(str(converted), **options)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ def test_tensors_of_image_to_video_models_are_refused(name: str, fields: dict[st
         (DIFFUSERS, {"_class_name": "WanVACETransformer3DModel"}, "names the class _class_name='WanVACETransformer3D"),
         (DIFFUSERS, {"_class_name": "FluxTransformer2DModel"}, "_class_name='FluxTransformer2DModel' of diffusers"),
         (DIFFUSERS, {"patch_size": [2, 2, 2]}, r"patch_size=\[2, 2, 2\] must be \[1, height, width\]"),
+        (DIFFUSERS, {"patch_size": [1, 2, 1 << 51]}, "more than 1024"),
+        (DIFFUSERS, {"text_dim": 1 << 40}, "text_dim=1099511627776, more than 1048576"),
         (DIFFUSERS, {"attention_head_dim": 0}, "attention_head_dim=0, not a whole number from 1"),
         (DIFFUSERS, {"ffn_dim": 64}, "tensor blocks.0.ffn.0.weight has shape"),
     ],
