@@ -43,6 +43,10 @@ PATCHED: dict[str, dict[str, Any]] = {
     "hfe_monarch_bert": {"monarch": {"block_size": 4}},
     "hfe_monarch_roberta": {"monarch": {"block_size": 4}},
     "hfe_monarch_vit": {"monarch": {"block_size": 4, "pad": "pre"}, "image_size": 16, "patch_size": 4},
+    "hfe_monarch_wan": {
+        **{"text_dim": 24, "text_len": 6, "freq_dim": 8, "in_channels": 4, "out_channels": 4},
+        "monarch": {"h_reduce": 2},
+    },
 }
 IMAGE_PROCESSOR = {"do_resize": True, "image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
 MODEL_TYPES = [architecture.model_type for architecture in ARCHITECTURES]
@@ -63,6 +67,8 @@ def write_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: An
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # initial weights are so small that every output looks alike
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_()  # a head that begins at zero
     model.save_pretrained(folder)
     family = load(architecture.family)
     if family.reads_text:

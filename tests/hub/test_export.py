@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME as CONFIG
 
+from example_inputs import example_inputs
 from hf_efficient.errors import HFEError
 from hf_efficient.hub import flatten as flatten_module
 from hf_efficient.hub.export import export, export_code
@@ -30,16 +31,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_expected(folder: Path, target: Path) -> None:
-    """Logits and tokens of the package's own classes for the checkpoint in `folder`."""
+    """Output and tokens of the package's own classes for the checkpoint in `folder`."""
     spec = architecture_of(AutoConfig.from_pretrained(folder).model_type)
     assert spec is not None
     model = getattr(transformers, spec.main_auto_class).from_pretrained(folder).eval()
     assert type(model).__module__.startswith("hf_efficient.")
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
+    inputs = example_inputs(model.config)
+    if "input_ids" in inputs:
+        inputs = {"input_ids": AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids}
     with torch.no_grad():
-        logits = model(ids).logits
-    generated = {"tokens": model.generate(ids, max_new_tokens=8, do_sample=False)} if model.can_generate() else {}
-    save_file({"ids": ids, "logits": logits, **generated}, target)
+        expected = {"result": model(**inputs)[0]}
+        if model.can_generate():
+            expected["tokens"] = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    save_file({**{f"inputs.{name}": tensor for name, tensor in inputs.items()}, **expected}, target)
 
 
 # Functions for the scripts, each of which runs in a new process.
@@ -68,7 +72,7 @@ def namespace(folder):
 def test_loads_without_the_package_bit_for_bit(
     checkpoints: dict[str, Path], run_python: Runner, tmp_path: Path
 ) -> None:
-    """Each architecture, without hf_efficient and without Triton: logits, tokens, text, and all again after a save."""
+    """Each architecture, without hf_efficient and without Triton: output, tokens, text, and all again after a save."""
     for model_type, folder in checkpoints.items():
         write_expected(folder, tmp_path / f"{model_type}.safetensors")
     script = (
@@ -77,11 +81,13 @@ def test_loads_without_the_package_bit_for_bit(
 result = {}
 for folder in map(Path, sys.argv[2:]):
     expected = load_file(Path(sys.argv[1], folder.name + ".safetensors"))
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    logits = model(expected["ids"]).logits
+    inputs = {name.removeprefix("inputs."): x for name, x in expected.items() if name.startswith("inputs.")}
+    model = load(folder)
+    found = model(**inputs)[0]
     generated = {}
     if "tokens" in expected:
-        tokens = model.generate(expected["ids"], max_new_tokens=8, do_sample=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         write = pipeline("text-generation", model=model, tokenizer=tokenizer)
         text = write("word1 word5 word9", max_new_tokens=8, do_sample=False)
         generated = {"tokens": torch.equal(tokens, expected["tokens"]), "text": text[0]["generated_text"]}
@@ -91,9 +97,9 @@ for folder in map(Path, sys.argv[2:]):
     result[folder.name] = {
         "module": type(model).__module__,
         "one configuration class": type(model.config) is type(model).config_class,
-        "logits": torch.equal(logits, expected["logits"]),
+        "output": torch.equal(found, expected["result"]),
         **generated,
-        "reloaded logits": torch.equal(reloaded(expected["ids"]).logits, expected["logits"]),
+        "reloaded output": torch.equal(reloaded(**inputs)[0], expected["result"]),
         "reloaded from": type(reloaded).__module__,
     }
 result["package"] = sys.modules["hf_efficient"] is None and not any(m.startswith("hf_efficient.") for m in sys.modules)
@@ -106,7 +112,7 @@ print(json.dumps(result))
         found = result[model_type]
         assert found["module"].startswith("transformers_modules."), found
         assert found["one configuration class"]
-        assert found["logits"] and found["reloaded logits"], found
+        assert found["output"] and found["reloaded output"], found
         if architecture_of(model_type).main_auto_class == "AutoModelForCausalLM":  # type: ignore[union-attr]
             assert found["tokens"] and found["text"].startswith(PROMPT) and len(found["text"].split()) > 3
         assert found["reloaded from"] != found["module"]
