@@ -29,7 +29,7 @@ def export_layout(
     """Write the weights and the configuration of a checkpoint as another library stores them; returns the folder.
 
     The tensors keep dtype and bytes; only their names and the files change. `output` is created atomically. Settings
-    that the layout does not have, such as Monarch attention, are left out, and a warning is logged.
+    that the layout does not have, such as another attention, are left out, and a warning is logged.
 
     Args:
         source: a converted folder, or any other source of a conversion of the same family.

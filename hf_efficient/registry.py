@@ -94,15 +94,12 @@ ARCHITECTURES: tuple[ArchitectureSpec, ...] = (
         source_types=("vit",),
         combines=True,
     ),
-    ArchitectureSpec(
-        patch="monarch",
+    _monarch(
         modeling="hf_efficient.modeling.monarch_wan.modeling_monarch_wan",
         prefix="MonarchWan",
         tasks=(),
         family="hf_efficient.conversion.families.video:VIDEO",
         combines=True,
-        patch_options="hf_efficient.conversion.monarch.patch:Monarch",
-        inspected_fields={"monarch": "Monarch attention"},
         release_readers=("hf_efficient.conversion.wan.training_file:TrainingFileReader",),
     ),
 )

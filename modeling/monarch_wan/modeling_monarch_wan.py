@@ -70,6 +70,8 @@ class MonarchWanPreTrainedModel(RegisteredModel, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Read by the Trainer, which would pass the number of labels to `forward`.
+    accepts_loss_kwargs = False
     _can_record_outputs = {"hidden_states": MonarchWanBlock}
 
     def __init__(self, config: MonarchWanConfig, *args: Any, **kwargs: Any) -> None:

@@ -23,7 +23,6 @@ ROOMS = (
     "modeling/monarch_",
     # What is made for the video transformer: its family, its checkpoints and its use inside another library.
     *("conversion/wan/", "conversion/families/video.py", "hf_efficient/diffusers_processor.py"),
-    "hf_efficient/layout_export.py",
     *("kernels/stem_gate/", "kernels/bhyt_norm/", "kernels/topology_attention/", "kernels/topology_blocks/"),
     *(
         "kernels/gather_rows/",

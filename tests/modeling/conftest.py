@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from example_inputs import example_inputs
 from hf_efficient.conversion.architecture import ArchitectureSpec, load
 from hf_efficient.conversion.families.decoder import decoder_config
 from hf_efficient.modeling.efficient_decoder.modeling_efficient_decoder import EfficientDecoderForCausalLM
@@ -53,10 +54,11 @@ class Parts:
     Attributes:
         base: attribute that holds the model without its head.
         embedding: module or parameter: the token embedding, or that of positions.
-        linear, norm: modules: a linear layer of the attention, the last norm.
-        removable: a tensor of the second layer's feed-forward, 1,536 elements.
+        linear, norm: modules: a linear layer, of the attention if it has the configured deviation, and the last norm.
+        removable: a tensor of 1,536 elements that begins with the configured deviation, in a layer if there is such.
         head: module that gives the logits of the last hidden state; None if something lies between the two.
         tied: tensor that is not stored when the embeddings are tied; None without such a one.
+        attentions: whether the attention weights can be returned.
         lora: target modules of an adapter.
         whole, offloaded: modules that stay on the CPU, and that a test puts on disk.
     """
@@ -71,6 +73,7 @@ class Parts:
     lora: tuple[str, ...]
     whole: tuple[str, ...]
     offloaded: tuple[str, ...]
+    attentions: bool = True
 
 
 # Name of a family, or model type of an architecture whose parts have other names than the family's -> parts.
@@ -123,10 +126,25 @@ PARTS: dict[str, Parts] = {
         whole=("vit.embeddings", "vit.layers.0", "vit.layernorm", "classifier"),
         offloaded=("vit.layers.1", "vit.layers.2"),
     ),
+    # Layers other than these begin as Xavier has it.
+    "video transformers": Parts(
+        base="",
+        embedding="text_embedding.0.weight",
+        linear="text_embedding.2",
+        norm="blocks.2.norm3",
+        removable="text_embedding.0.weight",
+        head=None,
+        tied=None,
+        lora=("self_attn.q", "self_attn.v", "ffn.0"),
+        whole=("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks.0", "head"),
+        offloaded=("blocks.1", "blocks.2"),
+        attentions=False,
+    ),
 }
 
 # Dropout would make training steps differ.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VIDEO = {"text_dim": 48, "text_len": 6, "freq_dim": 16, "in_channels": 4, "out_channels": 4}
 # One line for each architecture: what its tiny model needs beyond SHAPE. A line `MODEL_TYPE+NAME` is another tiny model
 # of it, which the tests of every architecture take too.
 ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
@@ -150,6 +168,9 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, Any]] = {
         **{"image_size": 16, "patch_size": 4, "num_labels": 5},
         "monarch": {"block_size": 4, "pad": "pre", "layers": [0, 2]},
     },
+    "hfe_monarch_wan": VIDEO,
+    "hfe_monarch_wan+monarch": VIDEO | {"monarch": {"h_reduce": 2}},
+    "hfe_monarch_wan+causal": VIDEO | {"monarch": {"h_reduce": 2}, "variant": "causal", "num_frames_per_block": 1},
 }
 
 
@@ -259,18 +280,16 @@ def parts(architecture: ArchitectureSpec) -> Parts:
 
 @pytest.fixture
 def inputs(architecture: ArchitectureSpec) -> dict[str, Tensor]:
-    """Two inputs of the architecture's models: token ids [2, 9], or images."""
-    config = _tiny_config(architecture.model_type)
-    if hasattr(config, "vocab_size"):
-        return {"input_ids": _token_ids(2, 9)}
-    shape = (2, config.num_channels, config.image_size, config.image_size)
-    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(2))}
+    """Two inputs of the architecture's models: token ids [2, 9], images, or latents of videos."""
+    return example_inputs(_tiny_config(architecture.model_type))
 
 
 @pytest.fixture
-def labels(inputs: dict[str, Tensor]) -> Tensor:
-    """What the main head is trained to give for `inputs`."""
-    return inputs["input_ids"] if "input_ids" in inputs else torch.tensor([1, 4])
+def labels(inputs: dict[str, Tensor]) -> Tensor | None:
+    """What the main head is trained to give for `inputs`; None for a model that computes no loss."""
+    if "pixel_values" in inputs:
+        return torch.tensor([1, 4])
+    return inputs.get("input_ids")
 
 
 @pytest.fixture

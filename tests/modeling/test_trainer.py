@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import liger
 
+from example_inputs import example_inputs
 from hf_efficient.logging import get_logger, warn_once
 
 
@@ -23,10 +26,16 @@ def train(
     """Three steps of two examples each; with `stop_at` the run breaks off there, after a checkpoint."""
     if model.main_input_name == "input_ids":
         data = [{"input_ids": row, "labels": row} for row in token_ids(6, 12)]
-    else:
+    elif model.main_input_name == "pixel_values":
         size, noise = model.config.image_size, torch.Generator().manual_seed(3)
         images = torch.randn(6, model.config.num_channels, size, size, generator=noise)
         data = [{"pixel_values": image, "labels": torch.tensor(i % 5)} for i, image in enumerate(images)]
+    else:
+        # The flow is its own target; the model computes no loss.
+        videos = {name: torch.cat((x, x.flip(-1), -x.abs())) for name, x in example_inputs(model.config).items()}
+        videos |= {"timestep": videos["timestep"].abs(), "labels": videos["hidden_states"].roll(1, 0)}
+        data = [{name: x[i] for name, x in videos.items()} for i in range(6)]
+        options |= {"label_names": ["labels"]}
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,9 +54,14 @@ def train(
         seed=0,
         **options,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Stop()])
+    loss = None if "labels" in inspect.signature(model.forward).parameters else squared_error
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Stop()], compute_loss_func=loss)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def squared_error(output: Any, labels: Tensor, **options: Any) -> Tensor:
+    return (output[0] - labels).square().mean()
 
 
 def losses(trainer: Trainer) -> list[float]:
