@@ -1,0 +1,50 @@
+"""Launch configurations of monarch_attention's backward pass: a table, as `configs.py` is for the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_efficient.kernels.decode_attention.configs import padded_head_dim
+from hf_efficient.kernels.monarch_attention.configs import HOPPER
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Tile of one program: BLOCK_M queries (or lines) by BLOCK_N key rows (or keys of a row), stages and warps."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_warps: int
+
+
+def left_gradient_config(
+    rows: int, head_dim: int, element_size: int, capability: tuple[int, int]
+) -> tuple[GradientConfig, bool]:
+    """Of `left_gradient_kernel` and `summary_gradient_kernel`, for the query rows of a tile.
+
+    Also whether one program holds all of them, so that the first kernel does the work of both.
+    """
+    block_d = padded_head_dim(head_dim)
+    if element_size == 4 or block_d > 128:
+        tile = 32 if block_d <= 64 else 16
+        return GradientConfig(tile, 16, 1, 4), rows <= tile
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if capability == HOPPER:
+        return GradientConfig(block_m, 64, 2, 4 if block_m < 64 else 8), rows <= block_m
+    return GradientConfig(block_m, 32, 1, 4 if block_m < 64 else 8), rows <= block_m
+
+
+def right_gradient_config(
+    columns: int, head_dim: int, element_size: int, capability: tuple[int, int]
+) -> GradientConfig:
+    """Of `right_gradient_kernel` (lines by columns) and `query_gradient_kernel`, for the columns of a tile."""
+    block_d = padded_head_dim(head_dim)
+    if element_size == 4 or block_d > 128:
+        return GradientConfig(16, 32 if block_d <= 64 and columns > 16 else 16, 1, 4)
+    block_l = 16 if columns <= 16 else 32 if columns <= 32 else 64
+    if capability != HOPPER:
+        return GradientConfig(32, block_l, 1, 4)
+    if 64 < columns <= 128:
+        return GradientConfig(32, 128, 2, 8)
+    return GradientConfig(64, block_l, 2, 8)
