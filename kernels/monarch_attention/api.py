@@ -12,7 +12,7 @@ from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.monarch_attention.layout import GridLayout, SequenceLayout
 from hf_efficient.kernels.monarch_attention.reference import monarch_attention as reference_monarch_attention
-from hf_efficient.kernels.validate import FLOATS, check_dtype, check_rank, check_shape, check_tensors
+from hf_efficient.kernels.validate import FLOATS, check_dtype, check_rank, check_shape, check_tensors, rows_contiguous
 from hf_efficient.logging import warn_once
 
 OP = "monarch_attention"
@@ -106,7 +106,8 @@ def monarch_attention(
         )
     from hf_efficient.kernels.monarch_attention.op import attend
 
-    return attend(q, k, v, layout, num_iters, scale, key_mask, causal_frames)
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    return attend(q, k, v, layout, num_iters, scale, key_mask, causal_frames).transpose(1, 2)
 
 
 def _unsupported(

@@ -14,8 +14,8 @@ import torch
 from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 
 HOPPER = (9, 0)
-# Memory for the results between the kernels; (batch row, head) pairs are computed in groups that fit, at least one.
-WORKSPACE_BYTES = 1536 * 2**20
+# Memory for the results between the kernels: this part of the device's, and this on the CPU.
+WORKSPACE_SHARE, CPU_WORKSPACE = 16, 2**30
 # Programs of `right_kernel` that load a large device evenly.
 _PROGRAMS = 3072
 
@@ -67,9 +67,9 @@ def right_config(
     if capability != HOPPER:
         return RightConfig(64, *(blocks if blocks[0] < 128 and not blocks[1] else (64, 0, columns > 64)), 1, 4)
     padded = {block_m: -(-lines // block_m) * block_m for block_m in (64, 128)}
-    if sum(blocks[:2]) > 64 or padded[128] > 1.1 * padded[64]:
-        return RightConfig(64, *blocks, 2, 4, True)
-    return RightConfig(128, *blocks, 3, 8, True, 168)
+    if blocks == (64, 0, False) and padded[128] < 1.1 * padded[64]:
+        return RightConfig(128, *blocks, 3, 8, True, 200)
+    return RightConfig(64, *blocks, 3 if blocks[0] <= 32 else 2, 4, True)
 
 
 def items_per_program(items: int, other_programs: int) -> int:
@@ -101,6 +101,24 @@ def average_config(head_dim: int, element_size: int, capability: tuple[int, int]
     if element_size == 4 or block_d > 128:
         return LeftConfig(16, 16 if block_d > 128 else 32, 1, 4)
     return LeftConfig(64, 32, 2, 4)
+
+
+def group_size(groups: int, bytes_per_group: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+    """How many of the (batch row, head) pairs are computed together: as many as fit in the workspace, at least one.
+
+    `workspace_bytes`: instead of the device's own, for measurements.
+    """
+    fitting = max(1, min(groups, (workspace_bytes or workspace_of(device)) // bytes_per_group))
+    # Of the same size, as far as possible: a small last launch would leave most of the device idle.
+    return -(-groups // -(-groups // fitting))
+
+
+@functools.cache
+def workspace_of(device: torch.device) -> int:
+    """Bytes for the results between the kernels on `device`."""
+    if device.type != "cuda":
+        return CPU_WORKSPACE
+    return torch.cuda.get_device_properties(device).total_memory // WORKSPACE_SHARE
 
 
 @functools.cache

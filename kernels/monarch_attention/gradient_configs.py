@@ -31,20 +31,32 @@ def left_gradient_config(
         return GradientConfig(tile, 16, 1, 4), rows <= tile
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if capability == HOPPER:
-        return GradientConfig(block_m, 64, 2, 4 if block_m < 64 else 8), rows <= block_m
+        return GradientConfig(block_m, 64, 2, 4), rows <= block_m
     return GradientConfig(block_m, 32, 1, 4 if block_m < 64 else 8), rows <= block_m
 
 
 def right_gradient_config(
     columns: int, head_dim: int, element_size: int, capability: tuple[int, int]
 ) -> GradientConfig:
-    """Of `right_gradient_kernel` (lines by columns) and `query_gradient_kernel`, for the columns of a tile."""
+    """Of `right_gradient_kernel`, lines by columns, for the columns of a tile."""
     block_d = padded_head_dim(head_dim)
     if element_size == 4 or block_d > 128:
         return GradientConfig(16, 32 if block_d <= 64 and columns > 16 else 16, 1, 4)
-    block_l = 16 if columns <= 16 else 32 if columns <= 32 else 64
-    if capability != HOPPER:
-        return GradientConfig(32, block_l, 1, 4)
-    if 64 < columns <= 128:
-        return GradientConfig(32, 128, 2, 8)
-    return GradientConfig(64, block_l, 2, 8)
+    block_l = _column_block(columns)
+    return GradientConfig(32, block_l, 3, 4) if capability == HOPPER else GradientConfig(32, block_l, 1, 4)
+
+
+def query_gradient_config(
+    columns: int, head_dim: int, element_size: int, capability: tuple[int, int]
+) -> GradientConfig:
+    """Of `query_gradient_kernel`, lines by columns, for the columns of a tile."""
+    block_d = padded_head_dim(head_dim)
+    if element_size == 4 or block_d > 128:
+        return GradientConfig(16, 32 if block_d <= 64 and columns > 16 else 16, 1, 4)
+    block_l = _column_block(columns)
+    return GradientConfig(64, block_l, 3, 8) if capability == HOPPER else GradientConfig(64, block_l, 2, 4)
+
+
+def _column_block(columns: int) -> int:
+    """Columns that a program holds: all of them up to 64."""
+    return 16 if columns <= 16 else 32 if columns <= 32 else 64

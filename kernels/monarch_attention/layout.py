@@ -1,8 +1,13 @@
-"""How the tokens of a sequence or a video are arranged for Monarch attention: in tiles of rows and columns."""
+"""How the tokens of a sequence or a video are arranged for Monarch attention: in tiles of rows and columns.
+
+`index` makes torch.compile take the sizes of a layout as constants. As symbols they would make the shapes of tiles
+expressions that it needs minutes to simplify; the number of tokens may be a symbol.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -51,7 +56,8 @@ class SequenceLayout:
 
     def tiling(self, num_tokens: int) -> Tiling:
         """One tile of `num_tokens` / `block_size` rows, rounded up, and `block_size` columns."""
-        return Tiling(1, -(-num_tokens // self.block_size), self.block_size)
+        block_size = index(self.block_size)
+        return Tiling(1, -(-num_tokens // block_size), block_size)
 
     def token_index(self, num_tokens: int, device: torch.device | str | None = None) -> Tensor:
         """The token in each place: int64 [1, rows, block_size], -1 where there is padding."""
@@ -101,12 +107,13 @@ class GridLayout:
     @property
     def frame_tokens(self) -> int:
         """Tokens of a frame."""
-        return self.height * self.width
+        return index(self.height) * index(self.width)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of a tile."""
-        return self.f_tied, self.height // self.h_reduce, self.width // self.w_reduce
+        height, width = index(self.height) // index(self.h_reduce), index(self.width) // index(self.w_reduce)
+        return index(self.f_tied), height, width
 
     def num_frames(self, num_tokens: int) -> int:
         """Frames that `num_tokens` tokens make.
@@ -120,7 +127,7 @@ class GridLayout:
                 "pass the height and the width of the token grid, and the tokens of whole frames",
             )
         frames = num_tokens // self.frame_tokens
-        if frames % self.f_tied:
+        if frames % index(self.f_tied):
             raise HFEError(f"`f_tied` is {self.f_tied}, and there are {frames} frames", "it must divide their number")
         return frames
 

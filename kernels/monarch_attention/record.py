@@ -14,11 +14,16 @@ from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.monarch_attention.api import monarch_attention
 from hf_efficient.kernels.monarch_attention.configs import average_config, left_config, right_config
 from hf_efficient.kernels.monarch_attention.geometry import geometry
-from hf_efficient.kernels.monarch_attention.gradient_configs import left_gradient_config, right_gradient_config
+from hf_efficient.kernels.monarch_attention.gradient_configs import (
+    left_gradient_config,
+    query_gradient_config,
+    right_gradient_config,
+)
 from hf_efficient.kernels.monarch_attention.layout import GridLayout, SequenceLayout
 from hf_efficient.kernels.monarch_attention.op import monarch_attention_backward, monarch_attention_forward
 from hf_efficient.kernels.monarch_attention.reference import monarch_attention as reference_monarch_attention
 from hf_efficient.kernels.monarch_attention.reference import tiles_per_chunk, visible_tiles
+from hf_efficient.kernels.validate import rows_contiguous
 
 Layout = SequenceLayout | GridLayout
 
@@ -91,7 +96,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         "head_dim 128": draw(grid, 30, head_dim=128),
         "head_dim 256": draw(grid, 15, head_dim=256),
         "a scale of its own": draw(grid, 15) | {"scale": 0.6},
-        "no token": draw(grid, 0),
+        "no token": draw(sequence, 0),
         "no row": draw(sequence, 12, batch=0),
         "no row, masked": draw(sequence, 12, batch=0)
         | {"key_mask": torch.ones(0, 12, dtype=torch.bool, device=device)},
@@ -166,6 +171,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
     """The operators, with the arguments that the public function passes."""
     q, k, v, layout, key_mask = (arguments.get(name) for name in ("q", "k", "v", "layout", "key_mask"))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     at = list(geometry(layout, q.shape[2], k.shape[2], arguments.get("causal_frames")))
     scale = arguments.get("scale", q.shape[3] ** -0.5)
     is_sequence = isinstance(layout, SequenceLayout)
@@ -183,7 +189,7 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # dtypes of arguments; those of q for the others named here.
-_FLOAT32 = ("c_l", "lse", "averaged_lse", "dc", "e", "delta", "dq_part")
+_FLOAT32 = ("lse_r", "c_l", "lse", "averaged_lse", "dc", "e", "delta", "dq_part")
 _ELEMENTS = ("out", "q", "k", "v", "k_tail", "v_tail", "a_l", "y", "averaged", "pad_query", "dout", "dq", "dk", "dv")
 _ELEMENTS += ("dz", "da", "dy")
 
@@ -193,6 +199,8 @@ def _compilation(label: str, kernel: Any, element: str, constants: dict[str, Any
     absent = {} if constants.get("HAS_MASK") else {"key_mask": None}
     if "pad_query" in kernel.arg_names and not constants.get("PAD_MEAN"):
         absent["pad_query"] = None
+    if constants.get("WITH_LSE") is False:
+        absent["lse_r"] = None
     constants = {name: value for name, value in (constants | absent).items() if name in kernel.arg_names}
     types = {name: "i32" for name in kernel.arg_names if name not in constants}
     types |= {name: f"*{element}" for name in types if name in _ELEMENTS}
@@ -201,7 +209,9 @@ def _compilation(label: str, kernel: Any, element: str, constants: dict[str, Any
     types |= {name: "*u8" for name in types if name == "key_mask"}
     if constants.get("USE_TMA"):
         block_d = constants["BLOCK_D"]
-        for name, rows in (("k", "BLOCK_L"), ("v", "BLOCK_L"), ("k_tail", "TAIL_L"), ("v_tail", "TAIL_L")):
+        blocks = {"k": "BLOCK_L", "v": "BLOCK_L", "k_tail": "TAIL_L", "v_tail": "TAIL_L"}
+        blocks |= {"q": "BLOCK_M"} if constants["LOOP_ROWS"] else {}
+        for name, rows in blocks.items():
             if constants[rows]:
                 types[name] = f"tensordesc<{element}[1, 1, {constants[rows]}, {block_d}]>"
     return Compilation(
@@ -215,9 +225,9 @@ def _compilation(label: str, kernel: Any, element: str, constants: dict[str, Any
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Every kernel for video grids and for masked sequences, with small, large and float32 tiles.
+    """Every kernel for video grids and for sequences.
 
-    All of them for 8.6, where a program has the least shared memory, and for 9.0, which has tiles of its own.
+    With large tiles for 8.6, where a program has the least shared memory, and the tiles of 9.0, which has its own.
     """
     from hf_efficient.kernels.monarch_attention.triton_forward import average_kernel, left_kernel, right_kernel
     from hf_efficient.kernels.monarch_attention.triton_gradients import (
@@ -227,28 +237,30 @@ def compilations(capability: int) -> Iterator[Compilation]:
         summary_gradient_kernel,
     )
 
-    # (element, head_dim, rows, columns, a sequence), of grids of 21 tiles.
-    cases = [
-        ("bf16", 128, 30, 52, False),
-        ("bf16", 128, 90, 80, False),
-        ("bf16", 64, 128, 128, True),
-        ("fp16", 64, 15, 14, True),
-        ("bf16", 256, 48, 150, False),
-        ("fp32", 128, 30, 52, True),
-        ("fp32", 256, 90, 80, False),
-    ]
+    # (element, head_dim, rows, columns, kind of layout); grids have 21 tiles.
+    cases = {
+        86: [
+            ("bf16", 128, 30, 52, "grid"),
+            ("bf16", 64, 128, 128, "masked"),
+            ("bf16", 256, 90, 150, "grid"),
+            ("fp32", 128, 15, 14, "masked"),
+            ("fp32", 256, 90, 80, "grid"),
+        ],
+        90: [("bf16", 128, 30, 52, "grid"), ("bf16", 64, 128, 128, "sequence"), ("bf16", 128, 135, 80, "grid")],
+    }
     device = divmod(capability, 10)
-    for element, head_dim, rows, columns, is_sequence in cases if capability in (86, 90) else cases[2:3]:
-        label = f"{element} head_dim {head_dim}, {rows} x {columns}, {'masked sequence' if is_sequence else 'grid'}"
+    for element, head_dim, rows, columns, kind in cases.get(capability, [("fp16", 64, 15, 14, "masked")]):
+        label = f"{element} head_dim {head_dim}, {kind} of {rows} x {columns}"
         size = _SIZES[element]
-        common = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
-        common |= {"IS_SEQUENCE": is_sequence, "HAS_MASK": is_sequence, "PAD_MEAN": is_sequence}
-        right = right_config(columns, columns if is_sequence else 21 * columns, head_dim, size, device)
+        common = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "IS_SEQUENCE": kind != "grid"}
+        common |= {"HAS_MASK": kind == "masked", "PAD_MEAN": kind == "masked"}
+        right = right_config(columns, columns if kind != "grid" else 21 * columns, head_dim, size, device)
         for averaged in (False, True):
-            use_tma = right.use_tma and not is_sequence
+            use_tma = right.use_tma and kind != "masked"
             constants = {**common, "BLOCK_M": right.block_m, "BLOCK_L": right.block_l, "TAIL_L": right.tail_l}
             constants |= {"STREAM": right.stream, "AVERAGED": averaged, "WITH_Y": not averaged, "USE_TMA": use_tma}
-            constants |= {"NUM_STAGES": right.num_stages, "PAD_MEAN": is_sequence and not averaged}
+            constants |= {"NUM_STAGES": right.num_stages, "PAD_MEAN": kind == "masked" and not averaged}
+            constants |= {"WITH_LSE": not averaged, "LOOP_ROWS": use_tma and kind == "sequence" and not averaged}
             yield _compilation(f"{label}, averaged {averaged}", right_kernel, element, constants, right)
         left = left_config(rows, head_dim, size, device)
         tiles = {"BLOCK_M": left.block_m, "BLOCK_N": left.block_n, "NUM_STAGES": left.num_stages}
@@ -266,8 +278,11 @@ def compilations(capability: int) -> Iterator[Compilation]:
             yield _compilation(label, summary_gradient_kernel, element, {**common, **tiles}, gradient)
         gradient = right_gradient_config(columns, head_dim, size, device)
         constants = {**common, "BLOCK_M": gradient.block_m, "BLOCK_L": gradient.block_n}
-        constants |= {"NUM_STAGES": gradient.num_stages, "ONE_BLOCK": columns <= gradient.block_n}
+        constants |= {"NUM_STAGES": gradient.num_stages}
         yield _compilation(label, right_gradient_kernel, element, constants, gradient)
+        gradient = query_gradient_config(columns, head_dim, size, device)
+        constants = {**common, "BLOCK_M": gradient.block_m, "BLOCK_L": gradient.block_n}
+        constants |= {"NUM_STAGES": gradient.num_stages}
         yield _compilation(label, query_gradient_kernel, element, constants, gradient)
 
 

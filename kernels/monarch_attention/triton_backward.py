@@ -7,9 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_efficient.kernels.decode_attention.configs import padded_head_dim
-from hf_efficient.kernels.monarch_attention.configs import WORKSPACE_BYTES, capability_of
+from hf_efficient.kernels.monarch_attention.configs import capability_of, group_size
 from hf_efficient.kernels.monarch_attention.geometry import Geometry
-from hf_efficient.kernels.monarch_attention.gradient_configs import left_gradient_config, right_gradient_config
+from hf_efficient.kernels.monarch_attention.gradient_configs import (
+    left_gradient_config,
+    query_gradient_config,
+    right_gradient_config,
+)
 from hf_efficient.kernels.monarch_attention.triton_gradients import (
     left_gradient_kernel,
     query_gradient_kernel,
@@ -31,7 +35,7 @@ def launch_backward(
     scale: float,
     is_sequence: bool,
     pad_mean: bool,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
@@ -47,20 +51,23 @@ def launch_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     batch, heads, query_tokens, head_dim = q.shape
     groups, lines, key_rows = batch * heads, at.query_tiles * at.columns, at.key_tiles * at.rows
-    dz_columns = -(-at.columns // 16) * 16  # rows of dz start at multiples of 16 elements
-    per_group = lines * key_rows * ((2 * head_dim + dz_columns) * q.element_size() + 8)
-    size = max(1, min(groups, workspace_bytes // per_group))
-    size = -(-groups // -(-groups // size))  # groups of the same size, as far as possible
+    dz_lines = -(-lines // 16) * 16  # rows of dz start at multiples of 16 elements
+    per_group = lines * key_rows * ((2 * head_dim + at.columns) * q.element_size() + 12)
+    size = group_size(groups, per_group, q.device, workspace_bytes)
+    # Binds the device to this thread, which autograd made: the driver encodes descriptors of tensors for it.
+    lse.new_zeros(1)
     forward = Workspace(q, k, v, key_mask, at, scale, is_sequence, pad_mean, size)
     new = {"dtype": torch.float32, "device": q.device}
     dc = torch.empty((size, lines, key_rows), **new)
+    lse_r = torch.empty_like(dc)
     delta = torch.empty((size, lines, at.rows), **new)
-    dz = torch.empty((size, at.rows, lines, at.key_tiles * dz_columns), dtype=q.dtype, device=q.device)
+    dz = torch.empty((size, at.rows, at.key_tiles, at.columns, dz_lines), dtype=q.dtype, device=q.device)
     # The mean of a column's queries has its share of every query's gradient, which is known when all are computed.
     dq_part = torch.empty((groups if pad_mean else size, lines, at.rows, head_dim), **new)
     capability = capability_of(q.device)
     left, all_rows = left_gradient_config(at.rows, head_dim, q.element_size(), capability)
     right = right_gradient_config(at.columns, head_dim, q.element_size(), capability)
+    query = query_gradient_config(at.columns, head_dim, q.element_size(), capability)
     mask = forward.key_mask
     mask_stride = 0 if mask is None else mask.stride(0)
     common = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
@@ -69,11 +76,13 @@ def launch_backward(
     of_left |= {"NUM_STAGES": left.num_stages, "num_warps": left.num_warps}
     of_right = {**common, "BLOCK_M": right.block_m, "BLOCK_L": right.block_n, "PAD_MEAN": pad_mean}
     of_right |= {"NUM_STAGES": right.num_stages, "num_warps": right.num_warps}
+    of_query = {**common, "BLOCK_M": query.block_m, "BLOCK_L": query.block_n, "PAD_MEAN": pad_mean}
+    of_query |= {"NUM_STAGES": query.num_stages, "num_warps": query.num_warps}
     for first in range(0, groups, size):
         count = min(size, groups - first)
         part = dq_part[first:] if pad_mean else dq_part
         own_lse = lse.view(groups, lines, at.rows)[first:]
-        forward.right_step(first, count, averaged=False, with_y=True)
+        forward.right_step(first, count, averaged=False, with_y=True, lse_r=lse_r)
         summaries = forward.a_l, forward.y, forward.c_l
         numbers = first, heads, query_tokens, scale, forward.qk_scale, *q.stride()[:3], mask_stride, *at
         left_gradient_kernel[(lines * -(-at.rows // left.block_m), count)](
@@ -86,18 +95,17 @@ def launch_backward(
         da, dy, e = summaries  # which the kernels have replaced
         blocks_l = -(-at.columns // right.block_n)
         right_gradient_kernel[(key_rows * blocks_l, count)](
-            *(dk, dv, dz, q, k, v, da, dy, dc, e, mask),
+            *(dk, dv, dz, q, k, v, da, dy, dc, e, lse_r, mask),
             forward.pad_query[first:] if pad_mean else None,
             *(first, heads, query_tokens, k.shape[2], scale, forward.qk_scale),
             *(stride for x in (q, k, v, dk, dv) for stride in x.stride()[:3]),
-            *(mask_stride, *at, dz_columns),
-            ONE_BLOCK=blocks_l == 1,
+            *(mask_stride, *at, dz_lines),
             **of_right,
         )
-        query_gradient_kernel[(-(-lines // right.block_m) * at.rows, count)](
+        query_gradient_kernel[(-(-lines // query.block_m) * at.rows, count)](
             *(dq, part, dz, k, mask, first, heads, query_tokens, k.shape[2]),
-            *(*k.stride()[:3], *dq.stride()[:3], mask_stride, *at, dz_columns),
-            **of_right,
+            *(*k.stride()[:3], *dq.stride()[:3], mask_stride, *at, dz_lines),
+            **of_query,
         )
     if pad_mean:
         _share_means(dq, dq_part, mask, at)

@@ -72,11 +72,13 @@ if HAVE_TRITON:
             return load_tokens(base, token, valid, stride_n, HEAD_DIM, BLOCK_D)
 
     @triton.jit
-    def store_row(target, value, row, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Write a result [BLOCK_M, BLOCK_D] to rows of `target`."""
+    def store_lines(target, value, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+        """Write a result [BLOCK_M, BLOCK_D] for one key row of consecutive lines, `stride` elements apart."""
         offs_d = tl.arange(0, BLOCK_D)
+        # 32-bit offsets from one pointer: 64-bit pointers of all rows would take too many registers.
+        offsets = tl.arange(0, BLOCK_M)[:, None] * stride + offs_d[None, :]
         mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
-        tl.store(target + row[:, None] * HEAD_DIM + offs_d[None, :], value.to(target.dtype.element_ty), mask=mask)
+        tl.store(target + offsets, value.to(target.dtype.element_ty), mask=mask)
 
     # Grid (b1 * blocks of lines, G, parts of the key tiles): a program holds BLOCK_M lines of one row, and passes over
     # key tiles; with LOOP_ROWS, of a single tile, over rows: (parts of the rows * blocks of lines, G). z are logits,
@@ -97,6 +99,7 @@ if HAVE_TRITON:
         key_mask,
         pad_query,
         averaged,
+        lse_r,
         first_group,
         heads,
         query_tokens,
@@ -142,6 +145,7 @@ if HAVE_TRITON:
         PAD_MEAN: tl.constexpr,
         AVERAGED: tl.constexpr,
         WITH_Y: tl.constexpr,
+        WITH_LSE: tl.constexpr,
         USE_TMA: tl.constexpr,
         NUM_STAGES: tl.constexpr,
     ):
@@ -168,7 +172,7 @@ if HAVE_TRITON:
         query_tile = line // columns
         row_offset = shift + inner_offset(row, row_inner, row_stride_outer, row_stride_inner)
         offs_d = tl.arange(0, BLOCK_D)
-        line_ptr = (group.to(tl.int64) * lines + line) * key_rows
+        first_row = (group.to(tl.int64) * lines + start_line) * key_rows
         if not AVERAGED and not LOOP_ROWS:
             q_token = row_offset + inner_offset(column, column_inner, column_stride_outer, column_stride_inner)
             q_token += tile_offset(query_tile, tiles_h, tiles_w, tile_stride_f, tile_stride_h, tile_stride_w)
@@ -199,7 +203,8 @@ if HAVE_TRITON:
             start = row_offset + tile_offset(key_tile, tiles_h, tiles_w, tile_stride_f, tile_stride_h, tile_stride_w)
             key_row = key_tile * rows + row
             if AVERAGED:
-                ptrs = averaged + (line_ptr + key_row)[:, None] * HEAD_DIM + offs_d[None, :]
+                offsets = tl.arange(0, BLOCK_M)[:, None] * (key_rows * HEAD_DIM) + offs_d[None, :]
+                ptrs = averaged + (first_row + key_row) * HEAD_DIM + offsets
                 q_tile = tl.load(ptrs, mask=(line < lines)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
             m_i = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
             l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -274,6 +279,9 @@ if HAVE_TRITON:
                 if TAIL_L > 0:
                     pt = (pt * inverse[:, None]).to(k_tile.dtype)
                     a_acc = tl.dot(pt, kt_tile, a_acc, input_precision="ieee")
+                # Before the next product, so that its registers are free again.
+                target = (first_row + key_row) * HEAD_DIM
+                store_lines(a_l + target, a_acc, line < lines, key_rows * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_M)
                 if WITH_Y:
                     v_tile = load_keys(
                         v, batch, head, start, token, valid, v_stride_b, v_stride_h, v_stride_n,
@@ -287,10 +295,16 @@ if HAVE_TRITON:
                         )  # fmt: skip
                         y_acc = tl.dot(pt, vt_tile, y_acc, input_precision="ieee")
             entropy = tl.where(dead, float("inf"), e_i * inverse - tl.log2(tl.where(dead, 1.0, l_i)))
-            tl.store(c_l + line_ptr + key_row, entropy, mask=line < lines)
-            store_row(a_l, a_acc, line_ptr + key_row, line < lines, HEAD_DIM, BLOCK_D)
+            tl.store(c_l + first_row + key_row + tl.arange(0, BLOCK_M) * key_rows, entropy, mask=line < lines)
+            if WITH_LSE:
+                lse = m_i * (1.0 if STREAM else qk_scale) + tl.log2(tl.where(dead, 1.0, l_i))
+                offsets = tl.arange(0, BLOCK_M) * key_rows
+                tl.store(lse_r + first_row + key_row + offsets, tl.where(dead, float("inf"), lse), mask=line < lines)
+            target = (first_row + key_row) * HEAD_DIM
+            if STREAM:
+                store_lines(a_l + target, a_acc, line < lines, key_rows * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_M)
             if WITH_Y:
-                store_row(y, y_acc, line_ptr + key_row, line < lines, HEAD_DIM, BLOCK_D)
+                store_lines(y + target, y_acc, line < lines, key_rows * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_M)
 
     # Grid (blocks of b1 * lines, G), the last lines first, whose a_l and y may still be in the L2 cache: a program
     # holds BLOCK_M query rows of one line. FlashAttention's online softmax over the key rows; m_i, l_i, acc as there.

@@ -24,33 +24,39 @@ if HAVE_TRITON:
 
     @triton.jit
     def load_rows(source, row, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Rows [M] of a contiguous [rows, HEAD_DIM], [M, BLOCK_D]; zeros where not inside."""
+        """Rows [M] of a contiguous [rows, HEAD_DIM], [M, BLOCK_D]; zeros where not inside.
+
+        Rows in 32 bits need fewer registers; `source` then already points near them.
+        """
         offs_d = tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (offs_d < HEAD_DIM)[None, :]
-        return tl.load(source + row.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+        return tl.load(source + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
 
     @triton.jit
     def store_rows(target, row, inside, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
         """Write `value` [M, BLOCK_D] to rows [M] of a contiguous [rows, HEAD_DIM]."""
         offs_d = tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (offs_d < HEAD_DIM)[None, :]
-        ptrs = target + row.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
+        ptrs = target + row[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(ptrs, value.to(target.dtype.element_ty), mask=mask)
 
     @triton.jit
     def probability_gradients(q_tile, g_tile, a_tile, y_tile, c_i, lse_i, delta_i, qk_scale):
-        """L and dU of some queries and key rows, [M, N]."""
-        u = tl.dot(q_tile, tl.trans(a_tile), input_precision="ieee") * qk_scale - c_i[None, :]
+        """L and dU of some key rows and queries, both [N, M], and the term e of each key row without the entropy's.
+
+        <da, a_l> + <dy, y> is the sum of dU u + L (g y) over the queries, which are fewer than the head_dim.
+        """
+        u = tl.dot(a_tile, tl.trans(q_tile), input_precision="ieee") * qk_scale
         # 0 for queries that take part in nothing, whose lse is +inf, and for key rows without a valid key: c is +inf.
-        p = tl.exp2(u - lse_i[:, None])
-        dp = tl.dot(g_tile, tl.trans(y_tile), input_precision="ieee")
-        return p, p * (dp - delta_i[:, None])
+        p = tl.exp2(u - c_i[:, None] - lse_i[None, :])
+        dp = tl.dot(y_tile, tl.trans(g_tile), input_precision="ieee")
+        du = p * (dp - delta_i[None, :])
+        return p, du, tl.sum(du * u * 0.6931471805599453 + p * dp, axis=1)
 
     @triton.jit
-    def entropy_term(da, dy, dc_i, a_tile, y_tile, c_i):
-        """The term e of some key rows, [N]; c is to base 2."""
-        e_i = tl.sum(da * a_tile.to(tl.float32) + dy * y_tile.to(tl.float32), axis=1)
-        return e_i + dc_i * tl.where(c_i == float("inf"), 0.0, c_i) * 0.6931471805599453
+    def entropy_term(dc_i, c_i):
+        """The part of e that comes from the entropy, [N]; c is to base 2."""
+        return dc_i * tl.where(c_i == float("inf"), 0.0, c_i) * 0.6931471805599453
 
     # Grid (lines * blocks of b1, G): a program holds BLOCK_M query rows of one line and passes over the key rows. With
     # SUMMARIES these are all rows of the line, and it writes da, dy, dc and e too; otherwise it writes delta for
@@ -133,26 +139,30 @@ if HAVE_TRITON:
         if causal_tiles > 0:
             end_row = (query_tile // causal_tiles + 1) * causal_tiles * rows
         first = (group * lines + line) * key_rows
-        dq_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        a_l += first * HEAD_DIM
+        y += first * HEAD_DIM
+        c_l += first
+        dc += first
+        # Transposed, [BLOCK_D, BLOCK_M]: the tensor cores' tile has at least 64 rows, more than many tiles have.
+        dq_acc = tl.zeros([BLOCK_D, BLOCK_M], dtype=tl.float32)
         for start_n in tl.range(0, end_row, BLOCK_N, num_stages=NUM_STAGES):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             inside = offs_n < end_row
-            a_tile = load_rows(a_l, first + offs_n, inside, HEAD_DIM, BLOCK_D)
-            y_tile = load_rows(y, first + offs_n, inside, HEAD_DIM, BLOCK_D)
-            c_i = tl.load(c_l + first + offs_n, mask=inside, other=float("inf"))
-            p, du = probability_gradients(q_tile, g_tile, a_tile, y_tile, c_i, lse_i, delta_i, qk_scale)
+            a_tile = load_rows(a_l, offs_n, inside, HEAD_DIM, BLOCK_D)
+            y_tile = load_rows(y, offs_n, inside, HEAD_DIM, BLOCK_D)
+            c_i = tl.load(c_l + offs_n, mask=inside, other=float("inf"))
+            p, du, e_i = probability_gradients(q_tile, g_tile, a_tile, y_tile, c_i, lse_i, delta_i, qk_scale)
             du_half = du.to(q_tile.dtype)
-            dq_acc = tl.dot(du_half, a_tile, dq_acc, input_precision="ieee")
+            dq_acc = tl.dot(tl.trans(a_tile), du_half, dq_acc, input_precision="ieee")
             if SUMMARIES:
-                da = tl.dot(tl.trans(du_half), q_tile, input_precision="ieee") * scale
-                dy = tl.dot(tl.trans(p.to(g_tile.dtype)), g_tile, input_precision="ieee")
-                dc_i = -tl.sum(du, axis=0)
-                e_i = entropy_term(da, dy, dc_i, a_tile, y_tile, c_i)
-                store_rows(a_l, first + offs_n, inside, da, HEAD_DIM, BLOCK_D)
-                store_rows(y, first + offs_n, inside, dy, HEAD_DIM, BLOCK_D)
-                tl.store(dc + first + offs_n, dc_i, mask=inside)
-                tl.store(c_l + first + offs_n, e_i, mask=inside)
-        store_rows(dq_part, query_row, row < rows, dq_acc * scale, HEAD_DIM, BLOCK_D)
+                dc_i = -tl.sum(du, axis=1)
+                tl.store(dc + offs_n, dc_i, mask=inside)
+                tl.store(c_l + offs_n, e_i + entropy_term(dc_i, c_i), mask=inside)
+                da = tl.dot(du_half, q_tile, input_precision="ieee") * scale
+                store_rows(a_l, offs_n, inside, da, HEAD_DIM, BLOCK_D)
+                dy = tl.dot(p.to(g_tile.dtype), g_tile, input_precision="ieee")
+                store_rows(y, offs_n, inside, dy, HEAD_DIM, BLOCK_D)
+        store_rows(dq_part, query_row, row < rows, tl.trans(dq_acc) * scale, HEAD_DIM, BLOCK_D)
 
     # Grid (lines * blocks of key rows, G): da, dy, dc and e of BLOCK_N key rows of a line; passes over its query rows.
     @triton.jit(do_not_specialize=["first_group", "query_tokens", "key_tiles", "query_tiles"])
@@ -225,6 +235,7 @@ if HAVE_TRITON:
         da = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         dy = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         dc_i = tl.zeros([BLOCK_N], dtype=tl.float32)
+        e_i = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start_m in tl.range(0, rows, BLOCK_M, num_stages=NUM_STAGES):
             row = start_m + tl.arange(0, BLOCK_M)
             token = line_token + inner_offset(row, row_inner, row_stride_outer, row_stride_inner)
@@ -234,13 +245,13 @@ if HAVE_TRITON:
             query_row = (group * lines + line) * rows + row
             lse_i = tl.load(lse + query_row, mask=row < rows, other=float("inf"))
             delta_i = tl.load(delta + query_row, mask=row < rows, other=0.0)
-            p, du = probability_gradients(q_tile, g_tile, a_tile, y_tile, c_i, lse_i, delta_i, qk_scale)
-            da = tl.dot(tl.trans(du.to(q_tile.dtype)), q_tile, da, input_precision="ieee")
-            dy = tl.dot(tl.trans(p.to(g_tile.dtype)), g_tile, dy, input_precision="ieee")
-            dc_i -= tl.sum(du, axis=0)
-        da *= scale
-        e_i = entropy_term(da, dy, dc_i, a_tile, y_tile, c_i)
-        store_rows(a_l, key_row, inside, da, HEAD_DIM, BLOCK_D)
+            p, du, e_part = probability_gradients(q_tile, g_tile, a_tile, y_tile, c_i, lse_i, delta_i, qk_scale)
+            da = tl.dot(du.to(q_tile.dtype), q_tile, da, input_precision="ieee")
+            dy = tl.dot(p.to(g_tile.dtype), g_tile, dy, input_precision="ieee")
+            dc_i -= tl.sum(du, axis=1)
+            e_i += e_part
+        e_i += entropy_term(dc_i, c_i)
+        store_rows(a_l, key_row, inside, da * scale, HEAD_DIM, BLOCK_D)
         store_rows(y, key_row, inside, dy, HEAD_DIM, BLOCK_D)
         tl.store(dc + key_row, dc_i, mask=inside)
         tl.store(c_l + key_row, e_i, mask=inside)
@@ -258,6 +269,7 @@ if HAVE_TRITON:
         dy,
         dc,
         e,
+        lse_r,
         key_mask,
         pad_query,
         first_group,
@@ -299,12 +311,11 @@ if HAVE_TRITON:
         column_stride_inner,
         shift,
         causal_tiles,
-        dz_columns,
+        dz_lines,
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_L: tl.constexpr,
-        ONE_BLOCK: tl.constexpr,
         IS_SEQUENCE: tl.constexpr,
         HAS_MASK: tl.constexpr,
         PAD_MEAN: tl.constexpr,
@@ -349,43 +360,28 @@ if HAVE_TRITON:
             if PAD_MEAN:
                 mean = load_rows(pad_query, group * columns + column, inside & ~q_valid, HEAD_DIM, BLOCK_D)
                 q_tile = tl.where(q_valid[:, None], q_tile, mean)
-            z = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * qk_scale
-            z = tl.where(valid[None, :], z, -1e30)
-            m_i = tl.max(z, axis=1)
-            l_i = tl.sum(tl.exp2(z - m_i[:, None]), axis=1)
-            if not ONE_BLOCK:
-                # The softmax is over all keys of the row.
-                for other in tl.range(0, blocks_l):
-                    offs_o = other * BLOCK_L + tl.arange(0, BLOCK_L)
-                    token_o = start + inner_offset(offs_o, column_inner, column_stride_outer, column_stride_inner)
-                    valid_o = attended(key_mask, token_o, key_tokens, offs_o < columns, IS_SEQUENCE, HAS_MASK)
-                    ko_tile = load_tokens(k_base, token_o, valid_o, k_stride_n, HEAD_DIM, BLOCK_D)
-                    zo = tl.dot(q_tile, tl.trans(ko_tile), input_precision="ieee") * qk_scale
-                    zo = tl.where(valid_o[None, :], zo, -1e30)
-                    m_ij = tl.maximum(m_i, tl.max(zo, axis=1))
-                    # The block of the program is counted already.
-                    counted = tl.where(other == tl.program_id(0) % blocks_l, 0.0, 1.0)
-                    l_i = l_i * tl.exp2(m_i - m_ij) + counted * tl.sum(tl.exp2(zo - m_ij[:, None]), axis=1)
-                    m_i = m_ij
-            # A key row without a valid key has R = 0.
-            log_r = z - (m_i + tl.log2(l_i))[:, None]
-            r = tl.where(valid[None, :], tl.exp2(log_r), 0.0)
-            summary = (group * lines + line) * key_rows + key_row
-            da_tile = load_rows(da, summary, inside, HEAD_DIM, BLOCK_D)
-            dy_tile = load_rows(dy, summary, inside, HEAD_DIM, BLOCK_D)
-            dc_i = tl.load(dc + summary, mask=inside, other=0.0) * 0.6931471805599453
-            e_i = tl.load(e + summary, mask=inside, other=0.0)
-            dr = tl.dot(da_tile, tl.trans(k_tile), input_precision="ieee")
-            dr = tl.dot(dy_tile, tl.trans(v_tile), dr, input_precision="ieee")
-            dr += dc_i[:, None] * log_r - e_i[:, None]
-            dz_tile = tl.where(valid[None, :], r * dr * scale, 0.0).to(q_tile.dtype)
-            dz_row = ((group * rows + row) * lines + line) * key_tiles + key_tile
-            ptrs = dz + dz_row[:, None] * dz_columns + offs_l[None, :]
-            tl.store(ptrs, dz_tile, mask=inside[:, None] & (offs_l < columns)[None, :])
-            r_trans = tl.trans(r.to(q_tile.dtype))
-            dk_acc = tl.dot(tl.trans(dz_tile), q_tile, dk_acc, input_precision="ieee")
-            dk_acc = tl.dot(r_trans, da_tile, dk_acc, input_precision="ieee")
-            dv_acc = tl.dot(r_trans, dy_tile, dv_acc, input_precision="ieee")
+            # Lines are `key_rows` rows apart.
+            first_summary = (group * lines + start_line) * key_rows + key_row
+            summary = tl.arange(0, BLOCK_M) * key_rows
+            da_tile = load_rows(da + first_summary * HEAD_DIM, summary, inside, HEAD_DIM, BLOCK_D)
+            dy_tile = load_rows(dy + first_summary * HEAD_DIM, summary, inside, HEAD_DIM, BLOCK_D)
+            dc_i = tl.load(dc + first_summary + summary, mask=inside, other=0.0) * 0.6931471805599453
+            e_i = tl.load(e + first_summary + summary, mask=inside, other=0.0)
+            lse_i = tl.load(lse_r + first_summary + summary, mask=inside, other=float("inf"))
+            log_r = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * qk_scale - lse_i[None, :]
+            r = tl.where(valid[:, None], tl.exp2(log_r), 0.0)
+            dr = tl.dot(k_tile, tl.trans(da_tile), input_precision="ieee")
+            dr = tl.dot(v_tile, tl.trans(dy_tile), dr, input_precision="ieee")
+            dr += dc_i[None, :] * log_r - e_i[None, :]
+            # Where R is 0 its logarithm may be -inf.
+            dz_tile = tl.where(r > 0.0, r * dr * scale, 0.0).to(q_tile.dtype)
+            dz_row = ((group * rows + row) * key_tiles + key_tile) * columns + offs_l
+            ptrs = dz + dz_row[:, None] * dz_lines + line[None, :]
+            tl.store(ptrs, dz_tile, mask=(offs_l < columns)[:, None] & inside[None, :])
+            r_half = r.to(q_tile.dtype)
+            dk_acc = tl.dot(dz_tile, q_tile, dk_acc, input_precision="ieee")
+            dk_acc = tl.dot(r_half, da_tile, dk_acc, input_precision="ieee")
+            dv_acc = tl.dot(r_half, dy_tile, dv_acc, input_precision="ieee")
         mask = present[:, None] & (offs_d < HEAD_DIM)[None, :]
         dk_ptrs = dk + batch * dk_stride_b + head * dk_stride_h + token.to(tl.int64)[:, None] * dk_stride_n
         dv_ptrs = dv + batch * dv_stride_b + head * dv_stride_h + token.to(tl.int64)[:, None] * dv_stride_n
@@ -429,7 +425,7 @@ if HAVE_TRITON:
         column_stride_inner,
         shift,
         causal_tiles,
-        dz_columns,
+        dz_lines,
         HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_M: tl.constexpr,
@@ -462,7 +458,7 @@ if HAVE_TRITON:
             end_tile = (last_tile // causal_tiles + 1) * causal_tiles
             own_end = (query_tile // causal_tiles + 1) * causal_tiles
         k_base = k + batch * k_stride_b + head * k_stride_h
-        dz += ((group * rows + row) * lines + line)[:, None] * key_tiles * dz_columns
+        first_key_row = (group * rows + row) * key_tiles
         offs_d = tl.arange(0, BLOCK_D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         blocks_l = tl.cdiv(columns, BLOCK_L)
@@ -473,9 +469,10 @@ if HAVE_TRITON:
             key += inner_offset(offs_l, column_inner, column_stride_outer, column_stride_inner)
             key_valid = attended(key_mask, key, key_tokens, offs_l < columns, IS_SEQUENCE, HAS_MASK)
             k_tile = load_tokens(k_base, key, key_valid, k_stride_n, HEAD_DIM, BLOCK_D)
-            written = ((line < lines) & (key_tile < own_end))[:, None] & (offs_l < columns)[None, :]
-            dz_tile = tl.load(dz + key_tile * dz_columns + offs_l[None, :], mask=written, other=0.0)
-            acc = tl.dot(dz_tile, k_tile, acc, input_precision="ieee")
+            written = (offs_l < columns)[:, None] & ((line < lines) & (key_tile < own_end))[None, :]
+            ptrs = dz + (first_key_row + key_tile) * columns * dz_lines + offs_l[:, None] * dz_lines + line[None, :]
+            dz_tile = tl.load(ptrs, mask=written, other=0.0)
+            acc = tl.dot(tl.trans(dz_tile), k_tile, acc, input_precision="ieee")
         query_row = (group * lines + line) * rows + row
         total = acc + load_rows(dq_part, query_row, line < lines, HEAD_DIM, BLOCK_D)
         if PAD_MEAN:

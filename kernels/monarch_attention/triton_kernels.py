@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.monarch_attention.configs import (
-    WORKSPACE_BYTES,
     LeftConfig,
     RightConfig,
     average_config,
     capability_of,
+    group_size,
     items_per_program,
     left_config,
     right_config,
@@ -37,7 +37,7 @@ def launch_forward(
     with_lse: bool,
     right: RightConfig | None = None,
     left: LeftConfig | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Nq, H, D], and the log-sum-exp (base 2) of the L-step [B, H, lines, rows], empty without `with_lse`.
 
@@ -56,9 +56,7 @@ def launch_forward(
         return out, lse
     groups = batch * heads
     per_group = lines * key_rows * (2 * head_dim * q.element_size() + 4)
-    size = max(1, min(groups, workspace_bytes // per_group))
-    # Groups of the same size, as far as possible: a small last launch would leave most of the device idle.
-    size = -(-groups // -(-groups // size))
+    size = group_size(groups, per_group, q.device, workspace_bytes)
     workspace = Workspace(q, k, v, key_mask, at, scale, is_sequence, pad_mean, size, right)
     for first in range(0, groups, size):
         workspace.right_step(first, min(size, groups - first), averaged=False, with_y=num_iters == 1)
@@ -101,8 +99,13 @@ class Workspace:
         self.c_l = torch.empty(shape, dtype=torch.float32, device=q.device)
         self.averaged_lse: Tensor | None = None
 
-    def right_step(self, first: int, count: int, *, averaged: bool, with_y: bool) -> None:
-        """`a_l`, `c_l` and, if asked, `y` of `count` groups from `first`; `averaged`: with the queries in `a_l`."""
+    def right_step(self, first: int, count: int, *, averaged: bool, with_y: bool, lse_r: Tensor | None = None) -> None:
+        """`a_l`, `c_l` and, if asked, `y` of `count` groups from `first`.
+
+        Args:
+            averaged: with the queries in `a_l` instead of `q`.
+            lse_r: if given, gets the log-sum-exp (base 2) of each line and key row; +inf without a valid key.
+        """
         config, at = self.right, self.at
         block_d = padded_head_dim(self.head_dim)
         use_tma = (
@@ -139,6 +142,7 @@ class Workspace:
             self.key_mask,
             self.pad_query[first:] if self.pad_query is not None else None,
             self.a_l,
+            lse_r,
             first,
             self.q.shape[1],
             self.q.shape[2],
@@ -162,6 +166,7 @@ class Workspace:
             PAD_MEAN=self.pad_query is not None and not averaged,
             AVERAGED=averaged,
             WITH_Y=with_y,
+            WITH_LSE=lse_r is not None,
             USE_TMA=use_tma,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
