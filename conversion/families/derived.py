@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -38,7 +39,9 @@ class DerivedFamily(ModelFamily):
     def own_config(self, stock: PreTrainedConfig) -> PreTrainedConfig:
         """As `ModelFamily.own_config`; `architectures` names our class with the source's head. Errors: `auto_class`."""
         spec = _spec(stock)
-        fields = {name: value for name, value in stock.to_dict().items() if name not in _FILE_FIELDS}
+        # Fields that no class declares, such as those of old releases, would be stored with the result.
+        declared = {*spec.config_class().to_dict(), *(each.name for each in dataclasses.fields(spec.config_class))}
+        fields = {name: x for name, x in stock.to_dict().items() if name in declared and name not in _FILE_FIELDS}
         if architecture_of(stock.model_type) is None:
             fields["source_model_type"] = stock.model_type
         for name in runtime_fields():

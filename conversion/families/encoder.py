@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 # Names of the first releases for the weight and bias of a layer norm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
+# Auto class -> evaluator of its models.
+_EVALUATORS = {
+    "AutoModelForMaskedLM": "hf_efficient.conversion.measuring.masked:MaskedEvaluator",
+    "AutoModel": "hf_efficient.conversion.measuring.embedding:EmbeddingEvaluator",
+}
+
 
 class EncoderFamily(DerivedFamily):
     """Text encoders with bidirectional self-attention; see `ModelFamily` for the methods."""
@@ -90,13 +96,12 @@ class EncoderFamily(DerivedFamily):
         return [name.removesuffix(ending) + _OLD_NAMES[ending]] if ending in _OLD_NAMES else []
 
     def evaluator(self, config: PreTrainedConfig) -> Evaluator | None:
-        """The `MaskedEvaluator`: loss of masked tokens; None for another head than masked language modelling.
+        """The `MaskedEvaluator` (loss of masked tokens), without a head the `EmbeddingEvaluator`; else None.
 
         Errors as for `auto_class`.
         """
-        if self.auto_class(config) != "AutoModelForMaskedLM":
-            return None
-        return load("hf_efficient.conversion.measuring.masked:MaskedEvaluator")()
+        found = _EVALUATORS.get(self.auto_class(config))
+        return None if found is None else load(found)()
 
     def description(self, config: PreTrainedConfig) -> dict[str, str]:
         """Label -> text about layers, attention heads, vocabulary and class, for `inspect`."""

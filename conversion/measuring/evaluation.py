@@ -29,8 +29,8 @@ EVAL_DTYPE = "float32"
 
 # Metrics that are reported for each bucket of `BUCKETS`.
 Metric = Literal["nll", "reference_nll", "delta_nll", "kl", "top1_agreement", "share_of_tokens"]
-# What a model predicts.
-Objective = Literal["next tokens", "masked tokens"]
+# What a model predicts, or gives.
+Objective = Literal["next tokens", "masked tokens", "embeddings"]
 # Token ids [B, S] -> their logits, in chunks [n, V]: each sequence in turn, cut into LOGIT_POSITIONS positions (the
 # last chunk of a sequence may be shorter).
 LogitSource = Callable[[Tensor], Iterator[Tensor]]
@@ -44,6 +44,7 @@ def metric_labels(reference: str) -> dict[str, str]:
         "delta_nll": "Δ nll",
         "kl": f"KL from the {reference}",
         "top1_agreement": "top-1 agreement",
+        "cosine": f"cosine with the {reference}'s embedding",
     }
 
 
@@ -87,11 +88,12 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Metrics of a model on a text.
+    """Metrics of a model on a text; those that are None were not measured.
 
     Attributes:
         text: name of the text.
-        tokens: number of predicted tokens; of next tokens, the first of each sequence is not predicted.
+        tokens: number of predicted tokens; of next tokens, the first of each sequence is not predicted. For embeddings
+            the number of all tokens.
         sequences: number of sequences, the sample size of the intervals.
         sequence_length: tokens in each sequence.
         nll: cross-entropy in nats per token.
@@ -99,7 +101,8 @@ class EvaluationReport:
         reference_nll, delta_nll: the reference's nll, and nll minus it.
         kl: KL(reference || model), nats per token.
         top1_agreement: fraction of positions at which both models have the same most likely token.
-        objective: `next tokens`, or `masked tokens` for a bidirectional model.
+        objective: `next tokens`, `masked tokens` for a bidirectional model, or `embeddings` for one without a head.
+        cosine, cosine_min: cosine of the model's embedding of a sequence with the reference's, and the smallest one.
         by_count: bucket -> mean of each metric over the bucket's positions, where a position's bucket is how often its
             input token occurs in the calibration text (`BUCKETS`); `share_of_tokens` is the fraction of predicted
             positions in the bucket. None if no counts were given.
@@ -109,14 +112,16 @@ class EvaluationReport:
     tokens: int
     sequences: int
     sequence_length: int
-    nll: Estimate
-    perplexity: float
+    nll: Estimate | None = None
+    perplexity: float | None = None
     reference_nll: Estimate | None = None
     delta_nll: Estimate | None = None
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
     by_count: dict[Bucket, dict[Metric, float]] | None = None
     objective: Objective = "next tokens"
+    cosine: Estimate | None = None
+    cosine_min: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -124,7 +129,8 @@ class EvaluationReport:
 
     def table(self) -> str:
         """The metrics as a table for a terminal."""
-        size = f"{self.tokens} {self.objective} in {self.sequences} sequences of {self.sequence_length}"
+        kind = "tokens" if self.objective == "embeddings" else self.objective
+        size = f"{self.tokens} {kind} in {self.sequences} sequences of {self.sequence_length}"
         rows = [("measured on", f"{self.text}: {size}")]
         for key, label in metric_labels("reference").items():
             estimate: Estimate | None = getattr(self, key)
@@ -135,6 +141,8 @@ class EvaluationReport:
                         f"{estimate} nats/token, perplexity {self.perplexity:.2f}" if key == "nll" else str(estimate),
                     )
                 )
+        if self.cosine_min is not None:
+            rows.append(("smallest cosine", f"{self.cosine_min:.4f}"))
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]
         return "\n".join([*lines, "in brackets: 95 % confidence, Student's t over sequences, paired"])

@@ -83,7 +83,8 @@ class MaskedEvaluator(Evaluator):
         """Logits in chunks, see `LogitSource`; one that is too long for the model is cut into windows."""
         device, window = next(model.parameters()).device, longest_input(model.config)
         for index, sequence in enumerate(ids):
-            windows = [model(input_ids=part[None].to(device)).logits[0] for part in sequence.split(window)]
+            # The first result: logits, or hidden states of a model without a head.
+            windows = [model(input_ids=part[None].to(device))[0][0] for part in sequence.split(window)]
             yield from torch.cat(windows).split(LOGIT_POSITIONS)
             if progress:
                 progress(index + 1, len(ids))

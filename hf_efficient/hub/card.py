@@ -30,9 +30,10 @@ _MEASURED = {
     "delta_nll": "increase in cross-entropy, nats per token",
     "kl": "KL divergence from the source, nats per token",
     "top1_agreement": "fraction of positions where the top-1 predictions agree",
+    "cosine": "cosine of the embedding of a sequence (mean of the hidden states) with the source's",
 }
 # Metrics for the card's model-index -> their metric type.
-_INDEX_METRICS = {"nll": "loss", "delta_nll": "loss_difference", "kl": "kl_divergence"}
+_INDEX_METRICS = {"nll": "loss", "delta_nll": "loss_difference", "kl": "kl_divergence", "cosine": "cosine_similarity"}
 # An absolute path, or one from the home folder or the working folder; its last part is kept.
 _LOCAL_PATH = re.compile(
     r"(?:file://|(?<![A-Za-z])[A-Za-z]:[\\/]|~|\.{1,2}[\\/]|(?<![\w.:/])/)[^\s,;'\"]*[\\/]([^\s,;'\"\\/]+)"
@@ -74,7 +75,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     patches = [patch for patch in report.get("patches") or [] if isinstance(patch, dict) and patch.get("name")]
     names = [str(patch["name"]) for patch in patches]
     base = _repo_or_none(source.get("base_model"))
-    all_names = _all_patches(names, source)
+    all_names = _all_patches(names, source, config)
     title = repo_id.rpartition("/")[2] if repo_id else _model_name(config, source, base, all_names)
     parts = [
         _metadata(config, report, base, names, title),
@@ -167,10 +168,12 @@ def _introduction(config: dict[str, Any], base: str | None, source: dict[str, An
     return f"Converted from {origin} to the architecture `{model_type}`, {how}, by hf-efficient {__version__}."
 
 
-def _all_patches(names: list[str], source: dict[str, Any]) -> list[str]:
+def _all_patches(names: list[str], source: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """The patches of this conversion, and that of its source if the source was converted before; without duplicates."""
     earlier = architecture_of(str(source.get("model_type")))
-    return list(dict.fromkeys([*names, *([earlier.patch] if earlier and earlier.patch else [])]))
+    # An architecture that exists without its patch has a configuration field of its name, which is then null.
+    had = earlier is not None and (not earlier.combines or bool(config.get(str(earlier.patch))))
+    return list(dict.fromkeys([*names, *([earlier.patch] if earlier and earlier.patch and had else [])]))
 
 
 def _measurements(report: dict[str, Any]) -> str:
@@ -180,6 +183,8 @@ def _measurements(report: dict[str, Any]) -> str:
     measured = _mapping(report.get("evaluation"))
     found = {key: _mapping(measured.get(key)) for key in _MEASURED}
     rows = [(_MEASURED[key], *_estimate(value)) for key, value in found.items() if _is_number(value.get("mean"))]
+    if _is_number(measured.get("cosine_min")):
+        rows.append(("the smallest such cosine", f"{measured['cosine_min']:.4f}", ""))
     if not rows:
         return "## What was measured\n\nNothing: the conversion was not evaluated against its source."
     text, tokens = _strip_local_paths(measured.get("text")), measured.get("tokens")

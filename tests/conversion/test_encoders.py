@@ -1,4 +1,4 @@
-"""A tiny BERT moved unchanged: converted, loaded, inspected, evaluated, verified; and sources that are refused."""
+"""Tiny encoders moved unchanged: converted, loaded, inspected, evaluated, verified; and sources that are refused."""
 
 from __future__ import annotations
 
@@ -93,15 +93,33 @@ def test_a_masked_language_model_is_measured_on_masked_tokens(tmp_path: Path) ->
     assert "pipeline_tag: fill-mask" in card and "tokenizer.mask_token_id" in card and "masked tokens" in card
 
 
-def test_a_model_without_such_a_head_says_that_nothing_is_measured(tmp_path: Path) -> None:
+def test_a_model_without_a_head_is_measured_by_its_embeddings(tmp_path: Path) -> None:
     make(tmp_path / "source", "BertModel")
+    report = convert(tmp_path / "source", tmp_path / "out", progress=False)
+    assert report.evaluation is not None and report.evaluation["objective"] == "embeddings"
+    assert report.evaluation["cosine_min"] == pytest.approx(1) and report.evaluation["nll"] is None
+    assert "cosine with the source's embedding" in report.table() and "smallest cosine" in report.table()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card and "cosine of the embedding" in card
+    again = evaluate(tmp_path / "out", reference=tmp_path / "source", tokens=1024)
+    assert again.cosine is not None and again.cosine.mean == pytest.approx(1) and "smallest cosine" in again.table()
+    with pytest.raises(HFEError, match="no head that predicts tokens.*--reference"):
+        evaluate(tmp_path / "out")
+
+
+def test_a_classifier_says_that_nothing_is_measured(tmp_path: Path) -> None:
+    make(tmp_path / "source", "BertForSequenceClassification")
     report = convert(tmp_path / "source", tmp_path / "out", progress=False)
     assert report.evaluation is None
     assert "no head that predicts tokens" in report.warnings[-1]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: feature-extraction" in card and "no head that predicts tokens" in card
-    with pytest.raises(HFEError, match="no head that predicts tokens"):
-        evaluate(tmp_path / "out")
+    assert "no head that predicts tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_fields_that_no_class_declares_are_not_stored_with_the_result(tmp_path: Path) -> None:
+    make(tmp_path / "source")
+    edit(tmp_path / "source", gradient_checkpointing=False, position_embedding_type="absolute")
+    convert(tmp_path / "source", tmp_path / "out", evaluate=False, progress=False)
+    assert verify(tmp_path / "out").ok, verify(tmp_path / "out").table()
 
 
 def test_inspect_describes_an_encoder(tmp_path: Path) -> None:
@@ -109,7 +127,7 @@ def test_inspect_describes_an_encoder(tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "out", evaluate=False, progress=False)
     for folder, model_type in (("source", "bert"), ("out", "hfe_monarch_bert")):
         found = inspect(tmp_path / folder)
-        assert found.model_type == model_type and found.patches == []
+        assert found.model_type == model_type and found.patches == [] and found.can_convert_to == ["monarch"]
         assert found.description["attention"] == "4 heads of 8, bidirectional"
         assert {**found.model, "num_labels": 3} == {**SHAPE, "tie_word_embeddings": True}
         count = sum(p.numel() for p in BertForMaskedLM(BertConfig(**SHAPE)).parameters())
