@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_efficient.environment import backend_override
+from hf_efficient.environment import backend_override, check_data
 from hf_efficient.errors import BackendError, HFEError
 from hf_efficient.kernels.dispatch import select_backend
 from hf_efficient.kernels.monarch_attention.layout import GridLayout, SequenceLayout
@@ -71,7 +71,8 @@ def monarch_attention(
         output projection reads it.
 
     Raises:
-        HFEError: wrong shape, dtype, device or value, or a layout that does not fit the tokens.
+        HFEError: wrong shape, dtype, device or value, or a layout that does not fit the tokens. With ``HFE_CHECK=1``,
+            also NaN or infinity in a token that is not masked.
         BackendError: the requested backend cannot run here, or not this call.
 
     Source: MonarchAttention, arXiv:2505.18698 (sequences), and Monarch-RT, arXiv:2602.12271 (tiles of a video grid,
@@ -94,6 +95,7 @@ def monarch_attention(
                 [0.0000, 0.0000, 0.0000, 0.0000]])
     """
     _check(q, k, v, layout, num_iters, scale, key_mask, causal_frames)
+    _check_finite({"q": q, "k": k, "v": v}, key_mask)
     if scale is None:
         scale = q.shape[3] ** -0.5
     chosen = select_backend(OP, backend, q.device)
@@ -170,6 +172,24 @@ def _check(
         _check_grid(layout, num_queries, num_keys, key_mask, causal_frames)
     else:
         raise HFEError(f"{OP}: `layout` is of type {type(layout).__name__}", "pass a SequenceLayout or a GridLayout")
+
+
+def _check_finite(tensors: dict[str, Tensor], key_mask: Tensor | None) -> None:
+    """Raise HFEError for NaN or infinity in a token that is not masked; with HFE_CHECK=1 only, as it synchronises."""
+    if torch.compiler.is_compiling() or not check_data():
+        return
+    for name, tensor in tensors.items():
+        if type(tensor) is not Tensor or tensor.is_meta:
+            continue  # a traced tensor has no values
+        wrong = ~tensor.isfinite()
+        if key_mask is not None:
+            wrong &= key_mask[:, None, :, None]
+        if wrong.any():
+            position = wrong.nonzero()[0].tolist()
+            raise HFEError(
+                f"{OP}: `{name}` holds {tensor[tuple(position)].item()} at position {position}, and must be finite",
+                "look for the first layer whose output is not, or mask the token",
+            )
 
 
 def _check_sequence(

@@ -209,6 +209,21 @@ def test_the_mean_query_stands_for_a_padded_one_in_the_first_iteration() -> None
     assert not torch.allclose(found, monarch_attention(q, k, v, SequenceLayout(4)))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_values_that_are_not_finite_are_named_on_request(
+    value: float, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = dict(zip("qkv", _draw(12), strict=True))
+    tensors[name][1, 2, 5, 3] = value
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    monkeypatch.setenv("HFE_CHECK", "1")
+    with pytest.raises(HFEError, match=rf"`{name}` holds {value} at position \[1, 2, 5, 3\].*mask the token"):
+        monarch_attention(**tensors, layout=SequenceLayout(4), key_mask=mask)
+    mask[1, 5] = False
+    assert monarch_attention(**tensors, layout=SequenceLayout(4), key_mask=mask).isfinite().all()
+
+
 # Layouts that are refused.
 
 
