@@ -268,6 +268,20 @@ def test_the_card_says_what_monarch_is_good_for(tmp_path: Path) -> None:
     assert "tokenizer" not in card.partition("## What was measured")[0] and "block size" not in card
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "training"])
+def test_the_code_of_the_card_gives_latents(layout: str, tmp_path: Path) -> None:
+    """On the CPU, at the size of the small model, with fewer steps."""
+    convert(source_of(layout, tmp_path / "source"), tmp_path / "out", [Monarch()], progress=False)
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[2].partition("```")[0]
+    for old, new in (("(1, 16, 21, 60, 104", "(1, 4, 6, 8, 12"), ("timesteps=50", "timesteps=2"), ('"cuda"', '"cpu"')):
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {"model": AutoModel.from_pretrained(tmp_path / "out"), "text": TEXT[:1]}
+    exec(code, names | {"negative": TEXT[1:]}, names)
+    latents = names["latents"]
+    assert latents.shape == (1, 4, 6, 8, 12) and latents.isfinite().all() and latents.std() > 0.1
+
+
 def test_a_video_model_is_neither_evaluated_nor_asked_for_text(converted: Path) -> None:
     with pytest.raises(HFEError, match="cannot be measured on text: a video model predicts no tokens"):
         evaluate(converted)
