@@ -135,5 +135,7 @@ def _further_patches(model_type: str, active: list[ArchitectureSpec]) -> list[st
 
 
 def _text(value: Any) -> str:
-    """A value as text; the items of a list separated by commas."""
+    """A value as text; the items of a list, and of a dict those that are not None, separated by commas."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item is not None)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

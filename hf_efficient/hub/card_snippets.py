@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from hf_efficient import __version__
 from hf_efficient.conversion.families.family import family_of
+from hf_efficient.conversion.writing.known_sentence_transformers import MODULES_NAME
 from hf_efficient.environment import TESTED_TORCH, TESTED_TRANSFORMERS
 from hf_efficient.errors import HFEError
 from hf_efficient.hub.weight_names import weight_sets
@@ -28,8 +30,10 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
         repo_id: the repository that the code names.
     """
     auto_class = auto_class_of(config)
-    tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
-    imported = f"{auto_class}, AutoTokenizer" if tokenizer else auto_class
+    # File of settings -> (variable, Auto class) of what the model's inputs are made with; a model has one of them.
+    makers = {TOKENIZER_CONFIG_FILE: ("tokenizer", "AutoTokenizer"), IMAGE_PROCESSOR_NAME: _PROCESSOR}
+    variable, maker = next((each for name, each in makers.items() if (folder / name).is_file()), ("", ""))
+    imported = ", ".join(sorted(name for name in (auto_class, maker) if name))
     # Without the plain weight files, transformers must be given the variant.
     named = next((found.variant for found in weight_sets(path.name for path in folder.iterdir())), None)
     variant = f'variant="{named}", ' if named else ""
@@ -39,13 +43,15 @@ def usage(folder: Path, config: dict[str, Any], repo_id: str) -> str:
         f'repository, commit = "{repo_id}", "..."  # a full commit hash, from the page\'s history',
         f"model = {auto_class}.from_pretrained(repository, revision=commit, {variant}trust_remote_code=True)",
     ]
-    if tokenizer:
-        lines.append("tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=True)")
+    if maker:
+        lines.append(f"{variable} = {maker}.from_pretrained(repository, revision=commit, trust_remote_code=True)")
     parts = [_LOADING.format(requirements=REQUIREMENTS), _python("\n".join(lines))]
     family = family_of(config.get("model_type"))
-    if family is not None and (tokenizer or not family.companion_files):
+    if family is not None and (maker or not family.companion_files):
         for sentence, code in family.snippets(auto_class, chat=_has_chat_template(folder)).items():
             parts += [sentence, _python(code)]
+    if (folder / MODULES_NAME).is_file():
+        parts += ["With the package sentence-transformers:", _python(_SENTENCES.format(repo_id=repo_id))]
     oldest, newest = TESTED_TRANSFORMERS
     tested = _VERSIONS.format(version=__version__, oldest=oldest, newest=newest, repo_id=repo_id)
     return "\n\n".join([*parts, tested])
@@ -76,6 +82,11 @@ _LOADING = """## How to use it
 The code comes with the checkpoint, so nothing but {requirements} is needed.
 Triton kernels run where Triton and a CUDA device are, plain PyTorch elsewhere. `trust_remote_code=True` runs that code
 on your machine: pin the commit that you looked at."""
+_PROCESSOR = ("processor", "AutoImageProcessor")
+_SENTENCES = """from sentence_transformers import SentenceTransformer
+
+embedder = SentenceTransformer("{repo_id}", revision="...", trust_remote_code=True)
+print(embedder.encode(["A first text.", "A second one."]).shape)"""
 _VERSIONS = """The code is that of hf-efficient {version}, tested with transformers {oldest} to {newest}. For a newer
 transformers, `pip install -U hf-efficient` and `hf-efficient export FOLDER` write the code of a newer release into a
 downloaded copy. `hf-efficient verify {repo_id}` says whether the code is, byte for byte, that of the release, and

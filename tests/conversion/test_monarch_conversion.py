@@ -111,7 +111,10 @@ def test_a_model_is_converted_with_the_patch_and_without(name: str, config: Any,
         assert torch.equal(found, expected) == (not patches)
         ours.set_attn_implementation("sdpa")
         assert torch.equal(output(ours, **inputs), expected)
+        assert ("block_size 4, num_iters 1" in inspect(str(out)).table()) == bool(patches)
         card = (out / "README.md").read_text()
+        made_with = "processor = AutoImageProcessor" if name.startswith("ViT") else "tokenizer = AutoTokenizer"
+        assert made_with in card and made_with.split()[-1] in card.split("from transformers import")[1].splitlines()[0]
         assert ("arXiv:2505.18698" in card) == ("yaras2025monarchattention" in card) == bool(patches)
 
 
@@ -306,6 +309,7 @@ def test_files_of_sentence_transformers_are_carried_over_and_verified(tmp_path: 
     ):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
     assert verify(tmp_path / "out").ok, verify(tmp_path / "out").table()
+    assert "SentenceTransformer(" in (tmp_path / "out" / "README.md").read_text()
     for changed in ({"type": "my_module.Attack"}, {"kwargs": ["x"]}, {"path": "../elsewhere"}):
         write(tmp_path / "out" / "modules.json", [MODULES[0] | changed])
         assert "modules.json: [0]" in verify(tmp_path / "out").table()
