@@ -353,7 +353,7 @@ def check_patches(model_type: str, patches: Sequence[str]) -> list[ArchitectureS
     beside = architectures_beside(ours) if ours is not None else _architectures_for(model_type)
     for name in patches:
         if all(spec.patch != name for spec in beside):
-            options = patch_classes().get(name)
+            options: Any = patch_classes().get(name)
             reason = f": {options.scope}" if hasattr(options, "scope") else ""
             known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch)
             supported = [kind for spec in architectures() if spec.patch == name for kind in _stock_types(spec)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.measuring.evaluation import Estimate, EvaluationReport, LogitSource
+from hf_efficient.conversion.measuring.evaluation import Estimate, EvaluationReport, LogitSource, Objective
 from hf_efficient.conversion.measuring.masked import MaskedEvaluator
 from hf_efficient.errors import HFEError
 
@@ -19,7 +19,7 @@ class EmbeddingEvaluator(MaskedEvaluator):
     model's input. `checkpoint_logits` and `model_logits` give hidden states [n, hidden_size] in place of logits.
     """
 
-    objective = "embeddings"
+    objective: ClassVar[Objective] = "embeddings"
 
     @torch.no_grad()
     def evaluate(

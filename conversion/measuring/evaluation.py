@@ -266,7 +266,7 @@ def compare_predictions(
     if reference:
         metrics["delta_nll"] = metrics["nll"] - metrics["reference_nll"]
     num_predicted = predicted.sum(1)
-    estimates = {
+    estimates: dict[Any, Any] = {
         name: Estimate.of(torch.where(predicted, values, 0).sum(1) / num_predicted) for name, values in metrics.items()
     }
     at_predicted = {name: values[predicted] for name, values in metrics.items()}

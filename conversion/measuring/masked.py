@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from hf_efficient.conversion.families.derived import model_class
 from hf_efficient.conversion.families.encoder import longest_input
 from hf_efficient.conversion.families.family import model_tensors
-from hf_efficient.conversion.measuring.evaluation import Evaluator, LogitSource
+from hf_efficient.conversion.measuring.evaluation import Evaluator, LogitSource, Objective
 from hf_efficient.conversion.measuring.layerwise import LOGIT_POSITIONS
 from hf_efficient.conversion.reading.tensor_reader import TensorReader
 from hf_efficient.errors import HFEError
@@ -25,7 +25,7 @@ MASKED_SHARE = 0.15
 class MaskedEvaluator(Evaluator):
     """Evaluates encoders by the loss at fixed random positions (seed 0). The whole model is held in memory."""
 
-    objective = "masked tokens"
+    objective: ClassVar[Objective] = "masked tokens"
 
     def checkpoint_logits(
         self,

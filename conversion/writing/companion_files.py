@@ -186,7 +186,7 @@ def _copy_sentence_transformers(origin: Path, folder: Path) -> list[str]:
     code of its own, or with settings that are not known. Errors as for `_copy_file` and `_drop_unknown_entries`.
     """
     data = read_bytes_of(file_inside(origin, MODULES_NAME, origin.name), MAX_JSON_BYTES)
-    found = {MODULES_NAME: parse_json_list(MODULES_NAME, data)}
+    found: dict[str, Any] = {MODULES_NAME: parse_json_list(MODULES_NAME, data)}
     for pattern in MODULE_FILES:
         for path in sorted(origin.glob(pattern)):
             name = path.relative_to(origin).as_posix()
@@ -221,7 +221,7 @@ def _drop_unknown_entries(path: Path) -> tuple[dict[str, Any], list[str]]:
     settings, dropped = without_unknown(read_json(path), settings_type(path.name))
     for key, known in _CLASS_NAMES.items():
         name = settings.get(key)
-        if name is not None and not known(current_class(name)):
+        if name is not None and not known(str(current_class(name))):
             del settings[key]
             dropped.append(key)
     if not dropped:
