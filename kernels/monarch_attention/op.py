@@ -107,7 +107,7 @@ def attend(
     """Output [B, Nq, H, D], contiguous, differentiable in q, k and v for one iteration."""
     at = list(geometry(layout, q.shape[2], k.shape[2], causal_frames))
     is_sequence = isinstance(layout, SequenceLayout)
-    pad_mean = is_sequence and layout.pad_queries == "mean"
+    pad_mean = isinstance(layout, SequenceLayout) and layout.pad_queries == "mean"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _MonarchAttention.apply(q, k, v, key_mask, at, scale, is_sequence, pad_mean)
     # Without gradients, skip autograd's bookkeeping: it costs more than a small kernel.

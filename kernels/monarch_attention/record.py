@@ -122,7 +122,7 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
     """Calls that must raise before a kernel is launched."""
     good = _draw(device, torch.float32, GridLayout(3, 4), 24, batch=2, heads=2)
     q, k, v = good["q"], good["k"], good["v"]
-    sequence = {"layout": SequenceLayout(4)}
+    sequence: dict[str, Any] = {"layout": SequenceLayout(4)}
     mask = torch.ones(2, 24, dtype=torch.bool, device=device)
 
     def bad(label: str, *words: str, error: type[Exception] = HFEError, **changes: object) -> BadInput:
@@ -170,8 +170,8 @@ def bad_inputs(device: torch.device) -> list[BadInput]:
 
 def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
     """The operators, with the arguments that the public function passes."""
-    q, k, v, layout, key_mask = (arguments.get(name) for name in ("q", "k", "v", "layout", "key_mask"))
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(arguments[name]) for name in ("q", "k", "v"))
+    layout, key_mask = arguments["layout"], arguments.get("key_mask")
     at = list(geometry(layout, q.shape[2], k.shape[2], arguments.get("causal_frames")))
     scale = arguments.get("scale", q.shape[3] ** -0.5)
     is_sequence = isinstance(layout, SequenceLayout)
@@ -190,8 +190,10 @@ def operators(arguments: Arguments) -> list[tuple[object, tuple[object, ...]]]:
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # dtypes of arguments; those of q for the others named here.
 _FLOAT32 = ("lse_r", "c_l", "lse", "averaged_lse", "dc", "e", "delta", "dq_part")
-_ELEMENTS = ("out", "q", "k", "v", "k_tail", "v_tail", "a_l", "y", "averaged", "pad_query", "dout", "dq", "dk", "dv")
-_ELEMENTS += ("dz", "da", "dy")
+_ELEMENTS = (
+    *("out", "q", "k", "v", "k_tail", "v_tail", "a_l", "y", "averaged", "pad_query"),
+    *("dout", "dq", "dk", "dv", "dz", "da", "dy"),
+)
 
 
 def _compilation(label: str, kernel: Any, element: str, constants: dict[str, Any], config: Any) -> Compilation:

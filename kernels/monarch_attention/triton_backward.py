@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,20 +59,19 @@ def launch_backward(
     # Binds the device to this thread, which autograd made: the driver encodes descriptors of tensors for it.
     lse.new_zeros(1)
     forward = Workspace(q, k, v, key_mask, at, scale, is_sequence, pad_mean, size)
-    new = {"dtype": torch.float32, "device": q.device}
-    dc = torch.empty((size, lines, key_rows), **new)
+    dc = torch.empty((size, lines, key_rows), dtype=torch.float32, device=q.device)
     lse_r = torch.empty_like(dc)
-    delta = torch.empty((size, lines, at.rows), **new)
+    delta = dc.new_empty((size, lines, at.rows))
     dz = torch.empty((size, at.rows, at.key_tiles, at.columns, dz_lines), dtype=q.dtype, device=q.device)
     # The mean of a column's queries has its share of every query's gradient, which is known when all are computed.
-    dq_part = torch.empty((groups if pad_mean else size, lines, at.rows, head_dim), **new)
+    dq_part = dc.new_empty((groups if pad_mean else size, lines, at.rows, head_dim))
     capability = capability_of(q.device)
     left, all_rows = left_gradient_config(at.rows, head_dim, q.element_size(), capability)
     right = right_gradient_config(at.columns, head_dim, q.element_size(), capability)
     query = query_gradient_config(at.columns, head_dim, q.element_size(), capability)
     mask = forward.key_mask
     mask_stride = 0 if mask is None else mask.stride(0)
-    common = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
+    common: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
     common |= {"IS_SEQUENCE": is_sequence, "HAS_MASK": mask is not None}
     of_left = {**common, "BLOCK_M": left.block_m, "BLOCK_N": left.block_n}
     of_left |= {"NUM_STAGES": left.num_stages, "num_warps": left.num_warps}
@@ -96,7 +97,7 @@ def launch_backward(
         blocks_l = -(-at.columns // right.block_n)
         right_gradient_kernel[(key_rows * blocks_l, count)](
             *(dk, dv, dz, q, k, v, da, dy, dc, e, lse_r, mask),
-            forward.pad_query[first:] if pad_mean else None,
+            None if forward.pad_query is None else forward.pad_query[first:],
             *(first, heads, query_tokens, k.shape[2], scale, forward.qk_scale),
             *(stride for x in (q, k, v, dk, dv) for stride in x.stride()[:3]),
             *(mask_stride, *at, dz_lines),
