@@ -354,7 +354,7 @@ def check_patches(model_type: str, patches: Sequence[str]) -> list[ArchitectureS
     for name in patches:
         if all(spec.patch != name for spec in beside):
             options: Any = patch_classes().get(name)
-            reason = f": {options.scope}" if hasattr(options, "scope") else ""
+            reason = f": {options.scope}" if options is not None and hasattr(options, "scope") else ""
             known = ", ".join(spec.patch for spec in beside if spec.patch_options and spec.patch)
             supported = [kind for spec in architectures() if spec.patch == name for kind in _stock_types(spec)]
             raise UsageError(

@@ -32,7 +32,8 @@ def rotary_tables(
     """
     # Apple's GPUs have no float64.
     computed_on = torch.device("cpu") if device.type == "mps" else device
-    cosines, sines = [], []
+    cosines: list[Tensor] = []
+    sines: list[Tensor] = []
     for axis, (size, channels) in enumerate(zip(grid, axis_channels(head_dim), strict=True)):
         exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=computed_on) / channels
         position = torch.arange(size, dtype=torch.float64, device=computed_on) + (start_frame if axis == 0 else 0)
