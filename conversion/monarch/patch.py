@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -22,6 +22,7 @@ from hf_efficient.conversion.measuring.calibration import Calibration
 from hf_efficient.conversion.patch import TensorChanges, bibtex, layer_indices
 from hf_efficient.errors import UsageError
 from hf_efficient.json_file import is_whole
+from hf_efficient.modeling.monarch.default_spec import default_spec
 from hf_efficient.modeling.monarch.monarch_spec import PAD_QUERIES, PADS, ROW_AXES, MonarchGridSpec, MonarchSpec
 
 _CHOICES = {"pad": PADS, "pad_queries": PAD_QUERIES, "row_axes": ROW_AXES}
@@ -74,20 +75,20 @@ class Monarch:
     pad: str | None = field(
         default=None,
         metadata={
-            "help": "side on which a sequence is padded to whole blocks: post or pre (default: for text post, for "
-            "images pre, so that blocks are rows of patches)"
+            "help": "side on which a sequence is padded to whole blocks: post or pre (default: pre; "
+            "of images each block is then a row of patches)"
         },
     )
     pad_queries: str | None = field(
         default=None,
         metadata={
             "help": "what stands for a padding position among the queries of its block: zero, or mean, the mean of the "
-            "queries at the same position in other blocks (default: zero)"
+            "queries at the same position in other blocks (default: for text mean, for images zero)"
         },
     )
     min_length: int | None = field(
         default=None,
-        metadata={"help": "sequences of fewer tokens keep softmax attention (default: two blocks)"},
+        metadata={"help": "sequences of fewer tokens keep softmax attention (default: for text four blocks, for images two)"},
     )
     layers: str | list[int] | None = field(
         default="all", metadata={"help": "layers with Monarch attention, such as 0,1,5, or all"}
@@ -150,8 +151,9 @@ class Monarch:
         | option | text | images | video |
         |---|---|---|---|
         | `block_size` | power of two nearest the root of the longest input | patches in a row | |
-        | `pad` | post | pre: the class token and padding fill block 0, and each other block is a row of patches | |
-        | `min_length` | None: twice `block_size` | the same | |
+        | `pad` | pre | pre: the class token and padding fill block 0, and each other block is a row of patches | |
+        | `pad_queries` | mean | zero | |
+        | `min_length` | four times `block_size` | None: twice `block_size` | |
         | `h_reduce` | | | 2, as in the paper without training |
         """
         kind, spec = _KINDS[config.model_type], self._spec(config)
@@ -173,8 +175,8 @@ class Monarch:
     def _spec(self, config: PreTrainedConfig) -> MonarchSpec | MonarchGridSpec:
         """The given options of the model's family, with its defaults for the others."""
         kind = _KINDS[config.model_type]
-        given = {name: getattr(self, name) for name in kind.options}
-        return kind.spec_class(**kind.defaults(config) | {name: v for name, v in given.items() if v is not None})
+        given = {name: getattr(self, name) for name in kind.options if getattr(self, name) is not None}
+        return replace(kind.defaults(config, self.block_size), **given)
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,13 @@ class _Kind:
 
     Attributes:
         spec_class: class whose fields are the options.
-        defaults: configuration -> value of each option whose default depends on the model.
+        defaults: configuration, block size or None -> the options where none is given.
         check: (options, configuration) -> None; raises `UsageError` for options that do not suit the model.
         summary: (options, configuration) -> lines for the report's table.
     """
 
     spec_class: type[Any]
-    defaults: Callable[[Any], dict[str, Any]]
+    defaults: Callable[[Any, int | None], Any]
     check: Callable[[Any, Any], None]
     summary: Callable[[Any, Any], dict[str, str]]
 
@@ -199,22 +201,9 @@ class _Kind:
         return [each.name for each in fields(self.spec_class)]
 
 
-def _text_defaults(config: Any) -> dict[str, Any]:
-    """Defaults for a text encoder: blocks for its longest input, padded at the end as tokenizers pad."""
-    # Rounded to the nearest power of two of the root, and to the larger of two equally near: softmax is kept below
-    # twice the block size, and so for most single sentences.
-    exponent = math.floor(math.log2(max(longest_input(config), 4)) / 2 + 0.5)
-    return {"block_size": 2**exponent, "pad": "post"}
-
-
-def _image_defaults(config: Any) -> dict[str, Any]:
-    """Defaults for an image encoder: one block for each row of patches."""
-    return {"block_size": max(patch_grid(config)[1], 2), "pad": "pre"}
-
-
-def _video_defaults(config: Any) -> dict[str, Any]:
+def _video_defaults(config: Any, block_size: int | None) -> MonarchGridSpec:
     """Defaults for a video model without training, those of arXiv:2602.12271."""
-    return {"h_reduce": 2}
+    return MonarchGridSpec(h_reduce=2)
 
 
 def _image_length(config: Any) -> int:
@@ -222,7 +211,7 @@ def _image_length(config: Any) -> int:
     return math.prod(patch_grid(config)) + 1
 
 
-def _sequences(length: Callable[[Any], int], defaults: Callable[[Any], dict[str, Any]]) -> _Kind:
+def _sequences(length: Callable[[Any], int]) -> _Kind:
     """The options of models whose input is a sequence of at most `length(config)` tokens."""
 
     def check(spec: MonarchSpec, config: Any) -> None:
@@ -244,7 +233,7 @@ def _sequences(length: Callable[[Any], int], defaults: Callable[[Any], dict[str,
             "attention FLOPs": f"{share:.1%} of those of softmax attention at {longest} tokens",
         }
 
-    return _Kind(MonarchSpec, defaults, check, summary)
+    return _Kind(MonarchSpec, default_spec, check, summary)
 
 
 def _flops(length: int, block_size: int, num_iters: int) -> int:
@@ -266,12 +255,12 @@ def _no_summary(spec: MonarchGridSpec, config: Any) -> dict[str, str]:
     return {}
 
 
-_TEXT = _sequences(longest_input, _text_defaults)
+_TEXT = _sequences(longest_input)
 # Model type -> the options of its models.
 _KINDS = {
     "hfe_monarch_bert": _TEXT,
     "hfe_monarch_roberta": _TEXT,
-    "hfe_monarch_vit": _sequences(_image_length, _image_defaults),
+    "hfe_monarch_vit": _sequences(_image_length),
     "hfe_monarch_wan": _Kind(MonarchGridSpec, _video_defaults, _no_check, _no_summary),
 }
 

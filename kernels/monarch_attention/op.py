@@ -107,7 +107,9 @@ def attend(
     """Output [B, Nq, H, D], contiguous, differentiable in q, k and v for one iteration."""
     at = list(geometry(layout, q.shape[2], k.shape[2], causal_frames))
     is_sequence = isinstance(layout, SequenceLayout)
-    pad_mean = isinstance(layout, SequenceLayout) and layout.pad_queries == "mean"
+    # Without padding and mask there is no query that a mean could stand for.
+    padded = isinstance(layout, SequenceLayout) and (key_mask is not None or q.shape[2] % layout.block_size != 0)
+    pad_mean = padded and isinstance(layout, SequenceLayout) and layout.pad_queries == "mean"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _MonarchAttention.apply(q, k, v, key_mask, at, scale, is_sequence, pad_mean)
     # Without gradients, skip autograd's bookkeeping: it costs more than a small kernel.

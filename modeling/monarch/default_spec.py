@@ -24,24 +24,29 @@ def config_spec(config: PreTrainedConfig) -> MonarchSpec:
     return default_spec(config) if values is None else MonarchSpec.from_dict(values)
 
 
-def default_spec(config: PreTrainedConfig) -> MonarchSpec:
+def default_spec(config: PreTrainedConfig, block_size: int | None = None) -> MonarchSpec:
     """Return settings that depend on the configuration only, never on an input, which has other inputs beside it.
 
     Images: blocks of one row of patches, padded in front. Text and audio: blocks of the power of two nearest to the
-    square root of the longest input.
+    square root of the longest input, of two equally near ones the larger; padded in front, with the mean of a column's
+    queries, which moves embeddings least; from four blocks on, below which little is saved.
+
+    Args:
+        config: of any model of transformers.
+        block_size: instead of the default, which the other settings then follow.
 
     Raises:
         HFEError: the configuration has neither the size of an image nor that of the longest input.
     """
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if image is not None and patch is not None:
-        return MonarchSpec(block_size=max(2, _width(image) // _width(patch)), pad="pre")
+        return MonarchSpec(block_size=block_size or max(2, _width(image) // _width(patch)), pad="pre")
     for name in _LENGTHS:
         longest = getattr(config, name, None)
         if isinstance(longest, int) and longest > 0:
-            below = 2 ** int(math.log2(longest) / 2)
-            root = math.sqrt(longest)
-            return MonarchSpec(block_size=max(2, below if root - below <= 2 * below - root else 2 * below))
+            size = block_size or max(2, 2 ** math.floor(math.log2(longest) / 2 + 0.5))
+            least = max(2 * size, min(4 * size, longest))
+            return MonarchSpec(block_size=size, pad="pre", pad_queries="mean", min_length=least)
     raise HFEError(
         f"{type(config).__name__} has neither image_size with patch_size, nor any of {', '.join(_LENGTHS)}, so Monarch "
         "attention has no default block size",

@@ -123,27 +123,30 @@ def test_a_masked_language_model_is_measured_where_monarch_attention_runs(tmp_pa
     make(tmp_path / "source", "RobertaForMaskedLM", RobertaConfig(**TEXT | {"pad_token_id": 1}))
     report = convert(tmp_path / "source", tmp_path / "out", [Monarch()], progress=False)
     assert report.evaluation is not None and report.evaluation["kl"]["mean"] > 0
-    assert report.patches[0]["measured"]["summary"]["monarch runs"].startswith("from 16 tokens on, in blocks of 8")
+    assert report.patches[0]["measured"]["summary"]["monarch runs"].startswith("from 32 tokens on, in blocks of 8")
     assert longest_input(RobertaConfig(**TEXT | {"pad_token_id": 1})) == 64
 
 
 @pytest.mark.parametrize(
-    ("config", "block_size", "pad"),
+    ("config", "block_size", "text"),
     [
-        (MonarchBertConfig(max_position_embeddings=512), 32, "post"),
-        (MonarchRobertaConfig(max_position_embeddings=514, pad_token_id=1), 32, "post"),
-        (MonarchRobertaConfig(max_position_embeddings=8194, pad_token_id=1), 128, "post"),
-        (MonarchBertConfig(max_position_embeddings=4096), 64, "post"),
-        (MonarchViTConfig(image_size=224, patch_size=16), 14, "pre"),
-        (MonarchViTConfig(image_size=[96, 160], patch_size=16), 10, "pre"),
+        (MonarchBertConfig(max_position_embeddings=512), 32, True),
+        (MonarchRobertaConfig(max_position_embeddings=514, pad_token_id=1), 32, True),
+        (MonarchRobertaConfig(max_position_embeddings=8194, pad_token_id=1), 128, True),
+        (MonarchBertConfig(max_position_embeddings=4096), 64, True),
+        (MonarchViTConfig(image_size=224, patch_size=16), 14, False),
+        (MonarchViTConfig(image_size=[96, 160], patch_size=16), 10, False),
     ],
 )
-def test_defaults_follow_from_the_longest_input_or_the_row_of_patches(config: Any, block_size: int, pad: str) -> None:
+def test_defaults_follow_from_the_longest_input_or_the_row_of_patches(
+    config: Any, block_size: int, text: bool
+) -> None:
     patch = Monarch()
     patch.check(config)
     chosen = patch.choose(config, None)["monarch"]
-    expected = {"block_size": block_size, "num_iters": 1, "pad": pad, "pad_queries": "zero"}
-    assert chosen == expected | {"min_length": None, "layers": None}
+    expected = {"block_size": block_size, "num_iters": 1, "pad": "pre", "layers": None}
+    of_text = {"pad_queries": "mean", "min_length": 4 * block_size}
+    assert chosen == expected | (of_text if text else {"pad_queries": "zero", "min_length": None})
 
 
 def test_flops_in_the_report_are_those_of_the_formula() -> None:

@@ -49,7 +49,7 @@ def test_each_encoder_runs_monarch_attention_in_every_layer(
     spec = default_spec(model.config)
     assert all(call["layout"] == spec.layout and call["key_mask"] is None for call in calls)
     assert spec.block_size == (6 if "pixel_values" in inputs else 8) and spec.num_iters == 1
-    assert spec.pad == ("pre" if "pixel_values" in inputs else "post")
+    assert spec.pad == "pre" and spec.pad_queries == ("zero" if "pixel_values" in inputs else "mean")
     assert found.isfinite().all() and not torch.allclose(found, softmax, atol=1e-4)
 
 
