@@ -88,7 +88,9 @@ class Monarch:
     )
     min_length: int | None = field(
         default=None,
-        metadata={"help": "sequences of fewer tokens keep softmax attention (default: for text four blocks, for images two)"},
+        metadata={
+            "help": "sequences of fewer tokens keep softmax attention (default: four blocks of text, two of an image)"
+        },
     )
     layers: str | list[int] | None = field(
         default="all", metadata={"help": "layers with Monarch attention, such as 0,1,5, or all"}

@@ -138,9 +138,7 @@ def test_a_masked_language_model_is_measured_where_monarch_attention_runs(tmp_pa
         (MonarchViTConfig(image_size=[96, 160], patch_size=16), 10, False),
     ],
 )
-def test_defaults_follow_from_the_longest_input_or_the_row_of_patches(
-    config: Any, block_size: int, text: bool
-) -> None:
+def test_defaults_follow_from_the_longest_input_or_the_row_of_patches(config: Any, block_size: int, text: bool) -> None:
     patch = Monarch()
     patch.check(config)
     chosen = patch.choose(config, None)["monarch"]
