@@ -31,7 +31,7 @@ class MonarchEncoderConfig(RegisteredConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.monarch is not None:
             self.monarch = MonarchSpec.from_dict(self.monarch).to_dict()
-        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the configuration after it
+        super().__post_init__(**kwargs)  # of the configuration after it
 
     @property
     def active_patches(self) -> list[str]:
