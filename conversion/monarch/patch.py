@@ -26,6 +26,7 @@ from hf_efficient.modeling.monarch.default_spec import default_spec
 from hf_efficient.modeling.monarch.monarch_spec import PAD_QUERIES, PADS, ROW_AXES, MonarchGridSpec, MonarchSpec
 
 _CHOICES = {"pad": PADS, "pad_queries": PAD_QUERIES, "row_axes": ROW_AXES}
+_DROPOUT = "attention_probs_dropout_prob"
 _SMALLEST = {"block_size": 2, "num_iters": 1, "min_length": 1, "f_tied": 1, "h_reduce": 1, "w_reduce": 1}
 
 
@@ -157,10 +158,17 @@ class Monarch:
         | `pad_queries` | mean | zero | |
         | `min_length` | four times `block_size` | None: twice `block_size` | |
         | `h_reduce` | | | 2, as in the paper without training |
+
+        The dropout of attention weights becomes 0, since Monarch attention has none and would refuse to train.
         """
         kind, spec = _KINDS[config.model_type], self._spec(config)
         self._summary = kind.summary(spec, config)
-        return {"monarch": spec.to_dict()}
+        fields: dict[str, Any] = {"monarch": spec.to_dict()}
+        dropout = getattr(config, _DROPOUT, 0.0)
+        if dropout:
+            fields[_DROPOUT] = 0.0
+            self._summary["attention dropout"] = f"0 instead of {dropout:g}: Monarch attention has none"
+        return fields
 
     def changes(self, config: PreTrainedConfig, dtype: torch.dtype) -> TensorChanges:
         """No tensor is added or dropped."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
     BertTokenizerFast,
     LlamaConfig,
     RobertaConfig,
@@ -125,6 +126,17 @@ def test_a_masked_language_model_is_measured_where_monarch_attention_runs(tmp_pa
     assert report.evaluation is not None and report.evaluation["kl"]["mean"] > 0
     assert report.patches[0]["measured"]["summary"]["monarch runs"].startswith("from 32 tokens on, in blocks of 8")
     assert longest_input(RobertaConfig(**TEXT | {"pad_token_id": 1})) == 64
+
+
+def test_a_converted_model_trains_although_the_source_has_attention_dropout(tmp_path: Path) -> None:
+    make(tmp_path / "source", "BertForMaskedLM", BertConfig(**TEXT | {"attention_probs_dropout_prob": 0.1}))
+    report = convert(tmp_path / "source", tmp_path / "out", [Monarch(block_size=4)], evaluate=False, progress=False)
+    assert report.patches[0]["measured"]["summary"]["attention dropout"].startswith("0 instead of 0.1")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out").train()
+    assert model.config.attention_probs_dropout_prob == 0.0
+    ids = torch.randint(5, len(WORDS), (2, 24))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.base_model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
