@@ -216,19 +216,28 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
 
 
 def test_a_dry_run_of_a_real_model_takes_seconds_whatever_is_to_be_measured(smollm_gguf: Path, tmp_path: Path) -> None:
-    """With every choice that can be measured, in one command: at most 10 s of processor time, the best of two."""
+    """With every choice that can be measured, in one command: four times the processor time of its imports at most.
+
+    That is some ten seconds; measuring takes minutes. Processors differ in speed by more than a factor of two.
+    """
     patches = ["--patch", "stem", "--patch", "bhyt", "--bhyt-second-site", "affine", "--patch", "medverse"]
     command = [sys.executable, "-m", "hf_efficient.cli", "convert", str(smollm_gguf), str(tmp_path / "out"), *patches]
-    seconds = []
-    for _ in range(2):
+    imports = [
+        sys.executable,
+        "-c",
+        "import hf_efficient.convert_checkpoint; from transformers import LlamaForCausalLM",
+    ]
+
+    def timed(arguments: list[str]) -> tuple[float, subprocess.CompletedProcess[str]]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True)
+        done = subprocess.run(arguments, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert (done.returncode, done.stderr) == (0, "")
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if seconds[-1] <= 10:
-            break
-    assert min(seconds) <= 10
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+    of_imports = timed(imports)[0]
+    seconds, done = timed([*command, "--dry-run", "--json"])
+    assert seconds <= 4 * of_imports
     report = json.loads(done.stdout)
     assert report["calibration"] is None
     stem, bhyt, _ = report["patches"]

@@ -70,7 +70,7 @@ def test_a_finished_patch_is_not_computed_again(
 ) -> None:
     convert(stock, tmp_path / "whole", [tables], **QUIET)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_writer, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(checkpoint_writer, "index_text", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(stock, tmp_path / "out", [type(tables)()], **QUIET)
     second = type(tables)()
@@ -118,7 +118,7 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(stock: Path, tmp_path: Path, f
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         # Sent to this thread, with time to arrive: a signal to the process may be handled by another thread.
-        "convert._index = lambda shards: (signal.raise_signal(signal.SIGINT), time.sleep(60))\n"
+        "convert.index_text = lambda shards: (signal.raise_signal(signal.SIGINT), time.sleep(60))\n"
         "run(['convert', *sys.argv[1:], '--patch', 'none', '--no-evaluate', '--max-shard-size', '20KB', '--json'])\n"
     )
     done = subprocess.run(

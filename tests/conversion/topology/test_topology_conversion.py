@@ -390,7 +390,7 @@ def test_an_interrupted_conversion_ends_in_the_same_bytes(
     options = {**QUIET, "max_shard_size": "20KB"}
     convert(stock("llama"), tmp_path / "whole", [Multiverse()], **options)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_writer, "_index", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(checkpoint_writer, "index_text", lambda shards: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(stock("llama"), tmp_path / "out", [Multiverse()], **options)
     report = convert(stock("llama"), tmp_path / "out", [Multiverse()], resume=True, **options)
