@@ -268,11 +268,11 @@ def test_a_configuration_without_sizes_has_no_default(stock_model: Callable) -> 
 @pytest.mark.parametrize(
     ("cls", "fields", "block_size"),
     [
-        ("BertConfig", {"max_position_embeddings": 512}, 16),
-        ("RobertaConfig", {"max_position_embeddings": 514}, 16),
+        ("BertConfig", {"max_position_embeddings": 512}, 32),
+        ("RobertaConfig", {"max_position_embeddings": 514}, 32),
         ("BartConfig", {"max_position_embeddings": 1024}, 32),
         ("WhisperConfig", {"max_source_positions": 1500}, 32),
-        ("ModernBertConfig", {"max_position_embeddings": 8192}, 64),
+        ("ModernBertConfig", {"max_position_embeddings": 8192}, 128),
         ("BertConfig", {"max_position_embeddings": 1}, 2),
         ("ViTConfig", {"image_size": 224, "patch_size": 16}, 14),
         ("ViTConfig", {"image_size": [224, 384], "patch_size": [16, 16]}, 24),
