@@ -45,7 +45,7 @@ class Source:
         stock_config: transformers' configuration of the source.
         config: the same model as a configuration of ours: see `ModelFamily.own_config`.
         fields: the fields of config.json; empty for a source without one.
-        single_file: True if the user named a weight file and not a folder: files beside it are not part of the source.
+        single_file: True if the user named a weight file, not a folder: no other file of its folder is read.
         gguf_file: name of the GGUF file in `files`; None for a folder.
         tokenizer_files: folder of the tokenizer that the user named in place of the source's own; None without one.
         special_tokens: role, such as `eos_token` -> token id, from the metadata of a GGUF file.

@@ -39,24 +39,22 @@ def right_gradient_config(
     columns: int, head_dim: int, element_size: int, capability: tuple[int, int]
 ) -> GradientConfig:
     """Of `right_gradient_kernel`, lines by columns, for the columns of a tile."""
-    block_d = padded_head_dim(head_dim)
-    if element_size == 4 or block_d > 128:
-        return GradientConfig(16, 32 if block_d <= 64 and columns > 16 else 16, 1, 4)
-    block_l = _column_block(columns)
-    return GradientConfig(32, block_l, 3, 4) if capability == HOPPER else GradientConfig(32, block_l, 1, 4)
+    on_hopper = (32, 3, 4)
+    return _by_columns(columns, head_dim, element_size, on_hopper if capability == HOPPER else (32, 1, 4))
 
 
 def query_gradient_config(
     columns: int, head_dim: int, element_size: int, capability: tuple[int, int]
 ) -> GradientConfig:
     """Of `query_gradient_kernel`, lines by columns, for the columns of a tile."""
+    on_hopper = (64, 3, 8)
+    return _by_columns(columns, head_dim, element_size, on_hopper if capability == HOPPER else (64, 2, 4))
+
+
+def _by_columns(columns: int, head_dim: int, element_size: int, tile: tuple[int, int, int]) -> GradientConfig:
+    """The lines, stages and warps of `tile`, and all columns up to 64; smaller for float32 and large heads."""
     block_d = padded_head_dim(head_dim)
     if element_size == 4 or block_d > 128:
         return GradientConfig(16, 32 if block_d <= 64 and columns > 16 else 16, 1, 4)
-    block_l = _column_block(columns)
-    return GradientConfig(64, block_l, 3, 8) if capability == HOPPER else GradientConfig(64, block_l, 2, 4)
-
-
-def _column_block(columns: int) -> int:
-    """Columns that a program holds: all of them up to 64."""
-    return 16 if columns <= 16 else 32 if columns <= 32 else 64
+    block_m, num_stages, num_warps = tile
+    return GradientConfig(block_m, 16 if columns <= 16 else 32 if columns <= 32 else 64, num_stages, num_warps)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_efficient.kernels.decode_attention.configs import padded_head_dim
 from hf_efficient.kernels.monarch_attention.configs import capability_of, group_size
@@ -22,7 +21,7 @@ from hf_efficient.kernels.monarch_attention.triton_gradients import (
     right_gradient_kernel,
     summary_gradient_kernel,
 )
-from hf_efficient.kernels.monarch_attention.triton_kernels import Workspace
+from hf_efficient.kernels.monarch_attention.triton_kernels import Workspace, valid_places
 
 
 def launch_backward(
@@ -119,9 +118,7 @@ def _share_means(dq: Tensor, dq_part: Tensor, key_mask: Tensor | None, at: Geome
     `dq_part` [B * H, columns, rows, D] are the gradients of all queries, those of a mean among them.
     """
     batch, heads, tokens, head_dim = dq.shape
-    before, after = -at.shift, at.rows * at.columns - tokens + at.shift
-    valid = dq.new_ones((batch, tokens), dtype=torch.bool) if key_mask is None else key_mask.bool()
-    valid = F.pad(valid, (before, after)).view(batch, 1, at.rows, at.columns, 1)
+    before, _, valid = valid_places(dq, key_mask, at)
     part = dq_part.view(batch, heads, at.columns, at.rows, head_dim).transpose(2, 3)
     shared = torch.where(valid, 0.0, part).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
     total = torch.where(valid, part + shared, 0.0).flatten(2, 3)

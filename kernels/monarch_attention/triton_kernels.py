@@ -237,12 +237,21 @@ class Workspace:
         )
 
 
-def _column_means(q: Tensor, key_mask: Tensor | None, at: Geometry) -> Tensor:
-    """Mean over the valid queries of each column [B * H, columns, D]; zero where a column has none."""
-    batch, heads, tokens, head_dim = q.shape
+def valid_places(q: Tensor, key_mask: Tensor | None, at: Geometry) -> tuple[int, int, Tensor]:
+    """Padding in front of and behind the tokens of `q`, and which places hold a query that is neither it nor masked.
+
+    The last is bool [B, 1, rows, columns, 1].
+    """
+    batch, _, tokens, _ = q.shape
     before, after = -at.shift, at.rows * at.columns - tokens + at.shift
     valid = q.new_ones((batch, tokens), dtype=torch.bool) if key_mask is None else key_mask.bool()
-    valid = torch.nn.functional.pad(valid, (before, after)).view(batch, 1, at.rows, at.columns, 1)
+    return before, after, torch.nn.functional.pad(valid, (before, after)).view(batch, 1, at.rows, at.columns, 1)
+
+
+def _column_means(q: Tensor, key_mask: Tensor | None, at: Geometry) -> Tensor:
+    """Mean over the valid queries of each column [B * H, columns, D]; zero where a column has none."""
+    batch, heads, _, head_dim = q.shape
+    before, after, valid = valid_places(q, key_mask, at)
     padded = torch.nn.functional.pad(q.float(), (0, 0, before, after))
     padded = padded.view(batch, heads, at.rows, at.columns, head_dim)
     total = torch.where(valid, padded, 0.0).sum(2)

@@ -25,7 +25,7 @@ def config_spec(config: PreTrainedConfig) -> MonarchSpec:
 
 
 def default_spec(config: PreTrainedConfig, block_size: int | None = None) -> MonarchSpec:
-    """Return settings that depend on the configuration only, never on an input, which has other inputs beside it.
+    """Return settings that depend on the configuration only, never on the padded length of a batch.
 
     Images: blocks of one row of patches, padded in front. Text and audio: blocks of the power of two nearest to the
     square root of the longest input, of two equally near ones the larger; padded in front, with the mean of a column's
